@@ -1,0 +1,30 @@
+"""fastmim: masked autoencoders that pay only for the patches they look at."""
+
+from . import masking, ops
+from ._version import __version__
+from .interop.huggingface import from_huggingface
+from .masking import Mask
+from .models.mae import (
+    MAEOutput,
+    MaskedAutoencoderViT,
+    mae_vit_base_patch16,
+    mae_vit_huge_patch14,
+    mae_vit_large_patch16,
+    mae_vit_small_patch16,
+    mae_vit_tiny_patch16,
+)
+
+__all__ = [
+    "MAEOutput",
+    "Mask",
+    "MaskedAutoencoderViT",
+    "__version__",
+    "from_huggingface",
+    "mae_vit_base_patch16",
+    "mae_vit_huge_patch14",
+    "mae_vit_large_patch16",
+    "mae_vit_small_patch16",
+    "mae_vit_tiny_patch16",
+    "masking",
+    "ops",
+]

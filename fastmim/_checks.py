@@ -1,0 +1,89 @@
+"""Checks on arguments. Each failure names the argument, what it was and what is allowed."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = None, *, letters: str = "") -> None:
+    """`value` is a tensor and, where `shape` is given, has it (None: any size)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if shape is None:
+        return
+    if value.dim() != len(shape) or any(e is not None and e != s for s, e in zip(value.shape, shape)):
+        allowed = ", ".join("any" if size is None else str(size) for size in shape)
+        meaning = f", which is {letters}" if letters else ""
+        raise ValueError(f"{name} must have shape ({allowed}){meaning}; got {tuple(value.shape)}")
+
+
+def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> None:
+    """`value` is of a floating dtype that the ops serve."""
+    if value.dtype not in FLOATING and not (also_uint8 and value.dtype == torch.uint8):
+        allowed = "uint8, " * also_uint8 + "float64, float32, bfloat16 or float16"
+        raise TypeError(f"{name} must be of dtype {allowed}; got {value.dtype}")
+
+
+def check_same(what: str, **tensors: Tensor | None) -> None:
+    """All given tensors agree in `what`, "dtype" or "device"."""
+    given = {name: getattr(value, what) for name, value in tensors.items() if value is not None}
+    if len(set(given.values())) > 1:
+        got = ", ".join(f"{name} on {v}" if what == "device" else f"{name} of {v}" for name, v in given.items())
+        error = TypeError if what == "dtype" else ValueError
+        raise error(f"{', '.join(given)} must have the same {what}; got {got}")
+
+
+def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
+    """`ids` is an integer tensor (B, K); returned as int64."""
+    check_tensor(name, ids, (batch, None), letters="(batch, ids per row)")
+    assert isinstance(ids, Tensor)
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be of dtype int64 (or int32); got {ids.dtype}")
+    return ids.long()
+
+
+def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
+    """`value` is an int in low..high."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_ratio(name: str, value: object, *, one: bool = False) -> float:
+    """`value` is a finite number in (0, 1), or in (0, 1] where `one`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if math.isnan(value) or not (0 < value < 1 or (one and value == 1)):
+        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, got {value}")
+    return float(value)
+
+
+def axes(name: str, value: object, count: int) -> list[int]:
+    """An int, or one positive int per axis, as a list of `count` ints."""
+    values = [value] * count if isinstance(value, int) else value
+    if not isinstance(values, (tuple, list, torch.Size)) or len(values) != count:
+        raise ValueError(f"{name} must be an int or one int per axis ({count} of them), got {value!r}")
+    for size in values:
+        check_count(name, size, 1)
+    return list(values)
+
+
+def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
+    """`patch_size` as a list and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
+    check_tensor("images", images)
+    if images.dim() not in (4, 5):
+        raise ValueError(f"images must be (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
+    check_floating("images", images, also_uint8=True)
+    patch = axes("patch_size", patch_size, images.dim() - 2)
+    if any(size % p for size, p in zip(images.shape[2:], patch)):
+        raise ValueError(
+            f"images of size {tuple(images.shape[2:])} can't be cut into patches: "
+            f"each side must be a multiple of patch_size {tuple(patch)}"
+        )
+    return patch, [size // p for size, p in zip(images.shape[2:], patch)]

@@ -1,0 +1,68 @@
+"""`python -m fastmim.info [--json]`: which kernel serves each op on each device, and why not the others."""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import __version__, _library, ops
+
+DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
+PACKAGES = ("torch", "numpy", "triton", "xformers", "nvidia-dali-cuda130", "transformers", "timm", "pillow")
+
+
+def collect() -> dict[str, Any]:
+    """Everything the command prints, as plain data. Starts no CUDA context."""
+    return {
+        "fastmim": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
+        "FASTMIM_KERNELS": _library.family,
+        "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
+        "missing": dict(_library.missing),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _kernel(op: str, key: str) -> str:
+    """The family whose kernel the dispatcher calls."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
+        return {"CPU": "cpp", "CUDA": "triton"}[key]
+    return "reference" if _library.family in ("auto", "reference") else f"none: {_library.missing[_library.family]}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m fastmim.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    found = collect()
+    if parser.parse_args(argv).json:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"fastmim {found['fastmim']}, Python {found['python']}, {found['platform']}")
+    print("packages  ", ", ".join(f"{name} {version or 'absent'}" for name, version in found["packages"].items()))
+    print(f"CPU        {found['cpu']['capability']}, {found['cpu']['threads']} threads")
+    print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
+    print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
+    print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
+    for name, served in found["ops"].items():
+        print(f"{name:<22}" + "".join(f"{served[device]:<14}" for device in DEVICES))
+    print("\nnot served by")
+    for family, reason in found["missing"].items():
+        print(f"  {family:<10} {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Masks: which patches are visible, which are predicted, and where masks come from.
+
+Polarity, everywhere: 1 or True = removed. Ids live in patch space and never count a class token.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._checks import check_count, check_floating, check_ids, check_ratio, check_same, check_tensor
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Visible and predicted patches of a batch.
+
+    Attributes:
+        ids_keep: (B, K) int64 visible patches, in the order the encoder sees them.
+        ids_predict: (B, M) int64 patches to predict.
+        ids_restore: (B, L) int64 rank of each patch; ranks 0..K-1 are the visible ones.
+        num_patches: L.
+    """
+
+    ids_keep: Tensor
+    ids_predict: Tensor
+    ids_restore: Tensor
+    num_patches: int
+
+    def __post_init__(self) -> None:
+        check_count("num_patches", self.num_patches, 1)
+        batch = check_ids("ids_keep", self.ids_keep).shape[0]
+        check_ids("ids_predict", self.ids_predict, batch)
+        check_tensor("ids_restore", check_ids("ids_restore", self.ids_restore), (batch, self.num_patches))
+        check_same("device", ids_keep=self.ids_keep, ids_predict=self.ids_predict, ids_restore=self.ids_restore)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, L) bool, True = removed."""
+        return self.ids_restore >= self.len_keep
+
+    @property
+    def len_keep(self) -> int:
+        """Visible patches K of each row."""
+        return self.ids_keep.shape[1]
+
+    def to(self, device: torch.device | str) -> "Mask":
+        """The same mask on `device`."""
+        keep, predict, restore = (t.to(device) for t in (self.ids_keep, self.ids_predict, self.ids_restore))
+        return Mask(keep, predict, restore, self.num_patches)
+
+
+def random(
+    batch: int,
+    num_patches: int,
+    mask_ratio: float | None = None,
+    *,
+    len_keep: int | None = None,
+    decode_ratio: float = 1.0,
+    noise: Tensor | None = None,
+    seeds: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
+    """Patches removed at random, counted and ordered as in facebookresearch/mae.
+
+    Args:
+        batch, num_patches: B and L.
+        mask_ratio: share r removed, in (0, 1): K = int(L·(1−r)) are kept.
+        len_keep: K itself, instead of `mask_ratio`.
+        decode_ratio: share q of the removed patches to predict, in (0, 1]: M = max(1, round(q·(L−K))).
+        noise, seeds, generator, device: as in `fastmim.ops.random_masking`.
+
+    Raises:
+        TypeError, ValueError: both or neither of mask_ratio and len_keep; a ratio out of range or NaN; keeping or
+            removing nothing; as `fastmim.ops.random_masking`.
+    """
+    check_count("num_patches", num_patches, 1)
+    len_keep = count_kept(num_patches, mask_ratio, len_keep)
+    len_predict = count_predicted(num_patches - len_keep, decode_ratio)
+    ids = ops.random_masking(
+        batch,
+        num_patches,
+        len_keep,
+        len_predict=len_predict,
+        noise=noise,
+        seeds=seeds,
+        generator=generator,
+        device=device,
+    )
+    return Mask(*ids, num_patches)
+
+
+def from_scores(
+    scores: Tensor, mask_ratio: float | None = None, *, len_keep: int | None = None, decode_ratio: float = 1.0
+) -> Mask:
+    """The patches of the largest scores removed; ids in the order of ascending score.
+
+    Args:
+        scores: (B, L) floating, without NaN.
+        mask_ratio, len_keep, decode_ratio: as in `random`.
+
+    Raises:
+        TypeError, ValueError: as `random`.
+    """
+    check_tensor("scores", scores, (None, None), letters="(batch, patches)")
+    check_floating("scores", scores)
+    batch, num_patches = scores.shape
+    return random(batch, num_patches, mask_ratio, len_keep=len_keep, decode_ratio=decode_ratio, noise=scores)
+
+
+def from_bool(mask: Tensor, *, predict: Tensor | None = None) -> Mask:
+    """A mask given patch by patch; ids in ascending position. Reads the counts on the host.
+
+    Args:
+        mask: (B, L) bool, True = removed; equally many in each row, at least one kept and one removed.
+        predict: (B, L) bool, True = predict; equally many in each row. Default: the removed patches. It may
+            mark visible patches (running cell masking): they are decoded and carry no loss.
+
+    Raises:
+        TypeError, ValueError: not bool, another shape, or rows of unequal count (the error names them).
+    """
+    check_tensor("mask", mask, (None, None), letters="(batch, patches)")
+    removed = _equal_count("mask", mask)
+    num_patches = mask.shape[1]
+    if removed in (0, num_patches) and mask.shape[0]:
+        raise ValueError(
+            f"mask must keep and remove at least one patch of each row; it removes {removed} of {num_patches}"
+        )
+    if predict is None:
+        return _ascending(mask, num_patches - removed)
+    check_tensor("predict", predict, tuple(mask.shape), letters="that of mask")
+    check_same("device", mask=mask, predict=predict)
+    predicted = _equal_count("predict", predict)
+    if predicted == 0 and mask.shape[0]:
+        raise ValueError("predict must mark at least one patch of each row")
+    plain = _ascending(mask, num_patches - removed)
+    ids_predict = _positions_first(predict)[:, :predicted].contiguous()
+    return Mask(plain.ids_keep, ids_predict, plain.ids_restore, num_patches)
+
+
+def tube(
+    batch: int,
+    grid: Sequence[int],
+    mask_ratio: float,
+    *,
+    seeds: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Mask:
+    """The same random patches removed in every frame (Tong et al., VideoMAE, NeurIPS 2022); ids ascending.
+
+    Args:
+        batch: B.
+        grid: (T, H, W) in patches; L = T·H·W, frames first.
+        mask_ratio: share removed, in (0, 1): int(r·H·W) patches of each frame, as VideoMAE counts.
+        seeds, generator, device: as in `fastmim.ops.random_masking`.
+
+    Raises:
+        TypeError, ValueError: as `random`.
+    """
+    frames, frame = _grid(grid)
+    removed = int(check_ratio("mask_ratio", mask_ratio) * frame)
+    if removed == 0:
+        raise ValueError(f"mask_ratio {mask_ratio} removes none of the {frame} patches of a frame")
+    _, _, rank = ops.random_masking(batch, frame, frame - removed, seeds=seeds, generator=generator, device=device)
+    return _ascending((rank >= frame - removed).repeat(1, frames), frames * (frame - removed))
+
+
+def running_cell(
+    batch: int,
+    grid: Sequence[int],
+    decode_ratio: float,
+    *,
+    seeds: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Which patches a video decoder predicts: a 2x2 cell whose decoded corners move on with each frame.
+
+    Wang et al., VideoMAE V2, CVPR 2023. Each position is decoded equally often over four frames. Counted as there:
+    int(4·(1 − decode_ratio)) of a cell's four patches are left out. The cell's phase is drawn for each row.
+
+    Args:
+        batch: B.
+        grid: (T, H, W) in patches, H and W even.
+        decode_ratio: share to decode, in (0, 1).
+        seeds, generator, device: as in `fastmim.ops.random_masking`.
+
+    Returns:
+        (B, T·H·W) bool, True = decode: the `predict` of `from_bool`.
+
+    Raises:
+        TypeError, ValueError: as `random`; an odd H or W; a ratio that decodes none or all of a cell.
+    """
+    frames, frame = _grid(grid)
+    height, width = grid[1:]
+    left_out = int(4 * (1 - check_ratio("decode_ratio", decode_ratio)))
+    if left_out == 0:
+        raise ValueError(
+            f"decode_ratio must leave out at least one of a cell's four patches (at most 0.75), got {decode_ratio}"
+        )
+    if height % 2 or width % 2:
+        raise ValueError(f"grid must have even height and width to be tiled by 2x2 cells, got {tuple(grid)}")
+    start, _, _ = ops.random_masking(batch, 4, 1, seeds=seeds, generator=generator, device=device)
+    frame_index = torch.arange(frames, device=start.device)
+    corner = torch.arange(4, device=start.device)
+    decode = (corner + (start + frame_index + 1)[..., None]) % 4 >= left_out  # (B, T, 4)
+    cells = decode.view(batch, frames, 1, 2, 1, 2).expand(-1, -1, height // 2, -1, width // 2, -1)
+    return cells.reshape(batch, frames * frame)
+
+
+def count_kept(num_patches: int, mask_ratio: float | None, len_keep: int | None = None) -> int:
+    """K = int(L·(1−r)), in double as facebookresearch/mae has it: int(100·(1−0.9)) is 9."""
+    if (mask_ratio is None) == (len_keep is None):
+        raise ValueError(f"give one of mask_ratio and len_keep; got mask_ratio={mask_ratio}, len_keep={len_keep}")
+    if len_keep is None:
+        len_keep = int(num_patches * (1 - check_ratio("mask_ratio", mask_ratio)))
+        if not 0 < len_keep < num_patches:
+            verb = "keeps" if len_keep == 0 else "removes"
+            raise ValueError(f"mask_ratio {mask_ratio} {verb} none of the {num_patches} patches")
+    check_count("len_keep", len_keep, 1, num_patches - 1)
+    return len_keep
+
+
+def count_predicted(removed: int, decode_ratio: float) -> int:
+    """M = max(1, round(q·removed)), with Python's round."""
+    return max(1, round(check_ratio("decode_ratio", decode_ratio, one=True) * removed))
+
+
+def _grid(grid: Sequence[int]) -> tuple[int, int]:
+    """Frames, and patches of a frame."""
+    if not isinstance(grid, Sequence) or len(grid) != 3:
+        raise ValueError(f"grid must be (frames, height, width) in patches, got {grid!r}")
+    for size in grid:
+        check_count("grid", size, 1)
+    return grid[0], math.prod(grid[1:])
+
+
+def _equal_count(name: str, mask: Tensor) -> int:
+    """How many are True in each row."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name} must be of dtype bool, got {mask.dtype}")
+    counts = mask.sum(1).tolist()
+    odd = [row for row, count in enumerate(counts) if count != counts[0]]
+    if odd:
+        raise ValueError(
+            f"{name} must mark equally many patches in each row: row 0 marks {counts[0]}, "
+            f"row {odd[0]} marks {counts[odd[0]]} ({len(odd)} rows differ: {odd[:8]})"
+        )
+    return counts[0] if counts else 0
+
+
+def _positions_first(mask: Tensor) -> Tensor:
+    """Positions of True, ascending, then those of False, ascending."""
+    return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def _ascending(mask: Tensor, len_keep: int) -> Mask:
+    order = _positions_first(~mask)
+    ids_restore = torch.empty_like(order)
+    ids_restore.scatter_(1, order, torch.arange(mask.shape[1], device=mask.device).expand_as(order))
+    return Mask(order[:, :len_keep].contiguous(), order[:, len_keep:].contiguous(), ids_restore, mask.shape[1])

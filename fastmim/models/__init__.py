@@ -1,0 +1,1 @@
+"""Models over nn and ops; each reads like its paper."""

@@ -1,0 +1,7 @@
+"""Transformer modules over the ops; parameter names are timm's and facebookresearch/mae's."""
+
+from .attention import Attention
+from .block import Block, Mlp, run_blocks
+from .patch_embed import PatchEmbed
+
+__all__ = ["Attention", "Block", "Mlp", "PatchEmbed", "run_blocks"]

@@ -1,0 +1,40 @@
+"""Multi-head self-attention."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Attention(nn.Module):
+    """Self-attention with a fused qkv projection, as timm's `Attention`.
+
+    Args:
+        dim: width D.
+        num_heads: heads H, a divisor of D.
+        qkv_bias: whether the projection has a bias.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads {num_heads}, got {dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """x (B, S, D) -> (B, S, D), or (B, num_queries, D) for the last tokens only."""
+        heads = (self.num_heads, self.head_dim)
+        if num_queries is None:
+            out = ops.attention_qkvpacked(self.qkv(x).unflatten(-1, (3, *heads)))
+        else:
+            dim = x.shape[-1]
+            wq, wkv = self.qkv.weight.tensor_split([dim])
+            bq, bkv = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([dim])
+            q = F.linear(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
+            k, v = F.linear(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
+            out = ops.attention(q, k, v)
+        projected: Tensor = self.proj(out.flatten(2))
+        return projected

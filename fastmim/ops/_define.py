@@ -1,0 +1,53 @@
+"""One way to define an op: schema, reference, fake, gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _library
+
+
+def define(
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+    twice: bool = False,
+) -> Callable[..., Any]:
+    """Define `fastmim::name`, served by `reference` on every device that no kernel is registered for.
+
+    `backward` is a formula over ops; its own derivative raises unless `twice`.
+    """
+    qualified = f"fastmim::{name}"
+    torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", _library.fallback(name, reference))
+    torch.library.register_fake(qualified, fake)
+    if backward is not None:
+        formula = backward if twice else once_differentiable(backward)
+        torch.library.register_autograd(qualified, formula, setup_context=setup_context)
+    op: Callable[..., Any] = getattr(torch.ops.fastmim, name).default
+    return op
+
+
+def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
+    device = tensors[0].device.type
+    if any(t.dtype == torch.float64 for t in tensors) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def wants_grad(tensor: Tensor) -> bool:
+    """Whether a gradient by `tensor` can be asked for later."""
+    return torch.is_grad_enabled() and tensor.requires_grad
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (B, K, D) summed to (D,) in the wide dtype, then in `dtype`."""
+    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)

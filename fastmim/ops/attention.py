@@ -1,0 +1,258 @@
+"""Attention over short sequences: packed, separate (self or cross) and ragged."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._checks import check_count, check_floating, check_same, check_tensor
+from ._define import autocast_dtype, define
+
+
+def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v on packed projections, read in place.
+
+    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's.
+
+    Args:
+        qkv: (B, S, 3, H, D) floating, any strides.
+        key_mask: (B, S) bool, True = attend. A query whose keys are all masked gives 0.
+        scale: default D^-1/2.
+
+    Returns:
+        (B, S, H, D) contiguous, of the dtype of `qkv`, or autocast's. The gradient is one packed (B, S, 3, H, D).
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype or device; scale not finite.
+    """
+    check_tensor("qkv", qkv, (None, None, 3, None, None), letters="(batch, sequence, 3, heads, head_dim)")
+    check_floating("qkv", qkv)
+    _check_key_mask(key_mask, qkv.shape[:2])
+    check_same("device", qkv=qkv, key_mask=key_mask)
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
+    out: Tensor = _attention_qkvpacked(qkv, key_mask, _scale(scale, qkv.shape[4]))
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v, self or cross.
+
+    Args:
+        q: (B, Sq, H, D) floating, any strides, read in place.
+        k, v: (B, Sk, H, D).
+        key_mask: (B, Sk) bool, True = attend. A query whose keys are all masked gives 0.
+        bias: floating, broadcastable to (B, H, Sq, Sk), with a gradient.
+        scale: default D^-1/2.
+
+    Returns:
+        (B, Sq, H, D) contiguous, of the dtype of `q`, or autocast's; gradients for q, k, v and bias.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype or device; scale not finite.
+    """
+    check_tensor("q", q, (None, None, None, None), letters="(batch, queries, heads, head_dim)")
+    batch, queries, heads, dim = q.shape
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, (batch, None, heads, dim), letters="(batch, keys, heads, head_dim)")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    _check_key_mask(key_mask, k.shape[:2])
+    if bias is not None:
+        check_tensor("bias", bias)
+        check_floating("bias", bias)
+        full = (batch, heads, queries, k.shape[1])
+        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, full)):
+            raise ValueError(
+                f"bias must be broadcastable to (batch, heads, queries, keys) = {full}; got {tuple(bias.shape)}"
+            )
+    check_same("device", q=q, k=k, v=v, key_mask=key_mask, bias=bias)
+    q, k, v = _one_dtype(q, k, v)
+    out: Tensor = _attention(q, k, v, key_mask, bias, _scale(scale, dim))
+    return out
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention within each of several sequences packed one after another.
+
+    Args:
+        q: (Tq, H, D) floating, the queries of all sequences.
+        k, v: (Tk, H, D).
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,) int32 or int64; sequence i is rows cu[i] to cu[i + 1].
+        max_seqlen_q, max_seqlen_k: the longest sequence, or more.
+        scale: default D^-1/2.
+
+    Returns:
+        (Tq, H, D) contiguous, of the dtype of `q`, or autocast's; gradients for q, k and v. Queries of a sequence
+        without keys give 0.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype or device; cu_seqlens that don't start at 0, fall, or don't
+            end at T (checked on the CPU, and elsewhere where FASTMIM_CHECK_IDS=1).
+    """
+    check_tensor("q", q, (None, None, None), letters="(packed queries, heads, head_dim)")
+    for name, value in (("k", k), ("v", v)):
+        check_tensor(name, value, (None, q.shape[1], q.shape[2]), letters="(packed keys, heads, head_dim)")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    for name, value in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, value, (None,), letters="(sequences + 1,)")
+        if value.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be of dtype int32 or int64, got {value.dtype}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape or cu_seqlens_q.shape[0] == 0:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must have one entry per sequence and one more; "
+            f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        )
+    check_count("max_seqlen_q", max_seqlen_q, 0)
+    check_count("max_seqlen_k", max_seqlen_k, 0)
+    check_same("device", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    q, k, v = _one_dtype(q, k, v)
+    out: Tensor = _attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
+    )
+    return out
+
+
+def _scale(scale: float | None, dim: int) -> float:
+    if scale is None:
+        return 1 / math.sqrt(max(dim, 1))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    return scale
+
+
+def _check_key_mask(key_mask: Tensor | None, shape: torch.Size) -> None:
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, tuple(shape), letters="(batch, keys)")
+        if key_mask.dtype != torch.bool:
+            raise TypeError(f"key_mask must be of dtype bool (True = attend), got {key_mask.dtype}")
+
+
+def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v in autocast's dtype, else in the one they must share."""
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        check_floating(name, value)
+    dtype = autocast_dtype(q, k, v)
+    if dtype is not None:
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    check_same("dtype", q=q, k=k, v=v)
+    return q, k, v
+
+
+# ---- attention_qkvpacked ---------------------------------------------------------------------------------------------
+
+
+def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, key_mask, ctx.scale = inputs
+    ctx.save_for_backward(qkv, key_mask)
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _attention_qkvpacked_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+_attention_qkvpacked = define(
+    "attention_qkvpacked",
+    "(Tensor qkv, Tensor? key_mask, float scale) -> Tensor",
+    reference.attention_qkvpacked,
+    lambda qkv, key_mask, scale: qkv.new_empty(*qkv.shape[:2], *qkv.shape[3:]),
+    backward=_packed_backward,
+    setup_context=_packed_setup,
+)
+
+_attention_qkvpacked_backward = define(
+    "attention_qkvpacked_backward",
+    "(Tensor grad, Tensor qkv, Tensor? key_mask, float scale) -> Tensor",
+    reference.attention_qkvpacked_backward,
+    lambda grad, qkv, key_mask, scale: qkv.new_empty(qkv.shape),
+)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    need_bias_grad = ctx.needs_input_grad[4]
+    dq, dk, dv, dbias = _attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, need_bias_grad)
+    return dq, dk, dv, None, dbias if need_bias_grad else None, None
+
+
+_attention = define(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, float scale) -> Tensor",
+    reference.attention,
+    lambda q, k, v, key_mask, bias, scale: q.new_empty(q.shape),
+    backward=_attention_backward,
+    setup_context=_attention_setup,
+)
+
+_attention_backward_op = define(
+    "attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? bias, float scale, bool need_bias_grad)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference.attention_backward,
+    lambda grad, q, k, v, key_mask, bias, scale, need_bias_grad: (
+        *(x.new_empty(x.shape) for x in (q, k, v)),
+        bias.new_empty(bias.shape) if need_bias_grad else reference.wide(q.new_empty(0)),
+    ),
+)
+
+
+# ---- attention_varlen ------------------------------------------------------------------------------------------------
+
+
+def _varlen_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _varlen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sizes = ctx.max_seqlen_q, ctx.max_seqlen_k, ctx.scale
+    return *_attention_varlen_backward(grad, *ctx.saved_tensors, *sizes), None, None, None, None, None
+
+
+_attention_varlen = define(
+    "attention_varlen",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float scale) -> Tensor",
+    reference.attention_varlen,
+    lambda q, *_: q.new_empty(q.shape),
+    backward=_varlen_backward,
+    setup_context=_varlen_setup,
+)
+
+_attention_varlen_backward = define(
+    "attention_varlen_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q,"
+    " SymInt max_seqlen_k, float scale) -> (Tensor, Tensor, Tensor)",
+    reference.attention_varlen_backward,
+    lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+)

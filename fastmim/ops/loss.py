@@ -1,0 +1,209 @@
+"""Losses whose gradient is made in the forward pass, so that no target and no error is kept."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._checks import check_floating, check_ids, check_same, check_tensor, patch_grid
+from ._define import define, wants_grad
+from .patches import Stat, channel_stats
+
+_NORMS = {False: reference.NORM_NONE, True: reference.NORM_PATCH, "channel": reference.NORM_CHANNEL}
+_REDUCTIONS = {"none": reference.REDUCE_NONE, "mean": reference.REDUCE_MEAN, "sum": reference.REDUCE_SUM}
+
+
+def pixel_loss(
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int | Sequence[int],
+    *,
+    norm_pix: bool | Literal["channel"] = True,
+    weight: Tensor | None = None,
+    mean: Stat = None,
+    std: Stat = None,
+) -> Tensor:
+    """Mean squared error of predicted patches; the target is read from the image and never stored.
+
+    The loss of MAE (He et al., CVPR 2022) and, with `norm_pix="channel"`, of VideoMAE (Tong et al., NeurIPS 2022).
+
+    Args:
+        pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
+        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, without gradient.
+        ids: (B, M) int64 patch of each prediction, distinct in a row.
+        patch_size: one int, or one per axis.
+        norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
+            P values. "channel": per channel, over sqrt(var) + 1e-6. False: none.
+        weight: (B, M) of each patch; the loss is sum(w·l) / sum(w), 0 where that sum is 0. No gradient.
+        mean, std: as in `gather_patches`, applied before `norm_pix`.
+
+    Returns:
+        scalar float32 (float64 for float64 inputs): the mean over values, then over patches; 0 for an empty batch.
+
+    Raises:
+        TypeError, ValueError: as `gather_patches`; images that require grad; a norm over fewer than two values.
+    """
+    patch, _ = patch_grid(images, patch_size)
+    ids = check_ids("ids", ids, images.shape[0])
+    values = math.prod(patch) * images.shape[1]
+    check_tensor("pred", pred, (*ids.shape, values), letters="(batch, predicted patches, values of a patch)")
+    check_floating("pred", pred)
+    if images.requires_grad:
+        raise ValueError("images must not require grad: pixel_loss reads its target from them; pass images.detach()")
+    if not isinstance(norm_pix, (bool, str)) or norm_pix not in _NORMS:
+        raise ValueError(f'norm_pix must be True, False or "channel", got {norm_pix!r}')
+    if norm_pix and math.prod(patch) * (1 if norm_pix == "channel" else images.shape[1]) < 2:
+        raise ValueError(
+            f"norm_pix={norm_pix!r} needs at least two values to take a deviation of, got patch_size {tuple(patch)}"
+        )
+    weight = _check_weight(weight, tuple(ids.shape), "(batch, predicted patches)")
+    mean, std = channel_stats(images, mean, std)
+    check_same("device", pred=pred, images=images, ids=ids, weight=weight, mean=mean, std=std)
+    loss: Tensor = _pixel_loss(pred, images, ids, patch, _NORMS[norm_pix], weight, mean, std, wants_grad(pred))[0]
+    return loss
+
+
+def scaled_cosine_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    """Scaled cosine error, (1 - cos(pred, target))^gamma of each row.
+
+    Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
+
+    Args:
+        pred, target: (..., D) floating. A row of zero norm has cosine 0 and gradient 0.
+        gamma: at least 1.
+        weight: (...) of each row, without gradient.
+        reduction: "mean": sum(w·l) / sum(w), 0 where that sum is 0; "sum": sum(w·l); "none": w·l.
+
+    Returns:
+        scalar, or (...) for "none"; float32 (float64 for float64 inputs). Gradients for pred and target, finite
+        for all finite inputs.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype or device; gamma below 1 or not finite; unknown reduction.
+    """
+    check_tensor("pred", pred)
+    check_floating("pred", pred)
+    if pred.dim() == 0:
+        raise ValueError("pred must have shape (..., width), got a scalar")
+    check_tensor("target", target, tuple(pred.shape), letters="that of pred")
+    check_floating("target", target)
+    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
+        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
+    if not (math.isfinite(gamma) and gamma >= 1):
+        raise ValueError(f"gamma must be finite and at least 1, got {gamma}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
+    weight = _check_weight(weight, tuple(pred.shape[:-1]), "one per row of pred")
+    check_same("device", pred=pred, target=target, weight=weight)
+    loss: Tensor = _scaled_cosine_loss(
+        pred, target, float(gamma), weight, _REDUCTIONS[reduction], wants_grad(pred), wants_grad(target)
+    )[0]
+    return loss
+
+
+def _check_weight(weight: Tensor | None, shape: tuple[int, ...], letters: str) -> Tensor | None:
+    if weight is None:
+        return None
+    check_tensor("weight", weight, shape, letters=letters)
+    if weight.dtype != torch.bool:
+        check_floating("weight", weight)
+    return weight.detach()
+
+
+def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient made in the forward pass, times the one that arrives."""
+    return (grad * upstream).to(dtype)
+
+
+# ---- pixel_loss ------------------------------------------------------------------------------------------------------
+
+
+def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    need_grad = others[-1]
+    grad = pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
+    return pred.new_empty((), dtype=_wide_dtype(pred, images)), grad
+
+
+def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _pixel_backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    (grad,) = ctx.saved_tensors
+    return _scaled(grad, upstream, ctx.dtype), *[None] * 8
+
+
+_pixel_loss = define(
+    "pixel_loss",
+    "(Tensor pred, Tensor images, Tensor ids, SymInt[] patch_size, int norm_pix, Tensor? weight, Tensor? mean,"
+    " Tensor? std, bool need_grad) -> (Tensor, Tensor)",
+    reference.pixel_loss,
+    _pixel_fake,
+    backward=_pixel_backward,
+    setup_context=_pixel_setup,
+)
+
+
+# ---- scaled_cosine_loss ----------------------------------------------------------------------------------------------
+
+
+def _cosine_fake(
+    pred: Tensor,
+    target: Tensor,
+    gamma: float,
+    weight: Tensor | None,
+    reduction: int,
+    need_pred_grad: bool,
+    need_target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = pred.new_empty(
+        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (), dtype=_wide_dtype(pred, target)
+    )
+    dpred, dtarget = (
+        t.new_empty(t.shape if needed else 0, dtype=reference.gradient_dtype(t.dtype))
+        for t, needed in ((pred, need_pred_grad), (target, need_target_grad))
+    )
+    return loss, dpred, dtarget
+
+
+def _cosine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.dtypes = inputs[0].dtype, inputs[1].dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[1:])
+
+
+def _cosine_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    upstream = upstream[..., None] if upstream.dim() else upstream
+    grads = [
+        _scaled(grad, upstream, dtype) if needed else None
+        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)
+    ]
+    return *grads, *[None] * 5
+
+
+_scaled_cosine_loss = define(
+    "scaled_cosine_loss",
+    "(Tensor pred, Tensor target, float gamma, Tensor? weight, int reduction, bool need_pred_grad,"
+    " bool need_target_grad) -> (Tensor, Tensor, Tensor)",
+    reference.scaled_cosine_loss,
+    _cosine_fake,
+    backward=_cosine_backward,
+    setup_context=_cosine_setup,
+)

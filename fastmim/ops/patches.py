@@ -1,0 +1,250 @@
+"""Reading patches: cut, normalise and embed the chosen ones, touching no other pixel."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._checks import FLOATING, check_floating, check_ids, check_same, check_tensor, patch_grid
+from ._define import autocast_dtype, define, sum_rows
+from .tokens import sum_by_position
+
+Stat = Sequence[float] | Tensor | None
+
+
+def gather_patches(
+    images: Tensor,
+    ids: Tensor,
+    patch_size: int | Sequence[int],
+    *,
+    mean: Stat = None,
+    std: Stat = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The chosen patches of each image as rows, normalised on the way.
+
+    Args:
+        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, read in place. uint8 is divided by
+            255 first.
+        ids: (B, K) int64 patches in row-major grid order, distinct in a row.
+        patch_size: one int, or one per axis.
+        mean, std: per channel, a sequence or 1-D tensor of C; (x - mean) / std. Default 0 and 1.
+        dtype: of the result; default the images', for uint8 torch's default dtype.
+
+    Returns:
+        (B, K, P), P = C·p·p in the order (c, p, p) of convolution weights. Floating images that require grad get one.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, device; images not divisible by the patch; mean or std of another
+            length, std not positive; ids out of range or repeated (checked on the CPU, and elsewhere where
+            FASTMIM_CHECK_IDS=1; otherwise such an id reads NaN).
+    """
+    patch, _ = patch_grid(images, patch_size)
+    ids = check_ids("ids", ids, images.shape[0])
+    if dtype is None:
+        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+    if dtype not in FLOATING:
+        raise TypeError(f"dtype must be float64, float32, bfloat16 or float16; got {dtype}")
+    mean, std = channel_stats(images, mean, std)
+    check_same("device", images=images, ids=ids, mean=mean, std=std)
+    out: Tensor = _gather_patches(images, ids, patch, mean, std, dtype)
+    return out
+
+
+def embed_patches(
+    images: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Stat = None,
+    std: Stat = None,
+) -> Tensor:
+    """Token embeddings of the chosen patches only.
+
+    Equal to the convolution (kernel = stride = patch) over the whole normalised image, plus position, then a gather.
+
+    Args:
+        images, ids, mean, std: as in `gather_patches`.
+        weight: (D, C, p, p) or (D, C, pt, p, p); its last axes are the patch size.
+        bias: (D,).
+        pos_embed: (L, D), one row per patch, without the prefix.
+        prefix: (N, D) rows written before the patches (a class token with its position).
+
+    Returns:
+        (B, N+K, D) of the weight's dtype, or autocast's. Gradients for weight, bias, pos_embed, prefix and for
+        floating images.
+
+    Raises:
+        TypeError, ValueError: as `gather_patches`.
+    """
+    check_tensor("weight", weight)
+    check_floating("weight", weight)
+    check_tensor("images", images)
+    if weight.dim() not in (4, 5) or weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
+        raise ValueError(
+            "weight must have shape (width, channels, *patch) with the channels and axes of images "
+            f"{tuple(images.shape)}; got {tuple(weight.shape)}"
+        )
+    _, grid = patch_grid(images, list(weight.shape[2:]))
+    ids = check_ids("ids", ids, images.shape[0])
+    width = weight.shape[0]
+    if bias is not None:
+        check_tensor("bias", bias, (width,), letters="(width,)")
+        check_floating("bias", bias)
+    if pos_embed is not None:
+        check_tensor("pos_embed", pos_embed, (math.prod(grid), width), letters="(patches, width)")
+        check_floating("pos_embed", pos_embed)
+    if prefix is not None:
+        check_tensor("prefix", prefix, (None, width), letters="(prefix tokens, width)")
+        check_floating("prefix", prefix)
+    mean, std = channel_stats(images, mean, std)
+    check_same(
+        "device",
+        images=images,
+        ids=ids,
+        weight=weight,
+        bias=bias,
+        pos_embed=pos_embed,
+        prefix=prefix,
+        mean=mean,
+        std=std,
+    )
+    dtype = autocast_dtype(weight) or weight.dtype
+    out: Tensor = _embed_patches(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype)
+    return out
+
+
+def channel_stats(images: Tensor, mean: Stat, std: Stat) -> tuple[Tensor | None, Tensor | None]:
+    """`mean` and `std` as checked tensors (C,) on the images' device, None where not given."""
+    return _channel_stat("mean", mean, images), _channel_stat("std", std, images)
+
+
+def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
+    if stat is None:
+        return None
+    channels = images.shape[1]
+    if isinstance(stat, Tensor):
+        check_tensor(name, stat, (channels,), letters="one value per channel")
+        check_floating(name, stat)
+        return stat.detach()
+    if not isinstance(stat, Sequence) or not all(isinstance(v, (int, float)) for v in stat):
+        raise TypeError(f"{name} must be a sequence of numbers or a 1-D tensor, got {stat!r}")
+    if len(stat) != channels:
+        raise ValueError(
+            f"{name} must have one value for each of the {channels} channels, got {len(stat)}: {list(stat)}"
+        )
+    if not all(math.isfinite(v) for v in stat) or (name == "std" and min(stat) <= 0):
+        raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(stat)}")
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    if images.device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(list(stat), dtype=dtype, device=images.device)
+    return _constant(tuple(stat), dtype, images.device)
+
+
+@lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The same tensor at each call: no copy to the device in the middle of a step."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+# ---- gather_patches --------------------------------------------------------------------------------------------------
+
+
+def _gather_fake(
+    images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return images.new_empty(*ids.shape, images.shape[1] * math.prod(patch_size), dtype=dtype)
+
+
+def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids, ctx.patch_size, _, std, _ = inputs
+    ctx.shape, ctx.dtype = images.shape, images.dtype
+    ctx.save_for_backward(ids, std)
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ids, std = ctx.saved_tensors
+    return _gather_patches_backward(grad, ids, ctx.patch_size, std, ctx.shape, ctx.dtype), None, None, None, None, None
+
+
+_gather_patches = define(
+    "gather_patches",
+    "(Tensor images, Tensor ids, SymInt[] patch_size, Tensor? mean, Tensor? std, ScalarType dtype) -> Tensor",
+    reference.gather_patches,
+    _gather_fake,
+    backward=_gather_backward,
+    setup_context=_gather_setup,
+)
+
+_gather_patches_backward = define(
+    "gather_patches_backward",
+    "(Tensor grad, Tensor ids, SymInt[] patch_size, Tensor? std, SymInt[] shape, ScalarType dtype) -> Tensor",
+    reference.gather_patches_backward,
+    lambda grad, ids, patch_size, std, shape, dtype: grad.new_empty(shape, dtype=dtype),
+)
+
+
+# ---- embed_patches ---------------------------------------------------------------------------------------------------
+
+
+def _embed_fake(
+    images: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
+    return weight.new_empty(ids.shape[0], rows, weight.shape[0], dtype=dtype)
+
+
+def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, ids, weight, bias, pos_embed, prefix, mean, std, ctx.dtype = inputs
+    ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix)]
+    ctx.num_positions = None if pos_embed is None else pos_embed.shape[0]
+    ctx.num_prefix_tokens = 0 if prefix is None else prefix.shape[0]
+    ctx.save_for_backward(images, ids, weight, mean, std)
+
+
+def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    images, ids, weight, mean, std = ctx.saved_tensors
+    patch_size, (bias_dtype, pos_dtype, prefix_dtype) = list(weight.shape[2:]), ctx.dtypes
+    prefix, tokens = grad.tensor_split([ctx.num_prefix_tokens], dim=1)
+    dimages = dweight = dbias = dpos = dprefix = None
+    if ctx.needs_input_grad[0]:
+        dpatches = tokens @ weight.flatten(1).to(ctx.dtype)
+        dimages = _gather_patches_backward(dpatches, ids, patch_size, std, images.shape, images.dtype)
+    if ctx.needs_input_grad[2]:
+        # cut again: the images are alive anyway, the patch matrix need not be
+        patches = _gather_patches(images.detach(), ids, patch_size, mean, std, ctx.dtype)
+        dweight = (tokens.flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
+    if ctx.needs_input_grad[3]:
+        dbias = sum_rows(tokens, bias_dtype)
+    if ctx.needs_input_grad[4]:
+        dpos = sum_by_position(tokens, ids, ctx.num_positions).to(pos_dtype)
+    if ctx.needs_input_grad[5]:
+        dprefix = reference.wide(prefix).sum(0).to(prefix_dtype)
+    return dimages, None, dweight, dbias, dpos, dprefix, None, None, None
+
+
+_embed_patches = define(
+    "embed_patches",
+    "(Tensor images, Tensor ids, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
+    " Tensor? std, ScalarType dtype) -> Tensor",
+    reference.embed_patches,
+    _embed_fake,
+    backward=_embed_backward,
+    setup_context=_embed_setup,
+)

@@ -1,0 +1,492 @@
+"""Every op in plain PyTorch: the executable specification, and the kernel that serves where no other does.
+
+Each function has the signature of its dispatcher op (see `fastmim.ops`). Arithmetic is in float32 (float64 for
+float64 inputs) whatever the storage. Letters: B batch, L patches, K visible, M predicted, D width, P values of a
+patch, N prefix tokens, S sequence, H heads.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_NONE, NORM_PATCH, NORM_CHANNEL = 0, 1, 2
+REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
+
+_CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in the dtype that arithmetic is done in."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _checked(x: Tensor) -> bool:
+    """Whether the values of `x` may be read by the host: free on the CPU, a synchronisation elsewhere."""
+    return x.device.type == "cpu" or _CHECK_ON_DEVICE
+
+
+def check_id_values(name: str, ids: Tensor, limit: int) -> None:
+    """The ids of each row are distinct and in 0..limit-1."""
+    if not _checked(ids) or ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in 0..{limit - 1}; got {low if low < 0 else high}")
+    ranked = ids.sort(dim=1).values
+    if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+        raise ValueError(f"{name} must not repeat an id within a row; got a duplicate")
+
+
+def _batch(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[0], device=ids.device)[:, None]
+
+
+def _take(x: Tensor, ids: Tensor, name: str = "ids") -> Tensor:
+    """Rows `ids` (B, K) of x (B, L, ...); an id that is out of range and was not checked reads NaN."""
+    limit = x.shape[1]
+    check_id_values(name, ids, limit)
+    if _checked(ids):
+        return x[_batch(ids), ids]
+    rows = x[_batch(ids), ids.clamp(0, limit - 1)]
+    valid = ((ids >= 0) & (ids < limit)).reshape(*ids.shape, *[1] * (x.dim() - 2))
+    return torch.where(valid, rows, float("nan"))
+
+
+def _put(rows: Tensor, ids: Tensor, limit: int) -> Tensor:
+    """Zeros (B, limit, ...) with `rows` at `ids`; an id out of range writes nothing."""
+    spare = torch.where((ids >= 0) & (ids < limit), ids, limit)
+    out = rows.new_zeros(rows.shape[0], limit + 1, *rows.shape[2:])
+    out[_batch(ids), spare] = rows
+    return out[:, :limit].contiguous()
+
+
+# ---- masking ---------------------------------------------------------------------------------------------------------
+
+
+def philox(seeds: Tensor, count: int) -> Tensor:
+    """(B, count) int64 in 0..2^32-1: word j % 4 of Philox4x32-10 with counter (j // 4, 0, 0, 0) and key seeds[b].
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    low = 0xFFFFFFFF
+    c0 = torch.arange((count + 3) // 4, device=seeds.device).expand(seeds.shape[0], -1)
+    c1 = c2 = c3 = torch.zeros_like(c0)
+    k0, k1 = (seeds & low)[:, None], ((seeds >> 32) & low)[:, None]
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, so both 32-bit halves are right
+        left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((right >> 32) & low) ^ c1 ^ k0, right & low, ((left >> 32) & low) ^ c3 ^ k1, left & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :count]
+
+
+def random_masking(
+    batch: int, num_patches: int, len_keep: int, len_predict: int, noise: Tensor | None, seeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if noise is None:
+        assert seeds is not None
+        noise = philox(seeds, num_patches)
+    elif _checked(noise) and bool(noise.isnan().any()):
+        raise ValueError("noise must not hold NaN: the order of its values is the mask")
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = torch.empty_like(ids_shuffle)
+    ids_restore.scatter_(1, ids_shuffle, torch.arange(num_patches, device=noise.device).expand(batch, -1))
+    ids_keep = ids_shuffle[:, :len_keep].contiguous()
+    return ids_keep, ids_shuffle[:, len_keep : len_keep + len_predict].contiguous(), ids_restore
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    return _take(tokens, ids)
+
+
+def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
+    return _put(grad, ids, num_tokens)
+
+
+def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
+    """The gradient of a table (L, D) of which row ids[b, k] was added to token (b, k)."""
+    return _put(wide(rows), ids, num_positions).sum(0)
+
+
+def _positions(table: Tensor, ids: Tensor, name: str) -> Tensor:
+    return _take(wide(table).expand(ids.shape[0], -1, -1), ids, name)
+
+
+def decoder_tokens(
+    visible: Tensor,
+    ids_keep: Tensor,
+    ids_predict: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    num_prefix_tokens: int,
+) -> Tensor:
+    prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens])
+    prefix = wide(visible[:, :num_prefix_tokens]) + wide(prefix_pos)
+    kept = wide(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
+    predicted = wide(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
+    return torch.cat([prefix, kept, predicted], dim=1).to(visible.dtype)
+
+
+def unshuffle(
+    visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int
+) -> Tensor:
+    check_id_values("ids_restore", ids_restore, ids_restore.shape[1])
+    prefix, kept = wide(visible).tensor_split([num_prefix_tokens], dim=1)
+    len_keep = kept.shape[1]
+    hidden = wide(mask_token).expand(ids_restore.shape[0], 1, -1)
+    patches = _take_repeated(torch.cat([kept, hidden], dim=1), ids_restore.clamp(max=len_keep))
+    return (torch.cat([prefix, patches], dim=1) + wide(pos_embed)).to(visible.dtype)
+
+
+def _take_repeated(x: Tensor, ids: Tensor) -> Tensor:
+    return x[_batch(ids), ids]
+
+
+def unshuffle_backward(
+    grad: Tensor, ids_restore: Tensor, len_keep: int, num_prefix_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `visible` and, in the wide dtype, of `mask_token`."""
+    prefix, patches = grad.tensor_split([num_prefix_tokens], dim=1)
+    masked = (ids_restore >= len_keep)[..., None]
+    kept = _put(patches, torch.where(masked[..., 0], len_keep, ids_restore), len_keep)
+    return torch.cat([prefix, kept], dim=1), (wide(patches) * masked).sum((0, 1))
+
+
+# ---- patches ---------------------------------------------------------------------------------------------------------
+
+
+def _patch_view(images: Tensor, patch_size: list[int]) -> Tensor:
+    """images (B, C, *sizes) as a view (B, *grid, C, *patch)."""
+    for axis, p in enumerate(patch_size):
+        images = images.unflatten(2 + 2 * axis, (images.shape[2 + 2 * axis] // p, p))
+    n = len(patch_size)
+    return images.permute(0, *range(2, 2 + 2 * n, 2), 1, *range(3, 3 + 2 * n, 2))
+
+
+def _channels(stat: Tensor, like: Tensor) -> Tensor:
+    """A per-channel statistic (C,) broadcastable to patches (B, K, C, *patch)."""
+    return stat.to(like.dtype).reshape(-1, *[1] * (like.dim() - 3))
+
+
+def _cut(
+    images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The chosen patches (B, K, C, *patch), normalised, in `dtype`."""
+    view = _patch_view(images, patch_size)
+    grid = view.shape[1 : 1 + len(patch_size)]
+    limit = grid.numel()
+    check_id_values("ids", ids, limit)
+    patches = view[(_batch(ids), *torch.unravel_index(ids.clamp(0, limit - 1), grid))].to(dtype)
+    if not _checked(ids):
+        valid = ((ids >= 0) & (ids < limit)).reshape(*ids.shape, *[1] * (patches.dim() - 2))
+        patches = torch.where(valid, patches, float("nan"))
+    if images.dtype == torch.uint8:
+        patches = patches / 255
+    if mean is not None:
+        patches = patches - _channels(mean, patches)
+    if std is not None:
+        if _checked(std) and bool((std <= 0).any()):
+            raise ValueError(f"std must be positive, got {std.tolist()}")
+        patches = patches / _channels(std, patches)
+    return patches
+
+
+def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def gather_patches(
+    images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return _cut(images, ids, patch_size, mean, std, _wide_dtype(images.dtype, dtype)).flatten(2).to(dtype)
+
+
+def gather_patches_backward(
+    grad: Tensor, ids: Tensor, patch_size: list[int], std: Tensor | None, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """The gradient (B, C, *sizes) of floating images, in `dtype`."""
+    patches = wide(grad).unflatten(2, (shape[1], *patch_size))
+    if std is not None:
+        patches = patches / _channels(std, patches)
+    grid = [size // p for size, p in zip(shape[2:], patch_size)]
+    n = len(grid)
+    order = [0, 1 + n, *(axis for i in range(n) for axis in (1 + i, 2 + n + i))]
+    whole: Tensor = _put(patches, ids, torch.Size(grid).numel()).unflatten(1, grid)
+    return whole.permute(order).reshape(shape).to(dtype)
+
+
+def embed_patches(
+    images: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
+    prefix: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
+    tokens = F.linear(patches, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    if pos_embed is not None:
+        tokens = wide(tokens) + _positions(pos_embed, ids, "ids")
+    if prefix is not None:
+        tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return tokens.to(dtype)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q kᵀ + bias) over the unmasked keys, (B, H, Sq, Sk); 0 for a query without any."""
+    scores = (wide(q).transpose(1, 2) * scale) @ wide(k).permute(0, 2, 3, 1)
+    if bias is not None:
+        scores = scores + wide(bias)
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
+    if bias is None and key_mask is None:
+        return scores.softmax(dim=-1)
+    return scores.softmax(dim=-1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0)
+
+
+def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Keys or values (B, Sk, H, D) with zeros where masked, so that what lies there can't leak."""
+    return wide(x) if key_mask is None else wide(x).masked_fill(~key_mask[..., None, None], 0)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    p = _probabilities(q, k, key_mask, bias, scale)
+    return (p @ _attended(v, key_mask).transpose(1, 2)).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    need_bias_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and bias (empty unless asked for), from q, k, v alone."""
+    p = _probabilities(q, k, key_mask, bias, scale)
+    g, keys, values = wide(grad).transpose(1, 2), _attended(k, key_mask), _attended(v, key_mask)
+    dp = g @ values.permute(0, 2, 3, 1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    dq = (ds @ keys.transpose(1, 2)) * scale
+    dk = (ds.transpose(2, 3) @ wide(q).transpose(1, 2)) * scale
+    dv = p.transpose(2, 3) @ g
+    dq, dk, dv = (d.transpose(1, 2).to(x.dtype).contiguous() for d, x in ((dq, q), (dk, k), (dv, v)))
+    if bias is None or not need_bias_grad:
+        return dq, dk, dv, ds.new_empty(0)
+    return dq, dk, dv, ds.sum_to_size(bias.shape).to(bias.dtype)
+
+
+def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return attention(q, k, v, key_mask, None, scale)
+
+
+def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+
+
+def _sequence(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """For each packed row its sequence and its place in it."""
+    row = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.bucketize(row, cu_seqlens[1:].contiguous(), right=True)
+    return sequence, row - cu_seqlens[sequence]
+
+
+def _pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """Packed rows (T, H, D) as (sequences, max_seqlen, H, D), zeros behind, and which of them are rows."""
+    sequence, place = _sequence(cu_seqlens, x.shape[0])
+    out = x.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:])
+    out[sequence, place] = x
+    return out, torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """Starts at 0, never falls, ends at `total`; no sequence is longer than `max_seqlen`."""
+    if not _checked(cu_seqlens):
+        return
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != total or bool((lengths < 0).any()):
+        raise ValueError(
+            f"cu_seqlens_{name} must start at 0, never fall and end at the {total} packed rows; "
+            f"got {cu_seqlens.tolist()}"
+        )
+    if lengths.numel() and int(lengths.max()) > max_seqlen:
+        raise ValueError(
+            f"max_seqlen_{name} must be at least the longest sequence, {int(lengths.max())}; got {max_seqlen}"
+        )
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    (padded_q, _), (padded_k, is_key), (padded_v, _) = (
+        _pad(q, cu_seqlens_q, max_seqlen_q),
+        _pad(k, cu_seqlens_k, max_seqlen_k),
+        _pad(v, cu_seqlens_k, max_seqlen_k),
+    )
+    return attention(padded_q, padded_k, padded_v, is_key, None, scale)[_sequence(cu_seqlens_q, q.shape[0])]
+
+
+def attention_varlen_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (padded_g, _), (padded_q, _) = (_pad(x, cu_seqlens_q, max_seqlen_q) for x in (grad, q))
+    (padded_k, is_key), (padded_v, _) = (_pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
+    dq, dk, dv, _ = attention_backward(padded_g, padded_q, padded_k, padded_v, is_key, None, scale, False)
+    keys = _sequence(cu_seqlens_k, k.shape[0])
+    return dq[_sequence(cu_seqlens_q, q.shape[0])], dk[keys], dv[keys]
+
+
+# ---- loss ------------------------------------------------------------------------------------------------------------
+
+
+def pixel_loss(
+    pred: Tensor,
+    images: Tensor,
+    ids: Tensor,
+    patch_size: list[int],
+    norm_pix: int,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    std: Tensor | None,
+    need_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss and, where asked for, its gradient by pred (else empty)."""
+    dtype = _wide_dtype(pred.dtype, images.dtype)
+    target = _cut(images, ids, patch_size, mean, std, dtype).movedim(2, -1)
+    axes = {NORM_PATCH: tuple(range(2, target.dim())), NORM_CHANNEL: tuple(range(2, target.dim() - 1))}.get(norm_pix)
+    if axes is not None:
+        var, mu = torch.var_mean(target, dim=axes, keepdim=True)
+        target = (target - mu) / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
+    error = pred.to(dtype) - target.flatten(2)
+    row_scale = _row_scale(weight, error[..., 0], REDUCE_MEAN)
+    loss = (error.square().mean(-1) * row_scale).sum()
+    grad = error * row_scale[..., None] * (2 / pred.shape[-1]) if need_grad else error.new_empty(0)
+    return loss, grad.to(gradient_dtype(pred.dtype))
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a gradient made in the forward pass is stored: a mean's gradient underflows in float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def _row_scale(weight: Tensor | None, like: Tensor, reduction: int) -> Tensor:
+    """What each row's loss is multiplied by, of the shape of `like`; 0 where all weights are 0."""
+    rows = torch.ones_like(like) if weight is None else weight.to(like.dtype).expand_as(like)
+    if reduction != REDUCE_MEAN:
+        return rows
+    total = rows.sum()
+    return torch.where(total != 0, rows / total, 0)
+
+
+def scaled_cosine_loss(
+    pred: Tensor,
+    target: Tensor,
+    gamma: float,
+    weight: Tensor | None,
+    reduction: int,
+    need_pred_grad: bool,
+    need_target_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and, where asked for, its gradients by pred and target (else empty).
+
+    Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
+    """
+    dtype = _wide_dtype(pred.dtype, target.dtype)
+    (x, x_size, x_norm), (y, y_size, y_norm) = (_direction(t.to(dtype)) for t in (pred, target))
+    cosine = (x * y).sum(-1, keepdim=True).clamp(-1, 1)
+    error = 1 - cosine
+    row_scale = _row_scale(weight, error[..., 0], reduction)
+    loss = error[..., 0] ** gamma * row_scale
+    slope = -gamma * error ** (gamma - 1) * row_scale[..., None]
+
+    def gradient(needed: bool, a: Tensor, b: Tensor, size: Tensor, norm: Tensor, like: Tensor) -> Tensor:
+        if not needed:
+            return a.new_empty(0, dtype=gradient_dtype(like.dtype))
+        largest = torch.finfo(like.dtype).max
+        grad = slope * (b - cosine * a) / norm / size
+        return torch.where(size == 0, 0, grad).clamp(-largest, largest).to(gradient_dtype(like.dtype))
+
+    return (
+        loss if reduction == REDUCE_NONE else loss.sum(),
+        gradient(need_pred_grad, x, y, x_size, x_norm, pred),
+        gradient(need_target_grad, y, x, y_size, y_norm, target),
+    )
+
+
+def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = direction * norm * size, where size is the largest magnitude of the row, so that no square overflows."""
+    size = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    scaled = torch.where(size > 0, x / size, 0)
+    norm = scaled.norm(dim=-1, keepdim=True).clamp(min=1)
+    return scaled / norm, size, norm
+
+
+# ---- norm ------------------------------------------------------------------------------------------------------------
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """normed, sum, and the mean and reciprocal deviation of each row of the sum."""
+    total = (wide(x) + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    rows = wide(total)
+    width = [x.shape[-1]]
+    normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
+    return normed.to(total.dtype), total, mean, rstd
+
+
+def add_layer_norm_backward(
+    grad_normed: Tensor, grad_sum: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype)."""
+    rows = wide(total)
+    through, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        wide(grad_normed), rows, [rows.shape[-1]], mean, rstd, weight.to(rows.dtype), weight.to(rows.dtype), [True] * 3
+    )
+    return (through + wide(grad_sum)).to(total.dtype), dweight, dbias
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """u Φ(u) with u = x + bias and Φ the normal distribution function (erf, not tanh)."""
+    return F.gelu(wide(x) + wide(bias)).to(x.dtype)
+
+
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and, in the wide dtype, of bias."""
+    dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
+    return dx.to(x.dtype), dx.flatten(0, -2).sum(0)
