@@ -1,0 +1,48 @@
+"""The examples run as a user runs them, and do what they say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, *args: object, cwd: Path) -> str:
+    command = [sys.executable, str(EXAMPLES / name), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with a folder of pictures of smooth colour."""
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    for index, size in enumerate([(90, 70), (64, 64), (120, 50)]):
+        Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / "photos" / "inner" / f"{index}.png")
+    return tmp_path / "photos"
+
+
+def test_train_mae(folder, tmp_path):
+    said = run(
+        "train_mae.py", folder, "--steps", 3, "--batch-size", 2, "--image-size", 32, "--out", "g.png", cwd=tmp_path
+    )
+    assert re.search(r"loss \d+\.\d+", said)
+    # three pictures, each as original | masked | reconstruction
+    assert Image.open(tmp_path / "g.png").size == (3 * 32, 3 * 32)
+
+
+def test_train_mae_names_an_empty_folder(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "train_mae.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("name", ["drop_in.py", "feature_targets.py"])
+def test_loss_falls(name, tmp_path):
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", run(name, cwd=tmp_path))]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
