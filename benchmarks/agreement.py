@@ -1,0 +1,99 @@
+"""What must hold before any clock starts: all compute the same thing, fastmim as exactly as the others."""
+
+import copy
+import math
+
+import torch
+from contestants import Batch, Contestant, Setting
+from photographs import normalise
+from sizes import PARTIAL, Cell, Sizes
+from torch import Tensor, nn
+
+LOSS_TOLERANCE = 1e-5
+ERROR_FACTOR = 1.25
+# below this, two errors in fp32 differ by the order of summation alone; in bf16 the factor is enough
+ERROR_FLOOR = {"fp32": 2e-6, "bf16": 0.0}
+TOKENS = 384
+
+
+class Disagreement(Exception):
+    """Two contestants computed different things, so that their speeds can't be compared."""
+
+
+def images_to_check(sizes: Sizes, cell: Cell) -> int:
+    """So many that the roundings of single tokens average out of a gradient's error."""
+    return max(2, math.ceil(TOKENS / (sizes.visible(cell) + sizes.predicted(cell))))
+
+
+def check(contestants: list[Contestant], setting: Setting, cell: Cell, batch: Batch) -> str:
+    """Compare losses in fp32, and fastmim's gradients in the timed dtype with float64; returns both in words.
+
+    The reference is the plain peer with fastmim's objective: `plain`, or `plain-gather` where decode_ratio
+    is below 1; losses of contestants that decode all are compared with `plain`.
+
+    Raises:
+        Disagreement: a loss is off by more than 1e-5 of its value, or the error of some parameter's gradient,
+            ||g - g64|| / ||g64||, is more than 1.25 times the reference's.
+    """
+    template = contestants[0].model
+    references = {form: _entered(Contestant(form, setting, template), cell) for form in ("plain", "plain-gather")}
+    few = batch.head(2)
+    expected = {form: _loss(reference, few) for form, reference in references.items()}
+    worst_loss = 0.0
+    for contestant in contestants:
+        form = "plain-gather" if cell.decode_ratio < 1 and contestant.form in PARTIAL else "plain"
+        loss = _loss(_entered(contestant, cell), few)
+        off = abs(loss / expected[form] - 1)
+        if not off <= LOSS_TOLERANCE:
+            raise Disagreement(
+                f"{cell}: the loss of {contestant.name} is {loss:.8f} in fp32, that of {form} "
+                f"{expected[form]:.8f}, off by {off:.1e}; at most {LOSS_TOLERANCE:.0e} is allowed"
+            )
+        worst_loss = max(worst_loss, off)
+
+    reference = references["plain-gather" if cell.decode_ratio < 1 else "plain"]
+    exact_model = copy.deepcopy(reference.model).double()
+    exact = _gradients(exact_model, exact_model(normalise(batch.images, torch.float64), batch.noise, cell))
+    allowed = {
+        key: max(ERROR_FACTOR * error, ERROR_FLOOR[setting.dtype])
+        for key, error in _errors(reference, batch, exact).items()
+    }
+    worst_error, worst_share = 0.0, 0.0
+    for contestant in contestants:
+        if contestant.form != "fastmim":
+            continue
+        for key, error in _errors(contestant, batch, exact).items():
+            if not error <= allowed[key]:
+                raise Disagreement(
+                    f"{cell}: the gradient of {contestant.name} by {key} is {error:.2e} from float64 in "
+                    f"{setting.dtype}; at most {allowed[key]:.2e}, {ERROR_FACTOR} times the error of "
+                    f"{reference.name}, is allowed"
+                )
+            worst_error, worst_share = max(worst_error, error), max(worst_share, error / allowed[key])
+    return (
+        f"losses agree to {worst_loss:.0e} in fp32; fastmim's gradients in {setting.dtype} are within "
+        f"{worst_error:.0e} of float64, at most {worst_share:.2f} of what is allowed"
+    )
+
+
+@torch.no_grad()
+def _loss(contestant: Contestant, batch: Batch) -> float:
+    return contestant.loss(batch).item()
+
+
+def _entered(contestant: Contestant, cell: Cell) -> Contestant:
+    torch.compiler.reset()
+    contestant.enter(cell)
+    return contestant
+
+
+def _errors(contestant: Contestant, batch: Batch, exact: dict[str, Tensor]) -> dict[str, float]:
+    with contestant.setting.autocast():
+        loss = contestant.loss(batch)
+    found = _gradients(contestant.model, loss)
+    return {key: ((found[key].double() - exact[key]).norm() / exact[key].norm()).item() for key in exact}
+
+
+def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    parameters = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    return dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()))))

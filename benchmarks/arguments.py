@@ -1,0 +1,89 @@
+"""The command line of throughput.py."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from contestants import DTYPES, MODELS, PATCH_SIZES, PEERS
+from photographs import Photographs
+from sizes import Cell
+
+DEFAULT_CELLS = [Cell(0.75, 1.0), Cell(0.98, 1.0), Cell(0.98, 0.1)]
+FULL_CELLS = [Cell(r, q) for r in (0.75, 0.9, 0.95, 0.98) for q in (1.0, 0.25, 0.1) if q == 1 or r > 0.9]
+DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
+DEFAULT_STEPS = {"cpu": 3, "cuda": 20}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Arguments with every default filled in, and besides `cells`, the grid, and `pictures`.
+
+    An argument that can't be served ends the program with its name, its value and what is allowed.
+    """
+    parser = argparse.ArgumentParser(description="Trains masked autoencoders beside their peers; see the README.")
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=["base"], help="default: base")
+    add("--mask-ratios", nargs="+", type=float, metavar="R", help="shares of the patches that are removed")
+    add("--decode-ratios", nargs="+", type=float, metavar="Q", help="shares of the removed that are predicted")
+    add("--batch-size", type=_batch_size, metavar="N|auto", help="default: auto, which is 8 on a CPU")
+    add("--image-size", type=_positive, default=224, metavar="N", help="default: 224")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda if there is one")
+    add("--dtype", choices=DTYPES, help="default: bf16 (by autocast) on cuda, fp32 on a CPU")
+    add("--compile", action="store_true", help="run every contestant under torch.compile too")
+    add("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all; plain-gather runs always")
+    add("--data", metavar="DIR", help="folder of images; default: those inside scikit-image and scikit-learn")
+    add("--steps", type=_positive, metavar="N", help="clocked rounds; default: 3 on a CPU, 20 on cuda")
+    add("--full", action="store_true", help="the whole grid, compiled contestants, peak memory")
+    add("--json", type=Path, metavar="FILE", help="write environment and rows")
+    args = parser.parse_args(argv)
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: must be auto or cpu where torch finds no CUDA device, got cuda")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"argument --json: must be a file in a folder that exists, got {str(args.json)!r}")
+    args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
+    args.steps = args.steps or DEFAULT_STEPS[args.device]
+    args.compile |= args.full
+    args.peers = [peer for peer in PEERS if peer in (*args.peers, "plain-gather")]
+    try:
+        args.cells = _cells(args)
+        args.pictures = Photographs(args.data)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def _cells(args: argparse.Namespace) -> list[Cell]:
+    """The grid; ratios that are given span one of their own."""
+    cells = FULL_CELLS if args.full else DEFAULT_CELLS
+    if args.mask_ratios or args.decode_ratios:
+        cells = [Cell(r, q) for r in args.mask_ratios or [0.75] for q in args.decode_ratios or [1.0]]
+    for cell in cells:
+        if not 0 < cell.mask_ratio < 1:
+            raise ValueError(f"argument --mask-ratios: must be between 0 and 1, got {cell.mask_ratio:g}")
+        if not 0 < cell.decode_ratio <= 1:
+            raise ValueError(f"argument --decode-ratios: must be above 0 and at most 1, got {cell.decode_ratio:g}")
+    for model in args.models:
+        size, patch = args.image_size, PATCH_SIZES[model]
+        if size % patch:
+            raise ValueError(f"argument --image-size: must be a multiple of {model}'s patch size {patch}, got {size}")
+        patches = (size // patch) ** 2
+        for cell in cells:
+            kept = int(patches * (1 - cell.mask_ratio))
+            if not 0 < kept < patches:
+                raise ValueError(
+                    f"argument --mask-ratios: must keep and remove some of {model}'s {patches} patches; "
+                    f"{cell.mask_ratio:g} keeps {kept}"
+                )
+    return cells
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return number
+
+
+def _batch_size(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)

@@ -1,0 +1,55 @@
+"""How much memory a contestant takes, and how large a batch has room."""
+
+import math
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
+
+import torch
+from contestants import Batch, Contestant, Setting, batches
+from measure import SavedBytes, peak_memory
+from sizes import Cell
+from torch import nn
+
+
+def peak_in_fresh_process(form: str, compiled: bool, setting: Setting, cell: Cell) -> int:
+    """Most bytes held over two training steps in a process that does nothing else."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak, form, compiled, setting, cell).result()
+
+
+def batch_with_room(setting: Setting, template: nn.Module, cell: Cell) -> int:
+    """8 on a CPU; on CUDA a power of two: what `plain` saves fills at most a quarter of the memory."""
+    if setting.device == "cpu":
+        return 8
+    plain = Contestant("plain", replace(setting, batch_size=2), template)
+    plain.enter(cell)
+    room = torch.cuda.mem_get_info()[0] / 4
+    return min(1024, 2 ** int(math.log2(room / saved_bytes(plain, _random_batch(plain)) * 2)))
+
+
+def saved_bytes(contestant: Contestant, batch: Batch) -> int:
+    """What a forward pass keeps for the backward pass."""
+    with (
+        SavedBytes(contestant.model, [batch.images, batch.floats, batch.noise]) as saved,
+        contestant.setting.autocast(),
+    ):
+        contestant.loss(batch)
+    return saved.total
+
+
+def _peak(form: str, compiled: bool, setting: Setting, cell: Cell) -> int:
+    contestant = Contestant(form, setting, setting.template(), compiled)
+    contestant.enter(cell)
+    batch = _random_batch(contestant)
+    for _ in range(2):
+        contestant.step(batch)
+    return peak_memory(setting.device)
+
+
+def _random_batch(contestant: Contestant) -> Batch:
+    """Memory doesn't depend on what the images show."""
+    setting = contestant.setting
+    shape = (setting.batch_size, 3, setting.image_size, setting.image_size)
+    images = torch.randint(256, shape, dtype=torch.uint8, device=setting.device)
+    return next(batches(images, setting.batch_size, contestant.sizes.patches))

@@ -1,0 +1,113 @@
+"""Real photographs to train on: those inside the scikit-image and scikit-learn wheels, or a folder."""
+
+import math
+import random
+import warnings
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# what else these folders hold is drawings, test patterns and microscopy
+_SHIPPED = {
+    "skimage": (
+        "data",
+        "astronaut.png brick.png camera.png chelsea.png coffee.png coins.png grass.png gravel.png "
+        "hubble_deep_field.jpg moon.png motorcycle_left.png motorcycle_right.png rocket.jpg",
+    ),
+    "sklearn": ("datasets/images", "china.jpg flower.jpg"),
+}
+
+
+class Photographs:
+    """Random crops of photographs, the same for the same seed.
+
+    Args:
+        folder: read with all its subfolders; None: the photographs that the wheels ship.
+
+    Raises:
+        ValueError: the folder doesn't exist or holds no image that Pillow can read.
+    """
+
+    def __init__(self, folder: str | None = None, seed: int = 0) -> None:
+        self.folder = folder
+        self.generator = random.Random(seed)
+        self.paths = _shipped() if folder is None else _images_in(folder)
+        self.generator.shuffle(self.paths)
+        self._next()
+
+    def crops(self, count: int, size: int) -> Tensor:
+        """uint8 (count, 3, size, size) channels_last; pictures take turns."""
+        crops = [_random_resized_crop(self._next(), size, self.generator) for _ in range(count)]
+        return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+
+    def _next(self) -> Image.Image:
+        while self.paths:
+            path = self.paths.pop(0)
+            try:
+                picture = _decode(path)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                warnings.warn(f"skipping {path}: {error}", stacklevel=2)
+            else:
+                self.paths.append(path)
+                return picture
+        raise ValueError(
+            f"--data must be a folder with images that Pillow can read; got {self.folder!r}, which has none"
+        )
+
+
+def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 (B, 3, H, W) -> (x / 255 - mean) / std, contiguous."""
+    mean, std = (torch.tensor(s, dtype=dtype, device=images.device)[:, None, None] for s in (MEAN, STD))
+    return ((images.to(dtype) / 255 - mean) / std).contiguous()
+
+
+def _shipped() -> list[Path]:
+    paths = []
+    for package, (folder, names) in _SHIPPED.items():
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"the photographs ship inside {package}, which is not installed; give --data DIR")
+        paths += [Path(spec.origin).parent / folder / name for name in names.split()]
+    return paths
+
+
+def _images_in(folder: str) -> list[Path]:
+    Image.init()
+    suffixes = Image.registered_extensions()
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(
+            f"--data must be a folder with images that Pillow can read; got {folder!r}, which is no folder"
+        )
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+
+
+@lru_cache(maxsize=32)
+def _decode(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        return file.convert("RGB")
+
+
+def _random_resized_crop(picture: Image.Image, size: int, generator: random.Random) -> np.ndarray:
+    """(size, size, 3) of a box of .2 to 1 of the area, 3/4 to 4/3 in shape; flipped half the time."""
+    width, height = picture.size
+    for _ in range(10):
+        area = generator.uniform(0.2, 1) * width * height
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:
+        w = h = min(width, height)
+    left, top = generator.randint(0, width - w), generator.randint(0, height - h)
+    crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    if generator.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop)

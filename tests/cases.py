@@ -1,0 +1,253 @@
+"""Cases and the rule of comparison that the op tests share: dtypes, sizes, layouts, and how close is close enough."""
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NARROW = (torch.bfloat16, torch.float16)
+WIDTHS = (1, 7, 32, 48, 63, 64, 65, 72, 80, 88, 127, 192, 384, 768, 1023, 1280)
+LENGTHS = (1, 2, 3, 5, 17, 49, 50, 65, 196, 197, 257)
+KEEPS = (1, 2, "all")
+BATCHES = (1, 5)  # and 0, which has a test of its own: it would waste the case's dtype and layout
+# channels, patch size and grid of pictures and clips
+PICTURES = (
+    (1, (1, 1), (1, 1)),
+    (3, (16, 16), (2, 3)),
+    (3, (14, 14), (2, 2)),
+    (1, (7, 5), (5, 2)),
+    (14, (2, 2), (7, 7)),
+    (4, (8, 4), (3, 1)),
+    (3, (1, 1), (17, 1)),
+    (5, (3, 3), (14, 14)),
+    (3, (2, 16, 16), (1, 1, 2)),
+    (2, (1, 3, 2), (3, 1, 2)),
+    (3, (2, 4, 4), (2, 2, 3)),
+)
+# the last two are layouts of the gradient that arrives; the inputs are contiguous then
+LAYOUTS = (
+    "contiguous",
+    "strided",
+    "expanded",
+    "offset",
+    "misaligned",
+    "transposed",
+    "transposed gradient",
+    "expanded gradient",
+)
+
+
+# ---- which cases -----------------------------------------------------------------------------------------------------
+
+
+def covering(lists: dict[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Few rows that hold every pair of dtype and layout, and every value of each list about equally often."""
+    paired = [name for name in ("dtype", "layout") if name in lists]
+    pairs = list(itertools.product(*(lists[name] for name in paired)))
+    count = max(len(pairs), *map(len, lists.values()))
+    columns = dict(zip(paired, zip(*(pairs[i % len(pairs)] for i in range(count)))))
+    for name in lists.keys() - paired:
+        # shuffled by its own name, so that no list walks in step with another
+        shuffle, column = random.Random(name), []
+        while len(column) < count:
+            column += shuffle.sample(lists[name], len(lists[name]))
+        columns[name] = tuple(column[:count])
+    return list(zip(*(columns[name] for name in lists)))
+
+
+def cases(options: dict[str, Sequence[Any]] | None = None, **lists: Sequence[Any]) -> list[dict[str, Any]]:
+    """A covering selection of lists and options; with FASTMIM_TEST_ALL=1 the full product of the lists.
+
+    `options` are further arguments whose product with everything else would say nothing new: they are spread over
+    the rows in either case.
+    """
+    options = options or {}
+    if not TEST_ALL:
+        return [dict(zip((*lists, *options), row)) for row in covering({**lists, **options})]
+    rows = [dict(zip(lists, row)) for row in itertools.product(*lists.values())]
+    draw = random.Random(0)
+    return [row | {name: draw.choice(values) for name, values in options.items()} for row in rows]
+
+
+def label(case: dict[str, Any]) -> str:
+    """A case as a test id."""
+    return "-".join(f"{value}".removeprefix("torch.").replace(" ", "_") for value in case.values())
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` of x (B, L, D) as PyTorch alone reads them: with an index per value."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def cut(images: Tensor, patch: Sequence[int]) -> Tensor:
+    """All patches (B, L, C, values of a channel) of images (B, C, *sizes)."""
+    for axis, size in enumerate(patch):
+        images = images.unfold(2 + axis, size, size)
+    return images.flatten(2 + len(patch)).flatten(2, 1 + len(patch)).transpose(1, 2)
+
+
+def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
+    """Whole images as a data loader hands them over, computed in `dtype`."""
+    pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    channels = (-1, *[1] * (images.dim() - 2))
+    pixels = pixels if mean is None else pixels - torch.as_tensor(mean).to(dtype).reshape(channels)
+    return pixels if std is None else pixels / torch.as_tensor(std).to(dtype).reshape(channels)
+
+
+def draw_images(batch: int, channels: int, sizes: Sequence[int], pixels: str) -> Tensor:
+    """Random images of uint8 or floating pixels."""
+    if pixels == "uint8":
+        return torch.randint(0, 256, (batch, channels, *sizes), dtype=torch.uint8)
+    return randn(batch, channels, *sizes)
+
+
+def draw_stats(kind: str | None, channels: int) -> dict[str, Any]:
+    """mean and std: not given, as lists, as tensors, or only one of them."""
+    mean, std = torch.linspace(-0.3, 0.5, channels), torch.linspace(0.2, 1.5, channels)
+    return {
+        "none": {},
+        "list": dict(mean=mean.tolist(), std=std.tolist()),
+        "tensor": dict(mean=mean, std=std),
+        "only mean": dict(mean=mean.tolist()),
+        "only std": dict(std=std.tolist()),
+    }[kind or "none"]
+
+
+def randn(*shape: Any) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def draw_ids(batch: int, limit: int, keep: int | str) -> Tensor:
+    """(batch, keep) distinct ids of each row; "all" keeps all."""
+    return torch.rand(batch, limit).argsort(1)[:, : limit if keep == "all" else min(keep, limit)].contiguous()
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Zeros that take no memory until they are touched."""
+    stored = {1: np.uint8, 2: np.int16}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, stored)).view(dtype)
+
+
+def lay(x: Tensor, layout: str) -> Tensor:
+    """`x` in another layout; memory around and between its values holds NaN (integers: the largest)."""
+    if layout == "expanded" and (x.dim() > 1 or x.is_floating_point()):
+        return x[:1].clone().expand_as(x)
+    if layout == "transposed" and x.dim() > 1:
+        return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if layout == "channels last" and x.dim() > 3:
+        return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    if layout == "strided":
+        return x.new_empty(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    if layout == "offset":
+        return x.new_empty([size + 2 for size in x.shape])[(slice(1, -1),) * x.dim()].copy_(x)
+    if layout == "misaligned":
+        return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def prepare(arguments: dict[str, Any], dtype: torch.dtype, layout: str, leaves: Sequence[str]) -> dict[str, Any]:
+    """The arguments with floating tensors in `dtype`, all tensors in `layout`, gradients asked of `leaves`."""
+    made = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            value = lay(value.detach().to(dtype) if value.is_floating_point() else value, layout)
+            value.requires_grad_(name in leaves and value.is_floating_point())
+        made[name] = dtype if isinstance(value, torch.dtype) else value
+    return made
+
+
+def widened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same values, float64 and contiguous."""
+    return prepare(arguments, torch.float64, "contiguous", leaves_of(arguments))
+
+
+def leaves_of(arguments: dict[str, Any]) -> list[str]:
+    return [name for name, value in arguments.items() if isinstance(value, Tensor) and value.requires_grad]
+
+
+def bits(x: Tensor) -> Tensor:
+    """What is stored, so that equal means equal: NaN to NaN, and -0 not to 0."""
+    return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size(), torch.uint8))
+
+
+# ---- running and comparing -------------------------------------------------------------------------------------------
+
+
+def upstream(output: Tensor, layout: str) -> Tensor:
+    """A gradient that is exact in every dtype."""
+    draw = torch.Generator().manual_seed(output.dim())
+    grad = (torch.randint(-256, 257, output.shape, generator=draw) / 64).to(output.dtype)
+    if layout == "expanded gradient":
+        return grad.new_tensor(1.25).expand_as(grad)
+    return lay(grad, "transposed") if layout == "transposed gradient" else grad
+
+
+def run(op: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous") -> dict[str, Tensor]:
+    """Outputs, and the gradient of each argument that requires one."""
+    outputs = op(**arguments)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    leaves = leaves_of(arguments)
+    if leaves:
+        outputs = [output for output in outputs if output.requires_grad]
+        grads = torch.autograd.grad(
+            outputs, [arguments[name] for name in leaves], [upstream(output, layout) for output in outputs]
+        )
+        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}
+    return results
+
+
+def check_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert torch.equal(bits(ours[name]), bits(theirs[name])), name
+
+
+def ulp(value: float, dtype: torch.dtype) -> float:
+    """The distance from |value| to the next larger number of `dtype`."""
+    info = torch.finfo(dtype)
+    return info.eps * max(2.0 ** math.floor(math.log2(value)) if value else 0, info.smallest_normal)
+
+
+def check_close(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
+    """The error of `ours` is at most twice eager's plus 2 ulp of the largest exact value. Integers are equal."""
+    assert ours.shape == exact.shape, name
+    if not ours.is_floating_point():
+        assert torch.equal(ours, exact), name
+        return
+    if ours.numel() == 0:
+        return
+    error = float((ours.double() - exact).abs().max())
+    theirs = (eager.double() - exact).abs()
+    theirs = float(theirs[theirs.isfinite()].max()) if theirs.isfinite().any() else 0.0  # overflow grants nothing
+    allowed = 2 * theirs + 2 * ulp(float(exact.abs().max()), ours.dtype)
+    assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}, eager's is {theirs:.3g}"
+
+
+def check_op(
+    op: Callable[..., Any], eager: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous"
+) -> None:
+    """`op` is as close to itself in float64 as `check_close` asks, forward and backward, and writes no argument."""
+    before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
+    ours, exact = run(op, arguments, layout), run(op, widened(arguments), layout)
+    check_same_bits({name: arguments[name].detach() for name in before}, before)
+    theirs = run(eager, arguments, layout)
+    assert ours.keys() == exact.keys() == theirs.keys()
+    for name in ours:
+        check_close(ours[name], theirs[name], exact[name], name)
+        if theirs[name].dtype == torch.float64 and theirs[name].isfinite().all():
+            # a wrong formula would grant any error
+            torch.testing.assert_close(theirs[name], exact[name], rtol=1e-9, atol=1e-9)

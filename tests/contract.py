@@ -1,0 +1,294 @@
+"""What each op owes, whatever kernel serves it. A test class names its op, a plain formula and its arguments."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    NARROW,
+    bits,
+    cases,
+    check_close,
+    check_op,
+    check_same_bits,
+    label,
+    leaves_of,
+    prepare,
+    run,
+    widened,
+)
+
+Bad = tuple[dict[str, Any], type[Exception], str]
+
+
+class Recorder(TorchDispatchMode):
+    """Remembers one call of each fastmim op."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[Any, tuple[Any, ...]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastmim":
+            self.calls[func] = args
+        return func(*args, **(kwargs or {}))
+
+
+class Contract:
+    """Tests of one op; `arguments()` without sizes makes a small odd sample in float64."""
+
+    op: ClassVar[Callable[..., Any]]
+    eager: ClassVar[Callable[..., Any]]
+    lists: ClassVar[dict[str, Sequence[Any]]] = {}
+    options: ClassVar[dict[str, Sequence[Any]]] = {}
+    layouts: ClassVar[Sequence[str]] = LAYOUTS
+    leaves: ClassVar[Sequence[str]] = ()
+    batched: ClassVar[Sequence[str]] = ()
+    tiny: ClassVar[dict[str, Any]] = {}
+    large: ClassVar[dict[str, Any]] = {}
+    extremes: ClassVar[Sequence[dict[str, float]]] = ()
+    bad: ClassVar[Sequence[Bad]] = ()
+
+    def arguments(self, **sizes: Any) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def sample(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", **sizes: Any) -> dict[str, Any]:
+        return prepare(self.arguments(**sizes), dtype, layout, self.leaves)
+
+    def check(self, dtype: torch.dtype, layout: str, **sizes: Any) -> None:
+        check_op(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """`case`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
+        if "case" in metafunc.fixturenames:
+            metafunc.parametrize("case", cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists), ids=label)
+        tables = {"extreme": self.extremes, "refused": self.bad, "refused_value": self.bad_values()}
+        for name, rows in tables.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, rows, ids=lambda row: "-".join(row if isinstance(row, dict) else row[0]))
+
+    def bad_values(self) -> Sequence[Bad]:
+        return ()
+
+    # ---- values ----
+
+    def test_close_to_float64(self, case):
+        self.check(**case)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_empty_batch(self, dtype):
+        self.check(dtype, "contiguous", batch=0)
+
+    def test_same_bits_for_any_number_of_threads(self):
+        arguments = self.sample(**self.large)
+        before = torch.get_num_threads()
+        try:
+            results = []
+            for threads in (1, 2, 2):
+                torch.set_num_threads(threads)
+                results.append(run(self.op, arguments))
+        finally:
+            torch.set_num_threads(before)
+        check_same_bits(results[0], results[1])
+        check_same_bits(results[1], results[2])
+
+    # ---- the dispatcher ----
+
+    @pytest.mark.parametrize("requires_grad", [False, True])
+    def test_opcheck(self, requires_grad):
+        """Of the op, and of those that its gradient calls."""
+        with Recorder() as recorder:
+            run(self.op, self.sample() if requires_grad else prepare(self.arguments(), torch.float32, "contiguous", ()))
+        assert recorder.calls
+        for op, args in recorder.calls.items():
+            if op.__name__.endswith("_backward.default"):  # is called with gradients off
+                args = [value.detach() if isinstance(value, Tensor) else value for value in args]
+            torch.library.opcheck(op, args)
+
+    def check_compiled(self, backend: str, draws: int) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(self.op, fullgraph=True, backend=backend)
+        for draw in range(draws):
+            arguments = self.sample()
+            with torch._dynamo.config.patch(error_on_recompile=draw > 0):
+                check_same_bits(run(compiled, arguments), run(self.op, arguments))
+
+    def test_compiles_once_for_all_values(self):
+        self.check_compiled("aot_eager", draws=2)
+
+    # ---- bad input ----
+
+    def refuse(self, op: Callable[..., Any], row: Bad) -> None:
+        """The call with the changed arguments raises, and writes none of them."""
+        change, error, words = row
+        arguments = self.sample()
+        with torch.no_grad():
+            arguments |= {name: new(arguments[name]) if callable(new) else new for name, new in change.items()}
+        tensors = [x.detach() for x in arguments.values() if isinstance(x, Tensor) and x.device.type == "cpu"]
+        before = [x.clone() for x in tensors]
+        with pytest.raises(error, match=words):
+            op(**arguments)
+        assert all(torch.equal(bits(now), bits(then)) for now, then in zip(tensors, before))
+
+    def test_bad_input(self, refused):
+        self.refuse(self.op, refused)
+
+    def test_wrong_type_or_dtype(self):
+        for name, value in self.sample().items():
+            if isinstance(value, Tensor):
+                self.refuse(self.op, ({name: "text"}, TypeError, f"{name} must be .*text|{name} must be .*str"))
+                wrong = value.detach().long() if value.is_floating_point() else value.float()
+                self.refuse(self.op, ({name: wrong}, TypeError, rf"{name} must be of dtype .*{wrong.dtype}"))
+
+
+class ChecksValues(Contract):
+    """An op whose kernel looks at values, `bad_values()`, and so refuses them under torch.compile as well."""
+
+    def test_bad_value(self, refused_value):
+        self.refuse(self.op, refused_value)
+
+    def test_bad_value_under_compile(self, refused_value):
+        torch.compiler.reset()
+        self.refuse(torch.compile(self.op, fullgraph=True, backend="aot_eager"), refused_value)
+
+
+class Differentiable(Contract):
+    """An op with a gradient, of one or more tensors."""
+
+    twice: ClassVar[bool] = False
+    # what autocast casts: the op is then that of these arguments in bfloat16; the others keep theirs
+    cast: ClassVar[Sequence[str]] = ()
+    autocast_dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
+
+    def small(self) -> tuple[Callable[..., Any], list[Tensor]]:
+        """The op as a function of its leaves alone, and these, in float64."""
+        arguments = self.sample(torch.float64, "offset", **self.tiny)
+        leaves = leaves_of(arguments)
+        return lambda *values: self.op(**{**arguments, **dict(zip(leaves, values))}), [arguments[n] for n in leaves]
+
+    def test_gradcheck(self):
+        function, values = self.small()
+        torch.autograd.gradcheck(function, values)
+
+    def test_second_derivative(self):
+        function, values = self.small()
+        if self.twice:
+            torch.autograd.gradgradcheck(function, values)
+        else:
+            outputs = function(*values)
+            output = outputs[0] if isinstance(outputs, tuple) else outputs
+            grads = torch.autograd.grad(output.square().sum(), values, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                sum(grad.sum() for grad in grads).backward()
+
+    def test_gradients_asked_for_one_by_one(self):
+        """As where others, or none, need one."""
+        arguments = self.arguments()
+        for leaves in ((), *((name,) for name in self.leaves)):
+            check_op(self.op, self.eager, prepare(arguments, torch.float32, "contiguous", leaves))
+
+    def test_other_floating_dtypes(self):
+        """Each leaf may be of another dtype than the rest, and its gradient is of its own."""
+        for name in self.mixed():
+            for dtype in DTYPES:
+                arguments = self.sample(torch.bfloat16)
+                arguments[name] = arguments[name].detach().to(dtype).requires_grad_(name in self.leaves)
+                ours, exact = run(self.op, arguments), run(self.op, widened(arguments))
+                for what in ours:
+                    check_close(ours[what], exact[what].bfloat16(), exact[what], f"{what}, {name} {dtype}")
+                for leaf in leaves_of(arguments):
+                    assert ours[f"gradient of {leaf}"].dtype == arguments[leaf].dtype
+
+    def mixed(self) -> Sequence[str]:
+        """Arguments that need not share the dtype of the rest."""
+        return ()
+
+    @pytest.mark.parametrize("dtype", NARROW, ids=str)
+    def test_extreme_magnitudes(self, extreme, dtype):
+        arguments = self.arguments()
+        arguments |= {name: arguments[name].clamp(-2, 2) * scale for name, scale in extreme.items()}
+        check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
+
+    def test_nan_stays_in_its_sample(self):
+        arguments = self.arguments()
+        clean = run(self.op, prepare(arguments, torch.float32, "contiguous", self.leaves))
+        for name in self.batched:
+            poisoned = {**arguments, name: arguments[name].clone()}
+            poisoned[name][1] = float("nan")
+            results = run(self.op, prepare(poisoned, torch.float32, "contiguous", self.leaves))
+            assert results["output 0"][1].isnan().any()
+            for what in [what for what in clean if what.startswith("output") or what.split()[-1] in self.batched]:
+                kept = torch.arange(len(clean[what])) != 1
+                assert torch.equal(bits(results[what][kept]), bits(clean[what][kept])), (name, what)
+
+    def test_autocast(self):
+        """Values and dtypes: those of the op on arguments cast by hand; float64 stays."""
+        arguments = self.arguments()
+        single = prepare(arguments, torch.float32, "contiguous", self.leaves)
+        by_hand = single | {n: single[n].detach().bfloat16().requires_grad_(n in self.leaves) for n in self.cast}
+        expected = run(self.op, by_hand)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(self.op, single)
+            double = run(self.op, prepare(arguments, torch.float64, "contiguous", self.leaves))
+        outputs = [name for name in found if name.startswith("output")]
+        assert [found[name].dtype for name in outputs] == list(self.autocast_dtypes)
+        assert {value.dtype for value in double.values()} == {torch.float64}
+        check_same_bits(
+            {name: found[name] for name in outputs},
+            {name: expected[name] for name in outputs},
+        )
+        for leaf in leaves_of(single):
+            gradient = f"gradient of {leaf}"
+            assert found[gradient].dtype == torch.float32
+            assert torch.equal(found[gradient], expected[gradient].float()), gradient
+
+    def test_mixed_devices(self):
+        arguments = self.sample()
+        tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
+        for name in tensors:
+            self.refuse(
+                self.op, ({name: lambda x: x.to("meta")}, ValueError, f"must have the same device; got .*{name} on meta")
+            )
+
+
+def set_first(value: int) -> Callable[[Tensor], Tensor]:
+    """Puts `value` at the head of the first row."""
+
+    def change(ids: Tensor) -> Tensor:
+        ids = ids.clone()
+        ids[0, 0] = value
+        return ids
+
+    return change
+
+
+class Indexed(ChecksValues, Differentiable):
+    """An op that chooses tokens or patches by id."""
+
+    # for each argument of ids, how many the sample has to choose from
+    limits: ClassVar[dict[str, int]]
+
+    def bad_values(self) -> Sequence[Bad]:
+        rows: list[Bad] = []
+        for name, limit in self.limits.items():
+            # 2^32 is 0 in 32 bits
+            for value in (limit, -1, 2**32, -(2**63)):
+                rows.append(({name: set_first(value)}, ValueError, rf"{name} must be in 0\.\.{limit - 1}; got {value}$"))
+            rows.append(({name: lambda x: set_first(int(x[0, -1]))(x)}, ValueError, f"{name} must not repeat an id"))
+        return rows
+
+    def test_ids_of_wrong_shape(self):
+        for name in self.limits:
+            self.refuse(self.op, ({name: lambda x: x[0]}, ValueError, rf"{name} must have shape .*; got \("))
+            self.refuse(self.op, ({name: lambda x: x[:-1]}, ValueError, rf"{name} must have shape .*; got \("))
+
+    def test_int32_ids(self):
+        arguments = self.sample()
+        narrow = arguments | {name: arguments[name].int() for name in self.limits}
+        check_same_bits(run(self.op, narrow), run(self.op, arguments))

@@ -1,0 +1,215 @@
+"""Transformer modules beside their textbook forms in float64."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmim.nn import Attention, Block, Mlp, PatchEmbed, run_blocks
+
+DIM, HEADS = 24, 3
+assert_exact = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+
+
+class Scaled(nn.Module):
+    """A norm that isn't torch's."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Doubled(nn.LayerNorm):
+    """A layer norm that does more than its parent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+NORMS = {
+    "LayerNorm": partial(nn.LayerNorm, eps=1e-6),
+    "without parameters": partial(nn.LayerNorm, elementwise_affine=False),
+    "without bias": partial(nn.LayerNorm, bias=False),
+    "RMSNorm": nn.RMSNorm,
+    "another": Scaled,
+    "a subclass": Doubled,
+}
+
+
+def random_(module: nn.Module) -> nn.Module:
+    """In float64, every parameter away from zero and one."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return module.double()
+
+
+def tokens(batch: int = 2, length: int = 7) -> Tensor:
+    return torch.randn(batch, length, DIM, dtype=torch.float64, requires_grad=True)
+
+
+def plain_attention(attn: Attention, x: Tensor) -> Tensor:
+    q, k, v = attn.qkv(x).chunk(3, dim=-1)
+    heads = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return attn.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def plain_block(block: Block, x: Tensor) -> Tensor:
+    x = x + plain_attention(block.attn, block.norm1(x))
+    return x + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x))))
+
+
+def assert_same(ours: Tensor, theirs: Tensor, module: nn.Module, x: Tensor) -> None:
+    """Values, and gradients of the input and of every parameter under a random cotangent."""
+    assert_exact(ours, theirs)
+    cotangent = torch.randn_like(ours)
+    leaves = [x, *module.parameters()]
+    assert_exact(*(torch.autograd.grad(out, leaves, cotangent, retain_graph=True) for out in (ours, theirs)))
+
+
+@pytest.mark.parametrize("num_queries", [None, 0, 1, 4, 7])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@pytest.mark.parametrize("heads", [1, 3, 24])
+def test_attention(heads, qkv_bias, num_queries):
+    attn, x = random_(Attention(DIM, heads, qkv_bias)), tokens()
+    last = slice(None) if num_queries is None else slice(7 - num_queries, None)
+    assert_same(attn(x, num_queries), plain_attention(attn, x)[:, last], attn, x)
+
+
+def test_mlp():
+    mlp, x = random_(Mlp(DIM, 37)), tokens()
+    assert_same(mlp(x), mlp.fc2(F.gelu(mlp.fc1(x))), mlp, x)
+
+
+@pytest.mark.parametrize("num_queries", [None, 3])
+@pytest.mark.parametrize("norm", NORMS)
+def test_block(norm, num_queries):
+    block, x = random_(Block(DIM, HEADS, 2.5, norm_layer=NORMS[norm])), tokens()
+    last = slice(None) if num_queries is None else slice(7 - num_queries, None)
+    assert_same(block(x, num_queries), plain_block(block, x)[:, last], block, x)
+
+
+def test_block_passes_a_stream_on():
+    """Given (residual, branch), a block returns such a pair; its sum is the block of the sum."""
+    block, residual, branch = random_(Block(DIM, HEADS)), tokens(), tokens()
+    out = block((residual, branch))
+    assert isinstance(out, tuple) and len(out) == 2
+    assert_exact(sum(out), plain_block(block, residual + branch))
+    assert_exact(sum(block((residual, None))), plain_block(block, residual))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("num_queries", [None, 2])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_run_blocks(depth, num_queries, norm):
+    chain = random_(
+        nn.ModuleList([*(Block(DIM, HEADS, norm_layer=NORMS[norm]) for _ in range(depth)), NORMS[norm](DIM)])
+    )
+    x = tokens()
+    expected = x
+    for block in chain[:-1]:
+        expected = plain_block(block, expected)
+    expected = chain[-1](expected)[:, 0 if num_queries is None else 7 - num_queries :]
+    assert_same(run_blocks(chain[:-1], chain[-1], x, num_queries=num_queries), expected, chain, x)
+
+
+def test_checkpointing_is_bit_equal_and_recomputes():
+    blocks, x = random_(nn.ModuleList(Block(DIM, HEADS) for _ in range(2))), tokens()
+    norm, runs = nn.LayerNorm(DIM).double(), []
+    blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    grads = []
+    for checkpointing in (False, True):
+        out = run_blocks(blocks, norm, x, num_queries=3, checkpointing=checkpointing)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *blocks.parameters()]))
+    assert all(map(torch.equal, *grads)) and len(runs) == 1 + 2
+
+
+class Adapted(nn.Linear):
+    """A linear layer with an adapter beside it, as fine-tuning puts in place of the plain one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("num_queries", [None, 3])
+@pytest.mark.parametrize("part", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+def test_a_linear_layer_may_be_replaced(part, num_queries):
+    block = Block(DIM, HEADS)
+    old = block.get_submodule(part)
+    block.set_submodule(part, Adapted(old.in_features, old.out_features))
+    block, x = random_(block), tokens()
+    last = slice(None) if num_queries is None else slice(7 - num_queries, None)
+    assert_exact(block(x, num_queries), plain_block(block, x)[:, last])
+
+
+def test_narrow_branches_leave_the_stream_wide():
+    """A stream in float32 under autocast isn't rounded where nothing is added to it."""
+    block, x = Block(DIM, HEADS), torch.randn(1, 5, DIM)
+    for parameter in (*block.attn.proj.parameters(), *block.mlp.fc2.parameters()):
+        nn.init.zeros_(parameter)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("dim", [32, 48, 100, 768])
+def test_mlp_width_survives_being_given_as_a_ratio(dim):
+    widths = list(range(1, 4 * dim, 7))
+    with torch.device("meta"):
+        assert [Block(dim, 1, mlp_ratio=width / dim).mlp.fc1.out_features for width in widths] == widths
+
+
+def test_parameters_are_named_as_in_timm():
+    assert list(Block(8, 2).state_dict()) == [
+        f"{part}.{kind}"
+        for part in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ]
+
+
+@pytest.mark.parametrize("dim, heads", [(24, 5), (24, 48), (24, 0)])
+def test_heads_divide_the_width(dim, heads):
+    with pytest.raises(ValueError, match=rf"num_heads.*{heads}"):
+        Attention(dim, heads)
+
+
+# ---- patch embedding -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "img_size, patch_size, channels", [(12, 4, 3), ((6, 20), (3, 5), 1), ((4, 4), 4, 14), ([8, 2], (1, 2), 2)]
+)
+def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
+    embed = random_(PatchEmbed(img_size, patch_size, channels, DIM))
+    images = torch.randn(3, channels, *embed.img_size, dtype=torch.float64, requires_grad=True)
+    rows, columns = embed.grid_size
+    whole = embed.proj(images)
+    assert whole.shape[2:] == (rows, columns) and embed.num_patches == rows * columns
+    whole = whole.flatten(2).transpose(1, 2)
+    assert_same(embed(images), whole, embed, images)
+
+    ids = torch.rand(3, rows * columns).argsort(1)[:, : (rows * columns + 1) // 2]
+    pos, prefix = torch.randn(rows * columns, DIM).double(), torch.randn(2, DIM).double()
+    chosen = (whole + pos).gather(1, ids[..., None].expand(-1, -1, DIM))
+    expected = torch.cat([prefix.expand(3, -1, -1), chosen], dim=1)
+    assert_same(embed(images, ids, pos_embed=pos, prefix=prefix), expected, embed, images)
+
+
+@pytest.mark.parametrize(
+    "img_size, patch_size, said",
+    [
+        (33, 8, r"img_size \(33, 33\) .*multiple of patch_size \(8, 8\)"),
+        ((32, 30), (8, 4), r"img_size \(32, 30\) .*multiple of patch_size \(8, 4\)"),
+        (0, 8, r"img_size must be at least 1, got 0"),
+        (8, -8, r"patch_size must be at least 1, got -8"),
+        ((8, 8, 8), 8, r"img_size must be an int or one int per axis \(2 of them\), got \(8, 8, 8\)"),
+    ],
+)
+def test_patch_embed_refuses_sizes(img_size, patch_size, said):
+    with pytest.raises(ValueError, match=said):
+        PatchEmbed(img_size, patch_size, 3, DIM)

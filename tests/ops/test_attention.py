@@ -1,0 +1,315 @@
+"""Attention: packed, separate and ragged."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cases import BATCHES, DTYPES, LAYOUTS, LENGTHS, WIDTHS, bits, check_op, randn, run
+from contract import ChecksValues, Differentiable
+from fastmim import ops
+
+BAD_SCALE = (
+    (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
+    (dict(scale=-math.inf), ValueError, "scale must be finite, got -inf"),
+    (dict(scale="1"), TypeError, "scale must be a number, got str"),
+)
+
+
+def plain(q, k, v, key_mask=None, bias=None, scale=None):
+    """Two matmuls and a softmax, in the dtype of the inputs, scaled where timm does."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
+    scores = scores if bias is None else scores + bias
+    if key_mask is None:
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
+    seen = key_mask[:, None, None]
+    weights = scores.masked_fill(~seen, torch.finfo(scores.dtype).min).softmax(-1) * seen.any(-1, keepdim=True)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def draw_key_mask(kind, batch, length):
+    """About half the keys; "a sample without" has none of the last sample's."""
+    if kind == "none":
+        return {}
+    mask = torch.rand(batch, length) < 0.5
+    mask[:, :1] = True
+    if kind == "a sample without":
+        mask[-1:] = False
+    return dict(key_mask=mask)
+
+
+KEY_MASKS = ("none", "some", "a sample without")
+
+
+class TestAttentionQkvpacked(Differentiable):
+    op = staticmethod(ops.attention_qkvpacked)
+    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    options = dict(heads=(1, 2, 3), mask=KEY_MASKS, scale=(None, 0.3))
+    leaves = batched = cast = ("qkv",)
+    tiny = dict(batch=2, length=3, width=3)
+    autocast_dtypes = (torch.bfloat16,)
+    large = dict(batch=5, length=197, width=64)
+    extremes = (dict(qkv=1e4), dict(qkv=1e-7))
+    bad = (
+        *BAD_SCALE,
+        (dict(qkv=lambda x: x[0]), ValueError, r"qkv must have shape \(any, any, 3, any, any\).*got \(5, 3, 2, 7\)"),
+        (dict(qkv=lambda x: x[:, :, :2]), ValueError, r"qkv must have shape .*; got \(3, 5, 2, 2, 7\)"),
+        (dict(qkv=lambda x: x[:2]), ValueError, r"key_mask must have shape \(2, 5\).*; got \(3, 5\)"),
+        (dict(key_mask=lambda x: x[:, 1:]), ValueError, r"key_mask must have shape \(3, 5\).*; got \(3, 4\)"),
+        (dict(key_mask=lambda x: x[:, None]), ValueError, r"key_mask must have shape \(3, 5\).*; got \(3, 1, 5\)"),
+        (dict(key_mask=lambda x: x.to(torch.uint8)), TypeError, "key_mask must be of dtype bool .*, got torch.uint8"),
+    )
+
+    @staticmethod
+    def eager(qkv, key_mask=None, scale=None):
+        return plain(*qkv.unbind(2), key_mask=key_mask, scale=scale)
+
+    def arguments(self, batch=3, length=5, width=7, heads=2, mask="some", scale=None):
+        qkv = randn(batch, length, 3, heads, width)
+        return dict(qkv=qkv, scale=scale, **draw_key_mask(mask, batch, length))
+
+    def test_output_is_contiguous(self):
+        assert self.op(**self.sample(layout="transposed")).is_contiguous()
+
+    def test_equals_attention_on_its_parts(self):
+        arguments = self.sample(length=17, width=32)
+        qkv = arguments.pop("qkv")
+        torch.testing.assert_close(ops.attention_qkvpacked(qkv, **arguments), ops.attention(*qkv.unbind(2), **arguments))
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_masked_keys_and_values_do_not_leak(self, value):
+        arguments = self.sample(length=17, width=32)
+        clean = run(self.op, arguments)
+        hidden = ~arguments["key_mask"]
+        with torch.no_grad():
+            arguments["qkv"][:, :, 1:].transpose(1, 2)[hidden[:, None].expand(-1, 2, -1)] = value
+        results = run(self.op, arguments)
+        assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
+        assert (results["gradient of qkv"][:, :, 1:].transpose(1, 2)[hidden[:, None].expand(-1, 2, -1)] == 0).all()
+
+    def test_all_keys_masked(self):
+        arguments = self.sample() | dict(key_mask=torch.zeros(3, 5, dtype=torch.bool))
+        assert all((value == 0).all() for value in run(self.op, arguments).values())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_one_key_takes_all(self, dtype):
+        """Scores far beyond what exp can take; a softmax that doesn't subtract the largest overflows."""
+        arguments = self.sample(dtype, mask="none", scale=1.0, width=8)
+        with torch.no_grad():
+            arguments["qkv"][:, :, :2] = 100 * torch.eye(5, 8, dtype=dtype)[:, None, None]
+        results = run(self.op, arguments)
+        assert torch.equal(results["output 0"], arguments["qkv"][:, :, 2])
+        assert all(value.isfinite().all() for value in results.values())
+
+    def test_compiles_with_inductor(self):
+        self.check_compiled("inductor", draws=1)
+
+    @given(
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
+        batch=st.integers(0, 4),
+        length=st.integers(0, 70),
+        width=st.integers(1, 130),
+        heads=st.integers(1, 4),
+        mask=st.sampled_from(KEY_MASKS),
+        scale=st.none() | st.floats(-2, 2),
+    )
+    def test_fuzz(self, **case):
+        self.check(**case)
+
+
+class TestAttention(Differentiable):
+    op = staticmethod(ops.attention)
+    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    options = dict(
+        keys=("self", 1, 7, 49, 130),
+        heads=(1, 2, 3),
+        mask=KEY_MASKS,
+        bias=("none", "full", "rows", "keys", "scalar"),
+        scale=(None, 0.3),
+    )
+    leaves = ("q", "k", "v", "bias")
+    batched = cast = ("q", "k", "v")
+    autocast_dtypes = (torch.bfloat16,)
+    large = dict(batch=5, length=197, width=64, keys=50)
+    extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7), dict(q=1, k=1, v=1, bias=1.5e4))
+    bad = (
+        *BAD_SCALE,
+        (dict(q=lambda x: x[0]), ValueError, r"q must have shape \(any, any, any, any\).*; got \(5, 2, 7\)"),
+        (dict(q=lambda x: x[:2]), ValueError, r"k must have shape \(2, any, 2, 7\).*; got \(3, 4, 2, 7\)"),
+        (dict(k=lambda x: x[:, :, :1]), ValueError, r"k must have shape \(3, any, 2, 7\).*; got \(3, 4, 1, 7\)"),
+        (dict(v=lambda x: x[..., 1:]), ValueError, r"v must have shape \(3, any, 2, 7\).*; got \(3, 4, 2, 6\)"),
+        (dict(v=lambda x: x[:, 1:]), ValueError, r"k and v must have the same shape, got \(3, 4, .* and \(3, 3, "),
+        (dict(key_mask=lambda x: x[:, 1:]), ValueError, r"key_mask must have shape \(3, 4\).*; got \(3, 3\)"),
+        (dict(key_mask=lambda x: x.int()), TypeError, "key_mask must be of dtype bool .*, got torch.int32"),
+        (dict(bias=lambda x: x[..., 1:]), ValueError, r"bias must be broadcastable to .*\(3, 2, 5, 4\); got \(3, 2, 5, 3\)"),
+        (dict(bias=lambda x: x[None]), ValueError, r"bias must be broadcastable to .*; got \(1, 3, 2, 5, 4\)"),
+        (dict(k=lambda x: x.double()), TypeError, "q, k, v must have the same dtype; got .*k of torch.float64"),
+        (dict(v=lambda x: x.half()), TypeError, "q, k, v must have the same dtype; got .*v of torch.float16"),
+    )
+
+    eager = staticmethod(plain)
+
+    def arguments(self, batch=3, length=5, keys=4, width=7, heads=2, mask="some", bias="full", scale=None):
+        keys = length if keys == "self" else keys
+        shapes = dict(full=(batch, heads, length, keys), rows=(heads, length, 1), keys=(batch, 1, 1, keys), scalar=())
+        return dict(
+            q=randn(batch, length, heads, width),
+            k=randn(batch, keys, heads, width),
+            v=randn(batch, keys, heads, width),
+            bias=randn(shapes[bias]) if bias in shapes else None,
+            scale=scale,
+            **draw_key_mask(mask, batch, keys),
+        )
+
+    def mixed(self):
+        return ("bias",)
+
+    def test_strided_views_of_one_projection(self):
+        """q, k and v as a model cuts them."""
+        qkv = torch.randn(2, 5, 3 * 14)
+        q, k, v = (part.requires_grad_() for part in qkv.view(2, 5, 3, 2, 7).unbind(2))
+        assert not q.is_contiguous()
+        check_op(self.op, self.eager, dict(q=q, k=k, v=v))
+
+    def test_output_is_contiguous(self):
+        assert self.op(**self.sample(layout="transposed")).is_contiguous()
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_masked_keys_and_values_do_not_leak(self, value):
+        arguments = self.sample(length=17, keys=49, width=32)
+        clean = run(self.op, arguments)
+        hidden = ~arguments["key_mask"]
+        with torch.no_grad():
+            arguments["k"][hidden], arguments["v"][hidden] = value, value
+            arguments["bias"].masked_fill_(hidden[:, None, None], value)
+        results = run(self.op, arguments)
+        assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
+        assert (results["gradient of k"][hidden] == 0).all() and (results["gradient of v"][hidden] == 0).all()
+
+    @pytest.mark.parametrize("how", ["key_mask", "bias"])
+    def test_all_keys_masked(self, how):
+        """By either means the output is 0, and so is every gradient."""
+        hidden = dict(key_mask=torch.zeros(3, 4, dtype=torch.bool), bias=torch.full((4,), -math.inf, requires_grad=True))
+        arguments = self.sample(mask="none") | {how: hidden[how]}
+        assert all((value == 0).all() for value in run(self.op, arguments).values())
+
+    def test_bias_of_minus_infinity_hides(self):
+        """As key_mask does, key by key."""
+        arguments = self.sample()
+        mask = arguments["key_mask"]
+        by_bias = arguments | dict(bias=arguments["bias"].detach().masked_fill(~mask[:, None, None], -math.inf))
+        ours, theirs = run(self.op, by_bias | dict(key_mask=None)), run(self.op, arguments)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name])
+
+    def test_no_keys(self):
+        results = run(self.op, self.sample(keys=0))
+        assert all((value == 0).all() for value in results.values())
+
+    @given(
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
+        batch=st.integers(0, 4),
+        length=st.integers(0, 70),
+        keys=st.integers(0, 70),
+        width=st.integers(1, 130),
+        heads=st.integers(1, 4),
+        mask=st.sampled_from(KEY_MASKS),
+        bias=st.sampled_from(("none", "full", "rows", "keys", "scalar")),
+        scale=st.none() | st.floats(-2, 2),
+    )
+    def test_fuzz(self, **case):
+        self.check(**case)
+
+
+class TestAttentionVarlen(ChecksValues, Differentiable):
+    op = staticmethod(ops.attention_varlen)
+    lists = dict(lengths=((1,), (2, 3, 1), (17, 0, 5), (49, 50), (65, 196, 3), (197, 257)), width=WIDTHS)
+    options = dict(heads=(1, 2, 3), cross=(False, True), integers=(torch.int32, torch.int64), scale=(None, 0.3))
+    leaves = cast = ("q", "k", "v")
+    autocast_dtypes = (torch.bfloat16,)
+    large = dict(lengths=(50, 197, 3, 65), width=64)
+    extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7))
+    bad = (
+        *BAD_SCALE,
+        (dict(q=lambda x: x[0]), ValueError, r"q must have shape \(any, any, any\).*; got \(2, 7\)"),
+        (dict(k=lambda x: x[:, :1]), ValueError, r"k must have shape \(any, 2, 7\).*; got \(6, 1, 7\)"),
+        (dict(v=lambda x: x[..., 1:]), ValueError, r"v must have shape \(any, 2, 7\).*; got \(6, 2, 6\)"),
+        (dict(v=lambda x: x[1:]), ValueError, r"k and v must have the same shape, got \(6, 2, 7\) and \(5, 2, 7\)"),
+        (dict(k=lambda x: x.double()), TypeError, "q, k, v must have the same dtype; got .*k of torch.float64"),
+        (dict(cu_seqlens_q=lambda x: x[None]), ValueError, r"cu_seqlens_q must have shape \(any\).*; got \(1, 4\)"),
+        (dict(cu_seqlens_k=lambda x: x[1:]), ValueError, r"cu_seqlens_q and cu_seqlens_k must .*got \(4,\) and \(3,\)"),
+        (dict(max_seqlen_q=-1), ValueError, "max_seqlen_q must be at least 0, got -1"),
+        (dict(max_seqlen_k=3.0), TypeError, "max_seqlen_k must be an int, got float 3.0"),
+    )
+
+    @staticmethod
+    def eager(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None):
+        """One sequence after another."""
+        parts = [x.tensor_split(cu[1:-1].long()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+        return torch.cat([plain(*(part[None] for part in row), scale=scale)[0] for row in zip(*parts)])
+
+    def arguments(self, lengths=(2, 3, 1), width=7, heads=2, cross=True, integers=torch.int32, scale=None):
+        keys = lengths[::-1] if cross else lengths
+        cu_q, cu_k = (torch.tensor([0, *sizes]).cumsum(0).to(integers) for sizes in (lengths, keys))
+        return dict(
+            q=randn(sum(lengths), heads, width),
+            k=randn(sum(keys), heads, width),
+            v=randn(sum(keys), heads, width),
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            max_seqlen_q=max(lengths),
+            max_seqlen_k=max(keys) + 2,
+            scale=scale,
+        )
+
+    def bad_values(self):
+        rows = [
+            (dict([(name, change)]), ValueError, rf"{name} must start at 0, never fall and end at the 6 .*; got {got}")
+            for name in ("cu_seqlens_q", "cu_seqlens_k")
+            for change, got in (
+                (lambda cu: cu + 1, r"\[1, "),
+                (lambda cu: cu[[0, 2, 1, 3]], r"\[0, "),
+                (lambda cu: cu.clamp(max=5), r"\[0, .*5\]"),
+                (lambda cu: cu * 2**28, r"\[0, "),
+            )
+        ]
+        return [
+            *rows,
+            (dict(max_seqlen_q=2), ValueError, "max_seqlen_q must be at least the longest sequence, 3; got 2"),
+            (dict(max_seqlen_k=0), ValueError, "max_seqlen_k must be at least the longest sequence, 3; got 0"),
+        ]
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_empty_batch(self, dtype):
+        """No sequence at all, and one without a row."""
+        for lengths in ((), (0,)):
+            arguments = self.sample(dtype, lengths=(0,)) | dict(max_seqlen_k=0)
+            cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+            results = run(self.op, arguments | dict(cu_seqlens_q=cu, cu_seqlens_k=cu))
+            assert all(value.shape == (0, 2, 7) and value.dtype == dtype for value in results.values())
+
+    def test_queries_without_keys(self):
+        """Give 0, and so their gradients."""
+        arguments = self.sample(lengths=(2, 0, 3), cross=False)
+        arguments["cu_seqlens_q"] = torch.tensor([0, 2, 4, 5], dtype=torch.int32)
+        results = run(self.op, arguments)
+        assert (results["output 0"][2:4] == 0).all() and (results["gradient of q"][2:4] == 0).all()
+        assert (results["output 0"][4] != 0).all()
+
+    def test_nan_stays_in_its_sample(self):
+        arguments = self.sample()
+        clean = run(self.op, arguments)
+        with torch.no_grad():
+            for name in self.leaves:
+                first, last = arguments[f"cu_seqlens_{'q' if name == 'q' else 'k'}"][1:3]
+                arguments[name][first:last] = math.nan
+        results = run(self.op, arguments)
+        for name in clean:
+            first, last = arguments[f"cu_seqlens_{'q' if name[-1] in 'q0' else 'k'}"][1:3]
+            assert results[name][first:last].isnan().all()
+            for rows in (slice(None, first), slice(last, None)):
+                assert torch.equal(bits(results[name][rows]), bits(clean[name][rows]))

@@ -1,0 +1,336 @@
+"""Losses that make their gradient in the forward pass."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from cases import (
+    BATCHES,
+    DTYPES,
+    KEEPS,
+    LAYOUTS,
+    LENGTHS,
+    NARROW,
+    PICTURES,
+    WIDTHS,
+    check_close,
+    check_op,
+    cut,
+    draw_ids,
+    draw_images,
+    draw_stats,
+    lazy_zeros,
+    normalized,
+    prepare,
+    randn,
+    run,
+    take,
+    widened,
+)
+from contract import Differentiable, Indexed
+from fastmim import ops
+from ops.test_patches import BAD_PATCHES, BAD_STD
+
+
+def wide(*tensors):
+    """The dtype a careful user computes a loss in."""
+    return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
+
+
+def weighted_mean(rows, weight):
+    return rows.mean() if weight is None else (rows * weight).sum() / weight.sum()
+
+
+class TestPixelLoss(Indexed):
+    op = staticmethod(ops.pixel_loss)
+    lists = dict(picture=[picture for picture in PICTURES if math.prod(picture[1]) > 1], keep=KEEPS, batch=BATCHES)
+    options = dict(
+        norm_pix=(True, "channel", False),
+        weighted=(False, True),
+        pixels=("uint8", "float"),
+        stats=("none", "list", "tensor", "only mean", "only std"),
+    )
+    layouts = (*LAYOUTS, "channels last")
+    leaves = ("pred",)
+    large = dict(picture=(3, (16, 16), (14, 14)), keep=147, batch=5)
+    limits = dict(ids=9)
+    extremes = (dict(pred=3e4, images=5e3), dict(pred=1e-7, images=1e-7), dict(pred=1e-4, images=5e3))
+    bad = (
+        *BAD_PATCHES,
+        (dict(pred=lambda x: x[0]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(4, 18\)"),
+        (dict(pred=lambda x: x[:, 1:]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(2, 3, 18\)"),
+        (dict(pred=lambda x: x[..., 1:]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(2, 4, 17\)"),
+        (dict(images=lambda x: x.requires_grad_()), ValueError, r"images must not require grad.*images\.detach\(\)"),
+        (dict(norm_pix="patch"), ValueError, "norm_pix must be True, False or \"channel\", got 'patch'"),
+        (dict(norm_pix=1), ValueError, 'norm_pix must be True, False or "channel", got 1'),
+        (dict(norm_pix=None), ValueError, 'norm_pix must be True, False or "channel", got None'),
+        (dict(weight=lambda x: x[:1]), ValueError, r"weight must have shape \(2, 4\).*; got \(1, 4\)"),
+        (dict(weight=lambda x: x[..., None]), ValueError, r"weight must have shape \(2, 4\).*; got \(2, 4, 1\)"),
+    )
+
+    @staticmethod
+    def eager(pred, images, ids, patch_size, norm_pix, weight=None, mean=None, std=None):
+        """The losses of facebookresearch/mae and MCG-NJU/VideoMAE on images in float32."""
+        patches = cut(normalized(images, mean, std, wide(pred, images)), patch_size).transpose(2, 3)
+        if norm_pix is True:
+            mu, var = patches.mean((2, 3), keepdim=True), patches.var((2, 3), keepdim=True)
+            patches = (patches - mu) / (var + 1e-6) ** 0.5
+        elif norm_pix == "channel":
+            mu, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
+            patches = (patches - mu) / (var**0.5 + 1e-6)
+        return weighted_mean(((pred - take(patches.flatten(2), ids)) ** 2).mean(-1), weight)
+
+    def arguments(
+        self,
+        batch=2,
+        picture=(3, (2, 3), (3, 3)),
+        keep=4,
+        pixels="float",
+        stats="tensor",
+        weighted=True,
+        norm_pix=True,
+    ):
+        channels, patch, grid = picture
+        images = draw_images(batch, channels, [p * g for p, g in zip(patch, grid)], pixels)
+        ids = draw_ids(batch, math.prod(grid), keep)
+        weight = dict(weight=randn(*ids.shape).abs()) if weighted else {}
+        return dict(
+            pred=randn(*ids.shape, channels * math.prod(patch)),
+            images=images,
+            ids=ids,
+            patch_size=patch,
+            norm_pix=norm_pix,
+            **weight,
+            **draw_stats(stats, channels),
+        )
+
+    def bad_values(self):
+        return (*BAD_STD, *super().bad_values())
+
+    def mixed(self):
+        return ("pred", "images", "weight", "mean", "std")
+
+    def test_default_is_mae_normalisation(self):
+        arguments = self.sample()
+        default = {name: value for name, value in arguments.items() if name != "norm_pix"}
+        assert torch.equal(self.op(**default), self.op(**arguments))
+
+    @pytest.mark.parametrize("norm_pix", [True, "channel", False])
+    @pytest.mark.parametrize("dtype", [torch.uint8, *NARROW], ids=str)
+    def test_flat_patches(self, dtype, norm_pix):
+        """No deviation: the normalised target is 0, whatever the value."""
+        arguments = self.sample(stats="none", norm_pix=norm_pix)
+        arguments["images"] = torch.full_like(arguments["images"], 200, dtype=dtype)
+        check_op(self.op, self.eager, arguments)
+
+    def test_images_far_from_zero(self):
+        """Squares of values near 1000 would cancel."""
+        arguments = self.sample(stats="none")
+        arguments["images"] += 1000
+        check_op(self.op, self.eager, arguments)
+
+    def test_nan_stays_in_its_patch(self):
+        """The loss has no number then, but the gradients of the other predictions do."""
+        arguments = self.sample()
+        clean = run(self.op, arguments)["gradient of pred"]
+        with torch.no_grad():
+            arguments["pred"][1, 2] = float("nan")
+        results = run(self.op, arguments)
+        assert results["output 0"].isnan() and results["gradient of pred"][1, 2].isnan().all()
+        others = torch.ones(2, 4, dtype=torch.bool).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(False))
+        assert torch.equal(results["gradient of pred"][others], clean[others])
+
+    @pytest.mark.parametrize("weight", [None, torch.zeros(2, 4)], ids=["none", "zero"])
+    def test_nothing_to_predict(self, weight):
+        """No patch, or none of any weight: the loss is 0 and so is the gradient."""
+        arguments = self.sample() | dict(weight=weight)
+        if weight is None:
+            none = dict(pred=torch.zeros(2, 0, 18, requires_grad=True), ids=torch.zeros(2, 0, dtype=torch.int64))
+            arguments |= none
+        results = run(self.op, arguments)
+        assert results["output 0"] == 0 and results["output 0"].dtype == torch.float32
+        assert torch.equal(results["gradient of pred"], torch.zeros_like(arguments["pred"]))
+
+    def test_bool_weight_counts(self):
+        arguments = self.sample()
+        chosen = arguments["weight"] > arguments["weight"].median()
+        as_numbers = run(self.op, arguments | dict(weight=chosen.float()))
+        as_bools = run(self.op, arguments | dict(weight=chosen))
+        assert all(torch.equal(as_bools[name], as_numbers[name]) for name in as_bools)
+
+    def test_small_gradients_survive_float16(self):
+        """The mean's 1 / (B M P) would underflow before a loss scale of 2^16 arrives."""
+        arguments = self.sample(torch.float16, keep=9, picture=(3, (16, 16), (3, 3)), weighted=False)
+        with torch.no_grad():
+            arguments["pred"] /= 1000
+        leaf, scale = arguments["pred"], 2.0**16
+        (grad,) = torch.autograd.grad(self.op(**arguments) * scale, leaf)
+        double = widened(arguments)
+        (exact,) = torch.autograd.grad(self.op(**double) * scale, double["pred"])
+        check_close(grad, exact.half(), exact)
+
+    @pytest.mark.parametrize("norm_pix", [True, "channel"])
+    def test_deviation_of_one_value(self, norm_pix):
+        pred, images = torch.zeros(1, 1, 1), torch.zeros(1, 1, 2, 2)
+        with pytest.raises(ValueError, match=r"norm_pix=.* needs at least two values .* got patch_size \(1, 1\)"):
+            ops.pixel_loss(pred, images, torch.tensor([[0]]), 1, norm_pix=norm_pix)
+        assert ops.pixel_loss(pred + 3, images, torch.tensor([[0]]), 1, norm_pix=False) == 9
+
+    def test_over_2_31_elements(self):
+        images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=torch.uint8)
+        images[1, 0, -16:, -16:] = torch.arange(256).view(16, 16)
+        last = (images.shape[-1] // 16) ** 2 - 1
+        pred = torch.zeros(2, 1, 256)
+        pred[1, 0] = torch.arange(256) / 255 + 2
+        assert ops.pixel_loss(pred, images, torch.tensor([[7], [last]]), 16, norm_pix=False) == pytest.approx(2)
+
+    def test_compiles_with_inductor(self):
+        self.check_compiled("inductor", draws=1)
+
+    @given(
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from((*LAYOUTS, "channels last")),
+        batch=st.integers(0, 3),
+        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=3),
+        channels=st.integers(1, 14),
+        keep=st.integers(0, 30),
+        norm_pix=st.sampled_from((True, "channel", False)),
+        weighted=st.booleans(),
+        pixels=st.sampled_from(("uint8", "float")),
+        stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
+    )
+    def test_fuzz(self, axes, channels, norm_pix, **case):
+        patch, grid = zip(*axes)
+        norm_pix = norm_pix if math.prod(patch) > 1 else False
+        self.check(picture=(channels, patch, grid), norm_pix=norm_pix, **case)
+
+
+class TestScaledCosineLoss(Differentiable):
+    op = staticmethod(ops.scaled_cosine_loss)
+    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    options = dict(gamma=(1, 1.5, 2, 3.0), weighted=(False, True), reduction=("mean", "sum", "none"))
+    leaves = ("pred", "target")
+    batched = ("pred", "target")
+    large = dict(batch=5, length=257, width=192)
+    extremes = (
+        dict(pred=3e4, target=3e4),
+        dict(pred=3e4, target=1e-4),
+        dict(pred=1e-2, target=3e4),
+    )
+    bad = (
+        (dict(pred=torch.tensor(1.0)), ValueError, r"pred must have shape \(..., width\), got a scalar"),
+        (dict(pred=lambda x: x[0]), ValueError, r"target must have shape \(4, 5\), which is that of pred; got \(3, 4, 5"),
+        (dict(target=lambda x: x[:1]), ValueError, r"target must have shape \(3, 4, 5\).*; got \(1, 4, 5\)"),
+        (dict(target=lambda x: x[..., 1:]), ValueError, r"target must have shape \(3, 4, 5\).*; got \(3, 4, 4\)"),
+        (dict(gamma=0.5), ValueError, "gamma must be finite and at least 1, got 0.5"),
+        (dict(gamma=math.nan), ValueError, "gamma must be finite and at least 1, got nan"),
+        (dict(gamma=math.inf), ValueError, "gamma must be finite and at least 1, got inf"),
+        (dict(gamma="2"), TypeError, "gamma must be a number, got str"),
+        (dict(gamma=True), TypeError, "gamma must be a number, got bool"),
+        (dict(reduction="avg"), ValueError, "reduction must be one of none, mean, sum; got 'avg'"),
+        (dict(reduction=None), ValueError, "reduction must be one of none, mean, sum; got None"),
+        (dict(weight=lambda x: x[0]), ValueError, r"weight must have shape \(3, 4\).*; got \(4,\)"),
+        (dict(weight=lambda x: x[..., None]), ValueError, r"weight must have shape \(3, 4\).*; got \(3, 4, 1\)"),
+    )
+
+    @staticmethod
+    def eager(pred, target, gamma=2.0, weight=None, reduction="mean"):
+        """GraphMAE's sce_loss in float32."""
+        dtype = wide(pred, target)
+        x, y = (F.normalize(t.to(dtype), dim=-1) for t in (pred, target))
+        loss = (1 - (x * y).sum(-1)).clamp(min=0) ** gamma
+        if reduction == "mean":
+            return weighted_mean(loss, weight)
+        loss = loss if weight is None else loss * weight
+        return loss.sum() if reduction == "sum" else loss
+
+    def arguments(self, batch=3, length=4, width=5, gamma=2.0, weighted=True, reduction="none"):
+        rows = batch, length, width
+        weight = dict(weight=randn(batch, length).abs()) if weighted else {}
+        return dict(pred=randn(*rows), target=randn(*rows), gamma=gamma, reduction=reduction, **weight)
+
+    def mixed(self):
+        return ("pred", "target", "weight")
+
+    @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 2, 5), (0, 5)])
+    def test_any_number_of_axes(self, shape):
+        rows = {name: torch.randn(shape, requires_grad=True) for name in ("pred", "target")}
+        check_op(self.op, self.eager, rows | dict(reduction="sum"))
+
+    @pytest.mark.parametrize("gamma", [1, 1.5, 2.0])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_zero_rows(self, dtype, gamma):
+        """A cosine of 0 and no gradient, on either side and on both."""
+        arguments = self.sample(dtype, weighted=False, gamma=gamma)
+        with torch.no_grad():
+            arguments["pred"][0], arguments["target"][:, 0] = 0, 0
+        results = run(self.op, arguments)
+        zero = torch.zeros(3, 4, dtype=torch.bool)
+        zero[0], zero[:, 0] = True, True
+        assert torch.equal(results["output 0"] == 1, zero)
+        for name in self.leaves:
+            gradient = results[f"gradient of {name}"]
+            assert gradient.isfinite().all()
+            assert torch.equal((gradient == 0).all(-1), (arguments[name] == 0).all(-1) | (gradient == 0).all(-1))
+            assert (gradient[(arguments[name] == 0).all(-1)] == 0).all()
+
+    @pytest.mark.parametrize("gamma", [1, 1.5, 2.0])
+    @pytest.mark.parametrize("sign", [1, -1])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_parallel_rows(self, dtype, sign, gamma):
+        """1 - cos is 0 or 2 up to rounding, never below 0: no root of a negative number."""
+        arguments = self.sample(dtype, length=50, width=64, weighted=False, gamma=gamma)
+        with torch.no_grad():
+            arguments["target"].copy_(arguments["pred"] * (4 * sign))
+        results = run(self.op, arguments)
+        assert all(value.isfinite().all() for value in results.values())
+        expected = torch.full((3, 50), 2.0**gamma if sign < 0 else 0.0, dtype=results["output 0"].dtype)
+        torch.testing.assert_close(results["output 0"], expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_tiny_and_huge_rows(self, dtype):
+        """Neither the squares nor the reciprocal of a norm leave what is finite."""
+        info = torch.finfo(dtype)
+        arguments = self.sample(dtype, weighted=False)
+        with torch.no_grad():
+            arguments["pred"].sign_()[0] *= info.max
+            arguments["pred"][1] *= info.smallest_normal * info.eps  # the smallest subnormal
+            arguments["target"].sign_()[:, 1] *= info.max
+        outputs = self.op(**arguments)
+        grads = torch.autograd.grad(outputs.sum(), [arguments[name] for name in self.leaves])
+        assert all(value.isfinite().all() for value in (outputs, *grads))
+        signs = {name: arguments[name].detach().double().sign() for name in self.leaves}
+        torch.testing.assert_close(outputs, self.eager(**signs, reduction="none").to(outputs.dtype))
+
+    def test_weights_of_no_total(self):
+        results = run(self.op, self.sample(reduction="mean") | dict(weight=torch.zeros(3, 4)))
+        assert all((value == 0).all() for value in results.values())
+
+    def test_bool_weight_counts(self):
+        arguments = self.sample(reduction="mean")
+        chosen = arguments["weight"] > arguments["weight"].median()
+        as_numbers = run(self.op, arguments | dict(weight=chosen.float()))
+        as_bools = run(self.op, arguments | dict(weight=chosen))
+        assert all(torch.equal(as_bools[name], as_numbers[name]) for name in as_bools)
+
+    def test_defaults(self):
+        """gamma 2, the mean, no weight."""
+        pred, target = torch.randn(3, 5), torch.randn(3, 5)
+        assert torch.equal(ops.scaled_cosine_loss(pred, target), self.op(pred, target, gamma=2, reduction="mean"))
+
+    @given(
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from(LAYOUTS),
+        batch=st.integers(0, 5),
+        length=st.integers(0, 60),
+        width=st.integers(1, 300),
+        gamma=st.floats(1, 6),
+        weighted=st.booleans(),
+        reduction=st.sampled_from(("mean", "sum", "none")),
+    )
+    def test_fuzz(self, **case):
+        self.check(**case)

@@ -1,0 +1,231 @@
+"""Reading patches: cut, normalised, embedded."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from cases import (
+    BATCHES,
+    DTYPES,
+    KEEPS,
+    LAYOUTS,
+    PICTURES,
+    WIDTHS,
+    bits,
+    check_close,
+    check_same_bits,
+    cut,
+    draw_ids,
+    draw_images,
+    draw_stats,
+    lay,
+    lazy_zeros,
+    normalized,
+    randn,
+    run,
+    take,
+    widened,
+)
+from contract import Indexed
+from fastmim import ops
+
+BAD_IMAGES = (
+    (dict(images=lambda x: x[0]), ValueError, r"images must be \(B, C, H, W\) or .*got shape \(3, 6, 9\)"),
+    (dict(images=lambda x: x[..., :-1]), ValueError, r"images of size \(6, 8\).*multiple of patch_size \(2, 3\)"),
+    (dict(mean=[0.0, 1.0]), ValueError, r"mean must have one value for each of the 3 channels, got 2: \[0.0, 1.0\]"),
+    (dict(std=[1.0] * 4), ValueError, "std must have one value for each of the 3 channels, got 4"),
+    (dict(mean=torch.zeros(2)), ValueError, r"mean must have shape \(3\).*; got \(2,\)"),
+    (dict(std=torch.ones(3, 1)), ValueError, r"std must have shape \(3\).*; got \(3, 1\)"),
+    (dict(std=[1.0, 0.0, 1.0]), ValueError, r"std must be positive and finite, got \[1.0, 0.0, 1.0\]"),
+    (dict(std=[1.0, -1.0, 1.0]), ValueError, "std must be positive and finite, got"),
+    (dict(std=[1.0, math.nan, 1.0]), ValueError, "std must be positive and finite, got"),
+    (dict(mean=[0.0, math.inf, 1.0]), ValueError, "mean must be finite, got"),
+    (dict(mean=0.5), TypeError, "mean must be a sequence of numbers or a 1-D tensor, got 0.5"),
+    (dict(std=["1", "1", "1"]), TypeError, "std must be a sequence of numbers or a 1-D tensor, got"),
+)
+BAD_STD = tuple(
+    (dict(std=torch.tensor([1.0, value, 1.0])), ValueError, rf"std must be positive.*got \[1.0, {value}, 1.0\]")
+    for value in (0.0, -1.0, math.nan)
+)
+BAD_PATCHES = (
+    *BAD_IMAGES,
+    (dict(images=lambda x: x[:1]), ValueError, r"ids must have shape \(1, any\).*; got \(2, 4\)"),
+    (dict(patch_size=4), ValueError, r"images of size \(6, 9\).*multiple of patch_size \(4, 4\)"),
+    (dict(patch_size=0), ValueError, "patch_size must be at least 1, got 0"),
+    (dict(patch_size=(2, -3)), ValueError, "patch_size must be at least 1, got -3"),
+    (dict(patch_size=2.0), ValueError, "patch_size must be an int or one int per axis .*, got 2.0"),
+    (dict(patch_size=(2, 3.0)), TypeError, "patch_size must be an int, got float 3.0"),
+    (dict(patch_size=(1, 2, 3)), ValueError, r"patch_size must be an int or one int per axis \(2.*got \(1, 2, 3\)"),
+)
+
+
+class TestGatherPatches(Indexed):
+    op = staticmethod(ops.gather_patches)
+    lists = dict(picture=PICTURES, keep=KEEPS, batch=BATCHES)
+    options = dict(pixels=("uint8", "float"), stats=("none", "list", "tensor", "only mean", "only std"))
+    layouts = (*LAYOUTS, "channels last")
+    leaves = batched = ("images",)
+    large = dict(picture=(3, (16, 16), (14, 14)), keep="all", batch=5)
+    limits = dict(ids=9)
+    extremes = (dict(images=5e3), dict(images=1e-7))
+    bad = (*BAD_PATCHES, (dict(dtype=torch.int32), TypeError, "dtype must be float64, .*; got torch.int32"))
+
+    @staticmethod
+    def eager(images, ids, patch_size, mean=None, std=None, dtype=None):
+        return take(cut(normalized(images, mean, std, dtype), patch_size).flatten(2), ids)
+
+    def arguments(self, batch=2, picture=(3, (2, 3), (3, 3)), keep=4, pixels="float", stats="tensor"):
+        channels, patch, grid = picture
+        images = draw_images(batch, channels, [p * g for p, g in zip(patch, grid)], pixels)
+        ids = draw_ids(batch, math.prod(grid), keep)
+        return dict(images=images, ids=ids, patch_size=patch, dtype=torch.float32, **draw_stats(stats, channels))
+
+    def bad_values(self):
+        return (*BAD_STD, *super().bad_values())
+
+    def mixed(self):
+        return ("images", "mean", "std")
+
+    @pytest.mark.parametrize("layout", (*LAYOUTS, "channels last"))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_copies(self, dtype, layout):
+        """Pixels that need no arithmetic are copied bit for bit, into a dtype that is theirs unless asked."""
+        arguments = self.sample(dtype, layout, stats="none") | dict(dtype=None)
+        expected = lambda images, ids, patch_size, dtype: take(cut(images, patch_size).flatten(2), ids)  # noqa: E731
+        check_same_bits(run(self.op, arguments, layout), run(expected, arguments, layout))
+
+    def test_uint8_is_divided_by_255_exactly(self):
+        """The nearest number to v / 255 for each v, in torch's default dtype."""
+        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+        patch = ops.gather_patches(images, torch.tensor([[0]]), 16)
+        assert torch.equal(patch.flatten(), torch.arange(256) / 255) and patch.dtype == torch.float32
+
+    def test_no_ids(self):
+        results = run(self.op, self.sample() | dict(ids=torch.empty(2, 0, dtype=torch.int64)))
+        assert results["output 0"].shape == (2, 0, 18)
+        assert torch.equal(results["gradient of images"], torch.zeros(2, 3, 6, 9))
+
+    def test_one_int_is_the_patch_of_each_axis(self):
+        images, ids = draw_images(2, 3, (2, 4, 6), "uint8"), draw_ids(2, 6, 3)
+        assert torch.equal(ops.gather_patches(images, ids, 2), ops.gather_patches(images, ids, [2, 2, 2]))
+
+    def test_reads_only_the_chosen_patches(self):
+        """NaN elsewhere neither shows nor reaches the gradient."""
+        arguments = self.sample()
+        whole = run(self.op, arguments)
+        read = whole["gradient of images"] != 0
+        with torch.no_grad():
+            arguments["images"].masked_fill_(~read, float("nan"))
+        check_same_bits(run(self.op, arguments), whole)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16], ids=str)
+    def test_over_2_31_elements(self, dtype):
+        images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=dtype)
+        assert images.numel() > 2**31
+        side = images.shape[-1] // 16
+        images[1, 0, -16:, -16:] = torch.arange(256).view(16, 16)
+        patches = ops.gather_patches(images, torch.tensor([[0, 7], [side**2 - 1, 3]]), 16)
+        expected = torch.zeros(2, 2, 256)
+        expected[1, 0] = torch.arange(256) / (255 if dtype == torch.uint8 else 1)
+        assert torch.equal(patches, expected.to(patches.dtype))
+
+    def test_over_2_31_elements_by_strides(self):
+        images = randn(1, 3, 1, 1).float().expand(2**10, 3, 2**10, 2**10)
+        patches = ops.gather_patches(images, torch.tensor([[2**12 - 1, 5]]).expand(2**10, -1), 16)
+        assert torch.equal(patches, images[:, :, 0, 0].repeat_interleave(256, dim=1)[:, None].expand(-1, 2, -1))
+
+    def test_compiles_with_inductor(self):
+        self.check_compiled("inductor", draws=1)
+
+    @given(
+        dtype=st.sampled_from(DTYPES),
+        layout=st.sampled_from((*LAYOUTS, "channels last")),
+        batch=st.integers(0, 3),
+        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=3),
+        channels=st.integers(1, 14),
+        keep=st.integers(0, 30),
+        pixels=st.sampled_from(("uint8", "float")),
+        stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
+    )
+    def test_fuzz(self, axes, channels, **case):
+        self.check(picture=(channels, *zip(*axes)), **case)
+
+
+class TestEmbedPatches(Indexed):
+    op = staticmethod(ops.embed_patches)
+    lists = dict(picture=PICTURES, width=WIDTHS, keep=KEEPS, batch=BATCHES)
+    options = dict(pixels=TestGatherPatches.options["pixels"], stats=TestGatherPatches.options["stats"], prefix=(0, 1, 3))
+    layouts = (*LAYOUTS, "channels last")
+    leaves = ("images", "weight", "bias", "pos_embed", "prefix")
+    batched = ("images",)
+    cast, autocast_dtypes = ("weight",), (torch.bfloat16,)
+    large = dict(picture=(3, (16, 16), (14, 14)), keep=49, batch=5, width=192)
+    limits = dict(ids=9)
+    extremes = (
+        dict(images=1e2, weight=5, bias=1e4, pos_embed=1e4, prefix=3e4),
+        dict(images=1e-7, weight=1, bias=1e-7, pos_embed=1e-7, prefix=1e-7),
+    )
+    bad = (
+        *BAD_IMAGES,
+        (dict(images=lambda x: x[:1]), ValueError, r"ids must have shape \(1, any\).*; got \(2, 4\)"),
+        (dict(images=lambda x: x[:, :2]), ValueError, r"weight must have .*images \(2, 2, 6, 9\); got \(5, 3, 2, 3\)"),
+        (dict(weight=lambda x: x.flatten(1)), ValueError, r"weight must have shape .*; got \(5, 18\)"),
+        (dict(weight=lambda x: x[:, None]), ValueError, r"weight must have shape .*; got \(5, 1, 3, 2, 3\)"),
+        (dict(bias=lambda x: x[1:]), ValueError, r"bias must have shape \(5\).*; got \(4,\)"),
+        (dict(pos_embed=lambda x: x[1:]), ValueError, r"pos_embed must have shape \(9, 5\).*; got \(8, 5\)"),
+        (dict(prefix=lambda x: x[0]), ValueError, r"prefix must have shape \(any, 5\).*; got \(5,\)"),
+    )
+
+    @staticmethod
+    def eager(images, ids, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None):
+        """Embeds everything, then throws most of it away."""
+        convolve = F.conv2d if images.dim() == 4 else F.conv3d
+        grid = convolve(normalized(images, mean, std, weight.dtype), weight, bias, stride=weight.shape[2:])
+        tokens = grid.flatten(2).transpose(1, 2)
+        tokens = take(tokens if pos_embed is None else tokens + pos_embed, ids)
+        return tokens if prefix is None else torch.cat([prefix.expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def arguments(self, batch=2, width=5, prefix=2, **sizes):
+        patches = TestGatherPatches().arguments(batch, **sizes)
+        del patches["dtype"]
+        patch, channels = patches.pop("patch_size"), patches["images"].shape[1]
+        length = math.prod(size // p for size, p in zip(patches["images"].shape[2:], patch))
+        return patches | dict(
+            weight=randn(width, channels, *patch) / math.sqrt(channels * math.prod(patch)),
+            bias=randn(width),
+            pos_embed=randn(length, width),
+            prefix=randn(prefix, width),
+        )
+
+    def bad_values(self):
+        return (*BAD_STD, *super().bad_values())
+
+    def mixed(self):
+        return ("images", "bias", "pos_embed", "prefix", "mean", "std")
+
+    @pytest.mark.parametrize("absent", ["bias", "pos_embed", "prefix"])
+    def test_without(self, absent):
+        arguments = self.sample()
+        del arguments[absent]
+        ours, exact, eager = run(self.op, arguments), run(self.op, widened(arguments)), run(self.eager, arguments)
+        for name in ours:
+            check_close(ours[name], eager[name], exact[name], name)
+
+    def test_uint8_computes_in_the_dtype_of_the_weight(self):
+        arguments = self.sample(torch.bfloat16, pixels="uint8")
+        assert self.op(**arguments).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert self.op(**self.sample(pixels="uint8")).dtype == torch.bfloat16
+
+    def test_over_2_31_elements(self):
+        images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=torch.uint8)
+        images[1, 0, -16:, -16:] = torch.arange(256).view(16, 16)
+        last = (images.shape[-1] // 16) ** 2 - 1
+        weight = torch.zeros(2, 1, 16, 16)
+        weight[0, 0, 0, 1], weight[1, 0, 15, 15] = 255, 1
+        tokens = ops.embed_patches(images, torch.tensor([[0, 7], [last, 3]]), weight)
+        assert torch.equal(tokens, torch.tensor([[[0.0, 0], [0, 0]], [[1, 1], [0, 0]]]))
