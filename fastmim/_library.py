@@ -3,9 +3,12 @@
 `FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one family for the process.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 FAMILIES = ("auto", "reference", "cpp", "triton", "cuda")
 
@@ -13,7 +16,33 @@ family = os.environ.get("FASTMIM_KERNELS", "auto")
 if family not in FAMILIES:
     raise ValueError(f"FASTMIM_KERNELS must be one of {', '.join(FAMILIES)}; got {family!r}")
 
-missing: dict[str, str] = {name: f"fastmim has no {name} kernels in this version" for name in ("cpp", "triton", "cuda")}
+# why a family serves nothing at all here
+missing: dict[str, str] = {
+    name: "the kernels of this family have not been written yet" for name in ("triton", "cuda")
+}
+# facts about the compiled kernels, None where there are none
+build: dict[str, str] | None = None
+
+
+def _load_extension() -> None:
+    """Load fastmim._C, whose kernels register themselves for CPU tensors."""
+    global build
+    if importlib.util.find_spec("fastmim._C") is None:
+        missing["cpp"] = "fastmim._C was not built: pip install --no-build-isolation, with torch and a C++ compiler there"
+        return
+    try:
+        from fastmim import _C
+    except ImportError as error:
+        raise ImportError(
+            f"fastmim._C was built for another torch and does not load with {torch.__version__}; build it again: {error}"
+        ) from error
+    build = {"torch": _C.torch_version, "compiler": _C.compiler, "isa": _C.isa()}
+
+
+if family in ("auto", "cpp"):
+    _load_extension()
+else:
+    missing["cpp"] = f"FASTMIM_KERNELS={family}"
 
 
 def fallback(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,6 +51,7 @@ def fallback(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         return reference
 
     def refuse(*args: object) -> None:
-        raise RuntimeError(f"FASTMIM_KERNELS={family} can't serve fastmim::{op}: {missing[family]}")
+        reason = missing.get(family, f"no {family} kernel serves this op on this device")
+        raise RuntimeError(f"FASTMIM_KERNELS={family} can't serve fastmim::{op}: {reason}")
 
     return refuse

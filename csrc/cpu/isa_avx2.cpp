@@ -1,0 +1,19 @@
+// The kernels for avx2. Headers come before the pragma: what they define is shared by all instruction sets.
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "../common/philox.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma,f16c")
+#define FASTMIM_ISA avx2
+#define FASTMIM_VL 8
+#include "isa.inl"
+
+namespace fastmim::cpu {
+const Kernels avx2_kernels = FASTMIM_KERNELS("avx2");
+}
+#endif

@@ -1,0 +1,19 @@
+// The kernels for avx512. Headers come before the pragma: what they define is shared by all instruction sets.
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "../common/philox.h"
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FASTMIM_ISA avx512
+#define FASTMIM_VL 16
+#include "isa.inl"
+
+namespace fastmim::cpu {
+const Kernels avx512_kernels = FASTMIM_KERNELS("avx512");
+}
+#endif

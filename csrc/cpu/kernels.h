@@ -1,0 +1,144 @@
+// What the arithmetic of each family offers, once per instruction set. No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/storage.h"
+
+namespace fastmim::cpu {
+
+// A tensor's memory with strides in elements; the letters of the axes stand at each use.
+struct View {
+  void* data = nullptr;
+  Type type = Type::f32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+struct Masking {
+  int64_t num_patches, len_keep, len_predict;
+  View noise;                // (B, L); data null: drawn from seeds
+  const int64_t* seeds;      // (B,)
+  int64_t* ids_keep;         // (B, K)
+  int64_t* ids_predict;      // (B, M)
+  int64_t* ids_restore;      // (B, L)
+};
+
+constexpr int kMaxAxes = 3;
+
+// Patches of images (B, C, *sizes).
+struct Patches {
+  const void* images;
+  bool is_uint8;
+  Type type;
+  int axes;
+  int64_t channels;
+  int64_t batch_stride, channel_stride;
+  int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
+  const float* scale;        // (C,): a pixel x is read as x * scale + shift
+  const float* shift;        // (C,)
+  int64_t values() const {
+    int64_t count = channels;
+    for (int axis = 0; axis < axes; ++axis) count *= patch[axis];
+    return count;
+  }
+};
+
+struct GatherPatches {
+  Patches patches;
+  const int64_t* ids;        // (B, K)
+  int64_t rows;              // K
+  View out;                  // (B * K, P) rows
+};
+
+struct ScatterPatches {
+  Patches patches;           // of the gradient: `images` is written
+  const int64_t* ids;
+  int64_t rows;
+  View grad;                 // (B, K, P)
+};
+
+enum class NormPix : int { none, patch, channel };
+
+struct PixelLoss {
+  Patches patches;
+  const int64_t* ids;        // (B, M)
+  int64_t rows;              // M
+  NormPix norm;
+  View pred;                 // (B, M, P)
+  const float* row_scale;    // (B * M,)
+  float* row_loss;           // (B * M,)
+  View grad;                 // (B * M, P) rows; data null: not wanted
+};
+
+struct CosineLoss {
+  int64_t width;
+  float gamma;
+  View pred, target;         // (rows, D)
+  const float* row_scale;    // (rows,)
+  float* row_loss;           // (rows,)
+  View dpred, dtarget;       // (rows, D); data null: not wanted
+  Type pred_limit, target_limit;  // gradients stay finite in these
+};
+
+struct Attention {
+  int64_t heads, queries, keys, dim;
+  float scale;
+  View q, k, v, grad;        // (B, S, H, D)
+  const bool* key_mask;      // (B, Sk) or null
+  int64_t key_mask_stride[2];
+  const float* bias;         // (B, H, Sq, Sk) or null
+  int64_t bias_stride[4];
+  View out, dq, dk, dv;      // (B, S, H, D)
+};
+
+struct AddLayerNorm {
+  int64_t width;
+  float eps;
+  View x, residual;          // (rows, D)
+  const float *weight, *bias;
+  View normed, sum;          // (rows, D)
+  float *mean, *rstd;        // (rows,)
+};
+
+struct AddLayerNormBackward {
+  int64_t width;
+  View grad_normed, grad_sum, sum;  // (rows, D)
+  const float *mean, *rstd, *weight;
+  View dsum;                 // (rows, D)
+};
+
+struct BiasGelu {
+  int64_t width;
+  View x, grad;              // (rows, D)
+  const float* bias;
+  View out;                  // (rows, D): the value, or dx
+};
+
+// rows of tables and streams: out = a + b (either may be absent)
+struct AddRows {
+  int64_t width;
+  View a, b, out;
+};
+
+struct Kernels {
+  const char* name;
+  void (*random_masking)(const Masking&, int64_t begin, int64_t end);
+  void (*gather_patches)(const GatherPatches&, int64_t begin, int64_t end);
+  void (*scatter_patches)(const ScatterPatches&, int64_t begin, int64_t end);
+  void (*pixel_loss)(const PixelLoss&, int64_t begin, int64_t end);
+  void (*cosine_loss)(const CosineLoss&, int64_t begin, int64_t end);
+  void (*attention)(const Attention&, int64_t begin, int64_t end);
+  void (*attention_backward)(const Attention&, int64_t begin, int64_t end);
+  void (*add_layer_norm)(const AddLayerNorm&, int64_t begin, int64_t end);
+  void (*add_layer_norm_backward)(const AddLayerNormBackward&, float* dweight, float* dbias, int64_t begin, int64_t end);
+  void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
+  void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
+  void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
+};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+
+// the fastest set this processor has; FASTMIM_ISA names a lower one
+const Kernels& kernels();
+
+}  // namespace fastmim::cpu

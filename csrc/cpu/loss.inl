@@ -1,0 +1,118 @@
+// Losses row by row, each with its gradient.
+
+// mean and unbiased variance of values[0], values[step], ...
+FASTMIM_HD void moments(const float* values, int64_t count, int64_t step, float& mean, float& var) {
+  float total = 0, square = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < count; ++i) total += values[i * step];
+  mean = total / static_cast<float>(count);
+  const float center = mean;
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < count; ++i) {
+    const float d = values[i * step] - center;
+    square += d * d;
+  }
+  var = square / static_cast<float>(count - 1);
+}
+
+static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
+  const int64_t values = args.patches.values(), channels = args.patches.channels, area = values / channels;
+  Scratch memory;
+  float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t b = row / args.rows, m = row % args.rows;
+    read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
+    float mean, var;
+    if (args.norm == NormPix::patch) {
+      moments(target, values, 1, mean, var);
+      const float deviation = __builtin_sqrtf(var + 1e-6f);
+      for (int64_t i = 0; i < values; ++i) target[i] = (target[i] - mean) / deviation;
+    } else if (args.norm == NormPix::channel) {
+      for (int64_t c = 0; c < channels; ++c) {
+        moments(target + c, area, channels, mean, var);
+        const float deviation = __builtin_sqrtf(var) + 1e-6f;
+        for (int64_t i = c; i < values; i += channels) target[i] = (target[i] - mean) / deviation;
+      }
+    }
+    load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2], pred, values);
+    float square = 0;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < values; ++i) {
+      const float error = pred[i] - target[i];
+      pred[i] = error;
+      square += error * error;
+    }
+    args.row_loss[row] = square / static_cast<float>(values);
+    if (args.grad.data != nullptr) {
+      const float scale = args.row_scale[row] * (2.0f / static_cast<float>(values));
+      float* grad = target_of(args.grad, row, out);
+      for (int64_t i = 0; i < values; ++i) grad[i] = pred[i] * scale;
+      finish(args.grad, row, values, out);
+    }
+  }
+}
+
+// x = direction * norm * size with size the largest magnitude, so that no square overflows; 0 for a zero row
+FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& size, float& norm) {
+  float largest = 0, square = 0, poison = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+  for (int64_t i = 0; i < width; ++i) {
+    const float magnitude = __builtin_fabsf(x[i]);
+    largest = magnitude > largest ? magnitude : largest;
+    poison += magnitude - magnitude;  // 0, or NaN where x is not finite
+  }
+  size = largest;
+  if (largest == 0) {
+    for (int64_t i = 0; i < width; ++i) unit[i] = poison;
+    norm = 1;
+    return;
+  }
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < width; ++i) {
+    unit[i] = x[i] / largest;
+    square += unit[i] * unit[i];
+  }
+  norm = __builtin_sqrtf(square);
+  const float inverse = 1 / norm;
+  for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
+}
+
+FASTMIM_HD float largest_of(Type type) {
+  return type == Type::f32 ? 3.40282347e38f : type == Type::bf16 ? 0x1.fep127f : 65504.0f;
+}
+
+FASTMIM_HD void cosine_gradient(
+    const View& out, int64_t row, int64_t width, float slope, float cosine, const float* own, const float* other,
+    float size, float norm, Type limit, float* scratch) {
+  float* grad = target_of(out, row, scratch);
+  const float largest = largest_of(limit);
+  for (int64_t i = 0; i < width; ++i) {
+    const float value = size == 0 ? 0.0f : slope * (other[i] - cosine * own[i]) / norm / size;
+    grad[i] = value > largest ? largest : value < -largest ? -largest : value;
+  }
+  finish(out, row, width, scratch);
+}
+
+static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
+  const int64_t width = args.width;
+  Scratch memory;
+  float *x = memory.take(width), *y = memory.take(width), *a = memory.take(width), *b = memory.take(width);
+  for (int64_t row = begin; row < end; ++row) {
+    float x_size, x_norm, y_size, y_norm, dot = 0;
+    direction(row_of(args.pred, row, width, a), width, x, x_size, x_norm);
+    direction(row_of(args.target, row, width, b), width, y, y_size, y_norm);
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < width; ++i) dot += x[i] * y[i];
+    const float cosine = dot > 1 ? 1 : dot < -1 ? -1 : dot;
+    const float error = 1 - cosine;
+    const float power = args.gamma == 2 ? error : args.gamma == 1 ? 1.0f : powf(error, args.gamma - 1);
+    args.row_loss[row] = power * error;
+    const float slope = -args.gamma * power * args.row_scale[row];
+    if (args.dpred.data != nullptr) {
+      cosine_gradient(args.dpred, row, width, slope, cosine, x, y, x_size, x_norm, args.pred_limit, a);
+    }
+    if (args.dtarget.data != nullptr) {
+      cosine_gradient(args.dtarget, row, width, slope, cosine, y, x, y_size, y_norm, args.target_limit, b);
+    }
+  }
+}

@@ -1,0 +1,96 @@
+#include "tensors.h"
+
+namespace fastmim::cpu {
+
+namespace {
+
+int64_t rows_in(const Tensor& x) {
+  int64_t rows = 1;
+  for (const int64_t size : x.sizes().slice(0, x.dim() - 1)) rows *= size;
+  return rows;
+}
+
+// Sums over rows in pieces that don't depend on the number of threads: run(piece's sums, begin, end).
+template <typename Run>
+Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
+  const int64_t size = std::max<int64_t>(32, (rows + 63) / 64), pieces = (rows + size - 1) / size;
+  Tensor partial = at::zeros({pieces, sums}, at::kFloat);
+  for_rows(pieces, size * work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(partial.mutable_data_ptr<float>() + i * sums, i * size, std::min(rows, (i + 1) * size));
+  });
+  Tensor out = at::zeros({sums}, at::kFloat);
+  float* total = out.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < pieces; ++i) {
+    const float* part = partial.const_data_ptr<float>() + i * sums;
+    for (int64_t j = 0; j < sums; ++j) total[j] += part[j];
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
+    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps) {
+  if (!served(x) || !served(residual) || !served(weight) || !served(bias)) {
+    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps);
+  }
+  const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias);
+  const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
+  Tensor normed = at::empty(x.sizes(), options), sum = at::empty(x.sizes(), options);
+  auto per_row = x.sizes().vec();
+  per_row.back() = 1;
+  Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
+  const AddLayerNorm args{
+      x.size(-1), static_cast<float>(eps), rows_of(a), rows_of(b), w.const_data_ptr<float>(), shift.const_data_ptr<float>(),
+      rows_of(normed), rows_of(sum), mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>()};
+  for_rows(rows_in(x), 4 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
+  return {normed, sum, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& grad_normed, const Tensor& grad_sum, const Tensor& total, const Tensor& mean, const Tensor& rstd, const Tensor& weight) {
+  if (!served(total) || !served(grad_normed) || !served(grad_sum)) {
+    return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward").call(grad_normed, grad_sum, total, mean, rstd, weight);
+  }
+  const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(), w = as_float(weight);
+  Tensor dsum = at::empty(sum.sizes(), sum.options());
+  const int64_t width = total.size(-1);
+  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const AddLayerNormBackward args{
+      width, rows_of(g), rows_of(through), rows_of(sum), means.const_data_ptr<float>(), rstds.const_data_ptr<float>(),
+      w.const_data_ptr<float>(), rows_of(dsum)};
+  const Tensor sums = by_pieces(rows_in(total), 2 * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
+    kernels().add_layer_norm_backward(args, part, part + width, begin, end);
+  });
+  return {dsum, sums.slice(0, 0, width).clone(), sums.slice(0, width).clone()};
+}
+
+Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
+  if (!served(x) || !served(bias)) return reference<decltype(bias_gelu)>("bias_gelu").call(x, bias);
+  const Tensor from = x.contiguous(), b = as_float(bias);
+  Tensor out = at::empty(x.sizes(), from.options());
+  const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out)};
+  for_rows(rows_in(x), 8 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().bias_gelu(args, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias) {
+  if (!served(x) || !served(bias) || !served(grad)) return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias);
+  const Tensor from = x.contiguous(), g = grad.contiguous(), b = as_float(bias);
+  Tensor dx = at::empty(x.sizes(), from.options());
+  const int64_t width = x.size(-1);
+  const BiasGelu args{width, rows_of(from), rows_of(g), b.const_data_ptr<float>(), rows_of(dx)};
+  const Tensor dbias = by_pieces(rows_in(x), width, 16 * width, [&](float* part, int64_t begin, int64_t end) {
+    kernels().bias_gelu_backward(args, part, begin, end);
+  });
+  return {dx, dbias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
+  library.impl("add_layer_norm", add_layer_norm);
+  library.impl("add_layer_norm_backward", add_layer_norm_backward);
+  library.impl("bias_gelu", bias_gelu);
+  library.impl("bias_gelu_backward", bias_gelu_backward);
+}
+
+}  // namespace fastmim::cpu

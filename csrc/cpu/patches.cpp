@@ -1,0 +1,113 @@
+#include "patches.h"
+
+namespace fastmim::cpu {
+
+bool served_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std) {
+  const bool narrow_stats = (!mean.has_value() || served(*mean)) && (!std.has_value() || served(*std));
+  return narrow_stats && (images.scalar_type() == at::kByte || served(images));
+}
+
+PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean, const OptionalTensor& std) {
+  const int64_t channels = images.size(1);
+  const bool is_uint8 = images.scalar_type() == at::kByte;
+  TORCH_CHECK_VALUE(!std.has_value() || std->gt(0).all().item<bool>(), "std must be positive, got ", *std);
+  scale = at::full({channels}, is_uint8 ? 1.0 / 255 : 1.0, at::kDouble);
+  if (std.has_value()) scale = scale / std->to(at::kDouble);
+  shift = at::zeros({channels}, at::kDouble);
+  if (mean.has_value()) shift = -mean->to(at::kDouble) / (std.has_value() ? std->to(at::kDouble) : at::ones({channels}, at::kDouble));
+  scale = as_float(scale), shift = as_float(shift);
+  patches.images = images.const_data_ptr();
+  patches.is_uint8 = is_uint8;
+  patches.type = is_uint8 ? Type::f32 : type_of(images.scalar_type());
+  patches.axes = static_cast<int>(patch_size.size());
+  patches.channels = channels;
+  patches.batch_stride = images.stride(0), patches.channel_stride = images.stride(1);
+  for (int axis = 0; axis < patches.axes; ++axis) {
+    patches.stride[axis] = images.stride(2 + axis);
+    patches.patch[axis] = patch_size[axis];
+    patches.grid[axis] = images.size(2 + axis) / patch_size[axis];
+  }
+  patches.scale = scale.const_data_ptr<float>(), patches.shift = shift.const_data_ptr<float>();
+}
+
+namespace {
+
+int64_t count_of(const Patches& patches) {
+  int64_t count = 1;
+  for (int axis = 0; axis < patches.axes; ++axis) count *= patches.grid[axis];
+  return count;
+}
+
+Tensor gather_patches(
+    const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
+    const OptionalTensor& std, at::ScalarType dtype) {
+  if (!served_pixels(images, mean, std) || dtype == at::kDouble) {
+    return reference<decltype(gather_patches)>("gather_patches").call(images, ids, patch_size, mean, std, dtype);
+  }
+  const PatchReader reader(images, patch_size, mean, std);
+  const Tensor rows = checked_ids("ids", ids, count_of(reader.patches));
+  const int64_t values = reader.patches.values();
+  Tensor out = at::empty({ids.size(0), ids.size(1), values}, images.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+  const GatherPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), rows_of(out)};
+  for_rows(rows.numel(), values, [&](int64_t begin, int64_t end) { kernels().gather_patches(args, begin, end); });
+  return out;
+}
+
+Tensor gather_patches_backward(
+    const Tensor& grad, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& std, at::IntArrayRef shape,
+    at::ScalarType dtype) {
+  if (!served_pixels(grad, {}, std) || dtype == at::kDouble) {
+    return reference<decltype(gather_patches_backward)>("gather_patches_backward").call(grad, ids, patch_size, std, shape, dtype);
+  }
+  Tensor images = at::zeros(shape, grad.options().dtype(dtype));
+  const PatchReader reader(images, patch_size, {}, std);
+  const Tensor rows = checked_ids("ids", ids, count_of(reader.patches));
+  const ScatterPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), view_of(grad, {0, 1, 2})};
+  for_rows(rows.numel(), grad.size(2), [&](int64_t begin, int64_t end) { kernels().scatter_patches(args, begin, end); });
+  return images;
+}
+
+Tensor embed_patches(
+    const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& pos_embed,
+    const OptionalTensor& prefix, const OptionalTensor& mean, const OptionalTensor& std, at::ScalarType dtype) {
+  const auto narrow = [](const OptionalTensor& tensor) { return !tensor.has_value() || served(*tensor); };
+  if (!served_pixels(images, mean, std) || dtype == at::kDouble || !served(weight) || !narrow(bias) || !narrow(pos_embed) || !narrow(prefix)) {
+    return reference<decltype(embed_patches)>("embed_patches").call(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype);
+  }
+  const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
+  const OptionalTensor narrow_bias = bias.has_value() ? OptionalTensor(bias->to(dtype)) : OptionalTensor();
+  const Tensor tokens = at::linear(patches, weight.flatten(1).to(dtype), narrow_bias).contiguous();
+  if (!pos_embed.has_value() && !prefix.has_value()) return tokens;
+  const int64_t K = ids.size(1), N = prefix.has_value() ? prefix->size(0) : 0, width = weight.size(0);
+  const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(), pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
+  const Tensor rows = ids.contiguous();
+  Tensor out = at::empty({ids.size(0), N + K, width}, tokens.options());
+  const Type type = type_of(dtype);
+  const auto row_of = [width](const Tensor& table, int64_t row) {
+    return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * width * table.element_size();
+  };
+  for_rows(ids.size(0) * (N + K), width, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / (N + K), row = i % (N + K);
+      if (row < N) {
+        kernels().add_row(type_of(head.scalar_type()), row_of(head, row), type, nullptr, type, row_of(out, i), width);
+      } else {
+        const int64_t token = b * K + row - N;
+        const void* position = pos.defined() ? row_of(pos, rows.const_data_ptr<int64_t>()[token]) : nullptr;
+        const Type pos_type = pos.defined() ? type_of(pos.scalar_type()) : type;
+        kernels().add_row(type, row_of(tokens, token), pos_type, position, type, row_of(out, i), width);
+      }
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
+  library.impl("gather_patches", gather_patches);
+  library.impl("gather_patches_backward", gather_patches_backward);
+  library.impl("embed_patches", embed_patches);
+}
+
+}  // namespace fastmim::cpu

@@ -1,0 +1,150 @@
+// Vectors of VL floats in the compiler's own vector extension, for whichever instruction set is being compiled.
+
+constexpr int VL = FASTMIM_VL;
+
+typedef float Vec __attribute__((vector_size(VL * 4)));
+typedef int32_t Int __attribute__((vector_size(VL * 4)));
+typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+FASTMIM_HD Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
+FASTMIM_HD void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
+FASTMIM_HD Vec splat(float value) { return value - Vec{}; }
+FASTMIM_HD Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+FASTMIM_HD float sum_of(Vec v) {
+  float total = 0;
+  for (int i = 0; i < VL; ++i) total += v[i];
+  return total;
+}
+
+FASTMIM_HD int64_t padded(int64_t count) { return (count + VL - 1) / VL * VL; }
+
+// e^x to about one ulp; 0 below the smallest normal number, NaN for NaN
+FASTMIM_HD Vec exponential(Vec x) {
+  const Vec clamped = x < -87.33f ? splat(-87.33f) : x > 88.0f ? splat(88.0f) : x;
+  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // rounds to the nearest integer
+  const Vec n = shifted - 12582912.0f;
+  const Vec r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
+  Vec p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const Int power = ((Int)shifted << 23) + (127 << 23);
+  const Vec value = p * (Vec)power;
+  return x < -87.33f ? Vec{} : x > 88.0f ? splat(__builtin_inff()) : value;
+}
+
+// Φ(u) and e^(-u²/2): the normal distribution function through a polynomial for erfc(x) e^(x²) in 1 / (1 + x/2)
+FASTMIM_HD Vec normal_distribution(Vec u, Vec& bell) {
+  const Vec x = (u < 0.0f ? -u : u) * 0.707106781f;
+  const Vec t = 1.0f / (1.0f + 0.5f * x);
+  Vec p = splat(-0x1.e3e4a8p-5f);
+  p = p * t + 0x1.2367acp-2f;
+  p = p * t - 0x1.f2e4a8p-2f;
+  p = p * t + 0x1.1cbdccp-2f;
+  p = p * t - 0x1.b43e16p-6f;
+  p = p * t + 0x1.9f1a68p-3f;
+  p = p * t + 0x1.f1e05cp-3f;
+  p = p * t + 0x1.2126fep-2f;
+  p = p * t + 0x1.20db44p-2f;
+  bell = exponential(-0.5f * u * u);
+  const Vec tail = 0.5f * p * t * bell;
+  return u < 0.0f ? tail : 1.0f - tail;
+}
+
+// ---- rows of any storage type ------------------------------------------------------------------------------------
+
+template <typename T>
+FASTMIM_HD void load_row_as(const void* from, int64_t stride, float* to, int64_t count) {
+  const T* source = static_cast<const T*>(from);
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i * stride]);
+  }
+}
+
+template <typename T>
+FASTMIM_HD void store_row_as(void* to, int64_t stride, const float* from, int64_t count) {
+  T* target = static_cast<T*>(to);
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(from[i]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i * stride] = narrow<T>(from[i]);
+  }
+}
+
+static void load_row(Type type, const void* from, int64_t stride, float* to, int64_t count) {
+  if (type == Type::f32) load_row_as<float>(from, stride, to, count);
+  if (type == Type::bf16) load_row_as<Bf16>(from, stride, to, count);
+  if (type == Type::f16) load_row_as<F16>(from, stride, to, count);
+}
+
+static void store_row(Type type, void* to, int64_t stride, const float* from, int64_t count) {
+  if (type == Type::f32) store_row_as<float>(to, stride, from, count);
+  if (type == Type::bf16) store_row_as<Bf16>(to, stride, from, count);
+  if (type == Type::f16) store_row_as<F16>(to, stride, from, count);
+}
+
+FASTMIM_HD void* at(const View& view, int64_t offset) {
+  return static_cast<char*>(view.data) + offset * (view.type == Type::f32 ? 4 : 2);
+}
+
+// the row as floats, where it lies if it is of floats already, else in `scratch`
+FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, float* scratch) {
+  const void* from = at(view, row * view.stride[0]);
+  if (view.type == Type::f32 && view.stride[1] == 1) return static_cast<const float*>(from);
+  load_row(view.type, from, view.stride[1], scratch, width);
+  return scratch;
+}
+
+// where the row is to be written: in place if it is of floats, else in `scratch`, which `finish` then stores
+FASTMIM_HD float* target_of(const View& view, int64_t row, float* scratch) {
+  return view.type == Type::f32 && view.stride[1] == 1 ? static_cast<float*>(at(view, row * view.stride[0])) : scratch;
+}
+
+FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float* scratch) {
+  if (view.type == Type::f32 && view.stride[1] == 1) return;
+  store_row(view.type, at(view, row * view.stride[0]), view.stride[1], scratch, width);
+}
+
+// Floats of scratch, aligned for vectors and freed at the end of the scope; each part a block of its own, so that a
+// sanitizer sees where it ends.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    while (count_ > 0) free(parts_[--count_]);
+  }
+  float* take(int64_t count) {
+    void* part = aligned_alloc(64, (count * 4 + 64) / 64 * 64);
+    if (part == nullptr) throw std::bad_alloc();
+    parts_[count_++] = part;
+    return static_cast<float*>(part);
+  }
+
+ private:
+  void* parts_[12];
+  int count_ = 0;
+};
+
+static void add_row(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width) {
+  constexpr int64_t kPiece = 256;
+  alignas(64) float x[kPiece], y[kPiece];
+  const auto size = [](Type type) { return type == Type::f32 ? 4 : 2; };
+  for (int64_t start = 0; start < width; start += kPiece) {
+    const int64_t count = width - start < kPiece ? width - start : kPiece;
+    load_row(a_type, static_cast<const char*>(a) + start * size(a_type), 1, x, count);
+    if (b != nullptr) {
+      load_row(b_type, static_cast<const char*>(b) + start * size(b_type), 1, y, count);
+      for (int64_t i = 0; i < count; ++i) x[i] += y[i];
+    }
+    store_row(out_type, static_cast<char*>(out) + start * size(out_type), 1, x, count);
+  }
+}
