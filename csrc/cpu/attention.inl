@@ -6,7 +6,7 @@
 // Neither O nor the softmax's statistics are needed by the backward pass. Queries are taken kRows at a time; K and V
 // stay in scratch as floats, transposed where a product wants them so.
 
-constexpr int64_t kRows = 48;
+constexpr int64_t kRows = 66;
 
 // C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL
 template <int MR, int NV>
@@ -29,12 +29,21 @@ FASTMIM_HD void tile(int64_t K, const float* a, int64_t am, int64_t ak, const fl
 constexpr int kTileRows = FASTMIM_VL == 16 ? 6 : 4;
 constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 
+// the last rows of a panel, fewer than kTileRows
+template <int MR, int NV>
+FASTMIM_HD void remainder(int64_t rows, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+  if (rows == MR) {
+    tile<MR, NV>(K, a, am, ak, b, ldb, c, ldc, add);
+  } else if constexpr (MR > 1) {
+    remainder<MR - 1, NV>(rows, K, a, am, ak, b, ldb, c, ldc, add);
+  }
+}
+
 template <int NV>
 static void panel(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   int64_t m = 0;
   for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
-  for (; m + 2 <= M; m += 2) tile<2, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
-  for (; m < M; ++m) tile<1, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
+  remainder<kTileRows - 1, NV>(M - m, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
 }
 
 static void matmul(int64_t M, int64_t N, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
@@ -120,8 +129,24 @@ struct AttentionItem {
     for (int64_t i = 0; i < count; ++i) store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
   }
 
-  void open(int64_t item) {
+  // asks for a row of the next item while this one is worked on: heads lie far apart for the hardware to guess
+  void prefetch(const View& view, int64_t item, int64_t rows) const {
+    const int64_t size = view.type == Type::f32 ? 4 : 2;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* line = static_cast<const char*>(
+          at(view, item / args.heads * view.stride[0] + i * view.stride[1] + item % args.heads * view.stride[2]));
+      for (int64_t byte = 0; byte < args.dim * size; byte += 64) __builtin_prefetch(line + byte);
+    }
+  }
+
+  void open(int64_t item, int64_t end) {
     sequence = item / args.heads, head = item % args.heads;
+    if (item + 1 < end) {
+      prefetch(args.k, item + 1, args.keys);
+      prefetch(args.v, item + 1, args.keys);
+      prefetch(args.q, item + 1, args.queries);
+      if (args.grad.data != nullptr) prefetch(args.grad, item + 1, args.queries);
+    }
     read(args.k, 0, args.keys, keys, k, true);
     read(args.v, 0, args.keys, keys, v, true);
     transpose(k, dim, kt, keys, keys, dim);
@@ -146,8 +171,7 @@ struct AttentionItem {
         store(line + j, score);
         top = larger(score, top);
       }
-      float highest = top[0];
-      for (int c = 1; c < VL; ++c) highest = top[c] > highest ? top[c] : highest;
+      float highest = largest_in(top);
       if (highest == -__builtin_inff()) highest = 0;
       Vec total{};
       for (int64_t j = 0; j < keys; j += VL) {
@@ -160,8 +184,8 @@ struct AttentionItem {
     }
   }
 
-  void forward(int64_t item) {
-    open(item);
+  void forward(int64_t item, int64_t end) {
+    open(item, end);
     float inverse[kRows];
     for (int64_t start = 0; start < args.queries; start += kRows) {
       const int64_t rows = args.queries - start < kRows ? args.queries - start : kRows;
@@ -173,8 +197,8 @@ struct AttentionItem {
     }
   }
 
-  void backward(int64_t item) {
-    open(item);
+  void backward(int64_t item, int64_t end) {
+    open(item, end);
     transpose(v, dim, vt, keys, keys, dim);
     float inverse[kRows];
     if (args.queries == 0) {
@@ -210,10 +234,10 @@ struct AttentionItem {
 
 static void attention(const Attention& args, int64_t begin, int64_t end) {
   AttentionItem item(args, false);
-  for (int64_t i = begin; i < end; ++i) item.forward(i);
+  for (int64_t i = begin; i < end; ++i) item.forward(i, end);
 }
 
 static void attention_backward(const Attention& args, int64_t begin, int64_t end) {
   AttentionItem item(args, true);
-  for (int64_t i = begin; i < end; ++i) item.backward(i);
+  for (int64_t i = begin; i < end; ++i) item.backward(i, end);
 }

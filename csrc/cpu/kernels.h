@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../common/loss.h"
+#include "../common/patches.h"
 #include "../common/storage.h"
 
 namespace fastmim::cpu {
@@ -23,26 +25,6 @@ struct Masking {
   int64_t* ids_restore;      // (B, L)
 };
 
-constexpr int kMaxAxes = 3;
-
-// Patches of images (B, C, *sizes).
-struct Patches {
-  const void* images;
-  bool is_uint8;
-  Type type;
-  int axes;
-  int64_t channels;
-  int64_t batch_stride, channel_stride;
-  int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
-  const float* scale;        // (C,): a pixel x is read as x * scale + shift
-  const float* shift;        // (C,)
-  int64_t values() const {
-    int64_t count = channels;
-    for (int axis = 0; axis < axes; ++axis) count *= patch[axis];
-    return count;
-  }
-};
-
 struct GatherPatches {
   Patches patches;
   const int64_t* ids;        // (B, K)
@@ -56,8 +38,6 @@ struct ScatterPatches {
   int64_t rows;
   View grad;                 // (B, K, P)
 };
-
-enum class NormPix : int { none, patch, channel };
 
 struct PixelLoss {
   Patches patches;

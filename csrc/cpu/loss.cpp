@@ -38,9 +38,7 @@ std::tuple<Tensor, Tensor> pixel_loss(
     return reference<decltype(pixel_loss)>("pixel_loss").call(pred, images, ids, patch_size, norm_pix, weight, mean, std, need_grad);
   }
   const PatchReader reader(images, patch_size, mean, std);
-  int64_t limit = 1;
-  for (int axis = 0; axis < reader.patches.axes; ++axis) limit *= reader.patches.grid[axis];
-  const Tensor id = checked_ids("ids", ids, limit);
+  const Tensor id = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t rows = id.numel();
   const Tensor scale = row_scale(weight, rows, true);
   Tensor losses = at::empty({rows}, at::kFloat), grad = gradient_for(pred, need_grad);

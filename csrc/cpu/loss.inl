@@ -16,7 +16,7 @@ FASTMIM_HD void moments(const float* values, int64_t count, int64_t step, float&
 }
 
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
-  const int64_t values = args.patches.values(), channels = args.patches.channels, area = values / channels;
+  const int64_t values = patch_values(args.patches), channels = args.patches.channels, area = values / channels;
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
@@ -25,13 +25,13 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
     float mean, var;
     if (args.norm == NormPix::patch) {
       moments(target, values, 1, mean, var);
-      const float deviation = __builtin_sqrtf(var + 1e-6f);
-      for (int64_t i = 0; i < values; ++i) target[i] = (target[i] - mean) / deviation;
+      const float divisor = deviation(args.norm, var);
+      for (int64_t i = 0; i < values; ++i) target[i] = (target[i] - mean) / divisor;
     } else if (args.norm == NormPix::channel) {
       for (int64_t c = 0; c < channels; ++c) {
         moments(target + c, area, channels, mean, var);
-        const float deviation = __builtin_sqrtf(var) + 1e-6f;
-        for (int64_t i = c; i < values; i += channels) target[i] = (target[i] - mean) / deviation;
+        const float divisor = deviation(args.norm, var);
+        for (int64_t i = c; i < values; i += channels) target[i] = (target[i] - mean) / divisor;
       }
     }
     load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2], pred, values);
@@ -77,19 +77,12 @@ FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& siz
   for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
 }
 
-FASTMIM_HD float largest_of(Type type) {
-  return type == Type::f32 ? 3.40282347e38f : type == Type::bf16 ? 0x1.fep127f : 65504.0f;
-}
-
-FASTMIM_HD void cosine_gradient(
-    const View& out, int64_t row, int64_t width, float slope, float cosine, const float* own, const float* other,
-    float size, float norm, Type limit, float* scratch) {
+static void write_cosine_gradient(
+    const View& out, int64_t row, int64_t width, float slope, float cosine, const float* own, const float* other, float size,
+    float norm, Type limit, float* scratch) {
   float* grad = target_of(out, row, scratch);
   const float largest = largest_of(limit);
-  for (int64_t i = 0; i < width; ++i) {
-    const float value = size == 0 ? 0.0f : slope * (other[i] - cosine * own[i]) / norm / size;
-    grad[i] = value > largest ? largest : value < -largest ? -largest : value;
-  }
+  for (int64_t i = 0; i < width; ++i) grad[i] = cosine_gradient(slope, cosine, own[i], other[i], norm, size, largest);
   finish(out, row, width, scratch);
 }
 
@@ -104,15 +97,14 @@ static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
 #pragma omp simd reduction(+ : dot)
     for (int64_t i = 0; i < width; ++i) dot += x[i] * y[i];
     const float cosine = dot > 1 ? 1 : dot < -1 ? -1 : dot;
-    const float error = 1 - cosine;
-    const float power = args.gamma == 2 ? error : args.gamma == 1 ? 1.0f : powf(error, args.gamma - 1);
-    args.row_loss[row] = power * error;
-    const float slope = -args.gamma * power * args.row_scale[row];
+    const CosineError error = cosine_error(cosine, args.gamma);
+    args.row_loss[row] = error.loss;
+    const float slope = error.slope * args.row_scale[row];
     if (args.dpred.data != nullptr) {
-      cosine_gradient(args.dpred, row, width, slope, cosine, x, y, x_size, x_norm, args.pred_limit, a);
+      write_cosine_gradient(args.dpred, row, width, slope, cosine, x, y, x_size, x_norm, args.pred_limit, a);
     }
     if (args.dtarget.data != nullptr) {
-      cosine_gradient(args.dtarget, row, width, slope, cosine, y, x, y_size, y_norm, args.target_limit, b);
+      write_cosine_gradient(args.dtarget, row, width, slope, cosine, y, x, y_size, y_norm, args.target_limit, b);
     }
   }
 }

@@ -32,12 +32,6 @@ PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const
 
 namespace {
 
-int64_t count_of(const Patches& patches) {
-  int64_t count = 1;
-  for (int axis = 0; axis < patches.axes; ++axis) count *= patches.grid[axis];
-  return count;
-}
-
 Tensor gather_patches(
     const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
     const OptionalTensor& std, at::ScalarType dtype) {
@@ -45,8 +39,8 @@ Tensor gather_patches(
     return reference<decltype(gather_patches)>("gather_patches").call(images, ids, patch_size, mean, std, dtype);
   }
   const PatchReader reader(images, patch_size, mean, std);
-  const Tensor rows = checked_ids("ids", ids, count_of(reader.patches));
-  const int64_t values = reader.patches.values();
+  const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
+  const int64_t values = patch_values(reader.patches);
   Tensor out = at::empty({ids.size(0), ids.size(1), values}, images.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
   const GatherPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), rows_of(out)};
   for_rows(rows.numel(), values, [&](int64_t begin, int64_t end) { kernels().gather_patches(args, begin, end); });
@@ -61,7 +55,7 @@ Tensor gather_patches_backward(
   }
   Tensor images = at::zeros(shape, grad.options().dtype(dtype));
   const PatchReader reader(images, patch_size, {}, std);
-  const Tensor rows = checked_ids("ids", ids, count_of(reader.patches));
+  const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
   const ScatterPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), view_of(grad, {0, 1, 2})};
   for_rows(rows.numel(), grad.size(2), [&](int64_t begin, int64_t end) { kernels().scatter_patches(args, begin, end); });
   return images;

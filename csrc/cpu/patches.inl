@@ -1,15 +1,5 @@
 // Patches read from an image where it lies, and written back to one.
 
-// where patch `id` of image `b` starts, in elements
-FASTMIM_HD int64_t patch_start(const Patches& p, int64_t b, int64_t id) {
-  int64_t offset = b * p.batch_stride;
-  for (int axis = p.axes - 1; axis >= 0; --axis) {
-    offset += id % p.grid[axis] * p.patch[axis] * p.stride[axis];
-    id /= p.grid[axis];
-  }
-  return offset;
-}
-
 template <typename T>
 FASTMIM_HD float pixel(T value) {
   if constexpr (sizeof(T) == 1) {
@@ -23,17 +13,11 @@ FASTMIM_HD float pixel(T value) {
 template <typename T>
 FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64_t channel_step, int64_t value_step) {
   const T* image = static_cast<const T*>(p.images) + start;
-  const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1];
-  int64_t lines = 1;
-  for (int axis = 0; axis + 1 < p.axes; ++axis) lines *= p.patch[axis];
+  const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1], lines = patch_area(p) / width;
   for (int64_t c = 0; c < p.channels; ++c) {
     const float scale = p.scale[c], shift = p.shift[c];
     for (int64_t line = 0; line < lines; ++line) {
-      int64_t rest = line, offset = c * p.channel_stride;
-      for (int axis = p.axes - 2; axis >= 0; --axis) {
-        offset += rest % p.patch[axis] * p.stride[axis];
-        rest /= p.patch[axis];
-      }
+      const int64_t offset = patch_line(p, c, line);
       const T* source = image + offset;
       float* target = out + c * channel_step + line * width * value_step;
       for (int64_t i = 0; i < width; ++i) target[i * value_step] = pixel(source[i * step]) * scale + shift;
@@ -49,7 +33,7 @@ static void read_patch(const Patches& p, int64_t start, float* out, int64_t chan
 }
 
 static void gather_patches(const GatherPatches& args, int64_t begin, int64_t end) {
-  const int64_t values = args.patches.values(), area = values / args.patches.channels;
+  const int64_t values = patch_values(args.patches), area = values / args.patches.channels;
   Scratch memory;
   float* scratch = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
@@ -62,16 +46,10 @@ static void gather_patches(const GatherPatches& args, int64_t begin, int64_t end
 template <typename T>
 FASTMIM_HD void write_patch_as(const Patches& p, int64_t start, const float* from) {
   T* image = static_cast<T*>(const_cast<void*>(p.images)) + start;
-  const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1];
-  int64_t lines = 1;
-  for (int axis = 0; axis + 1 < p.axes; ++axis) lines *= p.patch[axis];
+  const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1], lines = patch_area(p) / width;
   for (int64_t c = 0; c < p.channels; ++c) {
     for (int64_t line = 0; line < lines; ++line) {
-      int64_t rest = line, offset = c * p.channel_stride;
-      for (int axis = p.axes - 2; axis >= 0; --axis) {
-        offset += rest % p.patch[axis] * p.stride[axis];
-        rest /= p.patch[axis];
-      }
+      const int64_t offset = patch_line(p, c, line);
       for (int64_t i = 0; i < width; ++i) image[offset + i * step] = narrow<T>(*from++ * p.scale[c]);
     }
   }
@@ -79,7 +57,7 @@ FASTMIM_HD void write_patch_as(const Patches& p, int64_t start, const float* fro
 
 static void scatter_patches(const ScatterPatches& args, int64_t begin, int64_t end) {
   const Patches& p = args.patches;
-  const int64_t values = p.values();
+  const int64_t values = patch_values(p);
   Scratch memory;
   float* scratch = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {

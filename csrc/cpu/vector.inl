@@ -11,10 +11,28 @@ FASTMIM_HD void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) 
 FASTMIM_HD Vec splat(float value) { return value - Vec{}; }
 FASTMIM_HD Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+template <int S, int... C>
+FASTMIM_HD Vec rotated(Vec v, std::integer_sequence<int, C...>) {
+  return __builtin_shufflevector(v, v, ((C + S) % VL)...);
+}
+
+// a reduction over the lanes as a tree
+template <int S = VL / 2, typename Op>
+FASTMIM_HD float across(Vec v, const Op& op) {
+  v = op(v, rotated<S>(v, std::make_integer_sequence<int, VL>{}));
+  if constexpr (S > 1) {
+    return across<S / 2>(v, op);
+  } else {
+    return v[0];
+  }
+}
+
 FASTMIM_HD float sum_of(Vec v) {
-  float total = 0;
-  for (int i = 0; i < VL; ++i) total += v[i];
-  return total;
+  return across(v, [](Vec a, Vec b) { return a + b; });
+}
+
+FASTMIM_HD float largest_in(Vec v) {
+  return across(v, [](Vec a, Vec b) { return larger(a, b); });
 }
 
 FASTMIM_HD int64_t padded(int64_t count) { return (count + VL - 1) / VL * VL; }
