@@ -30,7 +30,8 @@ FASTMIM_HD float largest_of(Type type) {
 }
 
 // the gradient by one value of x = own * norm * size, kept finite; 0 for a zero row
-FASTMIM_HD float cosine_gradient(float slope, float cosine, float own, float other, float norm, float size, float largest) {
+FASTMIM_HD float cosine_gradient(float slope, float cosine, float own, float other, float norm, float size,
+                                 float largest) {
   const float value = size == 0 ? 0.0f : slope * (other - cosine * own) / norm / size;
   return value > largest ? largest : value < -largest ? -largest : value;
 }

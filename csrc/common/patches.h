@@ -28,7 +28,9 @@ FASTMIM_HD int64_t patch_area(const Patches& p) {
   return area;
 }
 
-FASTMIM_HD int64_t patch_values(const Patches& p) { return p.channels * patch_area(p); }
+FASTMIM_HD int64_t patch_values(const Patches& p) {
+  return p.channels * patch_area(p);
+}
 
 FASTMIM_HD int64_t patch_count(const Patches& p) {
   int64_t count = 1;

@@ -15,9 +15,13 @@ struct F16 {
   uint16_t bits;
 };
 
-FASTMIM_HD float widen(float value) { return value; }
+FASTMIM_HD float widen(float value) {
+  return value;
+}
 
-FASTMIM_HD float widen(Bf16 value) { return float_of(uint32_t{value.bits} << 16); }
+FASTMIM_HD float widen(Bf16 value) {
+  return float_of(uint32_t{value.bits} << 16);
+}
 
 FASTMIM_HD float widen(F16 value) {
   // the exponent is rebiased by a product, which is exact for subnormals too

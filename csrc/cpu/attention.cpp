@@ -6,7 +6,9 @@ namespace {
 
 constexpr int64_t kMaxDim = 128, kMaxKeys = 1024;
 
-bool served(const Tensor& q, const Tensor& k) { return cpu::served(q) && q.size(-1) <= kMaxDim && k.size(1) <= kMaxKeys; }
+bool served(const Tensor& q, const Tensor& k) {
+  return cpu::served(q) && q.size(-1) <= kMaxDim && k.size(1) <= kMaxKeys;
+}
 
 // what both directions need; q, k, v are (B, S, H, D) views, the results contiguous
 Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask, double scale) {
@@ -27,18 +29,21 @@ void set_bias(Attention& args, const Tensor& bias, at::IntArrayRef full) {
   for (int axis = 0; axis < 4; ++axis) args.bias_stride[axis] = whole.stride(axis);
 }
 
-int64_t work(const Attention& args) { return args.queries * args.keys * args.dim / 8 + 1; }
+int64_t work(const Attention& args) {
+  return args.queries * args.keys * args.dim / 8 + 1;
+}
 
 void forward(const Attention& args, int64_t batch) {
   for_rows(batch * args.heads, work(args), [&](int64_t begin, int64_t end) { kernels().attention(args, begin, end); });
 }
 
 void backward(const Attention& args, int64_t batch) {
-  for_rows(batch * args.heads, 3 * work(args), [&](int64_t begin, int64_t end) { kernels().attention_backward(args, begin, end); });
+  for_rows(batch * args.heads, 3 * work(args),
+           [&](int64_t begin, int64_t end) { kernels().attention_backward(args, begin, end); });
 }
 
-Tensor attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask, const OptionalTensor& bias, double scale) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
+                 const OptionalTensor& bias, double scale) {
   if (!served(q, k)) return reference<decltype(attention)>("attention").call(q, k, v, key_mask, bias, scale);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
   Attention args = arguments(q, k, v, key_mask, scale);
@@ -49,13 +54,17 @@ Tensor attention(
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
-    const OptionalTensor& bias, double scale, bool need_bias_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                              const Tensor& v, const OptionalTensor& key_mask,
+                                                              const OptionalTensor& bias, double scale,
+                                                              bool need_bias_grad) {
   if (!served(q, k) || need_bias_grad) {
-    return reference<decltype(attention_backward)>("attention_backward").call(grad, q, k, v, key_mask, bias, scale, need_bias_grad);
+    return reference<decltype(attention_backward)>("attention_backward")
+        .call(grad, q, k, v, key_mask, bias, scale, need_bias_grad);
   }
-  const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)); };
+  const auto like = [](const Tensor& x) {
+    return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   Attention args = arguments(q, k, v, key_mask, scale);
   const Tensor wide_bias = bias.has_value() ? bias->to(at::kFloat) : Tensor();
@@ -72,10 +81,12 @@ Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, do
   return attention(q, k, v, key_mask, {}, scale);
 }
 
-Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask, double scale) {
+Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask,
+                                    double scale) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
   if (!served(q, k)) {
-    return reference<decltype(attention_qkvpacked_backward)>("attention_qkvpacked_backward").call(grad, qkv, key_mask, scale);
+    return reference<decltype(attention_qkvpacked_backward)>("attention_qkvpacked_backward")
+        .call(grad, qkv, key_mask, scale);
   }
   Tensor out = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
   Attention args = arguments(q, k, v, key_mask, scale);
@@ -87,7 +98,8 @@ Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const
   return out;
 }
 
-// ---- ragged: one call per sequence's worth of (sequence, head) items, lengths from cu_seqlens ------------------------
+// ---- ragged: one call per sequence's worth of (sequence, head) items, lengths from cu_seqlens
+// ------------------------
 
 std::vector<int64_t> offsets(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
   const Tensor cu = cu_seqlens.to(at::kLong).contiguous();
@@ -99,8 +111,10 @@ std::vector<int64_t> offsets(const char* name, const Tensor& cu_seqlens, int64_t
     fine &= starts[i] >= starts[i - 1];
     longest = std::max(longest, starts[i] - starts[i - 1]);
   }
-  TORCH_CHECK_VALUE(fine, "cu_seqlens_", name, " must start at 0, never fall and end at the ", total, " packed rows; got ", at::IntArrayRef(starts));
-  TORCH_CHECK_VALUE(longest <= max_seqlen, "max_seqlen_", name, " must be at least the longest sequence, ", longest, "; got ", max_seqlen);
+  TORCH_CHECK_VALUE(fine, "cu_seqlens_", name, " must start at 0, never fall and end at the ", total,
+                    " packed rows; got ", at::IntArrayRef(starts));
+  TORCH_CHECK_VALUE(longest <= max_seqlen, "max_seqlen_", name, " must be at least the longest sequence, ", longest,
+                    "; got ", max_seqlen);
   return starts;
 }
 
@@ -111,29 +125,30 @@ View rows_from(const Tensor& packed, int64_t start) {
 }
 
 template <typename Run>
-void each_sequence(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& starts_q, const std::vector<int64_t>& starts_k,
-    double scale, const Run& run) {
+void each_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& starts_q,
+                   const std::vector<int64_t>& starts_k, double scale, const Run& run) {
   const int64_t sequences = static_cast<int64_t>(starts_q.size()) - 1;
-  for_rows(sequences, (q.size(0) + k.size(0)) / std::max<int64_t>(sequences, 1) * q.size(1) * q.size(2), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Attention args{};
-      args.heads = q.size(1), args.dim = q.size(2), args.scale = static_cast<float>(scale);
-      args.queries = starts_q[i + 1] - starts_q[i], args.keys = starts_k[i + 1] - starts_k[i];
-      args.q = rows_from(q, starts_q[i]), args.k = rows_from(k, starts_k[i]), args.v = rows_from(v, starts_k[i]);
-      run(args, starts_q[i], starts_k[i]);
-    }
-  });
+  for_rows(sequences, (q.size(0) + k.size(0)) / std::max<int64_t>(sequences, 1) * q.size(1) * q.size(2),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) {
+               Attention args{};
+               args.heads = q.size(1), args.dim = q.size(2), args.scale = static_cast<float>(scale);
+               args.queries = starts_q[i + 1] - starts_q[i], args.keys = starts_k[i + 1] - starts_k[i];
+               args.q = rows_from(q, starts_q[i]), args.k = rows_from(k, starts_k[i]),
+               args.v = rows_from(v, starts_k[i]);
+               run(args, starts_q[i], starts_k[i]);
+             }
+           });
 }
 
-Tensor attention_varlen(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
+Tensor attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                        const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
   if (!cpu::served(q) || q.size(2) > kMaxDim || max_seqlen_k > kMaxKeys) {
     return reference<decltype(attention_varlen)>("attention_varlen")
         .call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }
-  const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q), starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
+  const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
+             starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
   each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first, int64_t) {
     args.out = rows_from(out, first);
@@ -142,15 +157,19 @@ Tensor attention_varlen(
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
+                                                             const Tensor& v, const Tensor& cu_seqlens_q,
+                                                             const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
+                                                             int64_t max_seqlen_k, double scale) {
   if (!cpu::served(q) || q.size(2) > kMaxDim || max_seqlen_k > kMaxKeys) {
     return reference<decltype(attention_varlen_backward)>("attention_varlen_backward")
         .call(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }
-  const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q), starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
-  const auto like = [](const Tensor& x) { return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous)); };
+  const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
+             starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
+  const auto like = [](const Tensor& x) {
+    return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
+  };
   Tensor dq = like(q), dk = like(k), dv = like(v);
   each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first_q, int64_t first_k) {
     args.grad = rows_from(grad, first_q), args.dq = rows_from(dq, first_q);

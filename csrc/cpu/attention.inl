@@ -10,7 +10,8 @@ constexpr int64_t kRows = 66;
 
 // C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL
 template <int MR, int NV>
-FASTMIM_HD void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+FASTMIM_HD void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
+                     int64_t ldc, bool add) {
   Vec acc[MR][NV];
   for (int m = 0; m < MR; ++m)
     for (int n = 0; n < NV; ++n) acc[m][n] = add ? load(c + m * ldc + n * VL) : Vec{};
@@ -31,7 +32,8 @@ constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 
 // the last rows of a panel, fewer than kTileRows
 template <int MR, int NV>
-FASTMIM_HD void remainder(int64_t rows, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+FASTMIM_HD void remainder(int64_t rows, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+                          float* c, int64_t ldc, bool add) {
   if (rows == MR) {
     tile<MR, NV>(K, a, am, ak, b, ldb, c, ldc, add);
   } else if constexpr (MR > 1) {
@@ -40,13 +42,15 @@ FASTMIM_HD void remainder(int64_t rows, int64_t K, const float* a, int64_t am, i
 }
 
 template <int NV>
-static void panel(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+static void panel(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
+                  int64_t ldc, bool add) {
   int64_t m = 0;
   for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
   remainder<kTileRows - 1, NV>(M - m, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
 }
 
-static void matmul(int64_t M, int64_t N, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+static void matmul(int64_t M, int64_t N, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
+                   float* c, int64_t ldc, bool add) {
   int64_t n = 0;
   for (; n + kTileVecs * VL <= N; n += kTileVecs * VL) panel<kTileVecs>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
   if constexpr (kTileVecs == 4) {
@@ -112,7 +116,8 @@ struct AttentionItem {
   }
 
   bool attends(int64_t key) const {
-    return args.key_mask == nullptr || args.key_mask[sequence * args.key_mask_stride[0] + key * args.key_mask_stride[1]];
+    return args.key_mask == nullptr ||
+           args.key_mask[sequence * args.key_mask_stride[0] + key * args.key_mask_stride[1]];
   }
 
   // rows start..start+count as floats, width padded with zeros; rows past the end of the padding too
@@ -126,7 +131,8 @@ struct AttentionItem {
   }
 
   void write(const View& view, int64_t start, int64_t count, const float* from) const {
-    for (int64_t i = 0; i < count; ++i) store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
+    for (int64_t i = 0; i < count; ++i)
+      store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
   }
 
   // asks for a row of the next item while this one is worked on: heads lie far apart for the hardware to guess

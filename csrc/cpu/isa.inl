@@ -16,10 +16,17 @@ namespace FASTMIM_ISA {
 }  // namespace FASTMIM_ISA
 }  // namespace fastmim::cpu
 
-#define FASTMIM_KERNELS(name)                                                                                    \
-  {                                                                                                              \
-    name, FASTMIM_ISA::random_masking, FASTMIM_ISA::gather_patches, FASTMIM_ISA::scatter_patches,                \
-        FASTMIM_ISA::pixel_loss, FASTMIM_ISA::cosine_loss, FASTMIM_ISA::attention, FASTMIM_ISA::attention_backward, \
-        FASTMIM_ISA::add_layer_norm, FASTMIM_ISA::add_layer_norm_backward, FASTMIM_ISA::bias_gelu,                \
-        FASTMIM_ISA::bias_gelu_backward, FASTMIM_ISA::add_row                                                     \
-  }
+#define FASTMIM_KERNELS(name)            \
+  {name,                                 \
+   FASTMIM_ISA::random_masking,          \
+   FASTMIM_ISA::gather_patches,          \
+   FASTMIM_ISA::scatter_patches,         \
+   FASTMIM_ISA::pixel_loss,              \
+   FASTMIM_ISA::cosine_loss,             \
+   FASTMIM_ISA::attention,               \
+   FASTMIM_ISA::attention_backward,      \
+   FASTMIM_ISA::add_layer_norm,          \
+   FASTMIM_ISA::add_layer_norm_backward, \
+   FASTMIM_ISA::bias_gelu,               \
+   FASTMIM_ISA::bias_gelu_backward,      \
+   FASTMIM_ISA::add_row}

@@ -18,80 +18,80 @@ struct View {
 
 struct Masking {
   int64_t num_patches, len_keep, len_predict;
-  View noise;                // (B, L); data null: drawn from seeds
-  const int64_t* seeds;      // (B,)
-  int64_t* ids_keep;         // (B, K)
-  int64_t* ids_predict;      // (B, M)
-  int64_t* ids_restore;      // (B, L)
+  View noise;            // (B, L); data null: drawn from seeds
+  const int64_t* seeds;  // (B,)
+  int64_t* ids_keep;     // (B, K)
+  int64_t* ids_predict;  // (B, M)
+  int64_t* ids_restore;  // (B, L)
 };
 
 struct GatherPatches {
   Patches patches;
-  const int64_t* ids;        // (B, K)
-  int64_t rows;              // K
-  View out;                  // (B * K, P) rows
+  const int64_t* ids;  // (B, K)
+  int64_t rows;        // K
+  View out;            // (B * K, P) rows
 };
 
 struct ScatterPatches {
-  Patches patches;           // of the gradient: `images` is written
+  Patches patches;  // of the gradient: `images` is written
   const int64_t* ids;
   int64_t rows;
-  View grad;                 // (B, K, P)
+  View grad;  // (B, K, P)
 };
 
 struct PixelLoss {
   Patches patches;
-  const int64_t* ids;        // (B, M)
-  int64_t rows;              // M
+  const int64_t* ids;  // (B, M)
+  int64_t rows;        // M
   NormPix norm;
-  View pred;                 // (B, M, P)
-  const float* row_scale;    // (B * M,)
-  float* row_loss;           // (B * M,)
-  View grad;                 // (B * M, P) rows; data null: not wanted
+  View pred;               // (B, M, P)
+  const float* row_scale;  // (B * M,)
+  float* row_loss;         // (B * M,)
+  View grad;               // (B * M, P) rows; data null: not wanted
 };
 
 struct CosineLoss {
   int64_t width;
   float gamma;
-  View pred, target;         // (rows, D)
-  const float* row_scale;    // (rows,)
-  float* row_loss;           // (rows,)
-  View dpred, dtarget;       // (rows, D); data null: not wanted
+  View pred, target;              // (rows, D)
+  const float* row_scale;         // (rows,)
+  float* row_loss;                // (rows,)
+  View dpred, dtarget;            // (rows, D); data null: not wanted
   Type pred_limit, target_limit;  // gradients stay finite in these
 };
 
 struct Attention {
   int64_t heads, queries, keys, dim;
   float scale;
-  View q, k, v, grad;        // (B, S, H, D)
-  const bool* key_mask;      // (B, Sk) or null
+  View q, k, v, grad;    // (B, S, H, D)
+  const bool* key_mask;  // (B, Sk) or null
   int64_t key_mask_stride[2];
-  const float* bias;         // (B, H, Sq, Sk) or null
+  const float* bias;  // (B, H, Sq, Sk) or null
   int64_t bias_stride[4];
-  View out, dq, dk, dv;      // (B, S, H, D)
+  View out, dq, dk, dv;  // (B, S, H, D)
 };
 
 struct AddLayerNorm {
   int64_t width;
   float eps;
-  View x, residual;          // (rows, D)
+  View x, residual;  // (rows, D)
   const float *weight, *bias;
-  View normed, sum;          // (rows, D)
-  float *mean, *rstd;        // (rows,)
+  View normed, sum;    // (rows, D)
+  float *mean, *rstd;  // (rows,)
 };
 
 struct AddLayerNormBackward {
   int64_t width;
   View grad_normed, grad_sum, sum;  // (rows, D)
   const float *mean, *rstd, *weight;
-  View dsum;                 // (rows, D)
+  View dsum;  // (rows, D)
 };
 
 struct BiasGelu {
   int64_t width;
-  View x, grad;              // (rows, D)
+  View x, grad;  // (rows, D)
   const float* bias;
-  View out;                  // (rows, D): the value, or dx
+  View out;  // (rows, D): the value, or dx
 };
 
 // rows of tables and streams: out = a + b (either may be absent)
@@ -110,7 +110,8 @@ struct Kernels {
   void (*attention)(const Attention&, int64_t begin, int64_t end);
   void (*attention_backward)(const Attention&, int64_t begin, int64_t end);
   void (*add_layer_norm)(const AddLayerNorm&, int64_t begin, int64_t end);
-  void (*add_layer_norm_backward)(const AddLayerNormBackward&, float* dweight, float* dbias, int64_t begin, int64_t end);
+  void (*add_layer_norm_backward)(const AddLayerNormBackward&, float* dweight, float* dbias, int64_t begin,
+                                  int64_t end);
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);

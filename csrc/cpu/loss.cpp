@@ -24,49 +24,66 @@ Tensor total(const Tensor& losses, const Tensor& scale) {
 }
 
 // gradients of a mean underflow in float16: they are kept in float
-at::ScalarType gradient_dtype(const Tensor& of) { return of.scalar_type() == at::kHalf ? at::kFloat : of.scalar_type(); }
+at::ScalarType gradient_dtype(const Tensor& of) {
+  return of.scalar_type() == at::kHalf ? at::kFloat : of.scalar_type();
+}
 
 Tensor gradient_for(const Tensor& of, bool wanted) {
   const auto options = of.options().dtype(gradient_dtype(of)).memory_format(at::MemoryFormat::Contiguous);
   return wanted ? at::empty(of.sizes(), options) : at::empty({0}, options);
 }
 
-std::tuple<Tensor, Tensor> pixel_loss(
-    const Tensor& pred, const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, int64_t norm_pix,
-    const OptionalTensor& weight, const OptionalTensor& mean, const OptionalTensor& std, bool need_grad) {
+std::tuple<Tensor, Tensor> pixel_loss(const Tensor& pred, const Tensor& images, const Tensor& ids,
+                                      at::IntArrayRef patch_size, int64_t norm_pix, const OptionalTensor& weight,
+                                      const OptionalTensor& mean, const OptionalTensor& std, bool need_grad) {
   if (!served(pred) || !served_pixels(images, mean, std)) {
-    return reference<decltype(pixel_loss)>("pixel_loss").call(pred, images, ids, patch_size, norm_pix, weight, mean, std, need_grad);
+    return reference<decltype(pixel_loss)>("pixel_loss")
+        .call(pred, images, ids, patch_size, norm_pix, weight, mean, std, need_grad);
   }
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor id = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t rows = id.numel();
   const Tensor scale = row_scale(weight, rows, true);
   Tensor losses = at::empty({rows}, at::kFloat), grad = gradient_for(pred, need_grad);
-  const PixelLoss args{
-      reader.patches, id.const_data_ptr<int64_t>(), ids.size(1), static_cast<NormPix>(norm_pix), view_of(pred, {0, 1, 2}),
-      scale.const_data_ptr<float>(), losses.mutable_data_ptr<float>(), need_grad ? rows_of(grad) : View{}};
+  const PixelLoss args{reader.patches,
+                       id.const_data_ptr<int64_t>(),
+                       ids.size(1),
+                       static_cast<NormPix>(norm_pix),
+                       view_of(pred, {0, 1, 2}),
+                       scale.const_data_ptr<float>(),
+                       losses.mutable_data_ptr<float>(),
+                       need_grad ? rows_of(grad) : View{}};
   for_rows(rows, 4 * pred.size(2), [&](int64_t begin, int64_t end) { kernels().pixel_loss(args, begin, end); });
   return {total(losses, scale), grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(
-    const Tensor& pred, const Tensor& target, double gamma, const OptionalTensor& weight, int64_t reduction, bool need_pred_grad,
-    bool need_target_grad) {
+std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const Tensor& target, double gamma,
+                                                      const OptionalTensor& weight, int64_t reduction,
+                                                      bool need_pred_grad, bool need_target_grad) {
   if (!served(pred) || !served(target)) {
-    return reference<decltype(scaled_cosine_loss)>("scaled_cosine_loss").call(pred, target, gamma, weight, reduction, need_pred_grad, need_target_grad);
+    return reference<decltype(scaled_cosine_loss)>("scaled_cosine_loss")
+        .call(pred, target, gamma, weight, reduction, need_pred_grad, need_target_grad);
   }
   const Tensor x = pred.contiguous(), y = target.contiguous();
   const int64_t width = pred.size(-1);
   int64_t rows = 1;
   for (const int64_t size : pred.sizes().slice(0, pred.dim() - 1)) rows *= size;
   const Tensor scale = row_scale(weight, rows, reduction == kReduceMean);
-  Tensor losses = at::empty({rows}, at::kFloat), dpred = gradient_for(pred, need_pred_grad), dtarget = gradient_for(target, need_target_grad);
-  const CosineLoss args{
-      width, static_cast<float>(gamma), rows_of(x), rows_of(y), scale.const_data_ptr<float>(), losses.mutable_data_ptr<float>(),
-      need_pred_grad ? rows_of(dpred) : View{}, need_target_grad ? rows_of(dtarget) : View{},
-      type_of(pred.scalar_type()), type_of(target.scalar_type())};
+  Tensor losses = at::empty({rows}, at::kFloat), dpred = gradient_for(pred, need_pred_grad),
+         dtarget = gradient_for(target, need_target_grad);
+  const CosineLoss args{width,
+                        static_cast<float>(gamma),
+                        rows_of(x),
+                        rows_of(y),
+                        scale.const_data_ptr<float>(),
+                        losses.mutable_data_ptr<float>(),
+                        need_pred_grad ? rows_of(dpred) : View{},
+                        need_target_grad ? rows_of(dtarget) : View{},
+                        type_of(pred.scalar_type()),
+                        type_of(target.scalar_type())};
   for_rows(rows, 8 * width, [&](int64_t begin, int64_t end) { kernels().cosine_loss(args, begin, end); });
-  Tensor loss = reduction == kReduceNone ? (losses * scale).reshape(pred.sizes().slice(0, pred.dim() - 1)) : total(losses, scale);
+  Tensor loss =
+      reduction == kReduceNone ? (losses * scale).reshape(pred.sizes().slice(0, pred.dim() - 1)) : total(losses, scale);
   return {loss, dpred, dtarget};
 }
 

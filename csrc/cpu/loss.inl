@@ -34,7 +34,8 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
         for (int64_t i = c; i < values; i += channels) target[i] = (target[i] - mean) / divisor;
       }
     }
-    load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2], pred, values);
+    load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2],
+             pred, values);
     float square = 0;
 #pragma omp simd reduction(+ : square)
     for (int64_t i = 0; i < values; ++i) {
@@ -77,9 +78,9 @@ FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& siz
   for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
 }
 
-static void write_cosine_gradient(
-    const View& out, int64_t row, int64_t width, float slope, float cosine, const float* own, const float* other, float size,
-    float norm, Type limit, float* scratch) {
+static void write_cosine_gradient(const View& out, int64_t row, int64_t width, float slope, float cosine,
+                                  const float* own, const float* other, float size, float norm, Type limit,
+                                  float* scratch) {
   float* grad = target_of(out, row, scratch);
   const float largest = largest_of(limit);
   for (int64_t i = 0; i < width; ++i) grad[i] = cosine_gradient(slope, cosine, own[i], other[i], norm, size, largest);

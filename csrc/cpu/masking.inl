@@ -27,8 +27,10 @@ static void random_masking(const Masking& args, int64_t begin, int64_t end) {
   const int64_t count = args.num_patches;
   Scratch memory;
   float* noise = memory.take(count + 4);
-  uint32_t *keys = reinterpret_cast<uint32_t*>(memory.take(count + 4)), *spare_keys = reinterpret_cast<uint32_t*>(memory.take(count));
-  int32_t *order = reinterpret_cast<int32_t*>(memory.take(count)), *spare_order = reinterpret_cast<int32_t*>(memory.take(count));
+  uint32_t *keys = reinterpret_cast<uint32_t*>(memory.take(count + 4)),
+           *spare_keys = reinterpret_cast<uint32_t*>(memory.take(count));
+  int32_t *order = reinterpret_cast<int32_t*>(memory.take(count)),
+          *spare_order = reinterpret_cast<int32_t*>(memory.take(count));
   for (int64_t b = begin; b < end; ++b) {
     if (args.noise.data != nullptr) {
       load_row(args.noise.type, at(args.noise, b * args.noise.stride[0]), args.noise.stride[1], noise, count);

@@ -16,7 +16,8 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   const int64_t size = std::max<int64_t>(32, (rows + 63) / 64), pieces = (rows + size - 1) / size;
   Tensor partial = at::zeros({pieces, sums}, at::kFloat);
   for_rows(pieces, size * work, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) run(partial.mutable_data_ptr<float>() + i * sums, i * size, std::min(rows, (i + 1) * size));
+    for (int64_t i = begin; i < end; ++i)
+      run(partial.mutable_data_ptr<float>() + i * sums, i * size, std::min(rows, (i + 1) * size));
   });
   Tensor out = at::zeros({sums}, at::kFloat);
   float* total = out.mutable_data_ptr<float>();
@@ -27,8 +28,8 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
-    const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                          const Tensor& bias, double eps) {
   if (!served(x) || !served(residual) || !served(weight) || !served(bias)) {
     return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps);
   }
@@ -38,25 +39,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(
   auto per_row = x.sizes().vec();
   per_row.back() = 1;
   Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
-  const AddLayerNorm args{
-      x.size(-1), static_cast<float>(eps), rows_of(a), rows_of(b), w.const_data_ptr<float>(), shift.const_data_ptr<float>(),
-      rows_of(normed), rows_of(sum), mean.mutable_data_ptr<float>(), rstd.mutable_data_ptr<float>()};
+  const AddLayerNorm args{x.size(-1),
+                          static_cast<float>(eps),
+                          rows_of(a),
+                          rows_of(b),
+                          w.const_data_ptr<float>(),
+                          shift.const_data_ptr<float>(),
+                          rows_of(normed),
+                          rows_of(sum),
+                          mean.mutable_data_ptr<float>(),
+                          rstd.mutable_data_ptr<float>()};
   for_rows(rows_in(x), 4 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
   return {normed, sum, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(
-    const Tensor& grad_normed, const Tensor& grad_sum, const Tensor& total, const Tensor& mean, const Tensor& rstd, const Tensor& weight) {
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_normed, const Tensor& grad_sum,
+                                                           const Tensor& total, const Tensor& mean, const Tensor& rstd,
+                                                           const Tensor& weight) {
   if (!served(total) || !served(grad_normed) || !served(grad_sum)) {
-    return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward").call(grad_normed, grad_sum, total, mean, rstd, weight);
+    return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward")
+        .call(grad_normed, grad_sum, total, mean, rstd, weight);
   }
-  const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(), w = as_float(weight);
+  const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(),
+               w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
   const int64_t width = total.size(-1);
   const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
-  const AddLayerNormBackward args{
-      width, rows_of(g), rows_of(through), rows_of(sum), means.const_data_ptr<float>(), rstds.const_data_ptr<float>(),
-      w.const_data_ptr<float>(), rows_of(dsum)};
+  const AddLayerNormBackward args{width,
+                                  rows_of(g),
+                                  rows_of(through),
+                                  rows_of(sum),
+                                  means.const_data_ptr<float>(),
+                                  rstds.const_data_ptr<float>(),
+                                  w.const_data_ptr<float>(),
+                                  rows_of(dsum)};
   const Tensor sums = by_pieces(rows_in(total), 2 * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
     kernels().add_layer_norm_backward(args, part, part + width, begin, end);
   });
@@ -73,7 +89,8 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
 }
 
 std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias) {
-  if (!served(x) || !served(bias) || !served(grad)) return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias);
+  if (!served(x) || !served(bias) || !served(grad))
+    return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias);
   const Tensor from = x.contiguous(), g = grad.contiguous(), b = as_float(bias);
   Tensor dx = at::empty(x.sizes(), from.options());
   const int64_t width = x.size(-1);

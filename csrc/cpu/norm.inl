@@ -29,7 +29,8 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
 }
 
 // adds the rows' part of the gradients of weight and bias
-static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin, int64_t end) {
+static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin,
+                                    int64_t end) {
   const int64_t width = args.width;
   Scratch memory;
   float *a = memory.take(width), *b = memory.take(width), *c = memory.take(width), *d = memory.take(width);

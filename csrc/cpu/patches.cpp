@@ -7,14 +7,16 @@ bool served_pixels(const Tensor& images, const OptionalTensor& mean, const Optio
   return narrow_stats && (images.scalar_type() == at::kByte || served(images));
 }
 
-PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean, const OptionalTensor& std) {
+PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean,
+                         const OptionalTensor& std) {
   const int64_t channels = images.size(1);
   const bool is_uint8 = images.scalar_type() == at::kByte;
   TORCH_CHECK_VALUE(!std.has_value() || std->gt(0).all().item<bool>(), "std must be positive, got ", *std);
   scale = at::full({channels}, is_uint8 ? 1.0 / 255 : 1.0, at::kDouble);
   if (std.has_value()) scale = scale / std->to(at::kDouble);
   shift = at::zeros({channels}, at::kDouble);
-  if (mean.has_value()) shift = -mean->to(at::kDouble) / (std.has_value() ? std->to(at::kDouble) : at::ones({channels}, at::kDouble));
+  if (mean.has_value())
+    shift = -mean->to(at::kDouble) / (std.has_value() ? std->to(at::kDouble) : at::ones({channels}, at::kDouble));
   scale = as_float(scale), shift = as_float(shift);
   patches.images = images.const_data_ptr();
   patches.is_uint8 = is_uint8;
@@ -32,48 +34,52 @@ PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const
 
 namespace {
 
-Tensor gather_patches(
-    const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
-    const OptionalTensor& std, at::ScalarType dtype) {
+Tensor gather_patches(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
+                      const OptionalTensor& std, at::ScalarType dtype) {
   if (!served_pixels(images, mean, std) || dtype == at::kDouble) {
     return reference<decltype(gather_patches)>("gather_patches").call(images, ids, patch_size, mean, std, dtype);
   }
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t values = patch_values(reader.patches);
-  Tensor out = at::empty({ids.size(0), ids.size(1), values}, images.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = at::empty({ids.size(0), ids.size(1), values},
+                         images.options().dtype(dtype).memory_format(at::MemoryFormat::Contiguous));
   const GatherPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), rows_of(out)};
   for_rows(rows.numel(), values, [&](int64_t begin, int64_t end) { kernels().gather_patches(args, begin, end); });
   return out;
 }
 
-Tensor gather_patches_backward(
-    const Tensor& grad, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& std, at::IntArrayRef shape,
-    at::ScalarType dtype) {
+Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArrayRef patch_size,
+                               const OptionalTensor& std, at::IntArrayRef shape, at::ScalarType dtype) {
   if (!served_pixels(grad, {}, std) || dtype == at::kDouble) {
-    return reference<decltype(gather_patches_backward)>("gather_patches_backward").call(grad, ids, patch_size, std, shape, dtype);
+    return reference<decltype(gather_patches_backward)>("gather_patches_backward")
+        .call(grad, ids, patch_size, std, shape, dtype);
   }
   Tensor images = at::zeros(shape, grad.options().dtype(dtype));
   const PatchReader reader(images, patch_size, {}, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
   const ScatterPatches args{reader.patches, rows.const_data_ptr<int64_t>(), ids.size(1), view_of(grad, {0, 1, 2})};
-  for_rows(rows.numel(), grad.size(2), [&](int64_t begin, int64_t end) { kernels().scatter_patches(args, begin, end); });
+  for_rows(rows.numel(), grad.size(2),
+           [&](int64_t begin, int64_t end) { kernels().scatter_patches(args, begin, end); });
   return images;
 }
 
-Tensor embed_patches(
-    const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& pos_embed,
-    const OptionalTensor& prefix, const OptionalTensor& mean, const OptionalTensor& std, at::ScalarType dtype) {
+Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
+                     const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
+                     const OptionalTensor& std, at::ScalarType dtype) {
   const auto narrow = [](const OptionalTensor& tensor) { return !tensor.has_value() || served(*tensor); };
-  if (!served_pixels(images, mean, std) || dtype == at::kDouble || !served(weight) || !narrow(bias) || !narrow(pos_embed) || !narrow(prefix)) {
-    return reference<decltype(embed_patches)>("embed_patches").call(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype);
+  if (!served_pixels(images, mean, std) || dtype == at::kDouble || !served(weight) || !narrow(bias) ||
+      !narrow(pos_embed) || !narrow(prefix)) {
+    return reference<decltype(embed_patches)>("embed_patches")
+        .call(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype);
   }
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
   const OptionalTensor narrow_bias = bias.has_value() ? OptionalTensor(bias->to(dtype)) : OptionalTensor();
   const Tensor tokens = at::linear(patches, weight.flatten(1).to(dtype), narrow_bias).contiguous();
   if (!pos_embed.has_value() && !prefix.has_value()) return tokens;
   const int64_t K = ids.size(1), N = prefix.has_value() ? prefix->size(0) : 0, width = weight.size(0);
-  const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(), pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
+  const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(),
+               pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
   const Tensor rows = ids.contiguous();
   Tensor out = at::empty({ids.size(0), N + K, width}, tokens.options());
   const Type type = type_of(dtype);

@@ -62,7 +62,8 @@ static void scatter_patches(const ScatterPatches& args, int64_t begin, int64_t e
   float* scratch = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.rows, k = row % args.rows;
-    load_row(args.grad.type, at(args.grad, b * args.grad.stride[0] + k * args.grad.stride[1]), args.grad.stride[2], scratch, values);
+    load_row(args.grad.type, at(args.grad, b * args.grad.stride[0] + k * args.grad.stride[1]), args.grad.stride[2],
+             scratch, values);
     const int64_t start = patch_start(p, b, args.ids[row]);
     if (p.type == Type::f32) write_patch_as<float>(p, start, scratch);
     if (p.type == Type::bf16) write_patch_as<Bf16>(p, start, scratch);

@@ -40,12 +40,16 @@ inline View rows_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), type_of(tensor.scalar_type()), {width, 1}};
 }
 
-inline Tensor as_float(const Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
+inline Tensor as_float(const Tensor& tensor) {
+  return tensor.to(at::kFloat).contiguous();
+}
 
 // the reference of the op, for what the kernel does not serve
 template <typename Signature>
 auto reference(const char* op) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("fastmim_reference::") + op).c_str(), "").typed<Signature>();
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("fastmim_reference::") + op).c_str(), "")
+      .typed<Signature>();
 }
 
 // run(begin, end) over 0..count, `work` being the cost of one in elements touched

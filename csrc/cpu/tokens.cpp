@@ -50,7 +50,8 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   const View a = rows_of(from), o = rows_of(out);
   // where each position's row of the batch lies, so that a position is summed by one thread, in batch order
   std::vector<int64_t> place(batch * num_positions, -1);
-  for (int64_t row = 0; row < batch * count; ++row) place[id.const_data_ptr<int64_t>()[row] * batch + row / count] = row;
+  for (int64_t row = 0; row < batch * count; ++row)
+    place[id.const_data_ptr<int64_t>()[row] * batch + row / count] = row;
   for_rows(num_positions, batch * width, [&](int64_t begin, int64_t end) {
     for (int64_t position = begin; position < end; ++position) {
       float* sum = static_cast<float*>(o.data) + position * width;
@@ -67,20 +68,23 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
 
 // out[b, row] = visible[b, from] (or the mask token, where from is past them) + pos_embed[position]
 template <typename Place>
-Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows, const Place& place) {
+Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows,
+                const Place& place) {
   const Tensor tokens = visible.contiguous(), mask = mask_token.contiguous(), pos = pos_embed.contiguous();
   const int64_t seen = visible.size(1), width = visible.size(2);
   Tensor out = at::empty({visible.size(0), rows, width}, visible.options());
   const auto row_of = [width](const Tensor& table, int64_t row) {
     return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * width * table.element_size();
   };
-  const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()), pos_type = type_of(pos.scalar_type());
+  const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()),
+             pos_type = type_of(pos.scalar_type());
   for_rows(visible.size(0) * rows, width, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto [from, position] = place(i / rows, i % rows);
       const bool is_visible = from < seen;
       const void* value = is_visible ? row_of(tokens, i / rows * seen + from) : mask.const_data_ptr();
-      kernels().add_row(is_visible ? type : mask_type, value, pos_type, row_of(pos, position), type, row_of(out, i), width);
+      kernels().add_row(is_visible ? type : mask_type, value, pos_type, row_of(pos, position), type, row_of(out, i),
+                        width);
     }
   });
   return out;
@@ -88,15 +92,15 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
 
 using Place = std::pair<int64_t, int64_t>;
 
-Tensor decoder_tokens(
-    const Tensor& visible, const Tensor& ids_keep, const Tensor& ids_predict, const Tensor& mask_token,
-    const Tensor& pos_embed, int64_t num_prefix_tokens) {
+Tensor decoder_tokens(const Tensor& visible, const Tensor& ids_keep, const Tensor& ids_predict,
+                      const Tensor& mask_token, const Tensor& pos_embed, int64_t num_prefix_tokens) {
   if (!served(visible) || !served(mask_token) || !served(pos_embed)) {
     return reference<decltype(decoder_tokens)>("decoder_tokens")
         .call(visible, ids_keep, ids_predict, mask_token, pos_embed, num_prefix_tokens);
   }
   const int64_t patches = pos_embed.size(0) - num_prefix_tokens, seen = visible.size(1);
-  const Tensor keep = checked_ids("ids_keep", ids_keep, patches), predict = checked_ids("ids_predict", ids_predict, patches);
+  const Tensor keep = checked_ids("ids_keep", ids_keep, patches),
+               predict = checked_ids("ids_predict", ids_predict, patches);
   const int64_t *kept = keep.const_data_ptr<int64_t>(), *predicted = predict.const_data_ptr<int64_t>();
   const int64_t K = keep.size(1), M = predict.size(1), N = num_prefix_tokens;
   return assemble(visible, mask_token, pos_embed, seen + M, [=](int64_t b, int64_t row) -> Place {
@@ -105,22 +109,24 @@ Tensor decoder_tokens(
   });
 }
 
-Tensor unshuffle(
-    const Tensor& visible, const Tensor& ids_restore, const Tensor& mask_token, const Tensor& pos_embed, int64_t num_prefix_tokens) {
+Tensor unshuffle(const Tensor& visible, const Tensor& ids_restore, const Tensor& mask_token, const Tensor& pos_embed,
+                 int64_t num_prefix_tokens) {
   if (!served(visible) || !served(mask_token) || !served(pos_embed)) {
-    return reference<decltype(unshuffle)>("unshuffle").call(visible, ids_restore, mask_token, pos_embed, num_prefix_tokens);
+    return reference<decltype(unshuffle)>("unshuffle")
+        .call(visible, ids_restore, mask_token, pos_embed, num_prefix_tokens);
   }
   const int64_t L = ids_restore.size(1), N = num_prefix_tokens;
   const Tensor restore = checked_ids("ids_restore", ids_restore, L);
   const int64_t* rank = restore.const_data_ptr<int64_t>();
-  return assemble(visible, mask_token, pos_embed, N + L, [=](int64_t b, int64_t row) -> Place {
-    return {row < N ? row : N + rank[b * L + row - N], row};
-  });
+  return assemble(visible, mask_token, pos_embed, N + L,
+                  [=](int64_t b, int64_t row) -> Place { return {row < N ? row : N + rank[b * L + row - N], row}; });
 }
 
-std::tuple<Tensor, Tensor> unshuffle_backward(const Tensor& grad, const Tensor& ids_restore, int64_t len_keep, int64_t num_prefix_tokens) {
+std::tuple<Tensor, Tensor> unshuffle_backward(const Tensor& grad, const Tensor& ids_restore, int64_t len_keep,
+                                              int64_t num_prefix_tokens) {
   if (!served(grad)) {
-    return reference<decltype(unshuffle_backward)>("unshuffle_backward").call(grad, ids_restore, len_keep, num_prefix_tokens);
+    return reference<decltype(unshuffle_backward)>("unshuffle_backward")
+        .call(grad, ids_restore, len_keep, num_prefix_tokens);
   }
   const Tensor from = grad.contiguous(), restore = ids_restore.contiguous();
   const int64_t batch = grad.size(0), width = grad.size(2), L = ids_restore.size(1), N = num_prefix_tokens;
@@ -135,7 +141,8 @@ std::tuple<Tensor, Tensor> unshuffle_backward(const Tensor& grad, const Tensor& 
         const char* line = static_cast<const char*>(from.const_data_ptr()) + (b * (N + L) + row) * width * size;
         const int64_t to = row < N ? row : N + restore.const_data_ptr<int64_t>()[b * L + row - N];
         if (to < N + len_keep) {
-          std::memcpy(static_cast<char*>(dvisible.mutable_data_ptr()) + (b * (N + len_keep) + to) * width * size, line, width * size);
+          std::memcpy(static_cast<char*>(dvisible.mutable_data_ptr()) + (b * (N + len_keep) + to) * width * size, line,
+                      width * size);
         } else {
           kernels().add_row(type, line, Type::f32, masked, Type::f32, masked, width);
         }

@@ -6,10 +6,18 @@ typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef int32_t Int __attribute__((vector_size(VL * 4)));
 typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
-FASTMIM_HD Vec load(const float* from) { return *reinterpret_cast<const Unaligned*>(from); }
-FASTMIM_HD void store(float* to, Vec value) { *reinterpret_cast<Unaligned*>(to) = value; }
-FASTMIM_HD Vec splat(float value) { return value - Vec{}; }
-FASTMIM_HD Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+FASTMIM_HD Vec load(const float* from) {
+  return *reinterpret_cast<const Unaligned*>(from);
+}
+FASTMIM_HD void store(float* to, Vec value) {
+  *reinterpret_cast<Unaligned*>(to) = value;
+}
+FASTMIM_HD Vec splat(float value) {
+  return value - Vec{};
+}
+FASTMIM_HD Vec larger(Vec a, Vec b) {
+  return a > b ? a : b;
+}
 
 template <int S, int... C>
 FASTMIM_HD Vec rotated(Vec v, std::integer_sequence<int, C...>) {
@@ -35,7 +43,9 @@ FASTMIM_HD float largest_in(Vec v) {
   return across(v, [](Vec a, Vec b) { return larger(a, b); });
 }
 
-FASTMIM_HD int64_t padded(int64_t count) { return (count + VL - 1) / VL * VL; }
+FASTMIM_HD int64_t padded(int64_t count) {
+  return (count + VL - 1) / VL * VL;
+}
 
 // e^x to about one ulp; 0 below the smallest normal number, NaN for NaN
 FASTMIM_HD Vec exponential(Vec x) {
