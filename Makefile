@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
 
-.PHONY: throughput test test-all lint clean
+.PHONY: throughput test test-all sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -16,15 +16,24 @@ test: .venv/ready lint
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 .venv/bin/python -m pytest -n auto $(ARGS)
 
+# the op suite on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: .venv/ready
+	rm -rf build/sanitize
+	FASTMIM_SANITIZE=1 .venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/sanitize .
+	PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	.venv/bin/python -m pytest tests/ops tests/test_masking.py -k "not compile" $(ARGS)
+
 lint: .venv/ready
+	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-.venv/ready: pyproject.toml setup.py
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)"
-	.venv/bin/python -m pip install -q -e ".[test]"
+	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja pybind11
+	.venv/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

@@ -40,9 +40,13 @@ def native():
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 sys.exit(f"fastmim: compiling csrc/ failed ({error}); FASTMIM_BUILD_CPP=0 installs without C++ kernels")
 
+    flags, link = list(FLAGS), ["-fopenmp"]
+    if os.environ.get("FASTMIM_SANITIZE") == "1":
+        checks = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
+        flags, link = [*flags, *checks, "-O1"], [*link, *checks]
     sources = ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inl"})
-    module = CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=FLAGS, extra_link_args=["-fopenmp"])
+    module = CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 

@@ -46,12 +46,12 @@ else:
 
 
 def fallback(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What serves `op` on a device that no kernel is registered for."""
+    """What serves `op` where no kernel does: on another device, or for inputs that the device's kernel leaves to it."""
     if family in ("auto", "reference"):
         return reference
 
     def refuse(*args: object) -> None:
-        reason = missing.get(family, f"no {family} kernel serves this op on this device")
+        reason = missing.get(family, f"its {family} kernel does not serve this device, dtype or size")
         raise RuntimeError(f"FASTMIM_KERNELS={family} can't serve fastmim::{op}: {reason}")
 
     return refuse

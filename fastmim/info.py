@@ -22,6 +22,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
+        "build": _library.build,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "FASTMIM_KERNELS": _library.family,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"fastmim {found['fastmim']}, Python {found['python']}, {found['platform']}")
     print("packages  ", ", ".join(f"{name} {version or 'absent'}" for name, version in found["packages"].items()))
     print(f"CPU        {found['cpu']['capability']}, {found['cpu']['threads']} threads")
+    if found["build"]:
+        print("C++        " + ", ".join(f"{name} {value}" for name, value in found["build"].items()))
     print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
     print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))

@@ -26,10 +26,11 @@ def define(
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    torch.library.impl(qualified, "CompositeExplicitAutograd", _library.fallback(name, reference))
-    # where a compiled kernel finds the formula for what it does not serve
+    fallback = _library.fallback(name, reference)
+    torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
+    # by this name a compiled kernel finds the formula for what it does not serve
     torch.library.define(f"fastmim_reference::{name}", schema)
-    torch.library.impl(f"fastmim_reference::{name}", "CompositeExplicitAutograd", reference)
+    torch.library.impl(f"fastmim_reference::{name}", "CompositeExplicitAutograd", fallback)
     torch.library.register_fake(qualified, fake)
     if backward is not None:
         formula = backward if twice else once_differentiable(backward)

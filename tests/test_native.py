@@ -1,0 +1,81 @@
+"""The compiled CPU kernels as a process loads them: instruction sets, forced families, a build that doesn't fit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastmim import _library
+
+pytestmark = pytest.mark.skipif(_library.build is None, reason=f"no compiled kernels: {_library.missing.get('cpp')}")
+
+# every family, forward and backward, as one line of digits
+DIGEST = """
+import torch
+from fastmim import _library, ops
+torch.manual_seed(0)
+images, ids = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.stack([torch.randperm(16)[:5] for _ in "ab"])
+weight = torch.randn(70, 3, 8, 8, requires_grad=True)
+x = ops.embed_patches(images, ids, weight, mean=[0.5] * 3, std=[0.2] * 3)
+x = ops.bias_gelu(x, torch.randn(70)) + ops.add_layer_norm(x, x, torch.ones(70), torch.zeros(70))[0]
+y = ops.attention_qkvpacked(torch.cat([x] * 3, -1).unflatten(-1, (3, 5, 14))).flatten(2)
+y = ops.decoder_tokens(y, ids, ids, torch.randn(70), torch.randn(16, 70))[:, 5:]
+loss = ops.scaled_cosine_loss(y, x.detach()) + ops.pixel_loss(y @ torch.randn(70, 192), images, ids, 8)
+loss.backward()
+keep = ops.random_masking(2, 300, 7, seeds=torch.tensor([3, -5]))[0]
+print(_library.build["isa"], loss.item(), weight.grad.norm().item(), keep.sum().item())
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def digest(isa: str) -> list[float]:
+    done = run(DIGEST, FASTMIM_ISA=isa)
+    assert done.returncode == 0, done.stderr
+    name, *values = done.stdout.split()
+    assert name == isa
+    return [float(value) for value in values]
+
+
+def test_instruction_sets_agree():
+    """Narrower sets, which other processors run, give the same results."""
+    sets = ["portable", "avx2", "avx512"]
+    able = sets[: sets.index(_library.build["isa"]) + 1]
+    results = [digest(isa) for isa in able]
+    assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
+
+
+def test_unknown_instruction_set_is_named():
+    done = run("import fastmim", FASTMIM_ISA="mmx")
+    assert done.returncode and "FASTMIM_ISA must be one of portable" in done.stderr and "got mmx" in done.stderr
+
+
+def test_forced_family_refuses_what_it_does_not_serve():
+    code = "import torch; from fastmim import ops; ops.bias_gelu(torch.ones(2, 3, dtype=torch.float64), torch.ones(3))"
+    done = run(code, FASTMIM_KERNELS="cpp")
+    assert "FASTMIM_KERNELS=cpp can't serve fastmim::bias_gelu" in done.stderr
+    assert run(code.replace(", dtype=torch.float64", ""), FASTMIM_KERNELS="cpp").returncode == 0
+
+
+def test_build_that_does_not_load_is_an_error():
+    """Not a silent slow path."""
+    code = """
+import sys, importlib.machinery, importlib.util
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "fastmim._C":
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError("undefined symbol: torch_of_yesterday")
+    def exec_module(self, module):
+        pass
+sys.meta_path.insert(0, Broken())
+import fastmim
+"""
+    done = run(code)
+    assert "fastmim._C was built for another torch" in done.stderr and "torch_of_yesterday" in done.stderr
