@@ -142,6 +142,8 @@ def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 def lay(x: Tensor, layout: str) -> Tensor:
     """`x` in another layout; memory around and between its values holds NaN (integers: the largest)."""
+    if x.dim() == 0:
+        return x.clone()
     if layout == "expanded" and (x.dim() > 1 or x.is_floating_point()):
         return x[:1].clone().expand_as(x)
     if layout == "transposed" and x.dim() > 1:

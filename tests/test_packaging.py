@@ -1,5 +1,7 @@
 """What is shipped, and that it works where the checkout is not."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,8 +26,9 @@ print(fastmim.__version__)
 """
 
 
-def run(*command: object, cwd: Path) -> str:
-    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600)
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    env = {**os.environ, **environment}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -36,7 +39,7 @@ def names(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, the wheel built from it, and the wheel built from the checkout."""
+    """The sdist, the wheel built from it, and the wheel built from the checkout; pure Python, which is quick."""
     work = tmp_path_factory.mktemp("packaging")
     # a copy of what git knows or would add, so that the checkout stays clean and its build outputs stay out
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
@@ -48,8 +51,8 @@ def built(tmp_path_factory):
         elif source.is_file():
             copy.write_bytes(source.read_bytes())
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir"]
-    run(*build, work / "sdist", work / "checkout", cwd=work)
-    run(*build, work / "direct", "--wheel", work / "checkout", cwd=work)
+    for options in ([work / "sdist"], [work / "direct", "--wheel"]):
+        run(*build, *options, work / "checkout", cwd=work, FASTMIM_BUILD_CPP="0")
     return (
         next((work / "sdist").glob("*.tar.gz")),
         next((work / "sdist").glob("*.whl")),
@@ -83,13 +86,28 @@ def test_the_sdist_holds_what_a_build_needs(built):
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md", "fastmim/py.typed"} <= files
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= files
+
+
+def train_elsewhere(wheel: Path, work: Path, code: str = STEP) -> None:
+    target = work / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
+    run(*pip, "--target", target, wheel, cwd=work)
+    # the explicit path comes before an editable installation of the checkout
+    said = run(sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){code}", target, cwd=work)
+    assert said.strip() == wheel.name.split("-")[1]
 
 
 def test_installed_elsewhere_it_trains(built, tmp_path):
     _, wheel, _ = built
-    target = tmp_path / "installed"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
-    run(*pip, "--target", target, wheel, cwd=tmp_path)
-    # the explicit path comes before an editable installation of the checkout
-    code = f"import sys; sys.path.insert(0, sys.argv[1]){STEP}"
-    assert run(sys.executable, "-c", code, target, cwd=tmp_path).strip() == wheel.name.split("-")[1]
+    train_elsewhere(wheel, tmp_path)
+
+
+@pytest.mark.skipif(os.environ.get("FASTMIM_TEST_ALL") != "1", reason="compiles csrc/ once more: make test-all")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++").split()[0]), reason="no C++ compiler")
+def test_compiled_from_the_sdist_it_trains(built, tmp_path):
+    sdist, _, _ = built
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    run(*pip, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    train_elsewhere(wheel, tmp_path, f"{STEP}assert fastmim._library.build")
