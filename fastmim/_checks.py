@@ -74,12 +74,18 @@ def axes(name: str, value: object, count: int) -> list[int]:
     return list(values)
 
 
-def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
-    """`patch_size` as a list and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
+def check_images(images: object) -> None:
+    """`images` is (B, C, H, W) or (B, C, T, H, W), floating or uint8."""
     check_tensor("images", images)
+    assert isinstance(images, Tensor)
     if images.dim() not in (4, 5):
         raise ValueError(f"images must be (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
     check_floating("images", images, also_uint8=True)
+
+
+def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
+    """`patch_size` as a list and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
+    check_images(images)
     patch = axes("patch_size", patch_size, images.dim() - 2)
     if any(size % p for size, p in zip(images.shape[2:], patch)):
         raise ValueError(

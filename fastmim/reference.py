@@ -5,6 +5,7 @@ float64 inputs) whatever the storage. Letters: B batch, L patches, K visible, M 
 patch, N prefix tokens, S sequence, H heads.
 """
 
+import math
 import os
 
 import torch
@@ -193,8 +194,9 @@ def _cut(
     if mean is not None:
         patches = patches - _channels(mean, patches)
     if std is not None:
-        if _checked(std) and bool((std <= 0).any()):
-            raise ValueError(f"std must be positive, got {std.tolist()}")
+        if _checked(std) and not bool((std > 0).all()):
+            channel = int((std > 0).long().argmin())
+            raise ValueError(f"std must be positive, got {float(std[channel])} for channel {channel}")
         patches = patches / _channels(std, patches)
     return patches
 
@@ -250,7 +252,7 @@ def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor |
     """softmax(scale q kᵀ + bias) over the unmasked keys, (B, H, Sq, Sk); 0 for a query without any."""
     scores = (wide(q).transpose(1, 2) * scale) @ wide(k).permute(0, 2, 3, 1)
     if bias is not None:
-        scores = scores + wide(bias)
+        scores = scores + bias.to(scores.dtype)
     if key_mask is not None:
         scores = scores.masked_fill(~key_mask[:, None, None, :], float("-inf"))
     if bias is None and key_mask is None:
@@ -390,8 +392,9 @@ def pixel_loss(
     target = _cut(images, ids, patch_size, mean, std, dtype).movedim(2, -1)
     axes = {NORM_PATCH: tuple(range(2, target.dim())), NORM_CHANNEL: tuple(range(2, target.dim() - 1))}.get(norm_pix)
     if axes is not None:
-        var, mu = torch.var_mean(target, dim=axes, keepdim=True)
-        target = (target - mu) / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
+        target = target - target.mean(axes, keepdim=True)
+        var = target.square().sum(axes, keepdim=True) / (math.prod(target.shape[axis] for axis in axes) - 1)
+        target = target / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
     error = pred.to(dtype) - target.flatten(2)
     row_scale = _row_scale(weight, error[..., 0], REDUCE_MEAN)
     loss = (error.square().mean(-1) * row_scale).sum()
@@ -451,7 +454,7 @@ def scaled_cosine_loss(
 def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x = direction * norm * size, where size is the largest magnitude of the row, so that no square overflows."""
     size = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    scaled = torch.where(size > 0, x / size, 0)
+    scaled = torch.where(size == 0, 0, x / size)
     norm = scaled.norm(dim=-1, keepdim=True).clamp(min=1)
     return scaled / norm, size, norm
 
@@ -474,10 +477,12 @@ def add_layer_norm_backward(
     grad_normed: Tensor, grad_sum: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype)."""
-    rows = wide(total)
-    through, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        wide(grad_normed), rows, [rows.shape[-1]], mean, rstd, weight.to(rows.dtype), weight.to(rows.dtype), [True] * 3
-    )
+    normed = (wide(total) - mean) * rstd
+    weighted = wide(grad_normed) * weight.to(normed.dtype)
+    slope = (weighted * normed).mean(-1, keepdim=True)
+    through = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
+    rows = wide(grad_normed).reshape(-1, normed.shape[-1])
+    dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     return (through + wide(grad_sum)).to(total.dtype), dweight, dbias
 
 
@@ -489,4 +494,4 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and, in the wide dtype, of bias."""
     dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
-    return dx.to(x.dtype), dx.flatten(0, -2).sum(0)
+    return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0)

@@ -17,8 +17,9 @@ struct Patches {
   int64_t channels;
   int64_t batch_stride, channel_stride;
   int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
-  const float* scale;  // (C,): a pixel x is read as x * scale + shift
-  const float* shift;  // (C,)
+  float unit;         // a pixel x is read as (x / unit - mean) / std
+  const float* mean;  // (C,)
+  const float* std;   // (C,)
 };
 
 // pixels of a patch in one channel

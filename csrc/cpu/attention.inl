@@ -173,7 +173,7 @@ struct AttentionItem {
       }
       Vec top = splat(-__builtin_inff());
       for (int64_t j = 0; j < keys; j += VL) {
-        const Vec score = load(line + j) + load(key_bias + j);
+        const Vec hidden = load(key_bias + j), score = hidden < 0.0f ? hidden : load(line + j);
         store(line + j, score);
         top = larger(score, top);
       }

@@ -1,18 +1,20 @@
 // Losses row by row, each with its gradient.
 
-// mean and unbiased variance of values[0], values[step], ...
-FASTMIM_HD void moments(const float* values, int64_t count, int64_t step, float& mean, float& var) {
+// Takes the mean off values[0], values[step], ... and returns their unbiased variance. Differences from the first value
+// are summed, so that those of a flat patch are exactly 0.
+FASTMIM_HD float center(float* values, int64_t count, int64_t step) {
+  const float first = values[0];
   float total = 0, square = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) total += values[i * step];
-  mean = total / static_cast<float>(count);
-  const float center = mean;
+  for (int64_t i = 0; i < count; ++i) total += values[i * step] - first;
+  const float offset = total / static_cast<float>(count);
 #pragma omp simd reduction(+ : square)
   for (int64_t i = 0; i < count; ++i) {
-    const float d = values[i * step] - center;
+    const float d = (values[i * step] - first) - offset;
+    values[i * step] = d;
     square += d * d;
   }
-  var = square / static_cast<float>(count - 1);
+  return square / static_cast<float>(count - 1);
 }
 
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
@@ -22,16 +24,13 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const int64_t b = row / args.rows, m = row % args.rows;
     read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
-    float mean, var;
     if (args.norm == NormPix::patch) {
-      moments(target, values, 1, mean, var);
-      const float divisor = deviation(args.norm, var);
-      for (int64_t i = 0; i < values; ++i) target[i] = (target[i] - mean) / divisor;
+      const float divisor = deviation(args.norm, center(target, values, 1));
+      for (int64_t i = 0; i < values; ++i) target[i] /= divisor;
     } else if (args.norm == NormPix::channel) {
       for (int64_t c = 0; c < channels; ++c) {
-        moments(target + c, area, channels, mean, var);
-        const float divisor = deviation(args.norm, var);
-        for (int64_t i = c; i < values; i += channels) target[i] = (target[i] - mean) / divisor;
+        const float divisor = deviation(args.norm, center(target + c, area, channels));
+        for (int64_t i = c; i < values; i += channels) target[i] /= divisor;
       }
     }
     load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2],

@@ -7,17 +7,18 @@ bool served_pixels(const Tensor& images, const OptionalTensor& mean, const Optio
   return narrow_stats && (images.scalar_type() == at::kByte || served(images));
 }
 
-PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean,
-                         const OptionalTensor& std) {
+PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
+                         const OptionalTensor& std_of) {
   const int64_t channels = images.size(1);
   const bool is_uint8 = images.scalar_type() == at::kByte;
-  TORCH_CHECK_VALUE(!std.has_value() || std->gt(0).all().item<bool>(), "std must be positive, got ", *std);
-  scale = at::full({channels}, is_uint8 ? 1.0 / 255 : 1.0, at::kDouble);
-  if (std.has_value()) scale = scale / std->to(at::kDouble);
-  shift = at::zeros({channels}, at::kDouble);
-  if (mean.has_value())
-    shift = -mean->to(at::kDouble) / (std.has_value() ? std->to(at::kDouble) : at::ones({channels}, at::kDouble));
-  scale = as_float(scale), shift = as_float(shift);
+  mean = mean_of.has_value() ? as_float(*mean_of) : at::zeros({channels}, at::kFloat);
+  std = std_of.has_value() ? as_float(*std_of) : at::ones({channels}, at::kFloat);
+  for (int64_t c = 0; c < channels; ++c) {
+    const float deviation = std.const_data_ptr<float>()[c];
+    TORCH_CHECK_VALUE(deviation > 0, "std must be positive, got ", deviation, " for channel ", c);
+  }
+  patches.unit = is_uint8 ? 255 : 1;
+  patches.mean = mean.const_data_ptr<float>(), patches.std = std.const_data_ptr<float>();
   patches.images = images.const_data_ptr();
   patches.is_uint8 = is_uint8;
   patches.type = is_uint8 ? Type::f32 : type_of(images.scalar_type());
@@ -29,7 +30,6 @@ PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const
     patches.patch[axis] = patch_size[axis];
     patches.grid[axis] = images.size(2 + axis) / patch_size[axis];
   }
-  patches.scale = scale.const_data_ptr<float>(), patches.shift = shift.const_data_ptr<float>();
 }
 
 namespace {

@@ -5,10 +5,11 @@
 
 namespace fastmim::cpu {
 
-// The kernels' view of images, with what each channel is multiplied by and shifted by.
+// The kernels' view of images, with each channel's mean and deviation.
 struct PatchReader {
-  PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean, const OptionalTensor& std);
-  Tensor scale, shift;
+  PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
+              const OptionalTensor& std_of);
+  Tensor mean, std;
   Patches patches;
 };
 

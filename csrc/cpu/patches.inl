@@ -15,12 +15,12 @@ FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64
   const T* image = static_cast<const T*>(p.images) + start;
   const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1], lines = patch_area(p) / width;
   for (int64_t c = 0; c < p.channels; ++c) {
-    const float scale = p.scale[c], shift = p.shift[c];
+    const float unit = p.unit, mean = p.mean[c], std = p.std[c];
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t offset = patch_line(p, c, line);
       const T* source = image + offset;
       float* target = out + c * channel_step + line * width * value_step;
-      for (int64_t i = 0; i < width; ++i) target[i * value_step] = pixel(source[i * step]) * scale + shift;
+      for (int64_t i = 0; i < width; ++i) target[i * value_step] = (pixel(source[i * step]) / unit - mean) / std;
     }
   }
 }
@@ -50,7 +50,7 @@ FASTMIM_HD void write_patch_as(const Patches& p, int64_t start, const float* fro
   for (int64_t c = 0; c < p.channels; ++c) {
     for (int64_t line = 0; line < lines; ++line) {
       const int64_t offset = patch_line(p, c, line);
-      for (int64_t i = 0; i < width; ++i) image[offset + i * step] = narrow<T>(*from++ * p.scale[c]);
+      for (int64_t i = 0; i < width; ++i) image[offset + i * step] = narrow<T>(*from++ / p.std[c]);
     }
   }
 }

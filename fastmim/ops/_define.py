@@ -26,7 +26,7 @@ def define(
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    fallback = _library.fallback(name, reference)
+    fallback = _library.fallback(name, _in_own_precision(reference))
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
     # by this name a compiled kernel finds the formula for what it does not serve
     torch.library.define(f"fastmim_reference::{name}", schema)
@@ -37,6 +37,19 @@ def define(
         torch.library.register_autograd(qualified, formula, setup_context=setup_context)
     op: Callable[..., Any] = getattr(torch.ops.fastmim, name).default
     return op
+
+
+def _in_own_precision(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference with autocast off: it chooses its dtypes itself."""
+
+    def run(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return reference(*args)
+        with torch.autocast(device, enabled=False):
+            return reference(*args)
+
+    return run
 
 
 def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:

@@ -77,6 +77,8 @@ def attention(
                 f"bias must be broadcastable to (batch, heads, queries, keys) = {full}; got {tuple(bias.shape)}"
             )
     check_same("device", q=q, k=k, v=v, key_mask=key_mask, bias=bias)
+    if bias is not None and bias.dim() == 0:
+        bias = bias.reshape(1)
     q, k, v = _one_dtype(q, k, v)
     out: Tensor = _attention(q, k, v, key_mask, bias, _scale(scale, dim))
     return out

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._checks import FLOATING, check_floating, check_ids, check_same, check_tensor, patch_grid
+from .._checks import FLOATING, check_floating, check_ids, check_images, check_same, check_tensor, patch_grid
 from ._define import autocast_dtype, define, sum_rows
 from .tokens import sum_by_position
 
@@ -84,9 +84,9 @@ def embed_patches(
     Raises:
         TypeError, ValueError: as `gather_patches`.
     """
+    check_images(images)
     check_tensor("weight", weight)
     check_floating("weight", weight)
-    check_tensor("images", images)
     if weight.dim() not in (4, 5) or weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
         raise ValueError(
             "weight must have shape (width, channels, *patch) with the channels and axes of images "
