@@ -108,6 +108,8 @@ def from_scores(
     """
     check_tensor("scores", scores, (None, None), letters="(batch, patches)")
     check_floating("scores", scores)
+    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and bool(scores.isnan().any()):
+        raise ValueError("scores must not hold NaN: the order of their values is the mask")
     batch, num_patches = scores.shape
     return random(batch, num_patches, mask_ratio, len_keep=len_keep, decode_ratio=decode_ratio, noise=scores)
 

@@ -48,11 +48,16 @@ def _batch(ids: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, ids: Tensor, name: str = "ids") -> Tensor:
-    """Rows `ids` (B, K) of x (B, L, ...); an id that is out of range and was not checked reads NaN."""
-    limit = x.shape[1]
-    check_id_values(name, ids, limit)
+    """Rows `ids` (B, K), distinct in a row, of x (B, L, ...)."""
+    check_id_values(name, ids, x.shape[1])
+    return _rows(x, ids)
+
+
+def _rows(x: Tensor, ids: Tensor) -> Tensor:
+    """x[b, ids[b, k]]; an id that is out of range and was not checked reads NaN."""
     if _checked(ids):
         return x[_batch(ids), ids]
+    limit = x.shape[1]
     rows = x[_batch(ids), ids.clamp(0, limit - 1)]
     valid = ((ids >= 0) & (ids < limit)).reshape(*ids.shape, *[1] * (x.dim() - 2))
     return torch.where(valid, rows, float("nan"))
@@ -143,12 +148,9 @@ def unshuffle(
     prefix, kept = wide(visible).tensor_split([num_prefix_tokens], dim=1)
     len_keep = kept.shape[1]
     hidden = wide(mask_token).expand(ids_restore.shape[0], 1, -1)
-    patches = _take_repeated(torch.cat([kept, hidden], dim=1), ids_restore.clamp(max=len_keep))
+    removed = (ids_restore >= len_keep) & (ids_restore < ids_restore.shape[1])
+    patches = _rows(torch.cat([kept, hidden], dim=1), torch.where(removed, len_keep, ids_restore))
     return (torch.cat([prefix, patches], dim=1) + wide(pos_embed)).to(visible.dtype)
-
-
-def _take_repeated(x: Tensor, ids: Tensor) -> Tensor:
-    return x[_batch(ids), ids]
 
 
 def unshuffle_backward(
@@ -196,7 +198,7 @@ def _cut(
     if std is not None:
         if _checked(std) and not bool((std > 0).all()):
             channel = int((std > 0).long().argmin())
-            raise ValueError(f"std must be positive, got {float(std[channel])} for channel {channel}")
+            raise ValueError(f"std must be positive, got {float(std[channel]):g} for channel {channel}")
         patches = patches / _channels(std, patches)
     return patches
 

@@ -74,7 +74,6 @@ def random_masking(
 def draw_seeds(batch: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
     """(B,) int64 seeds on `device` from `generator` (default torch's)."""
     if generator is None:
-        device = torch.get_default_device() if device is None else device
         return torch.randint(-(2**63), 2**63 - 1, (batch,), device=device)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
