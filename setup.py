@@ -50,4 +50,8 @@ def native():
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-setup(packages=find_packages(include=["fastmim", "fastmim.*"]), package_data={"fastmim": ["py.typed"]}, **native())
+setup(
+    packages=find_packages(include=["fastmim", "fastmim.*"]),
+    package_data={"fastmim": ["py.typed", "_C.pyi"]},
+    **native(),
+)

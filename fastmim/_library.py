@@ -17,9 +17,7 @@ if family not in FAMILIES:
     raise ValueError(f"FASTMIM_KERNELS must be one of {', '.join(FAMILIES)}; got {family!r}")
 
 # why a family serves nothing at all here
-missing: dict[str, str] = {
-    name: "the kernels of this family have not been written yet" for name in ("triton", "cuda")
-}
+missing: dict[str, str] = dict.fromkeys(("triton", "cuda"), "the kernels of this family have not been written yet")
 # facts about the compiled kernels, None where there are none
 build: dict[str, str] | None = None
 
@@ -28,13 +26,15 @@ def _load_extension() -> None:
     """Load fastmim._C, whose kernels register themselves for CPU tensors."""
     global build
     if importlib.util.find_spec("fastmim._C") is None:
-        missing["cpp"] = "fastmim._C was not built: pip install --no-build-isolation, with torch and a C++ compiler there"
+        missing["cpp"] = (
+            "fastmim._C was not built: pip install --no-build-isolation, with torch and a C++ compiler there"
+        )
         return
     try:
         from fastmim import _C
     except ImportError as error:
         raise ImportError(
-            f"fastmim._C was built for another torch and does not load with {torch.__version__}; build it again: {error}"
+            f"fastmim._C was built for another torch and does not load with {torch.__version__}; build it anew: {error}"
         ) from error
     build = {"torch": _C.torch_version, "compiler": _C.compiler, "isa": _C.isa()}
 

@@ -5,9 +5,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from cases import (
     DTYPES,
     LAYOUTS,
@@ -23,6 +20,8 @@ from cases import (
     run,
     widened,
 )
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Bad = tuple[dict[str, Any], type[Exception], str]
 
@@ -67,7 +66,9 @@ class Contract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """`case`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize("case", cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists), ids=label)
+            metafunc.parametrize(
+                "case", cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists), ids=label
+            )
         tables = {"extreme": self.extremes, "refused": self.bad, "refused_value": self.bad_values()}
         for name, rows in tables.items():
             if name in metafunc.fixturenames:
@@ -253,7 +254,8 @@ class Differentiable(Contract):
         tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
         for name in tensors:
             self.refuse(
-                self.op, ({name: lambda x: x.to("meta")}, ValueError, f"must have the same device; got .*{name} on meta")
+                self.op,
+                ({name: lambda x: x.to("meta")}, ValueError, f"must have the same device; got .*{name} on meta"),
             )
 
 
@@ -279,7 +281,9 @@ class Indexed(ChecksValues, Differentiable):
         for name, limit in self.limits.items():
             # 2^32 is 0 in 32 bits
             for value in (limit, -1, 2**32, -(2**63)):
-                rows.append(({name: set_first(value)}, ValueError, rf"{name} must be in 0\.\.{limit - 1}; got {value}$"))
+                rows.append(
+                    ({name: set_first(value)}, ValueError, rf"{name} must be in 0\.\.{limit - 1}; got {value}$")
+                )
             rows.append(({name: lambda x: set_first(int(x[0, -1]))(x)}, ValueError, f"{name} must not repeat an id"))
         return rows
 

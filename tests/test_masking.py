@@ -280,13 +280,25 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
     "call, error, words",
     [
         *(
-            (lambda ratio=ratio: masking.random(2, 8, ratio), ValueError, rf"mask_ratio must be in \(0, 1\), got {ratio}")
+            (
+                lambda ratio=ratio: masking.random(2, 8, ratio),
+                ValueError,
+                rf"mask_ratio must be in \(0, 1\), got {ratio}",
+            )
             for ratio in (0, 1, 1.0, -0.1, 1.5, float("nan"), float("inf"))
         ),
         (lambda: masking.random(2, 8, "0.5"), TypeError, "mask_ratio must be a number, got str '0.5'"),
         (lambda: masking.random(2, 8, True), TypeError, "mask_ratio must be a number, got bool True"),
-        (lambda: masking.random(2, 8), ValueError, "give one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N"),
-        (lambda: masking.random(2, 8, 0.5, len_keep=4), ValueError, "give one of mask_ratio and len_keep; got mask_ratio="),
+        (
+            lambda: masking.random(2, 8),
+            ValueError,
+            "give one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N",
+        ),
+        (
+            lambda: masking.random(2, 8, 0.5, len_keep=4),
+            ValueError,
+            "give one of mask_ratio and len_keep; got mask_ratio=",
+        ),
         (lambda: masking.random(2, 8, 0.9), ValueError, "mask_ratio 0.9 keeps none of the 8 patches"),
         (lambda: masking.random(2, 8, 1e-17), ValueError, "mask_ratio 1e-17 removes none of the 8 patches"),
         (lambda: masking.random(2, 8, len_keep=0), ValueError, r"len_keep must be in 1\.\.7, got 0"),
@@ -302,11 +314,27 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
             )
             for ratio in (0, -0.5, 1.01, float("nan"))
         ),
-        (lambda: masking.random(2, 8, 0.5, decode_ratio=None), TypeError, "decode_ratio must be a number, got NoneType"),
-        (lambda: masking.random(2, 8, 0.5, noise=torch.rand(2, 7)), ValueError, r"noise must have shape \(2, 8\).*\(2, 7\)"),
-        (lambda: masking.random(2, 8, 0.5, noise=torch.full((2, 8), torch.nan)), ValueError, "noise.* must not hold NaN"),
+        (
+            lambda: masking.random(2, 8, 0.5, decode_ratio=None),
+            TypeError,
+            "decode_ratio must be a number, got NoneType",
+        ),
+        (
+            lambda: masking.random(2, 8, 0.5, noise=torch.rand(2, 7)),
+            ValueError,
+            r"noise must have shape \(2, 8\).*\(2, 7\)",
+        ),
+        (
+            lambda: masking.random(2, 8, 0.5, noise=torch.full((2, 8), torch.nan)),
+            ValueError,
+            "noise.* must not hold NaN",
+        ),
         (lambda: masking.random(2, 8, 0.5, seeds=SEEDS), ValueError, r"seeds must have shape \(2\).*; got \(8,\)"),
-        (lambda: masking.from_scores(torch.rand(8), 0.5), ValueError, r"scores must have shape \(any, any\).*; got \(8,\)"),
+        (
+            lambda: masking.from_scores(torch.rand(8), 0.5),
+            ValueError,
+            r"scores must have shape \(any, any\).*; got \(8,\)",
+        ),
         (lambda: masking.from_scores(IDS, 0.5), TypeError, "scores must be of dtype .*; got torch.int64"),
         (lambda: masking.from_scores([[0.5]], 0.5), TypeError, "scores must be a torch.Tensor, got list"),
         (lambda: masking.from_scores(torch.full((2, 8), torch.nan), 0.5), ValueError, "scores.* must not hold NaN"),
@@ -315,8 +343,16 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
         (lambda: masking.from_bool(BOOL.tril()), ValueError, "mask .* row 0 marks 1, row 1 marks 2 .*: .1."),
         (lambda: masking.from_bool(BOOL | True), ValueError, "mask must keep and remove .*; it removes 3 of 3"),
         (lambda: masking.from_bool(BOOL & False), ValueError, "mask must keep and remove .*; it removes 0 of 3"),
-        (lambda: masking.from_bool(BOOL, predict=BOOL.long()), TypeError, "predict must be of dtype bool, got torch.int64"),
-        (lambda: masking.from_bool(BOOL, predict=BOOL[:, 1:]), ValueError, r"predict must have shape \(2, 3\).*\(2, 2\)"),
+        (
+            lambda: masking.from_bool(BOOL, predict=BOOL.long()),
+            TypeError,
+            "predict must be of dtype bool, got torch.int64",
+        ),
+        (
+            lambda: masking.from_bool(BOOL, predict=BOOL[:, 1:]),
+            ValueError,
+            r"predict must have shape \(2, 3\).*\(2, 2\)",
+        ),
         (lambda: masking.from_bool(BOOL, predict=BOOL.tril()), ValueError, "predict .* row 0 marks 1, row 1 marks 2"),
         (lambda: masking.from_bool(BOOL, predict=BOOL & False), ValueError, "predict must mark at least one patch"),
         (lambda: masking.from_bool(BOOL, predict=BOOL.to("meta")), ValueError, "same device; got .*predict on meta"),
@@ -331,8 +367,16 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
         (lambda: masking.running_cell(2, (4, 4, 4), 1.0), ValueError, r"decode_ratio must be in \(0, 1\), got 1.0"),
         (lambda: Mask(IDS[0, :2], IDS, IDS, 8), ValueError, r"ids_keep must have shape .*; got \(2,\)"),
         (lambda: Mask(IDS.float(), IDS, IDS, 8), TypeError, "ids_keep must be of dtype int64.*got torch.float32"),
-        (lambda: Mask(IDS[:, :2], IDS[:1, 2:], IDS, 8), ValueError, r"ids_predict must have shape \(2, any\).*; got \(1, 6"),
-        (lambda: Mask(IDS[:, :2], IDS[:, 2:], IDS, 9), ValueError, r"ids_restore must have shape \(2, 9\).*; got \(2, 8\)"),
+        (
+            lambda: Mask(IDS[:, :2], IDS[:1, 2:], IDS, 8),
+            ValueError,
+            r"ids_predict must have shape \(2, any\).*; got \(1, 6",
+        ),
+        (
+            lambda: Mask(IDS[:, :2], IDS[:, 2:], IDS, 9),
+            ValueError,
+            r"ids_restore must have shape \(2, 9\).*; got \(2, 8\)",
+        ),
         (lambda: Mask(IDS[:, :2], IDS[:, 2:], IDS.to("meta"), 8), ValueError, "same device; got .*ids_restore on meta"),
         (lambda: Mask(IDS[:, :2], IDS[:, 2:], IDS, 8.0), TypeError, "num_patches must be an int, got float 8.0"),
     ],

@@ -8,9 +8,9 @@ import math
 
 import pytest
 import torch
+from cases import draw_ids, draw_images, randn
 from torch.nn import functional as F
 
-from cases import draw_ids, draw_images, randn
 from fastmim import reference
 
 close = dict(rtol=1e-11, atol=1e-12)

@@ -52,6 +52,9 @@ def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
     assert config is not None
     if config.hidden_act != "gelu":
         raise ValueError(f'model.config.hidden_act must be "gelu", got {config.hidden_act!r}')
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if getattr(config, name, 0.0) != 0:
+            raise ValueError(f"model.config.{name} must be 0: there is no dropout here; got {getattr(config, name)}")
     ours = MaskedAutoencoderViT(
         img_size=config.image_size,
         patch_size=config.patch_size,

@@ -3,6 +3,7 @@
 Letters: B batch, L patches, K visible, M predicted, D width, P = p·p·C values of a patch.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -13,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import masking, ops
-from .._checks import check_floating, check_same, check_tensor
+from .._checks import check_count, check_floating, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
 from .pos_embed import sincos_2d
@@ -104,6 +105,23 @@ class MaskedAutoencoderViT(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        check_count("in_chans", in_chans, 1)
+        for side, width, heads, blocks in (
+            ("", embed_dim, num_heads, depth),
+            ("decoder_", decoder_embed_dim, decoder_num_heads, decoder_depth),
+        ):
+            check_count(f"{side}embed_dim", width, 1)
+            check_count(f"{side}num_heads", heads, 1)
+            check_count(f"{side}depth", blocks, 0)
+            if width % 4:
+                raise ValueError(
+                    f"{side}embed_dim must be a multiple of 4 for the sine-cosine position table, got {width}"
+                )
+            if width % heads:
+                raise ValueError(f"{side}embed_dim must be a multiple of {side}num_heads {heads}, got {width}")
+        for name, ratio in (("mlp_ratio", mlp_ratio), ("decoder_mlp_ratio", decoder_mlp_ratio)):
+            if ratio is not None and not 0 < ratio < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {ratio}")
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
         self.gradient_checkpointing = False
@@ -135,6 +153,10 @@ class MaskedAutoencoderViT(nn.Module):
         for table in (self.pos_embed, self.decoder_pos_embed):
             with torch.no_grad():
                 table.copy_(sincos_2d(table.shape[2], self.patch_embed.grid_size, num_prefix_tokens=1))
+        for module in self.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -375,10 +397,13 @@ def _channel_constants(
 ) -> tuple[float, ...] | None:
     if values is None:
         return imagenet if channels == 3 else None
+    values = values.tolist() if isinstance(values, Tensor) else values
+    if not isinstance(values, Sequence) or not all(isinstance(value, (int, float)) for value in values):
+        raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
     if len(values) != channels:
         raise ValueError(f"{name} must have one value for each of the {channels} channels, got {list(values)}")
-    if name == "std" and min(values) <= 0:
-        raise ValueError(f"std must be positive, got {list(values)}")
+    if not all(math.isfinite(value) for value in values) or (name == "std" and min(values) <= 0):
+        raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(values)}")
     return tuple(float(value) for value in values)
 
 

@@ -21,4 +21,5 @@ def sincos_2d(embed_dim: int, grid_size: tuple[int, int], *, num_prefix_tokens: 
     omega = 1.0 / 10000 ** (np.arange(embed_dim // 4, dtype=np.float64) / (embed_dim / 4.0))
     angles = [axis.reshape(-1, 1) * omega for axis in (column, row)]
     table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
-    return torch.cat([torch.zeros(num_prefix_tokens, embed_dim), torch.from_numpy(table).float()])
+    prefix = np.zeros((num_prefix_tokens, embed_dim))
+    return torch.from_numpy(np.concatenate([prefix, table]).astype(np.float32))

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .._checks import check_count
 
 
 class Attention(nn.Module):
@@ -17,6 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
+        check_count("num_heads", num_heads, 1)
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads {num_heads}, got {dim}")
         self.num_heads = num_heads
@@ -29,6 +31,9 @@ class Attention(nn.Module):
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
             out = ops.attention_qkvpacked(self.qkv(x).unflatten(-1, (3, *heads)))
+        elif type(self.qkv) is not nn.Linear:
+            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+            out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
         else:
             dim = x.shape[-1]
             wq, wkv = self.qkv.weight.tensor_split([dim])

@@ -39,7 +39,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        if torch.compiler.is_compiling():
+        # a replaced layer is called; the compiler fuses by itself
+        if torch.compiler.is_compiling() or type(self.fc1) is not nn.Linear:
             hidden = F.gelu(self.fc1(x))
         else:
             hidden = ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)
@@ -107,8 +108,10 @@ def run_blocks(
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
     only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
     """
-    stream: Stream = (x, None)
     blocks = list(blocks)
+    if not blocks and num_queries is not None:
+        x = x[:, x.shape[1] - num_queries :]
+    stream: Stream = (x, None)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
         run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from cases import BATCHES, DTYPES, LAYOUTS, LENGTHS, WIDTHS, bits, check_op, randn, run
+from contract import ChecksValues, Differentiable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import BATCHES, DTYPES, LAYOUTS, LENGTHS, WIDTHS, bits, check_op, randn, run
-from contract import ChecksValues, Differentiable
 from fastmim import ops
 
 BAD_SCALE = (
@@ -76,7 +76,9 @@ class TestAttentionQkvpacked(Differentiable):
     def test_equals_attention_on_its_parts(self):
         arguments = self.sample(length=17, width=32)
         qkv = arguments.pop("qkv")
-        torch.testing.assert_close(ops.attention_qkvpacked(qkv, **arguments), ops.attention(*qkv.unbind(2), **arguments))
+        torch.testing.assert_close(
+            ops.attention_qkvpacked(qkv, **arguments), ops.attention(*qkv.unbind(2), **arguments)
+        )
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_masked_keys_and_values_do_not_leak(self, value):
@@ -144,7 +146,11 @@ class TestAttention(Differentiable):
         (dict(v=lambda x: x[:, 1:]), ValueError, r"k and v must have the same shape, got \(3, 4, .* and \(3, 3, "),
         (dict(key_mask=lambda x: x[:, 1:]), ValueError, r"key_mask must have shape \(3, 4\).*; got \(3, 3\)"),
         (dict(key_mask=lambda x: x.int()), TypeError, "key_mask must be of dtype bool .*, got torch.int32"),
-        (dict(bias=lambda x: x[..., 1:]), ValueError, r"bias must be broadcastable to .*\(3, 2, 5, 4\); got \(3, 2, 5, 3\)"),
+        (
+            dict(bias=lambda x: x[..., 1:]),
+            ValueError,
+            r"bias must be broadcastable to .*\(3, 2, 5, 4\); got \(3, 2, 5, 3\)",
+        ),
         (dict(bias=lambda x: x[None]), ValueError, r"bias must be broadcastable to .*; got \(1, 3, 2, 5, 4\)"),
         (dict(k=lambda x: x.double()), TypeError, "q, k, v must have the same dtype; got .*k of torch.float64"),
         (dict(v=lambda x: x.half()), TypeError, "q, k, v must have the same dtype; got .*v of torch.float16"),
@@ -192,7 +198,9 @@ class TestAttention(Differentiable):
     @pytest.mark.parametrize("how", ["key_mask", "bias"])
     def test_all_keys_masked(self, how):
         """By either means the output is 0, and so is every gradient."""
-        hidden = dict(key_mask=torch.zeros(3, 4, dtype=torch.bool), bias=torch.full((4,), -math.inf, requires_grad=True))
+        hidden = dict(
+            key_mask=torch.zeros(3, 4, dtype=torch.bool), bias=torch.full((4,), -math.inf, requires_grad=True)
+        )
         arguments = self.sample(mask="none") | {how: hidden[how]}
         assert all((value == 0).all() for value in run(self.op, arguments).values())
 
@@ -268,7 +276,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
 
     def bad_values(self):
         rows = [
-            (dict([(name, change)]), ValueError, rf"{name} must start at 0, never fall and end at the 6 .*; got {got}")
+            ({name: change}, ValueError, rf"{name} must start at 0, never fall and end at the 6 .*; got {got}")
             for name in ("cu_seqlens_q", "cu_seqlens_k")
             for change, got in (
                 (lambda cu: cu + 1, r"\[1, "),

@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.nn import functional as F
-
 from cases import (
     BATCHES,
     DTYPES,
@@ -25,13 +21,16 @@ from cases import (
     draw_stats,
     lazy_zeros,
     normalized,
-    prepare,
     randn,
     run,
     take,
     widened,
 )
 from contract import Differentiable, Indexed
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from fastmim import ops
 from ops.test_patches import BAD_PATCHES, BAD_STD
 
@@ -223,7 +222,11 @@ class TestScaledCosineLoss(Differentiable):
     )
     bad = (
         (dict(pred=torch.tensor(1.0)), ValueError, r"pred must have shape \(..., width\), got a scalar"),
-        (dict(pred=lambda x: x[0]), ValueError, r"target must have shape \(4, 5\), which is that of pred; got \(3, 4, 5"),
+        (
+            dict(pred=lambda x: x[0]),
+            ValueError,
+            r"target must have shape \(4, 5\), which is that of pred; got \(3, 4, 5",
+        ),
         (dict(target=lambda x: x[:1]), ValueError, r"target must have shape \(3, 4, 5\).*; got \(1, 4, 5\)"),
         (dict(target=lambda x: x[..., 1:]), ValueError, r"target must have shape \(3, 4, 5\).*; got \(3, 4, 4\)"),
         (dict(gamma=0.5), ValueError, "gamma must be finite and at least 1, got 0.5"),

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from cases import BATCHES, DTYPES, KEEPS, LAYOUTS, LENGTHS, check_same_bits, randn, run
+from contract import ChecksValues
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import BATCHES, DTYPES, KEEPS, LAYOUTS, LENGTHS, check_same_bits, randn, run
-from contract import ChecksValues
 from fastmim import ops, reference
 
 SEEDS = torch.tensor([0, 1, -1, 2**32, 2**63 - 1, -(2**63), 123456789])
@@ -53,9 +53,7 @@ class TestRandomMasking(ChecksValues):
     def arguments(self, batch=3, length=7, keep=2, predict=3):
         keep = length if keep == "all" else min(keep, length)
         predict = length - keep if predict == "all" else min(predict, length - keep)
-        return dict(
-            batch=batch, num_patches=length, len_keep=keep, len_predict=predict, noise=randn(batch, length)
-        )
+        return dict(batch=batch, num_patches=length, len_keep=keep, len_predict=predict, noise=randn(batch, length))
 
     def bad_values(self):
         def put_nan(noise):
@@ -127,7 +125,9 @@ class TestRandomMasking(ChecksValues):
         assert not torch.equal(draws[1], ops.random_masking(4, 50, 10)[2])
 
     def test_noise_that_requires_grad_gets_none(self):
-        assert not any(ids.requires_grad for ids in ops.random_masking(3, 7, 2, noise=torch.rand(3, 7).requires_grad_()))
+        assert not any(
+            ids.requires_grad for ids in ops.random_masking(3, 7, 2, noise=torch.rand(3, 7).requires_grad_())
+        )
 
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compiled_masks_are_drawn_anew(self, backend):

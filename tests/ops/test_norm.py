@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from cases import BATCHES, LENGTHS, WIDTHS, check_op, randn
 from contract import Differentiable
+from torch.nn import functional as F
+
 from fastmim import ops
 
 

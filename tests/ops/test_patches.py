@@ -4,10 +4,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.nn import functional as F
-
 from cases import (
     BATCHES,
     DTYPES,
@@ -15,14 +11,12 @@ from cases import (
     LAYOUTS,
     PICTURES,
     WIDTHS,
-    bits,
     check_close,
     check_same_bits,
     cut,
     draw_ids,
     draw_images,
     draw_stats,
-    lay,
     lazy_zeros,
     normalized,
     randn,
@@ -31,6 +25,10 @@ from cases import (
     widened,
 )
 from contract import Indexed
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
 from fastmim import ops
 
 BAD_IMAGES = (
@@ -158,7 +156,9 @@ class TestGatherPatches(Indexed):
 class TestEmbedPatches(Indexed):
     op = staticmethod(ops.embed_patches)
     lists = dict(picture=PICTURES, width=WIDTHS, keep=KEEPS, batch=BATCHES)
-    options = dict(pixels=TestGatherPatches.options["pixels"], stats=TestGatherPatches.options["stats"], prefix=(0, 1, 3))
+    options = dict(
+        pixels=TestGatherPatches.options["pixels"], stats=TestGatherPatches.options["stats"], prefix=(0, 1, 3)
+    )
     layouts = (*LAYOUTS, "channels last")
     leaves = ("images", "weight", "bias", "pos_embed", "prefix")
     batched = ("images",)

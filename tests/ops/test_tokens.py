@@ -2,11 +2,25 @@
 
 import pytest
 import torch
+from cases import (
+    BATCHES,
+    DTYPES,
+    KEEPS,
+    LAYOUTS,
+    LENGTHS,
+    WIDTHS,
+    bits,
+    check_same_bits,
+    draw_ids,
+    lazy_zeros,
+    randn,
+    run,
+    take,
+)
+from contract import Indexed
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import BATCHES, DTYPES, KEEPS, LAYOUTS, LENGTHS, WIDTHS, bits, check_same_bits, draw_ids, lazy_zeros, randn, run, take
-from contract import Indexed
 from fastmim import ops
 
 

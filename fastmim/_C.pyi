@@ -1,0 +1,4 @@
+torch_version: str
+compiler: str
+
+def isa() -> str: ...
