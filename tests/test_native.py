@@ -15,7 +15,8 @@ DIGEST = """
 import torch
 from fastmim import _library, ops
 torch.manual_seed(0)
-images, ids = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), torch.stack([torch.randperm(16)[:5] for _ in "ab"])
+images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+ids = torch.stack([torch.randperm(16)[:5] for _ in images])
 weight = torch.randn(70, 3, 8, 8, requires_grad=True)
 x = ops.embed_patches(images, ids, weight, mean=[0.5] * 3, std=[0.2] * 3)
 x = ops.bias_gelu(x, torch.randn(70)) + ops.add_layer_norm(x, x, torch.ones(70), torch.zeros(70))[0]
