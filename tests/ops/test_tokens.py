@@ -135,12 +135,12 @@ class TestDecoderTokens(Indexed):
         return self.leaves
 
     def test_over_2_31_elements_by_strides(self):
-        arguments = self.sample()
-        arguments["pos_embed"] = randn(1, 5).float().expand(2**29, -1)
-        ids = torch.tensor([[2**29 - 2, 0, 3, 4]] * 3)
+        arguments = self.sample(width=1031)
+        arguments["pos_embed"] = randn(1, 1031).float().expand(2**21 + 1, -1)
+        ids = torch.tensor([[2**21 - 1, 0, 3, 4]] * 3)
         tokens = ops.decoder_tokens(**arguments | dict(ids_keep=ids, ids_predict=ids))
         visible, mask_token, pos = (arguments[name] for name in self.leaves)
-        assert torch.equal(tokens, torch.cat([visible, mask_token.expand(3, 4, 5)], dim=1) + pos[0])
+        assert torch.equal(tokens, torch.cat([visible, mask_token.expand(3, 4, -1)], dim=1) + pos[0])
 
 
 class TestUnshuffle(Indexed):
