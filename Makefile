@@ -5,13 +5,18 @@ TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
 
-.PHONY: throughput test test-all sanitize lint clean
+.PHONY: throughput test interpret test-all sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
 
 test: .venv/ready lint
 	.venv/bin/python -m pytest -n auto $(ARGS)
+	$(MAKE) interpret
+
+# the op suite on the Triton kernels, in Triton's interpreter
+interpret: .venv/ready
+	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto tests/ops $(ARGS)
 
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 .venv/bin/python -m pytest -n auto $(ARGS)

@@ -51,7 +51,9 @@ def native():
 
 
 setup(
-    packages=find_packages(include=["fastmim", "fastmim.*"]),
+    # kernels/ stands beside the package and installs inside it, as fastmim.kernels
+    packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
+    package_dir={"fastmim.kernels": "kernels"},
     package_data={"fastmim": ["py.typed", "_C.pyi"]},
     **native(),
 )

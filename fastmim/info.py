@@ -39,8 +39,10 @@ def _version(package: str) -> str | None:
 
 def _kernel(op: str, key: str) -> str:
     """The family whose kernel the dispatcher calls."""
+    if key.lower() in _library.triton_devices and _library.triton_room(op):
+        return "triton"
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
-        return {"CPU": "cpp", "CUDA": "triton"}[key]
+        return {"CPU": "cpp", "CUDA": "cuda"}[key]
     return "reference" if _library.family in ("auto", "reference") else f"none: {_library.missing[_library.family]}"
 
 

@@ -28,6 +28,9 @@ def define(
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     fallback = _library.fallback(name, _in_own_precision(reference))
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
+    launcher = _library.triton_kernel(name, fallback)
+    if launcher is not None:
+        torch.library.impl(qualified, _library.triton_devices, _in_own_precision(launcher))
     # by this name a compiled kernel finds the formula for what it does not serve
     torch.library.define(f"fastmim_reference::{name}", schema)
     torch.library.impl(f"fastmim_reference::{name}", "CompositeExplicitAutograd", fallback)
@@ -39,15 +42,15 @@ def define(
     return op
 
 
-def _in_own_precision(reference: Callable[..., Any]) -> Callable[..., Any]:
-    """The reference with autocast off: it chooses its dtypes itself."""
+def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel with autocast off: it chooses its dtypes itself."""
 
     def run(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
         if not torch.is_autocast_enabled(device):
-            return reference(*args)
+            return kernel(*args)
         with torch.autocast(device, enabled=False):
-            return reference(*args)
+            return kernel(*args)
 
     return run
 

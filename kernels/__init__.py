@@ -1,0 +1,36 @@
+"""The Triton kernels: one module per op family, imported when one of its kernels is first called.
+
+A launcher has the name and the arguments of its op, on tensors that the op has checked; it raises `Unserved`, before
+it launches anything, for what its kernels do not serve. This package knows torch and triton, never fastmim.
+"""
+
+if __name__ != "fastmim.kernels":
+    raise ImportError(f"import these kernels as fastmim.kernels, not as {__name__}: a second copy would compile twice")
+
+# op family -> the ops its module serves
+OPS = {
+    "masking": ("random_masking",),
+    "patches": ("gather_patches", "gather_patches_backward", "embed_patches"),
+    "tokens": (
+        "gather_tokens",
+        "gather_tokens_backward",
+        "sum_by_position",
+        "decoder_tokens",
+        "unshuffle",
+        "unshuffle_backward",
+    ),
+    "attention": (
+        "attention_qkvpacked",
+        "attention_qkvpacked_backward",
+        "attention",
+        "attention_backward",
+        "attention_varlen",
+        "attention_varlen_backward",
+    ),
+    "loss": ("pixel_loss", "scaled_cosine_loss"),
+    "norm": ("add_layer_norm", "add_layer_norm_backward", "bias_gelu", "bias_gelu_backward"),
+}
+
+
+class Unserved(Exception):
+    """No kernel here for these arguments; says why."""

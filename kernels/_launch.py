@@ -1,0 +1,43 @@
+"""What launchers share: the device they launch on, block sizes, and the checks on values."""
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import Unserved
+
+# kernels run in Triton's interpreter, on CPU tensors, when TRITON_INTERPRET=1 at import
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launches inside go to the device of `tensor`, and to its current stream."""
+    return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def refuse_float64(*tensors: Tensor | None) -> None:
+    """float64 is the reference's."""
+    if any(t is not None and t.dtype == torch.float64 for t in tensors):
+        raise Unserved("float64 is served by the reference")
+
+
+def check_ids(name: str, ids: Tensor, limit: int) -> None:
+    """The ids of each row are distinct and in 0..limit-1: looked at on the CPU, and under FASTMIM_CHECK_IDS=1."""
+    if ids.numel() == 0 or not (ids.device.type == "cpu" or _CHECK_ON_DEVICE):
+        return
+    low, high = (int(value) for value in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in 0..{limit - 1}; got {low if low < 0 else high}")
+    ranked = ids.sort(dim=1).values
+    if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+        raise ValueError(f"{name} must not repeat an id within a row; got a duplicate")
