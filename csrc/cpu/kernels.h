@@ -102,7 +102,8 @@ struct AddRows {
 
 struct Kernels {
   const char* name;
-  void (*random_masking)(const Masking&, int64_t begin, int64_t end);
+  // whether no noise was NaN
+  bool (*random_masking)(const Masking&, int64_t begin, int64_t end);
   void (*gather_patches)(const GatherPatches&, int64_t begin, int64_t end);
   void (*scatter_patches)(const ScatterPatches&, int64_t begin, int64_t end);
   void (*pixel_loss)(const PixelLoss&, int64_t begin, int64_t end);
