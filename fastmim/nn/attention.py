@@ -30,8 +30,8 @@ class Attention(nn.Module):
         """x (B, S, D) -> (B, S, D), or (B, num_queries, D) for the last tokens only."""
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
-            out = ops.attention_qkvpacked(self.qkv(x).unflatten(-1, (3, *heads)))
-        elif type(self.qkv) is not nn.Linear:
+            return self.attend(self.qkv(x))
+        if type(self.qkv) is not nn.Linear:
             q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
             out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
         else:
@@ -41,5 +41,11 @@ class Attention(nn.Module):
             q = F.linear(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
             k, v = F.linear(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
             out = ops.attention(q, k, v)
+        projected: Tensor = self.proj(out.flatten(2))
+        return projected
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What follows the qkv projection: (B, S, 3D) -> (B, S, D)."""
+        out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
         projected: Tensor = self.proj(out.flatten(2))
         return projected
