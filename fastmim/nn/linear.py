@@ -41,24 +41,27 @@ def gelu_linear(x: Tensor, bias: Tensor, linear: nn.Linear) -> Tensor:
     return out
 
 
-class _Linear(torch.autograd.Function):
-    """What both share: the linear layer, in autocast's dtype."""
-
-    @staticmethod
-    def product(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.narrow = weight if dtype is None else weight.to(dtype)
-        return F.linear(x, ctx.narrow, bias if dtype is None or bias is None else bias.to(dtype))
-
-    @staticmethod
-    def gradients(ctx: Any, grad: Tensor, x: Tensor, wanted: tuple[bool, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and bias."""
-        rows, (weight_dtype, bias_dtype) = grad.reshape(-1, grad.shape[-1]), ctx.dtypes
-        weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight_dtype) if wanted[0] else None
-        return weight, sum_rows(rows[None], bias_dtype) if wanted[1] else None
+# Under autocast a weight is narrowed again in the backward pass: cheap beside keeping a copy of every weight.
 
 
-class _NormLinear(_Linear):
+def _narrow(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    return F.linear(x, _narrow(weight, dtype), None if bias is None else _narrow(bias, dtype))
+
+
+def _linear_gradients(
+    grad: Tensor, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype], wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of weight and bias, in their dtypes."""
+    rows = grad.reshape(-1, grad.shape[-1])
+    weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(dtypes[0]) if wanted[0] else None
+    return weight, sum_rows(rows[None], dtypes[1]) if wanted[1] else None
+
+
+class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -70,40 +73,41 @@ class _NormLinear(_Linear):
         weight: Tensor,
         bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        dtype = autocast_dtype(x, residual)
-        normed, total, mean, rstd = torch.ops.fastmim.add_layer_norm(x, residual, norm_weight, norm_bias, eps, dtype)
-        out = _Linear.product(ctx, normed, weight, bias, dtype)
+        ctx.narrow = autocast_dtype(x, residual)
+        normed, total, *statistics = torch.ops.fastmim.add_layer_norm(
+            x, residual, norm_weight, norm_bias, eps, ctx.narrow
+        )
         ctx.inputs = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
-        ctx.save_for_backward(total, mean, rstd, norm_weight, norm_bias, ctx.narrow)
-        del ctx.narrow
-        return out, total
+        ctx.linear = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight)
+        return _linear(normed, weight, bias, ctx.narrow), total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        total, mean, rstd, norm_weight, norm_bias, weight = ctx.saved_tensors
+        *norm, weight = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(
-                grad @ weight, grad_total, total, mean, rstd, norm_weight, norm_bias
-            )
-            linear = _Linear.gradients(ctx, grad, normed, ctx.needs_input_grad[5:])
+            dnormed = grad @ _narrow(weight, ctx.narrow)
+            dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(dnormed, grad_total, *norm)
+            linear = _linear_gradients(grad, normed, ctx.linear, ctx.needs_input_grad[5:])
         inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.inputs))
         return *inputs, None, *linear
 
 
-class _GeluLinear(_Linear):
+class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = _Linear.product(ctx, torch.ops.fastmim.bias_gelu(x, first_bias), weight, bias, autocast_dtype(x))
-        ctx.save_for_backward(x, first_bias, ctx.narrow)
-        del ctx.narrow
-        return out
+        ctx.narrow = autocast_dtype(x)
+        ctx.linear = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x, first_bias, weight)
+        return _linear(torch.ops.fastmim.bias_gelu(x, first_bias), weight, bias, ctx.narrow)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first_bias, weight = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            dx, dbias, hidden = torch.ops.fastmim.bias_gelu_backward(grad @ weight, x, first_bias, True)
-            linear = _Linear.gradients(ctx, grad, hidden, ctx.needs_input_grad[2:])
+            dhidden = grad @ _narrow(weight, ctx.narrow)
+            dx, dbias, hidden = torch.ops.fastmim.bias_gelu_backward(dhidden, x, first_bias, True)
+            linear = _linear_gradients(grad, hidden, ctx.linear, ctx.needs_input_grad[2:])
         return dx, dbias.to(first_bias.dtype), *linear
