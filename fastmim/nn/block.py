@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import overload
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .attention import Attention
-from .linear import gelu_linear, norm_linear, plain, plain_norm
+from .linear import gelu_linear, linear_of, norm_linear, plain, plain_norm
 
 Stream = tuple[Tensor, Tensor | None]
 
@@ -37,13 +38,14 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
         if self.plain():
-            return gelu_linear(F.linear(x, self.fc1.weight), self.fc1.bias, self.fc2)
+            return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
     def plain(self) -> bool:
-        """Whether both layers may be taken apart: a replaced or hooked one is called, the compiler fuses by itself."""
-        return plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear) and self.fc1.bias is not None
+        """Whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
+        eager = not torch.compiler.is_compiling()
+        return eager and plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear) and self.fc1.bias is not None
 
 
 class Block(nn.Module):
