@@ -465,27 +465,34 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """normed, sum, and the mean and reciprocal deviation of each row of the sum."""
+    """normed in `dtype` (None: the sum's), sum, and the mean and reciprocal deviation of each row of the sum."""
     total = (wide(x) + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
     rows = wide(total)
     width = [x.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
-    return normed.to(total.dtype), total, mean, rstd
+    return normed.to(dtype or total.dtype), total, mean, rstd
 
 
 def add_layer_norm_backward(
-    grad_normed: Tensor, grad_sum: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype)."""
+    grad_normed: Tensor,
+    grad_sum: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype); given the bias, normed again."""
     normed = (wide(total) - mean) * rstd
     weighted = wide(grad_normed) * weight.to(normed.dtype)
     slope = (weighted * normed).mean(-1, keepdim=True)
     through = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
     rows = wide(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
-    return (through + wide(grad_sum)).to(total.dtype), dweight, dbias
+    again = normed * weight.to(normed.dtype) + bias.to(normed.dtype) if bias is not None else normed.new_empty(0)
+    return (through + wide(grad_sum)).to(total.dtype), dweight, dbias, again.to(grad_normed.dtype)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -493,7 +500,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(wide(x) + wide(bias)).to(x.dtype)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, in the wide dtype, of bias."""
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, in the wide dtype, of bias; with `again`, the op's value."""
     dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
-    return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0)
+    return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if again else x.new_empty(0)

@@ -1,4 +1,5 @@
 // The kernels for portable. Headers come before the pragma: what they define is shared by all instruction sets.
+#include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <new>

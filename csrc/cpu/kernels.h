@@ -84,14 +84,16 @@ struct AddLayerNormBackward {
   int64_t width;
   View grad_normed, grad_sum, sum;  // (rows, D)
   const float *mean, *rstd, *weight;
-  View dsum;  // (rows, D)
+  const float* bias;  // null: normed isn't asked for
+  View dsum, normed;  // (rows, D)
 };
 
 struct BiasGelu {
   int64_t width;
   View x, grad;  // (rows, D)
   const float* bias;
-  View out;  // (rows, D): the value, or dx
+  View out;  // (rows, D): the value; its data may be null in the backward pass
+  View dx;   // (rows, D)
 };
 
 // rows of tables and streams: out = a + b (either may be absent)
@@ -102,7 +104,8 @@ struct AddRows {
 
 struct Kernels {
   const char* name;
-  void (*random_masking)(const Masking&, int64_t begin, int64_t end);
+  // whether no noise was NaN
+  bool (*random_masking)(const Masking&, int64_t begin, int64_t end);
   void (*gather_patches)(const GatherPatches&, int64_t begin, int64_t end);
   void (*scatter_patches)(const ScatterPatches&, int64_t begin, int64_t end);
   void (*pixel_loss)(const PixelLoss&, int64_t begin, int64_t end);

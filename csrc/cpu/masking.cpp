@@ -1,3 +1,5 @@
+#include <atomic>
+
 #include "tensors.h"
 
 namespace fastmim::cpu {
@@ -15,8 +17,6 @@ Ids random_masking(int64_t batch, int64_t num_patches, int64_t len_keep, int64_t
   const auto ids = at::TensorOptions().dtype(at::kLong);
   Tensor keep = at::empty({batch, len_keep}, ids), predict = at::empty({batch, len_predict}, ids),
          restore = at::empty({batch, num_patches}, ids);
-  TORCH_CHECK_VALUE(!noise.has_value() || !noise->isnan().any().item<bool>(),
-                    "noise must not hold NaN: the order of its values is the mask");
   const Tensor source = seeds.has_value() ? seeds->contiguous() : Tensor();
   const Masking args{num_patches,
                      len_keep,
@@ -26,7 +26,11 @@ Ids random_masking(int64_t batch, int64_t num_patches, int64_t len_keep, int64_t
                      keep.mutable_data_ptr<int64_t>(),
                      predict.mutable_data_ptr<int64_t>(),
                      restore.mutable_data_ptr<int64_t>()};
-  for_rows(batch, 16 * num_patches, [&](int64_t begin, int64_t end) { kernels().random_masking(args, begin, end); });
+  std::atomic<bool> good = true;
+  for_rows(batch, 16 * num_patches, [&](int64_t begin, int64_t end) {
+    if (!kernels().random_masking(args, begin, end)) good = false;
+  });
+  TORCH_CHECK_VALUE(good, "noise must not hold NaN: the order of its values is the mask");
   return {keep, predict, restore};
 }
 

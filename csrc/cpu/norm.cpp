@@ -29,13 +29,15 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                          const Tensor& bias, double eps) {
+                                                          const Tensor& bias, double eps,
+                                                          std::optional<at::ScalarType> dtype) {
   if (!served(x) || !served(residual) || !served(weight) || !served(bias)) {
-    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps);
+    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps, dtype);
   }
   const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias);
   const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
-  Tensor normed = at::empty(x.sizes(), options), sum = at::empty(x.sizes(), options);
+  Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),
+         sum = at::empty(x.sizes(), options);
   auto per_row = x.sizes().vec();
   per_row.back() = 1;
   Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
@@ -53,18 +55,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
   return {normed, sum, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_normed, const Tensor& grad_sum,
-                                                           const Tensor& total, const Tensor& mean, const Tensor& rstd,
-                                                           const Tensor& weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_normed, const Tensor& grad_sum,
+                                                                   const Tensor& total, const Tensor& mean,
+                                                                   const Tensor& rstd, const Tensor& weight,
+                                                                   const OptionalTensor& bias) {
   if (!served(total) || !served(grad_normed) || !served(grad_sum)) {
     return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward")
-        .call(grad_normed, grad_sum, total, mean, rstd, weight);
+        .call(grad_normed, grad_sum, total, mean, rstd, weight, bias);
   }
   const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(),
                w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
   const int64_t width = total.size(-1);
-  const Tensor means = mean.contiguous(), rstds = rstd.contiguous();
+  const Tensor means = mean.contiguous(), rstds = rstd.contiguous(), shift = bias ? as_float(*bias) : Tensor();
+  Tensor normed = bias ? at::empty(g.sizes(), g.options()) : at::empty({0}, g.options());
   const AddLayerNormBackward args{width,
                                   rows_of(g),
                                   rows_of(through),
@@ -72,33 +76,38 @@ std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_no
                                   means.const_data_ptr<float>(),
                                   rstds.const_data_ptr<float>(),
                                   w.const_data_ptr<float>(),
-                                  rows_of(dsum)};
+                                  bias ? shift.const_data_ptr<float>() : nullptr,
+                                  rows_of(dsum),
+                                  rows_of(normed)};
   const Tensor sums = by_pieces(rows_in(total), 2 * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
     kernels().add_layer_norm_backward(args, part, part + width, begin, end);
   });
-  return {dsum, sums.slice(0, 0, width).clone(), sums.slice(0, width).clone()};
+  return {dsum, sums.slice(0, 0, width).clone(), sums.slice(0, width).clone(), normed};
 }
 
 Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
   if (!served(x) || !served(bias)) return reference<decltype(bias_gelu)>("bias_gelu").call(x, bias);
   const Tensor from = x.contiguous(), b = as_float(bias);
   Tensor out = at::empty(x.sizes(), from.options());
-  const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out)};
+  const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out), View{}};
   for_rows(rows_in(x), 8 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().bias_gelu(args, begin, end); });
   return out;
 }
 
-std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias) {
+std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
+                                                      bool again) {
   if (!served(x) || !served(bias) || !served(grad))
-    return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias);
+    return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias, again);
   const Tensor from = x.contiguous(), g = grad.contiguous(), b = as_float(bias);
-  Tensor dx = at::empty(x.sizes(), from.options());
+  Tensor dx = at::empty(x.sizes(), from.options()),
+         out = at::empty(again ? x.sizes() : at::IntArrayRef({0}), from.options());
   const int64_t width = x.size(-1);
-  const BiasGelu args{width, rows_of(from), rows_of(g), b.const_data_ptr<float>(), rows_of(dx)};
+  const BiasGelu args{width,      rows_of(from), rows_of(g), b.const_data_ptr<float>(), again ? rows_of(out) : View{},
+                      rows_of(dx)};
   const Tensor dbias = by_pieces(rows_in(x), width, 16 * width, [&](float* part, int64_t begin, int64_t end) {
     kernels().bias_gelu_backward(args, part, begin, end);
   });
-  return {dx, dbias};
+  return {dx, dbias, out};
 }
 
 }  // namespace

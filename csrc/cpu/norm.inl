@@ -56,6 +56,11 @@ static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dwe
       out[i] = (grad[i] * args.weight[i] - first - normed * second) * rstd + through[i];
     }
     finish(args.dsum, row, width, d);
+    if (args.bias != nullptr) {
+      float* again = target_of(args.normed, row, d);
+      for (int64_t i = 0; i < width; ++i) again[i] = (sum[i] - mean) * rstd * args.weight[i] + args.bias[i];
+      finish(args.normed, row, width, d);
+    }
   }
 }
 
@@ -80,7 +85,8 @@ static void bias_gelu(const BiasGelu& args, int64_t begin, int64_t end) {
 static void bias_gelu_backward(const BiasGelu& args, float* dbias, int64_t begin, int64_t end) {
   const int64_t width = args.width, whole = padded(width);
   Scratch memory;
-  float *bias = memory.take(whole), *u = memory.take(whole), *grad = memory.take(whole), *out = memory.take(whole);
+  float *bias = memory.take(whole), *u = memory.take(whole), *grad = memory.take(whole), *out = memory.take(whole),
+        *dx = memory.take(whole);
   for (int64_t i = 0; i < whole; ++i) bias[i] = i < width ? args.bias[i] : 0;
   for (int64_t i = 0; i < whole; ++i) u[i] = grad[i] = 0;
   for (int64_t row = begin; row < end; ++row) {
@@ -90,10 +96,13 @@ static void bias_gelu_backward(const BiasGelu& args, float* dbias, int64_t begin
       Vec bell;
       const Vec value = load(u + i) + load(bias + i);
       const Vec phi = normal_distribution(value, bell);
-      const Vec dx = load(grad + i) * (phi + value * bell * 0.398942280f);
-      store(out + i, dx);
+      store(dx + i, load(grad + i) * (phi + value * bell * 0.398942280f));
+      store(out + i, value * phi);
     }
-    for (int64_t i = 0; i < width; ++i) dbias[i] += out[i];
-    store_row(args.out.type, at(args.out, row * args.out.stride[0]), args.out.stride[1], out, width);
+    for (int64_t i = 0; i < width; ++i) dbias[i] += dx[i];
+    store_row(args.dx.type, at(args.dx, row * args.dx.stride[0]), args.dx.stride[1], dx, width);
+    if (args.out.data != nullptr) {
+      store_row(args.out.type, at(args.out, row * args.out.stride[0]), args.out.stride[1], out, width);
+    }
   }
 }

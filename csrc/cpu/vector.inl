@@ -5,12 +5,19 @@ constexpr int VL = FASTMIM_VL;
 typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef int32_t Int __attribute__((vector_size(VL * 4)));
 typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t UnalignedInt __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 
 FASTMIM_HD Vec load(const float* from) {
   return *reinterpret_cast<const Unaligned*>(from);
 }
 FASTMIM_HD void store(float* to, Vec value) {
   *reinterpret_cast<Unaligned*>(to) = value;
+}
+FASTMIM_HD Int load(const int32_t* from) {
+  return *reinterpret_cast<const UnalignedInt*>(from);
+}
+FASTMIM_HD void store(int32_t* to, Int value) {
+  *reinterpret_cast<UnalignedInt*>(to) = value;
 }
 FASTMIM_HD Vec splat(float value) {
   return value - Vec{};

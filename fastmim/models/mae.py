@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import masking, ops
 from .._checks import check_count, check_floating, check_same, check_tensor
 from ..masking import Mask
-from ..nn import Block, PatchEmbed, run_blocks
+from ..nn import Block, PatchEmbed, linear, run_blocks
 from .pos_embed import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
@@ -264,12 +264,10 @@ class MaskedAutoencoderViT(nn.Module):
             num_queries=mask.ids_predict.shape[1],
             checkpointing=self._checkpointing(),
         )
-        pred: Tensor = self.decoder_pred(out)
-        return pred
+        return linear(out, self.decoder_pred)
 
     def _decoder_embed(self, latent: Tensor) -> Tensor:
-        tokens: Tensor = self.decoder_embed(latent)
-        return tokens.to(self.mask_token.dtype)
+        return linear(latent, self.decoder_embed).to(self.mask_token.dtype)
 
     def _loss(self, pred: Tensor, images: Tensor, ids: Tensor, weight: Tensor | None) -> Tensor:
         mean, std = self._stats(images)
@@ -346,8 +344,7 @@ class MaskedAutoencoderViT(nn.Module):
             self._decoder_embed(x), ids_restore, self.mask_token[0, 0], self.decoder_pos_embed[0], num_prefix_tokens=1
         )
         out = run_blocks(self.decoder_blocks, self.decoder_norm, tokens, checkpointing=self._checkpointing())
-        pred: Tensor = self.decoder_pred(out[:, 1:])
-        return pred
+        return linear(out[:, 1:], self.decoder_pred)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """imgs (B, C, H, W), pred (B, L, P), mask (B, L), 1 = removed -> scalar."""

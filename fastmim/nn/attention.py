@@ -1,10 +1,10 @@
 """Multi-head self-attention."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
+from .linear import linear, linear_of, plain
 
 
 class Attention(nn.Module):
@@ -30,16 +30,20 @@ class Attention(nn.Module):
         """x (B, S, D) -> (B, S, D), or (B, num_queries, D) for the last tokens only."""
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
-            out = ops.attention_qkvpacked(self.qkv(x).unflatten(-1, (3, *heads)))
-        elif type(self.qkv) is not nn.Linear:
+            return self.attend(linear(x, self.qkv))
+        if not plain(self.qkv, nn.Linear):
             q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
             out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
         else:
             dim = x.shape[-1]
             wq, wkv = self.qkv.weight.tensor_split([dim])
             bq, bkv = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([dim])
-            q = F.linear(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
-            k, v = F.linear(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
+            q = linear_of(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
+            k, v = linear_of(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
             out = ops.attention(q, k, v)
-        projected: Tensor = self.proj(out.flatten(2))
-        return projected
+        return linear(out.flatten(2), self.proj)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """What follows the qkv projection: (B, S, 3D) -> (B, S, D)."""
+        out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
+        return linear(out.flatten(2), self.proj)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .attention import Attention
+from .linear import gelu_linear, linear_of, norm_linear, plain, plain_norm
 
 Stream = tuple[Tensor, Tensor | None]
 
@@ -20,11 +21,8 @@ def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tenso
     """norm(residual + x) and the sum; `x` None is no branch yet."""
     if x is None:
         return norm(residual), residual
-    # the compiler fuses the sum with the norm by itself
-    if type(norm) is nn.LayerNorm and norm.normalized_shape == x.shape[-1:] and not torch.compiler.is_compiling():
-        weight, bias = norm.weight, norm.bias
-        if isinstance(weight, Tensor) and isinstance(bias, Tensor):
-            return ops.add_layer_norm(x, residual, weight, bias, eps=norm.eps)
+    if plain_norm(norm):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
     total = residual + x
     return norm(total), total
 
@@ -39,13 +37,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        # a replaced layer is called; the compiler fuses by itself
-        if torch.compiler.is_compiling() or type(self.fc1) is not nn.Linear:
-            hidden = F.gelu(self.fc1(x))
-        else:
-            hidden = ops.bias_gelu(F.linear(x, self.fc1.weight), self.fc1.bias)
-        out: Tensor = self.fc2(hidden)
+        if self.plain():
+            return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
+        out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
+
+    def plain(self) -> bool:
+        """Whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
+        eager = not torch.compiler.is_compiling()
+        return eager and plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear) and self.fc1.bias is not None
 
 
 class Block(nn.Module):
@@ -87,11 +87,22 @@ class Block(nn.Module):
         the next norm.
         """
         residual, branch = (x, None) if isinstance(x, Tensor) else x
-        normed, residual = add_norm(self.norm1, branch, residual)
+        attn, mlp = self.attn, self.mlp
+        fused = num_queries is None and plain(attn, Attention) and plain(attn.qkv, nn.Linear)
+        if fused and branch is not None and plain_norm(self.norm1):
+            qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias)
+            attended = attn.attend(qkv)
+        else:
+            normed, residual = add_norm(self.norm1, branch, residual)
+            attended = attn(normed, num_queries)
         if num_queries is not None:
             residual = residual[:, residual.shape[1] - num_queries :]
-        normed, residual = add_norm(self.norm2, self.attn(normed, num_queries), residual)
-        branch = self.mlp(normed)
+        if plain_norm(self.norm2) and plain(mlp, Mlp) and mlp.plain():
+            hidden, residual = norm_linear(attended, residual, self.norm2, mlp.fc1.weight, None)
+            branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2)
+        else:
+            normed, residual = add_norm(self.norm2, attended, residual)
+            branch = mlp(normed)
         return residual + branch if isinstance(x, Tensor) else (residual, branch)
 
 

@@ -38,7 +38,7 @@ def add_layer_norm(
     for name, value in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         check_floating(name, value)
     check_same("device", x=x, residual=residual, weight=weight, bias=bias)
-    normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
+    normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, eps, None)
     return normed, total
 
 
@@ -71,28 +71,31 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 # ---- add_layer_norm --------------------------------------------------------------------------------------------------
 
 
-def _norm_fake(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+def _norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     row = reference.wide(total.new_empty(*x.shape[:-1], 1))
-    return torch.empty_like(total), total, row, torch.empty_like(row)
+    return torch.empty_like(total, dtype=dtype), total, row, torch.empty_like(row)
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, _ = inputs
+    x, residual, weight, bias, *_ = inputs
     ctx.dtypes = x.dtype, residual.dtype, weight.dtype, bias.dtype
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(*output[1:], weight)
 
 
 def _norm_backward(ctx: Any, grad_normed: Tensor, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dtotal, dweight, dbias = _add_layer_norm_backward(grad_normed, grad_sum, *ctx.saved_tensors)
+    dtotal, dweight, dbias, _ = _add_layer_norm_backward(grad_normed, grad_sum, *ctx.saved_tensors, None)
     grads = (dtotal, dtotal, dweight, dbias)
-    return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None
+    return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None
 
 
 _add_layer_norm = define(
     "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? dtype)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.add_layer_norm,
     _norm_fake,
     backward=_norm_backward,
@@ -101,13 +104,14 @@ _add_layer_norm = define(
 
 _add_layer_norm_backward = define(
     "add_layer_norm_backward",
-    "(Tensor grad_normed, Tensor grad_sum, Tensor total, Tensor mean, Tensor rstd, Tensor weight)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_normed, Tensor grad_sum, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.add_layer_norm_backward,
-    lambda grad_normed, grad_sum, total, mean, rstd, weight: (
+    lambda grad_normed, grad_sum, total, mean, rstd, weight, bias: (
         total.new_empty(total.shape),
         mean.new_empty(weight.shape),
         mean.new_empty(weight.shape),
+        grad_normed.new_empty(0 if bias is None else total.shape),
     ),
 )
 
@@ -121,7 +125,7 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gelu_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
     x, bias = ctx.saved_tensors
-    dx, dbias = _bias_gelu_backward(grad, x, bias)
+    dx, dbias, _ = _bias_gelu_backward(grad, x, bias, False)
     return dx, dbias.to(bias.dtype)
 
 
@@ -136,7 +140,11 @@ _bias_gelu = define(
 
 _bias_gelu_backward = define(
     "bias_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor bias) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)",
     reference.bias_gelu_backward,
-    lambda grad, x, bias: (x.new_empty(x.shape), reference.wide(x.new_empty(bias.shape))),
+    lambda grad, x, bias, again: (
+        x.new_empty(x.shape),
+        reference.wide(x.new_empty(bias.shape)),
+        x.new_empty(x.shape if again else 0),
+    ),
 )

@@ -669,9 +669,18 @@ def test_compiled_equals_eager_and_is_compiled_once(case, backend):
                 torch.manual_seed(seed)
                 out = run(images, **arguments)
                 results.append((pytree.tree_leaves(out), gradients(out.loss, model)))
-            bound = 2e-2 if case == "autocast" else 1e-5
-            for ours, theirs in zip(*map(pytree.tree_leaves, results)):
-                assert (ours - theirs).double().norm() <= bound * theirs.double().norm()
+            if case != "autocast":
+                for ours, theirs in zip(*map(pytree.tree_leaves, results)):
+                    assert (ours - theirs).double().norm() <= 1e-5 * theirs.double().norm()
+                continue
+            # each rounds in its own places: eager is no further from float32 than what the compiler captured
+            with torch.autocast("cpu", enabled=False):
+                torch.manual_seed(seed)
+                out = model(images, **arguments)
+                exact = pytree.tree_leaves(out), gradients(out.loss, model)
+            for captured, eager, truth in zip(*map(pytree.tree_leaves, (*results, exact))):
+                far, near, size = (x.double().norm() for x in (captured - truth, eager - truth, truth))
+                assert far <= 3e-2 * size and near <= far + 1e-3 * size
 
 
 def test_export(tmp_path):

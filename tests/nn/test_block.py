@@ -148,6 +148,65 @@ def test_a_linear_layer_may_be_replaced(part, num_queries):
     assert_exact(block(x, num_queries), plain_block(block, x)[:, last])
 
 
+@pytest.mark.parametrize("part", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"])
+def test_a_hook_on_a_part_is_called(part):
+    block, residual, branch = random_(Block(DIM, HEADS)), tokens(), tokens()
+    expected = sum(block((residual, branch)))
+    seen = []
+    block.get_submodule(part).register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
+    assert_exact(sum(block((residual, branch))), expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("frozen", ["norm1.weight", "attn.qkv.weight", "attn.qkv.bias", "mlp.fc1.bias", "mlp.fc2"])
+def test_frozen_parameters_get_no_gradient(frozen):
+    block, x = random_(nn.ModuleList(Block(DIM, HEADS) for _ in range(2))), tokens()
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    out = run_blocks(block, nn.Identity(), x)
+    leaves = [p for p in block.parameters() if p.requires_grad]
+    ours = torch.autograd.grad(out.square().sum(), [x, *leaves])
+    plain = plain_block(block[1], plain_block(block[0], x))
+    assert_exact(ours, torch.autograd.grad(plain.square().sum(), [x, *leaves]))
+
+
+def test_gradients_under_autocast_are_as_close_as_pytorchs():
+    """Parameters in float32, products in bfloat16; against the same block in float64."""
+    chain, x = nn.ModuleList(Block(DIM, HEADS) for _ in range(3)), torch.randn(4, 50, DIM, requires_grad=True)
+    exact = random_(chain)
+    wide_x = x.detach().double().requires_grad_()
+    wide = torch.autograd.grad(run_blocks(exact, nn.Identity(), wide_x).square().sum(), [wide_x, *exact.parameters()])
+    chain = chain.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = x
+        for block in chain:
+            plain = plain_block(block, plain)
+        forms = run_blocks(chain, nn.Identity(), x), plain
+    leaves = [x, *chain.parameters()]
+    ours, theirs = (torch.autograd.grad(out.float().square().sum(), leaves) for out in forms)
+    for name, our, their, truth in zip(["x", *dict(chain.named_parameters())], ours, theirs, wide):
+        assert our.dtype == torch.float32, name
+        error, allowed = (our - truth).norm() / truth.norm(), 2 * (their - truth).norm() / truth.norm() + 1e-3
+        assert error <= allowed, (name, error, allowed)
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Neither a normed tensor nor a GELU's result: 10 widths a token in a block that is given a stream."""
+    block, stream = Block(DIM, HEADS), (torch.randn(2, 7, DIM), torch.randn(2, 7, DIM))
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(stream)
+    for parameter in block.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    statistics = 4 * 2 * 7 * 4
+    assert sum(kept.values()) <= 10 * 2 * 7 * DIM * 4 + statistics
+
+
 def test_narrow_branches_leave_the_stream_wide():
     """A stream in float32 under autocast isn't rounded where nothing is added to it."""
     block, x = Block(DIM, HEADS), torch.randn(1, 5, DIM)
