@@ -8,15 +8,16 @@ from torch import Tensor
 from . import Unserved
 from ._launch import check_ids, on_device, power_of_2, refuse_float64
 
-# ids that a program compares at a time, where it looks for the row that an id belongs to
-BLOCK_IDS = 64
-
-
 def tile(rows: int, width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile: about 4096 values, columns that divide the width where they can."""
     divisor = width & -width
     columns = min(divisor, 512) if divisor >= 128 else min(power_of_2(width), 1024)
     return min(power_of_2(rows), 4096 // columns), columns
+
+
+def id_block(count: int) -> int:
+    """Ids that a program compares at a time, where it looks for the row that names a token."""
+    return min(power_of_2(count), 256)
 
 
 def row_blocks(rows: int, block: int) -> int:
@@ -112,7 +113,7 @@ def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
     with on_device(grad):
         _scatter_kernel[grid](
             grad, ids, out, ids.shape[1], rows, prefix, width, *grad.stride(), *ids.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=BLOCK_IDS,
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
         )  # fmt: skip
     return out
 
@@ -164,7 +165,7 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     with on_device(rows):
         _sum_kernel[(parts * blocks, columns)](
             rows, ids, partial, batch, share, count, num_positions, width, *rows.stride(), *ids.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=BLOCK_IDS,
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
         )  # fmt: skip
     return partial.sum(0) if parts > 1 else partial[0]
 
