@@ -6,13 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._launch import check_ids, on_device, power_of_2, refuse_float64
+from ._launch import INTERPRETED, check_ids, on_device, power_of_2, refuse_float64
+
+# values of a program's tile; a program costs the interpreter milliseconds, however large its tile
+TILE = 2**14 if INTERPRETED else 2**12
+
 
 def tile(rows: int, width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile: about 4096 values, columns that divide the width where they can."""
-    divisor = width & -width
-    columns = min(divisor, 512) if divisor >= 128 else min(power_of_2(width), 1024)
-    return min(power_of_2(rows), 4096 // columns), columns
+    """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
+    columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
+    return min(power_of_2(rows), TILE // columns), columns
 
 
 def id_block(count: int) -> int:
@@ -20,11 +23,10 @@ def id_block(count: int) -> int:
     return min(power_of_2(count), 256)
 
 
-def row_blocks(rows: int, block: int) -> int:
-    """Programs along the rows, which kernels count in 32 bits."""
-    if rows > 2**31 - 2**16:
+def refuse_rows(*counts: int) -> None:
+    """Kernels count rows, tokens and patches in 32 bits, and only their values in 64."""
+    if max(counts) > 2**31 - 2**16:
         raise Unserved("over 2^31 rows are served by the reference")
-    return triton.cdiv(rows, block)
 
 
 @triton.jit
@@ -69,11 +71,13 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     out = tokens.new_empty(batch, count, width)
     if out.numel() == 0:
         return out
-    block_rows, block_width = tile(batch * count, width)
-    grid = (row_blocks(batch * count, block_rows), triton.cdiv(width, block_width))
+    rows = batch * count
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     with on_device(tokens):
         _gather_kernel[grid](
-            tokens, ids, out, batch * count, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
+            tokens, ids, out, rows, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
             BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
         )  # fmt: skip
     return out
@@ -107,8 +111,8 @@ def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
     out = grad.new_empty(batch, rows, width)
     if out.numel() == 0:
         return out
+    refuse_rows(batch * rows)
     block_rows, block_width = tile(rows, width)
-    row_blocks(batch * rows, 1)
     grid = (batch * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     with on_device(grad):
         _scatter_kernel[grid](
@@ -156,6 +160,7 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     batch, count, width = rows.shape
     if rows.numel() == 0 or num_positions == 0:
         return rows.new_zeros(num_positions, width, dtype=torch.float32)
+    refuse_rows(batch * max(count, num_positions))
     block_rows, block_width = tile(num_positions, width)
     blocks, columns = triton.cdiv(num_positions, block_rows), triton.cdiv(width, block_width)
     # enough shares of the batch for about a thousand programs
@@ -238,8 +243,9 @@ def decoder_tokens(
     if out.numel() == 0:
         return out
     rows = batch * (seen + predicted)
+    refuse_rows(rows)
     block_rows, block_width = tile(rows, width)
-    grid = (row_blocks(rows, block_rows), triton.cdiv(width, block_width))
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     with on_device(visible):
         _decoder_kernel[grid](
             visible, ids_keep, ids_predict, mask_token, pos_embed, out,
@@ -284,8 +290,9 @@ def unshuffle(
     if out.numel() == 0:
         return out
     rows = batch * (num_prefix_tokens + length)
+    refuse_rows(rows)
     block_rows, block_width = tile(rows, width)
-    grid = (row_blocks(rows, block_rows), triton.cdiv(width, block_width))
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
     with on_device(visible):
         _unshuffle_kernel[grid](
             visible, ids_restore, mask_token, pos_embed, out, rows, seen, num_prefix_tokens, length, width,
@@ -325,9 +332,10 @@ def unshuffle_backward(
     rows = batch * length
     if rows * width == 0:
         return dvisible, grad.new_zeros(width, dtype=torch.float32)
+    refuse_rows(rows)
     block_rows, block_width = tile(rows, width)
     share = triton.cdiv(max(64, triton.cdiv(rows, 1024)), block_rows) * block_rows
-    parts = row_blocks(rows, share)
+    parts = triton.cdiv(rows, share)
     partial = grad.new_empty(parts, width, dtype=torch.float32)
     with on_device(grad):
         _mask_token_kernel[(parts, triton.cdiv(width, block_width))](
