@@ -50,3 +50,9 @@ def check_std(std: Tensor | None) -> None:
     for channel, value in enumerate(std.tolist()):
         if not value > 0:
             raise ValueError(f"std must be positive, got {value:g} for channel {channel}")
+
+
+def check_noise(noise: Tensor) -> None:
+    """The noise has an order: looked at where ids are."""
+    if (noise.device.type == "cpu" or _CHECK_ON_DEVICE) and bool(noise.isnan().any()):
+        raise ValueError("noise must not hold NaN: the order of its values is the mask")
