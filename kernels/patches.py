@@ -81,7 +81,7 @@ def _gather_kernel(
 def gather_patches(
     images: Tensor,
     ids: Tensor,
-    patch_size: list[int],
+    patch_size: list[int] | int,
     mean: Tensor | None = None,
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
