@@ -41,3 +41,18 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
     ranked = ids.sort(dim=1).values
     if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
         raise ValueError(f"{name} must not repeat an id within a row; got a duplicate")
+
+
+def check_std(std: Tensor | None) -> None:
+    """Deviations to divide by are positive: looked at where ids are."""
+    if std is None or not (std.device.type == "cpu" or _CHECK_ON_DEVICE):
+        return
+    for channel, value in enumerate(std.tolist()):
+        if not value > 0:
+            raise ValueError(f"std must be positive, got {value:g} for channel {channel}")
+
+
+def check_noise(noise: Tensor) -> None:
+    """The noise has an order: looked at where ids are."""
+    if (noise.device.type == "cpu" or _CHECK_ON_DEVICE) and bool(noise.isnan().any()):
+        raise ValueError("noise must not hold NaN: the order of its values is the mask")

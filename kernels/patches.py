@@ -1,0 +1,228 @@
+"""Reading patches where they lie: cut and normalised, embedded, and written back as the gradient of an image."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import check_ids, check_std, on_device, refuse_float64
+from .tokens import id_block, places_of, refuse_rows, tile
+
+
+def image_strides(images: Tensor) -> tuple[int, ...]:
+    """Strides (B, C, T, H, W); pictures are clips of one image, whose T is never stepped along."""
+    strides = images.stride()
+    return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
+
+
+def patch_grid(shape: list[int] | torch.Size, patch_size: list[int]) -> tuple[list[int], list[int]]:
+    """Patch and grid (T, H, W) of images of `shape`."""
+    grid = [size // p for size, p in zip(shape[2:], patch_size)]
+    missing = [1] * (3 - len(grid))
+    return missing + list(patch_size), missing + grid
+
+
+@triton.jit
+def patch_starts(
+    id, grid_h, grid_w, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+):
+    """Where each patch begins in its image, in elements."""
+    t, y, x = id // grid_w // grid_h * PT, id // grid_w % grid_h * PH, id % grid_w * PW
+    return t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """Where each value of a patch, in the order (c, t, y, x), lies from its start."""
+    c, t, y, x = value // (PT * PH * PW), value // (PH * PW) % PT, value // PW % PH, value % PW
+    line = c.to(tl.int64) * stride_c + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
+    return line + x.to(tl.int64) * stride_w
+
+
+# ---- gather_patches and its transpose --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather_kernel(
+    images, ids, mean, std, out, rows, count, patches, grid_h, grid_w,
+    stride_b, stride_c, stride_t, stride_h, stride_w, ids_b, ids_k, mean_c, std_c,
+    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
+):  # fmt: skip
+    """One program cuts and normalises a block of chosen patches (rows of B·K), some of their values.
+
+    A patch that is not there reads NaN.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    value = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    b = (row // count).to(tl.int64)
+    id = tl.load(ids + b * ids_b + (row % count).to(tl.int64) * ids_k, mask=row < rows, other=-1)
+    there = (id >= 0) & (id < patches)
+    id = tl.where(there, id, 0).to(tl.int32)
+    start = b * stride_b + patch_starts(id, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW)
+    offset = value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    inside = (row < rows)[:, None] & (value < VALUES)[None, :]
+    pixel = tl.load(images + start[:, None] + offset[None, :], mask=inside & there[:, None], other=0).to(tl.float32)
+    if images.dtype.element_ty == tl.uint8:
+        pixel = tl.math.div_rn(pixel, 255.0)
+    channel = (value // (PT * PH * PW)).to(tl.int64)
+    if mean is not None:
+        pixel -= tl.load(mean + channel * mean_c, mask=value < VALUES, other=0.0).to(tl.float32)[None, :]
+    if std is not None:
+        deviation = tl.load(std + channel * std_c, mask=value < VALUES, other=1.0).to(tl.float32)
+        pixel = tl.math.div_rn(pixel, tl.broadcast_to(deviation[None, :], pixel.shape))
+    pixel = tl.where(there[:, None], pixel, float("nan"))
+    tl.store(out + row.to(tl.int64)[:, None] * VALUES + value[None, :], pixel.to(out.dtype.element_ty), mask=inside)
+
+
+def gather_patches(
+    images: Tensor,
+    ids: Tensor,
+    patch_size: list[int] | int,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The chosen patches (B, K, P) as rows in the order (c, *patch): (x - mean) / std, uint8 first divided by 255."""
+    if dtype is None:
+        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+    patch_size = [patch_size] * (images.dim() - 2) if isinstance(patch_size, int) else patch_size
+    out = images.new_empty(*ids.shape, images.shape[1] * math.prod(patch_size), dtype=dtype)
+    refuse_float64(images, out)
+    check_std(std)
+    patch, grid = patch_grid(images.shape, patch_size)
+    patches, rows, values = math.prod(grid), ids.numel(), out.shape[2]
+    check_ids("ids", ids, patches)
+    if out.numel() == 0:
+        return out
+    refuse_rows(rows, patches)
+    block_rows, block_values = tile(rows, values)
+    with on_device(images):
+        _gather_kernel[triton.cdiv(rows, block_rows), triton.cdiv(values, block_values)](
+            images, ids, mean, std, out, rows, ids.shape[1], patches, *grid[1:], *image_strides(images),
+            *ids.stride(), 0 if mean is None else mean.stride(0), 0 if std is None else std.stride(0), values, *patch,
+            BLOCK_ROWS=block_rows, BLOCK_VALUES=block_values, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _scatter_kernel(
+    grad, ids, std, images, count, patches, grid_h, grid_w,
+    stride_b, stride_c, stride_t, stride_h, stride_w, grad_b, grad_k, grad_p, ids_b, ids_k, std_c,
+    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of one image's patches, some of their values: each the row of `grad` that names it.
+
+    Patches that none names are 0.
+    """
+    blocks = tl.cdiv(patches, BLOCK_ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    id = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    value = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    place = places_of(id, ids + b * ids_b, count, ids_k, BLOCK_IDS)
+    source = grad + b * grad_b + place.to(tl.int64)[:, None] * grad_k + value.to(tl.int64)[None, :] * grad_p
+    pixel = tl.load(source, mask=(place >= 0)[:, None] & (value < VALUES)[None, :], other=0.0).to(tl.float32)
+    if std is not None:
+        channel = (value // (PT * PH * PW)).to(tl.int64)
+        deviation = tl.load(std + channel * std_c, mask=value < VALUES, other=1.0).to(tl.float32)
+        pixel = tl.math.div_rn(pixel, tl.broadcast_to(deviation[None, :], pixel.shape))
+    start = b * stride_b + patch_starts(id, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW)
+    offset = value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    inside = (id < patches)[:, None] & (value < VALUES)[None, :]
+    tl.store(images + start[:, None] + offset[None, :], pixel.to(images.dtype.element_ty), mask=inside)
+
+
+def gather_patches_backward(
+    grad: Tensor, ids: Tensor, patch_size: list[int], std: Tensor | None, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    """The gradient (B, C, *sizes) of images of `shape` and `dtype`; each pixel is written once."""
+    images = grad.new_empty(shape, dtype=dtype)
+    refuse_float64(grad, images)
+    check_std(std)
+    patch, grid = patch_grid(shape, patch_size)
+    batch, patches, values = shape[0], math.prod(grid), grad.shape[2]
+    check_ids("ids", ids, patches)
+    if images.numel() == 0:
+        return images
+    refuse_rows(batch * patches)
+    block_rows, block_values = tile(patches, values)
+    with on_device(grad):
+        _scatter_kernel[batch * triton.cdiv(patches, block_rows), triton.cdiv(values, block_values)](
+            grad, ids, std, images, ids.shape[1], patches, *grid[1:], *image_strides(images), *grad.stride(),
+            *ids.stride(), 0 if std is None else std.stride(0), values, *patch,
+            BLOCK_ROWS=block_rows, BLOCK_VALUES=block_values, BLOCK_IDS=id_block(ids.shape[1]), num_warps=8,
+        )  # fmt: skip
+    return images
+
+
+# ---- embed_patches ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place_kernel(
+    tokens, ids, pos_embed, prefix, out, rows, count, num_prefix, patches, width,
+    ids_b, ids_k, pos_l, pos_d, prefix_n, prefix_d, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of embedded tokens (rows of B·(N+K)), some of their columns.
+
+    A token gets the position of its patch; a row of the prefix is copied.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    b = (row // (num_prefix + count)).to(tl.int64)
+    k = (row % (num_prefix + count)).to(tl.int64) - num_prefix
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    is_token = inside & (k >= 0)[:, None]
+    step = column.to(tl.int64)[None, :]
+    value = tl.load(tokens + (b * count + k)[:, None] * width + step, mask=is_token, other=0.0).to(tl.float32)
+    if pos_embed is not None:
+        id = tl.load(ids + b * ids_b + k * ids_k, mask=(row < rows) & (k >= 0), other=-1)
+        there = (id >= 0) & (id < patches)
+        pos = pos_embed + (id * pos_l)[:, None] + step * pos_d
+        value += tl.load(pos, mask=is_token & there[:, None], other=0.0).to(tl.float32)
+    if prefix is not None:
+        head = prefix + ((num_prefix + k) * prefix_n)[:, None] + step * prefix_d
+        value = tl.where((k < 0)[:, None], tl.load(head, mask=inside & (k < 0)[:, None]).to(tl.float32), value)
+    tl.store(out + row.to(tl.int64)[:, None] * width + step, value.to(out.dtype.element_ty), mask=inside)
+
+
+def embed_patches(
+    images: Tensor,
+    ids: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pos_embed: Tensor | None = None,
+    prefix: Tensor | None = None,
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Embeddings (B, N+K, D) of the chosen patches: their rows, one product with the weight, then the positions."""
+    dtype = weight.dtype if dtype is None else dtype
+    refuse_float64(weight, bias, pos_embed, prefix)
+    patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
+    (batch, count), width = ids.shape, weight.shape[0]
+    tokens = F.linear(patches.flatten(0, 1), weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    num_prefix = 0 if prefix is None else prefix.shape[0]
+    if pos_embed is None and num_prefix == 0:
+        return tokens.view(batch, count, width)
+    # without a prefix the positions are added in place
+    shape, rows = (batch, num_prefix + count, width), batch * (num_prefix + count)
+    out = tokens.new_empty(shape) if num_prefix else tokens.view(shape)
+    if out.numel() == 0:
+        return out
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    num_patches = math.prod(patch_grid(images.shape, list(weight.shape[2:]))[1])
+    with on_device(images):
+        _place_kernel[triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)](
+            tokens, ids, pos_embed, prefix, out, rows, count, num_prefix, num_patches, width, *ids.stride(),
+            *((0, 0) if pos_embed is None else pos_embed.stride()), *((0, 0) if prefix is None else prefix.stride()),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+        )  # fmt: skip
+    return out

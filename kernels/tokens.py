@@ -1,0 +1,345 @@
+"""Moving tokens: rows gathered by id, written back by id, summed by position, assembled for the decoder."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import Unserved
+from ._launch import INTERPRETED, check_ids, on_device, power_of_2, refuse_float64
+
+# values of a program's tile; a program costs the interpreter milliseconds, however large its tile
+TILE = 2**14 if INTERPRETED else 2**12
+
+
+def tile(rows: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
+    columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
+    return min(power_of_2(rows), TILE // columns), columns
+
+
+def id_block(count: int) -> int:
+    """Ids that a program compares at a time, where it looks for the row that names a token."""
+    return min(power_of_2(count), 256)
+
+
+def refuse_rows(*counts: int) -> None:
+    """Kernels count rows, tokens and patches in 32 bits, and only their values in 64."""
+    if max(counts) > 2**31 - 2**16:
+        raise Unserved("over 2^31 rows are served by the reference")
+
+
+@triton.jit
+def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
+    """The k at which ids[k] is each of the wanted ids, -1 where there is none."""
+    place = tl.full(wanted.shape, -1, tl.int32)
+    for start in range(0, count, BLOCK_IDS):
+        k = start + tl.arange(0, BLOCK_IDS)
+        id = tl.load(ids + k.to(tl.int64) * stride, mask=k < count, other=-1)
+        place = tl.maximum(place, tl.max(tl.where(id[None, :] == wanted[:, None], k[None, :], -1), axis=1))
+    return place
+
+
+# ---- gather_tokens and its transpose ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _gather_kernel(
+    tokens, ids, out, rows, count, limit, width, tokens_b, tokens_l, tokens_d, ids_b, ids_k,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program copies a block of chosen tokens (rows of B·K), some of their columns.
+
+    A token that is not there reads NaN.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    b = (row // count).to(tl.int64)
+    token = tl.load(ids + b * ids_b + (row % count).to(tl.int64) * ids_k, mask=row < rows, other=-1)
+    there = (token >= 0) & (token < limit)
+    source = tokens + (b * tokens_b + token * tokens_l)[:, None] + column.to(tl.int64)[None, :] * tokens_d
+    value = tl.load(source, mask=there[:, None] & (column < width)[None, :], other=float("nan"))
+    target = out + row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(target, value, mask=(row < rows)[:, None] & (column < width)[None, :])
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens[b, ids[b, k]], copied bit for bit."""
+    refuse_float64(tokens)
+    check_ids("ids", ids, tokens.shape[1])
+    batch, count, width = *ids.shape, tokens.shape[2]
+    out = tokens.new_empty(batch, count, width)
+    if out.numel() == 0:
+        return out
+    rows = batch * count
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    with on_device(tokens):
+        _gather_kernel[grid](
+            tokens, ids, out, rows, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _scatter_kernel(
+    grad, ids, out, count, rows, prefix, width, grad_b, grad_k, grad_d, ids_b, ids_k,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of one image's rows, some of their columns: each the row of `grad` that names it.
+
+    Rows that none names are 0; the first `prefix` rows are copied.
+    """
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    place = places_of(row - prefix, ids + b * ids_b, count, ids_k, BLOCK_IDS)
+    named = (row < prefix) | (place >= 0)
+    source_row = tl.where(row < prefix, row, prefix + place).to(tl.int64)
+    source = grad + b * grad_b + source_row[:, None] * grad_k + column.to(tl.int64)[None, :] * grad_d
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    value = tl.load(source, mask=inside & named[:, None], other=0.0)
+    tl.store(out + (b * rows + row)[:, None] * width + column[None, :], value, mask=inside)
+
+
+def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
+    """(B, prefix + limit, D): the first rows of `grad` as they are, the others where `ids` says."""
+    batch, rows, width = grad.shape[0], prefix + limit, grad.shape[2]
+    out = grad.new_empty(batch, rows, width)
+    if out.numel() == 0:
+        return out
+    refuse_rows(batch * rows)
+    block_rows, block_width = tile(rows, width)
+    grid = (batch * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    with on_device(grad):
+        _scatter_kernel[grid](
+            grad, ids, out, ids.shape[1], rows, prefix, width, *grad.stride(), *ids.stride(),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
+        )  # fmt: skip
+    return out
+
+
+def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
+    """Zeros (B, num_tokens, D) with the rows of `grad` at `ids`."""
+    refuse_float64(grad)
+    check_ids("ids", ids, num_tokens)
+    return _scatter(grad, ids, num_tokens, 0)
+
+
+# ---- sum_by_position -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sum_kernel(
+    rows, ids, partial, batch, share, count, positions, width, rows_b, rows_k, rows_d, ids_b, ids_k,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
+):  # fmt: skip
+    """One program sums a block of positions, some of their columns, over its share of the batch, image by image."""
+    blocks = tl.cdiv(positions, BLOCK_ROWS)
+    part = tl.program_id(0) // blocks
+    position = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    for image in range(part * share, tl.minimum(part * share + share, batch)):
+        b = tl.cast(image, tl.int64)
+        place = places_of(position, ids + b * ids_b, count, ids_k, BLOCK_IDS)
+        source = rows + b * rows_b + place.to(tl.int64)[:, None] * rows_k + column.to(tl.int64)[None, :] * rows_d
+        value = tl.load(source, mask=(place >= 0)[:, None] & (column < width)[None, :], other=0.0)
+        total += value.to(tl.float32)
+    target = partial + (part.to(tl.int64) * positions + position)[:, None] * width + column[None, :]
+    tl.store(target, total, mask=(position < positions)[:, None] & (column < width)[None, :])
+
+
+def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
+    """(num_positions, D) in float32: the sum of the rows (B, K, D) that `ids` puts at each position."""
+    refuse_float64(rows)
+    check_ids("ids", ids, num_positions)
+    batch, count, width = rows.shape
+    if rows.numel() == 0 or num_positions == 0:
+        return rows.new_zeros(num_positions, width, dtype=torch.float32)
+    refuse_rows(batch * max(count, num_positions))
+    block_rows, block_width = tile(num_positions, width)
+    blocks, columns = triton.cdiv(num_positions, block_rows), triton.cdiv(width, block_width)
+    # enough shares of the batch for about a thousand programs
+    share = max(8, triton.cdiv(batch * blocks * columns, 1024))
+    parts = triton.cdiv(batch, share)
+    partial = rows.new_empty(parts, num_positions, width, dtype=torch.float32)
+    with on_device(rows):
+        _sum_kernel[(parts * blocks, columns)](
+            rows, ids, partial, batch, share, count, num_positions, width, *rows.stride(), *ids.stride(),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
+        )  # fmt: skip
+    return partial.sum(0) if parts > 1 else partial[0]
+
+
+# ---- decoder_tokens, unshuffle ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _assemble(
+    out, row, rows, width, visible, seen, is_visible, mask_token, mask_d, position, there, pos_embed, pos_l, pos_d,
+    visible_d, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Writes out[row] = visible[seen] (where not `is_visible`, the mask token) + pos_embed[position]; else NaN."""
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    step = column.to(tl.int64)
+    source = visible + seen[:, None] + step[None, :] * visible_d
+    value = tl.load(source, mask=inside & (is_visible & there)[:, None], other=0.0).to(tl.float32)
+    token = tl.load(mask_token + step * mask_d, mask=column < width, other=0.0).to(tl.float32)
+    pos = pos_embed + (position * pos_l)[:, None] + step[None, :] * pos_d
+    pos = tl.load(pos, mask=inside & there[:, None], other=0.0).to(tl.float32)
+    value = tl.where(is_visible[:, None], value, token[None, :]) + pos
+    value = tl.where(there[:, None], value, float("nan"))
+    tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _decoder_kernel(
+    visible, ids_keep, ids_predict, mask_token, pos_embed, out, rows, num_visible, num_predict, prefix, patches, width,
+    visible_b, visible_l, visible_d, keep_b, keep_k, predict_b, predict_k, mask_d, pos_l, pos_d,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of decoder tokens (rows of B·(N+K+M)), some of their columns.
+
+    Visible tokens and mask tokens alike are put at the position that their id names.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    b = (row // (num_visible + num_predict)).to(tl.int64)
+    r = (row % (num_visible + num_predict)).to(tl.int64)
+    is_visible = r < num_visible
+    kept = is_visible & (r >= prefix) & (row < rows)
+    kept_id = tl.load(ids_keep + b * keep_b + (r - prefix) * keep_k, mask=kept, other=0)
+    predicted = (r >= num_visible) & (row < rows)
+    predicted_id = tl.load(ids_predict + b * predict_b + (r - num_visible) * predict_k, mask=predicted, other=0)
+    id = tl.where(is_visible, kept_id, predicted_id)
+    there = (r < prefix) | ((id >= 0) & (id < patches))
+    position = tl.where(r < prefix, r, prefix + id)
+    _assemble(
+        out, row, rows, width, visible, b * visible_b + r * visible_l, is_visible, mask_token, mask_d, position, there,
+        pos_embed, pos_l, pos_d, visible_d, BLOCK_WIDTH,
+    )  # fmt: skip
+
+
+def decoder_tokens(
+    visible: Tensor,
+    ids_keep: Tensor,
+    ids_predict: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """[prefix ; visible ; mask token of each predicted patch], each plus its position."""
+    refuse_float64(visible, mask_token, pos_embed)
+    patches = pos_embed.shape[0] - num_prefix_tokens
+    check_ids("ids_keep", ids_keep, patches)
+    check_ids("ids_predict", ids_predict, patches)
+    batch, seen, width = visible.shape
+    predicted = ids_predict.shape[1]
+    out = visible.new_empty(batch, seen + predicted, width)
+    if out.numel() == 0:
+        return out
+    rows = batch * (seen + predicted)
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    with on_device(visible):
+        _decoder_kernel[grid](
+            visible, ids_keep, ids_predict, mask_token, pos_embed, out,
+            rows, seen, predicted, num_prefix_tokens, patches, width,
+            *visible.stride(), *ids_keep.stride(), *ids_predict.stride(), *mask_token.stride(), *pos_embed.stride(),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _unshuffle_kernel(
+    visible, ids_restore, mask_token, pos_embed, out, rows, num_visible, prefix, length, width,
+    visible_b, visible_l, visible_d, ids_b, ids_l, mask_d, pos_l, pos_d,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program writes a block of tokens in grid order (rows of B·(N+L)), some of their columns.
+
+    A patch whose rank is that of no visible token gets the mask token.
+    """
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    b = (row // (prefix + length)).to(tl.int64)
+    r = (row % (prefix + length)).to(tl.int64)
+    rank = tl.load(ids_restore + b * ids_b + (r - prefix) * ids_l, mask=(r >= prefix) & (row < rows), other=0)
+    there = (r < prefix) | ((rank >= 0) & (rank < length))
+    place = tl.where(r < prefix, r, prefix + rank)
+    _assemble(
+        out, row, rows, width, visible, b * visible_b + place * visible_l, place < num_visible, mask_token, mask_d, r,
+        there, pos_embed, pos_l, pos_d, visible_d, BLOCK_WIDTH,
+    )  # fmt: skip
+
+
+def unshuffle(
+    visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int = 0
+) -> Tensor:
+    """[prefix ; visible tokens in their places, the mask token in all others], each plus its position."""
+    refuse_float64(visible, mask_token, pos_embed)
+    batch, seen, width = visible.shape
+    length = ids_restore.shape[1]
+    check_ids("ids_restore", ids_restore, length)
+    out = visible.new_empty(batch, num_prefix_tokens + length, width)
+    if out.numel() == 0:
+        return out
+    rows = batch * (num_prefix_tokens + length)
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    with on_device(visible):
+        _unshuffle_kernel[grid](
+            visible, ids_restore, mask_token, pos_embed, out, rows, seen, num_prefix_tokens, length, width,
+            *visible.stride(), *ids_restore.stride(), *mask_token.stride(), *pos_embed.stride(),
+            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _mask_token_kernel(
+    grad, ids_restore, partial, rows, share, length, len_keep, prefix, width,
+    grad_b, grad_l, grad_d, ids_b, ids_l, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program sums those of its share of patches (rows of B·L) that held the mask token, some of their columns."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
+    last = tl.minimum(part * share + share, rows)
+    for start in range(part * share, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        b, r = (row // length).to(tl.int64), (row % length).to(tl.int64)
+        rank = tl.load(ids_restore + b * ids_b + r * ids_l, mask=row < last, other=-1)
+        source = grad + (b * grad_b + (prefix + r) * grad_l)[:, None] + column.to(tl.int64)[None, :] * grad_d
+        value = tl.load(source, mask=(rank >= len_keep)[:, None] & (column < width)[None, :], other=0.0)
+        total += value.to(tl.float32)
+    tl.store(partial + part.to(tl.int64) * width + column, tl.sum(total, axis=0), mask=column < width)
+
+
+def unshuffle_backward(
+    grad: Tensor, ids_restore: Tensor, len_keep: int, num_prefix_tokens: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `visible` and, in float32, of `mask_token`."""
+    refuse_float64(grad)
+    dvisible = _scatter(grad, ids_restore, len_keep, num_prefix_tokens)
+    (batch, length), width = ids_restore.shape, grad.shape[2]
+    rows = batch * length
+    if rows * width == 0:
+        return dvisible, grad.new_zeros(width, dtype=torch.float32)
+    refuse_rows(rows)
+    block_rows, block_width = tile(rows, width)
+    share = triton.cdiv(max(64, triton.cdiv(rows, 1024)), block_rows) * block_rows
+    parts = triton.cdiv(rows, share)
+    partial = grad.new_empty(parts, width, dtype=torch.float32)
+    with on_device(grad):
+        _mask_token_kernel[(parts, triton.cdiv(width, block_width))](
+            grad, ids_restore, partial, rows, share, length, len_keep, num_prefix_tokens, width,
+            *grad.stride(), *ids_restore.stride(), BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+        )  # fmt: skip
+    return dvisible, partial.sum(0)
