@@ -44,6 +44,15 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
         raise ValueError(f"{name} must not repeat an id within a row; got a duplicate")
 
 
+def check_std(std: Tensor | None) -> None:
+    """Deviations to divide by are positive: looked at where ids are."""
+    if std is None or not (std.device.type == "cpu" or _CHECK_ON_DEVICE):
+        return
+    for channel, value in enumerate(std.tolist()):
+        if not value > 0:
+            raise ValueError(f"std must be positive, got {value:g} for channel {channel}")
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x (..., D) as (outer, inner, D), two axes of rows whose strides a kernel is given; x itself up to three axes."""
     return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
