@@ -63,7 +63,7 @@ def _pixel_loss_kernel(
     mean, mean_channel,
     std, std_channel,
     losses, grad,
-    rows, predicted, grid_t, grid_h, grid_w, share,
+    rows, predicted, patches, grid_h, grid_w, share,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, NEED_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -82,7 +82,7 @@ def _pixel_loss_kernel(
 
     # where each patch begins, and where its values lie from there
     patch = tl.load(ids + batch * ids_batch + number * ids_row, mask=is_row, other=-1).to(tl.int64)
-    known = (patch >= 0) & (patch < grid_t.to(tl.int64) * grid_h * grid_w)
+    known = (patch >= 0) & (patch < patches)
     start = batch * image_batch + patch % grid_w * PW * stride_w
     start += patch // grid_w % grid_h * PH * stride_h + patch // grid_w // grid_h * PT * stride_t
     lane = value.to(tl.int64) if WIDE else value
@@ -152,7 +152,8 @@ def pixel_loss(
     if values > _WIDEST:
         raise Unserved(f"patches of up to {_WIDEST} values; got {values}")
     grid = [size // p for size, p in zip(images.shape[2:], patch)]
-    check_ids("ids", ids, math.prod(grid))
+    patches = math.prod(grid)
+    check_ids("ids", ids, patches)
     check_std(std)
     grad = _gradient_for(pred, need_grad)
     rows = ids.numel()
@@ -161,7 +162,7 @@ def pixel_loss(
     # a picture is a clip of one frame
     batch_stride, channel_stride, *strides = images.stride()
     if axes == 2:
-        patch, grid, strides = [1, *patch], [1, *grid], [0, *strides]
+        patch, strides = [1, *patch], [0, *strides]
     span = (channels - 1) * channel_stride + sum((p - 1) * stride for p, stride in zip(patch, strides))
     interleaved = strides[2] == channels and (channel_stride == 1 or channels == 1)
     losses = pred.new_empty(rows, dtype=torch.float32)
@@ -177,7 +178,7 @@ def pixel_loss(
             mean, 0 if mean is None else mean.stride(0),
             std, 0 if std is None else std.stride(0),
             losses, grad,
-            rows, ids.shape[1], *grid, 1 / rows,
+            rows, ids.shape[1], patches, *grid[-2:], 1 / rows,
             NORM=norm_pix, CHANNELS=channels, PT=patch[0], PH=patch[1], PW=patch[2],
             INTERLEAVED=interleaved, WIDE=span >= 2**31, NEED_GRAD=need_grad,
             ROWS=tile, BLOCK=block, num_warps=warps,
@@ -282,7 +283,7 @@ def scaled_cosine_loss(
                 weights, 0 if weights is None else weights.stride(0),
                 weights.sum(dtype=torch.float32) if weights is not None and mean else None,
                 losses, dpred, dtarget,
-                rows, x.shape[1], width, gamma, 1 / rows if mean else 1.0,
+                rows, x.shape[1], width, float(gamma), 1 / rows if mean else 1.0,
                 LARGEST_PRED=torch.finfo(pred.dtype).max, LARGEST_TARGET=torch.finfo(target.dtype).max,
                 NEED_PRED_GRAD=need_pred_grad, NEED_TARGET_GRAD=need_target_grad,
                 ROWS=tile, BLOCK=block, num_warps=warps,
