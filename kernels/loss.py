@@ -43,11 +43,12 @@ def _gradient_for(x: Tensor, wanted: bool) -> Tensor:
 def _row_scale(weight, weight_offset, weight_total, is_row, share):
     """What each row's loss is multiplied by: its weight's part of the total, 0 where that is 0, else `share`."""
     if weight is None:
-        return tl.where(is_row, share, 0.0)
-    scale = tl.load(weight + weight_offset, mask=is_row, other=0.0).to(tl.float32)
-    if weight_total is not None:
-        total = tl.load(weight_total)
-        scale = tl.where(total != 0.0, scale / total, 0.0)
+        scale = tl.where(is_row, share, 0.0)
+    else:
+        scale = tl.load(weight + weight_offset, mask=is_row, other=0.0).to(tl.float32)
+        if weight_total is not None:
+            total = tl.load(weight_total)
+            scale = tl.where(total != 0.0, scale / total, 0.0)
     return scale
 
 
