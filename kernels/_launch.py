@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
@@ -56,3 +57,14 @@ def check_noise(noise: Tensor) -> None:
     """The noise has an order: looked at where ids are."""
     if (noise.device.type == "cpu" or _CHECK_ON_DEVICE) and bool(noise.isnan().any()):
         raise ValueError("noise must not hold NaN: the order of its values is the mask")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., D) as (outer, inner, D), two axes of rows whose strides a kernel is given; x itself up to three axes."""
+    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+
+
+@triton.jit
+def row_offset(row, inner, outer_stride, inner_stride):
+    """Where row `row` of an (outer, inner, D) tensor begins, in elements."""
+    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride

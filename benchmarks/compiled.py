@@ -1,0 +1,460 @@
+"""Every launch of the Triton kernels at the shapes of the models, compiled ahead of time: no GPU is needed.
+
+    python benchmarks/compiled.py
+
+writes results/compiled.json and results/compiled.md: registers, spilled bytes, shared memory, tensor-core instructions
+and the share of 128-bit accesses of each kernel, on each architecture. tests/kernels/test_compile.py holds them to it.
+"""
+
+import argparse
+import contextlib
+import importlib
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import fastmim.kernels
+
+RESULTS = Path(__file__).parent / "results"
+# architecture -> bytes of shared memory that a block may have, multiprocessors
+ARCHITECTURES = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}
+WORKERS = 2
+BATCH = 256
+
+
+# ---- which calls -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an op's launcher."""
+
+    op: str
+    shape: str
+    args: tuple[Any, ...]
+    # sequences over 256 and heads over 88 may spill, as much as the table says
+    may_spill: bool = False
+    # most of what it loads are rows that can be read 16 bytes at a time: not pixels, not ids
+    wide: bool = True
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def single(*shape: int) -> Tensor:
+    """A parameter, which autocast leaves in float32."""
+    return empty(*shape, dtype=torch.float32)
+
+
+def ids(count: int) -> Tensor:
+    return empty(BATCH, count, dtype=torch.int64)
+
+
+def pictures(*, channels_last: bool = False, dtype: torch.dtype = torch.uint8) -> Tensor:
+    images = empty(BATCH, 3, 224, 224, dtype=dtype)
+    return images.to(memory_format=torch.channels_last) if channels_last else images
+
+
+@dataclass(frozen=True)
+class Encoder:
+    name: str
+    width: int
+    heads: int
+    patch: int = 16
+
+    @property
+    def patches(self) -> int:
+        return (224 // self.patch) ** 2
+
+    def keep(self, mask_ratio: float) -> int:
+        return int(self.patches * (1 - mask_ratio))
+
+
+S, B, L, H = (
+    Encoder("ViT-S", 384, 6),
+    Encoder("ViT-B", 768, 12),
+    Encoder("ViT-L", 1024, 16),
+    Encoder("ViT-H", 1280, 16, patch=14),
+)
+ENCODERS = S, B, L, H
+MASK_RATIOS = 0.75, 0.95
+DECODER_WIDTH, DECODER_HEADS = 512, 16
+
+
+def calls() -> Iterator[Call]:
+    """Representative calls of every op: encoders of ViT-S to ViT-H, the decoder of MAE, batch 256, bfloat16."""
+    yield from masking_calls()
+    yield from patches_calls()
+    yield from tokens_calls()
+    yield from attention_calls()
+    yield from loss_calls()
+    yield from norm_calls()
+
+
+def masking_calls() -> Iterator[Call]:
+    seeds = empty(BATCH, dtype=torch.int64)
+    for model in (B, H):
+        n, k = model.patches, model.keep(0.75)
+        yield Call("random_masking", f"{n} patches", (BATCH, n, k, n - k, None, seeds), wide=False)
+    noise = single(BATCH, B.patches)
+    yield Call("random_masking", "196 patches, noise", (BATCH, 196, 49, 147, noise, None), wide=False)
+
+
+def patches_calls() -> Iterator[Call]:
+    stats = single(3), single(3)
+    for model in (B, H):
+        patch, chosen = [model.patch] * 2, ids(model.keep(0.75))
+        args = (chosen, patch, *stats, torch.bfloat16)
+        yield Call("gather_patches", f"patch {model.patch}", (pictures(), *args), wide=False)
+        yield Call(
+            "gather_patches", f"patch {model.patch}, channels last", (pictures(channels_last=True), *args), wide=False
+        )
+    chosen, floating = ids(49), pictures(dtype=torch.float32)
+    yield Call("gather_patches", "patch 16, float32", (floating, chosen, [16, 16], None, None, torch.float32))
+    clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
+    args = (empty(16, 156, dtype=torch.int64), [2, 16, 16], *stats, torch.bfloat16)
+    yield Call("gather_patches", "patch 2x16x16", (clips, *args), wide=False)
+    grad = empty(BATCH, 49, 768)
+    args = (grad, chosen, [16, 16], stats[1], list(floating.shape), torch.float32)
+    yield Call("gather_patches_backward", "patch 16", args, wide=False)
+    for model in ENCODERS:
+        weight = single(model.width, 3, model.patch, model.patch)
+        pos, prefix = single(model.patches, model.width), single(1, model.width)
+        chosen = ids(model.keep(0.75))
+        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16)
+        yield Call("embed_patches", model.name, args, wide=False)
+
+
+def tokens_calls() -> Iterator[Call]:
+    for model, ratio in ((B, 0.75), (L, 0.95), (H, 0.75)):
+        k, n = model.keep(ratio), model.patches
+        shape = f"{model.name}, {k} of {n}"
+        yield Call("gather_tokens", shape, (empty(BATCH, n, model.width), ids(k)))
+        yield Call("gather_tokens_backward", shape, (empty(BATCH, k, model.width), ids(k), n))
+        yield Call("sum_by_position", shape, (empty(BATCH, k, model.width), ids(k), n))
+    mask_token = single(DECODER_WIDTH)
+    for model in (B, H):
+        k, n = model.keep(0.75), model.patches
+        shape = f"decoder, {k} of {n}"
+        visible, pos = empty(BATCH, 1 + k, DECODER_WIDTH), single(1 + n, DECODER_WIDTH)
+        grad = empty(BATCH, 1 + n, DECODER_WIDTH)
+        yield Call("decoder_tokens", shape, (visible, ids(k), ids(n // 10), mask_token, pos, 1))
+        yield Call("unshuffle", shape, (visible, ids(n), mask_token, pos, 1))
+        yield Call("unshuffle_backward", shape, (grad, ids(n), k, 1))
+
+
+def attention_calls() -> Iterator[Call]:
+    def packed(name: str, length: int, heads: int, dim: int, masked: bool = False) -> Iterator[Call]:
+        shape = f"{name}, S {length}, head {dim}" + ", key mask" * masked
+        qkv, grad = empty(BATCH, length, 3, heads, dim), empty(BATCH, length, heads, dim)
+        mask = empty(BATCH, length, dtype=torch.bool) if masked else None
+        large = length > 256 or dim > 88
+        yield Call("attention_qkvpacked", shape, (qkv, mask, dim**-0.5), large)
+        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5), large)
+
+    for model, ratio in itertools.product(ENCODERS, MASK_RATIOS):
+        yield from packed(model.name, 1 + model.keep(ratio), model.heads, model.width // model.heads)
+    yield from packed(B.name, 1 + B.keep(0.75), B.heads, 64, masked=True)
+    for model in (B, H):
+        dim = DECODER_WIDTH // DECODER_HEADS
+        yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)
+
+    # a decoder whose masked tokens attend to the visible ones
+    heads, dim = DECODER_HEADS, DECODER_WIDTH // DECODER_HEADS
+    for queries, keys in ((147, 50), (187, 10)):
+        q, grad = empty(BATCH, queries, heads, dim), empty(BATCH, queries, heads, dim)
+        k, v = empty(BATCH, keys, 2, heads, dim).unbind(2)
+        shape = f"decoder, S {queries} to {keys}, head {dim}"
+        yield Call("attention", shape, (q, k, v, None, None, dim**-0.5))
+        yield Call("attention_backward", shape, (grad, q, k, v, None, None, dim**-0.5, False))
+    q, k, v, grad = (empty(BATCH, 50, 12, 64) for _ in range(4))
+    bias = empty(1, 12, 50, 50)
+    yield Call("attention", "S 50, head 64, bias", (q, k, v, None, bias, 0.125))
+    yield Call("attention_backward", "S 50, head 64, bias", (grad, q, k, v, None, bias, 0.125, True))
+
+    q, k, v = empty(50 * BATCH, 3, 12, 64).unbind(1)
+    grad, starts = empty(50 * BATCH, 12, 64), empty(BATCH + 1, dtype=torch.int32)
+    args = (q, k, v, starts, starts, 197, 197, 0.125)
+    yield Call("attention_varlen", "up to 197, head 64", args)
+    yield Call("attention_varlen_backward", "up to 197, head 64", (grad, *args))
+
+
+def loss_calls() -> Iterator[Call]:
+    stats = single(3), single(3)
+    for model in (B, H):
+        removed, values = model.patches - model.keep(0.75), 3 * model.patch**2
+        for channels_last in (False, True):
+            images = pictures(channels_last=channels_last)
+            args = (empty(BATCH, removed, values), images, ids(removed), [model.patch] * 2, 1, None, *stats, True)
+            shape = f"patch {model.patch}" + ", channels last" * channels_last
+            yield Call("pixel_loss", shape, args, wide=False)
+    clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
+    pred, chosen, weight = empty(16, 1412, 1536), empty(16, 1412, dtype=torch.int64), single(16, 1412)
+    args = (pred, clips, chosen, [2, 16, 16], 2, weight, *stats, True)
+    yield Call("pixel_loss", "patch 2x16x16, per channel, weights", args, wide=False)
+    for width in (768, 1024):
+        pred, target, weight = empty(BATCH, 147, width), empty(BATCH, 147, width), single(BATCH, 147)
+        args = (pred, target, 2.0, weight, 1, True, False)
+        yield Call("scaled_cosine_loss", f"width {width}", args)
+
+
+def norm_calls() -> Iterator[Call]:
+    decoder = Encoder("decoder", DECODER_WIDTH, DECODER_HEADS)
+    for model in (*ENCODERS, decoder):
+        width = model.width
+        length = 1 + (model.patches if model is decoder else model.keep(0.75))
+        rows, row = empty(BATCH, length, width), single(BATCH, length, 1)
+        shape = f"width {width}"
+        yield Call("add_layer_norm", shape, (rows, rows, single(width), single(width), 1e-6))
+        yield Call("add_layer_norm_backward", shape, (rows, rows, rows, row, row, single(width)))
+        rows, shape = empty(BATCH, length, 4 * width), f"width {4 * width}"
+        yield Call("bias_gelu", shape, (rows, single(4 * width)))
+        yield Call("bias_gelu_backward", shape, (rows, rows, single(4 * width)))
+
+
+def missing_rooms() -> set[str]:
+    """Families whose kernels are yet to be written. To be removed with the last of them."""
+    return {room for room in fastmim.kernels.OPS if not (Path(fastmim.kernels.__file__).parent / f"{room}.py").exists()}
+
+
+# ---- which launches they make ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Launch:
+    """One kernel with the arguments of a launch, and the calls that make it."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    architecture: int
+    calls: list[Call]
+
+
+class Machine:
+    """A GPU of an architecture that is not here: all that Triton asks of it while it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture  # kernels are kept by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+@contextlib.contextmanager
+def machine(architecture: int) -> Iterator[None]:
+    """Launchers and Triton see a GPU of this architecture."""
+    memory, multiprocessors = ARCHITECTURES[architecture]
+    major, minor = divmod(architecture, 10)
+    facts = SimpleNamespace(
+        major=major,
+        minor=minor,
+        multi_processor_count=multiprocessors,
+        shared_memory_per_block_optin=memory,
+    )
+    driver.set_active(Machine(architecture))
+    with (
+        mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
+        mock.patch("torch.cuda.get_device_capability", lambda device=None: (major, minor)),
+        mock.patch("torch.cuda.get_device_properties", lambda device=None: facts),
+    ):
+        yield
+
+
+def identity(value: Any) -> Any:
+    """What Triton compiles anew for: dtypes and alignment, but of whole numbers no more than these."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.storage_offset() * value.element_size() % 16 == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+    return float if isinstance(value, float) else value
+
+
+def captured(architecture: int) -> list[Launch]:
+    """The launches of all calls, without those that Triton compiles once."""
+    rooms = {op: room for room, ops in fastmim.kernels.OPS.items() for op in ops}
+    found: dict[Any, Launch] = {}
+    current: list[Call] = []
+
+    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        names = dict(zip(kernel.arg_names, args)) | options
+        constants = {param.name for param in kernel.params if param.is_constexpr}
+        key = tuple(
+            (name, value if name in constants or name not in kernel.arg_names else identity(value))
+            for name, value in sorted(names.items())
+        )
+        launch = found.setdefault((kernel, key), Launch(kernel, args, options, architecture, []))
+        if current[0] not in launch.calls:
+            launch.calls.append(current[0])
+
+    with machine(architecture), mock.patch.object(JITFunction, "run", record):
+        for call in calls():
+            if rooms[call.op] in missing_rooms():
+                continue
+            current[:] = [call]
+            before = sum(len(launch.calls) for launch in found.values())
+            getattr(importlib.import_module(f"fastmim.kernels.{rooms[call.op]}"), call.op)(*call.args)
+            assert sum(len(launch.calls) for launch in found.values()) > before, f"{call.op} launches no kernel"
+    return list(found.values())
+
+
+# ---- what they compile to --------------------------------------------------------------------------------------------
+
+LAUNCHES: list[Launch] = []  # compiled by forks of this process
+
+
+def compiled(index: int) -> dict[str, Any]:
+    """A row of the table."""
+    launch = LAUNCHES[index]
+    row = {
+        "op": launch.calls[0].op,
+        "kernel": launch.kernel.__name__,
+        "shapes": list(dict.fromkeys(call.shape for call in launch.calls)),
+        "architecture": launch.architecture,
+        "may_spill": all(call.may_spill for call in launch.calls),
+        "wide": all(call.wide for call in launch.calls),
+    }
+    try:
+        with machine(launch.architecture):
+            kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+    except Exception as error:  # the others are of interest all the same
+        return row | {"error": f"{type(error).__name__}: {error}"}
+    usage = resources(kernel.asm["cubin"])
+    ptx = kernel.asm["ptx"]
+    return row | {
+        "warps": kernel.metadata.num_warps,
+        "registers": usage["REG"],
+        "spill": usage["STACK"],
+        "shared": kernel.metadata.shared,
+        "dots": "tt.dot" in kernel.asm["ttir"],
+        "tensor_cores": tensor_cores(ptx),
+        "wide_loads": wide_share(ptx, "ld"),
+        "wide_stores": wide_share(ptx, "st"),
+    }
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread and bytes of stack, which without calls and local arrays are what was spilled."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    # a program of __nv_ functions that were not inlined has more than one line
+    found: dict[str, int] = {}
+    for name, value in re.findall(r"(\w+):(\d+)", output):
+        found[name] = max(found.get(name, 0), int(value))
+    return found
+
+
+def tensor_cores(ptx: str) -> str | None:
+    """The instruction that multiplies matrices."""
+    for word in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+        if word in ptx:
+            return word.partition(".")[0]
+    return None
+
+
+def wide_share(ptx: str, direction: str) -> float:
+    """Of the bytes that a thread's accesses to global memory move, once each: how much goes 16 or more at a time."""
+    accesses = rf"\b{direction}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b"
+    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(accesses, ptx)]
+    if direction == "ld":
+        copies = r"cp\.async\.c[ag]\.shared\.global.*?\], (0x[0-9a-f]+|\d+)"
+        sizes += [int(size, 0) for size in re.findall(copies, ptx)]
+    # tiles that are copied as a whole
+    bulk = "shared::cluster.global" if direction == "ld" else "global.shared::cta"
+    sizes += [1024] * len(re.findall(rf"cp\.async\.bulk\S*{bulk}", ptx))
+    return round(sum(size for size in sizes if size >= 16) / max(sum(sizes), 1), 2)
+
+
+def table() -> list[dict[str, Any]]:
+    """The rows of all launches on all architectures."""
+    if triton.knobs.runtime.interpret:
+        raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
+    LAUNCHES[:] = [launch for architecture in ARCHITECTURES for launch in captured(architecture)]
+    with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
+        return pool.map(compiled, range(len(LAUNCHES)), chunksize=1)
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+COLUMNS = "warps", "registers", "spill", "shared", "tensor_cores"
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, a kernel and its shapes per line."""
+    architectures = " / ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
+    lines = [
+        "# What the Triton kernels compile to",
+        "",
+        f"Triton {triton.__version__}, no GPU: `python benchmarks/compiled.py`. Batch {BATCH}, bfloat16. "
+        f"A cell is {architectures}, or one figure where they agree: registers of a thread, bytes that a thread "
+        "spills, bytes of shared memory of a block, the tensor-core instruction, and how much of what a thread loads "
+        "and stores moves 128 bits at a time.",
+        "",
+        "| op | kernel | shapes | warps | registers | spill | shared | tensor cores | 128-bit loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        grouped.setdefault((row["op"], row["kernel"], "; ".join(row["shapes"])), []).append(row)
+    order = {op: place for place, op in enumerate(itertools.chain(*fastmim.kernels.OPS.values()))}
+    for (op, kernel, shapes), group in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
+        cells = [agreed([row[column] or "–" for row in group]) for column in COLUMNS]
+        cells += [agreed([f"{row[column]:.0%}" for row in group]) for column in ("wide_loads", "wide_stores")]
+        lines.append("| " + " | ".join([op, f"`{kernel}`", shapes, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def agreed(values: list[Any]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else " / ".join(map(str, values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows there, and nothing else")
+    args = parser.parse_args()
+    rows = table()
+    failed = [row for row in rows if "error" in row]
+    for row in failed:
+        print(f"sm_{row['architecture']} {row['kernel']} of {row['op']}, {'; '.join(row['shapes'])}: {row['error']}")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    report = f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
+    if args.json:
+        args.json.write_text(report)
+        return
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(rows)} kernels don't compile: no table is written")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "compiled.json").write_text(report)
+    (RESULTS / "compiled.md").write_text(markdown(rows))
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()
