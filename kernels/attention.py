@@ -320,8 +320,7 @@ def _tile_backward_kernel(
         at = bias + row[:, None] + (k_place * bias_key)[None, :]
         scores += tl.load(at, allowed & is_query[:, None], other=0.0).to(tl.float32) * LOG2E
     weights, inverse = _tile_softmax(scores, allowed)
-    weights *= inverse[:, None]
-
+    weights = tl.where(allowed, weights * inverse[:, None], 0.0)  # the sum may be NaN, and 0 NaN is
     low, high = _zeros(BK, D0, D1)
     low, high = _over_rows(tl.trans(weights), g_low, g_high, low, high, D1)
     at_key = (k_entry * dk_batch + k_place * dk_row + head * dk_head) * UNIT
@@ -683,7 +682,7 @@ def _loop_backward_keys_kernel(
 # up to so many rows a tile holds them all, and then several sequences if they fit in so many
 FORWARD_ROWS, BACKWARD_ROWS, PACKED_ROWS = 128, 64, 64
 # rows and keys of a block where a tile can't
-BLOCK = 64
+BLOCK = 128 if INTERPRETED else 64
 _BLOCKS = dict(BQ=BLOCK, BK=BLOCK, num_warps=4)
 
 # cu_seqlens of queries and keys, and the longest of each
