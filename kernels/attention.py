@@ -140,7 +140,7 @@ def _tile_softmax(scores, allowed):
     scores = tl.where(allowed, scores, -INFINITY)
     top = tl.max(scores, 1)
     top = tl.where(top == -INFINITY, 0.0, top)
-    weights = tl.where(allowed, tl.exp2(scores - top[:, None]), 0.0)
+    weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - top[:, None]))
     total = tl.sum(weights, 1)
     return weights, 1.0 / tl.where(total == 0.0, 1.0, total)
 
@@ -320,14 +320,11 @@ def _tile_backward_kernel(
         at = bias + row[:, None] + (k_place * bias_key)[None, :]
         scores += tl.load(at, allowed & is_query[:, None], other=0.0).to(tl.float32) * LOG2E
     weights, inverse = _tile_softmax(scores, allowed)
-    weights = tl.where(allowed, weights * inverse[:, None], 0.0)  # the sum may be NaN, and 0 NaN is
-    low, high = _zeros(BK, D0, D1)
-    low, high = _over_rows(tl.trans(weights), g_low, g_high, low, high, D1)
-    at_key = (k_entry * dk_batch + k_place * dk_row + head * dk_head) * UNIT
-    _store(dv, at_key, is_key, low, high, D, D0, D1)
-
+    weights = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])  # the sum may be NaN, and 0 NaN is
+    dv_low, dv_high = _zeros(BK, D0, D1)
+    dv_low, dv_high = _over_rows(tl.trans(weights), g_low, g_high, dv_low, dv_high, D1)
     slope = _over_columns(g_low, g_high, v_low, v_high, D1)
-    slope = tl.where(allowed, weights * (slope - tl.sum(weights * slope, 1)[:, None]), 0.0)
+    slope = tl.where(weights == 0.0, 0.0, weights * (slope - tl.sum(weights * slope, 1)[:, None]))
     if score_grad is not None:
         row = ((q_entry * heads + head) * queries + q_place) * keys
         tl.store(score_grad + row[:, None] + k_place[None, :], slope, together & is_query[:, None] & is_key[None, :])
@@ -337,6 +334,9 @@ def _tile_backward_kernel(
     _store(dq, at_query, is_query, low * scale, high * scale, D, D0, D1)
     low, high = _zeros(BK, D0, D1)
     low, high = _over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1)
+    # all stores last: an earlier one costs registers
+    at_key = (k_entry * dk_batch + k_place * dk_row + head * dk_head) * UNIT
+    _store(dv, at_key, is_key, dv_low, dv_high, D, D0, D1)
     _store(dk, at_key, is_key, low * scale, high * scale, D, D0, D1)
 
 
@@ -347,13 +347,12 @@ def _tile_backward_kernel(
 def _block_scores(
     q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1: tl.constexpr
 ):
-    """Scores of a block, in powers of 2; -infinity where a query does not attend."""
+    """Scores of a block, in powers of 2; -infinity for keys that no query attends to."""
     scores = _over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    allowed = is_query[:, None] & attends[None, :]
     if bias is not None:
         at = bias + (row * bias_row)[:, None] + (column * bias_key)[None, :]
-        scores += tl.load(at, allowed, other=0.0).to(tl.float32) * LOG2E
-    return tl.where(allowed, scores, -INFINITY)
+        scores += tl.load(at, is_query[:, None] & attends[None, :], other=0.0).to(tl.float32) * LOG2E
+    return tl.where(attends[None, :], scores, -INFINITY)
 
 
 @triton.jit
@@ -408,7 +407,7 @@ def _loop_forward_kernel(
     """A program: BQ queries of one sequence and head, over its keys BK at a time with a running maximum and sum."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ).to(tl.int64)
+    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     q += (entry * q_batch + head * q_head) * UNIT
     k += (entry * k_batch + head * k_head) * UNIT
     v += (entry * v_batch + head * v_head) * UNIT
@@ -432,7 +431,7 @@ def _loop_forward_kernel(
     total = tl.zeros((BQ,), tl.float32)
     low, high = _zeros(BQ, D0, D1)
     for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK).to(tl.int64)
+        column = start + tl.arange(0, BK)
         attends = _attends(key_mask, column * mask_key, column < keys)
         k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
         v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
@@ -505,7 +504,7 @@ def _loop_backward_queries_kernel(
     """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ).to(tl.int64)
+    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
     grad += (entry * grad_batch + head * grad_head) * UNIT
     q += (entry * q_batch + head * q_head) * UNIT
     k += (entry * k_batch + head * k_head) * UNIT
@@ -537,7 +536,7 @@ def _loop_backward_queries_kernel(
     total = tl.zeros((BQ,), tl.float32)
     mean = tl.zeros((BQ,), tl.float32)
     for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK).to(tl.int64)
+        column = start + tl.arange(0, BK)
         attends = _attends(key_mask, column * mask_key, column < keys)
         k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
         v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
@@ -557,7 +556,7 @@ def _loop_backward_queries_kernel(
 
     low, high = _zeros(BQ, D0, D1)
     for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK).to(tl.int64)
+        column = start + tl.arange(0, BK)
         is_key = column < keys
         attends = _attends(key_mask, column * mask_key, is_key)
         k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
@@ -626,7 +625,7 @@ def _loop_backward_keys_kernel(
     """A program: dk and dv of BK keys of one sequence and head, over its queries BQ at a time."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    column = tl.program_id(0) % tiles * BK + tl.arange(0, BK).to(tl.int64)
+    column = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
     grad += (entry * grad_batch + head * grad_head) * UNIT
     q += (entry * q_batch + head * q_head) * UNIT
     k += (entry * k_batch + head * k_head) * UNIT
@@ -658,20 +657,23 @@ def _loop_backward_keys_kernel(
     dk_low, dk_high = _zeros(BK, D0, D1)
     dv_low, dv_high = _zeros(BK, D0, D1)
     for start in range(0, queries, BQ):
-        row = start + tl.arange(0, BQ).to(tl.int64)
+        row = start + tl.arange(0, BQ)
         is_query = row < queries
         q_low, q_high = _load(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
         g_low, g_high = _load(grad, row * grad_row * UNIT, is_query, D, D0, D1, UPCAST)
         top = tl.load(top_of + statistics + row, is_query, other=0.0)
         inverse = tl.load(inverse_of + statistics + row, is_query, other=0.0)
         mean = tl.load(mean_of + statistics + row, is_query, other=0.0)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
-        )
-        weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
-        dv_low, dv_high = _over_rows(tl.trans(weights), g_low, g_high, dv_low, dv_high, D1)
-        slope = weights * (_over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
-        dk_low, dk_high = _over_rows_of_any_size(tl.trans(slope), q_low, q_high, dk_low, dk_high, D1)
+        # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
+        scores = _over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
+        if bias is not None:
+            at = bias + (column * bias_key)[:, None] + (row * bias_row)[None, :]
+            scores += tl.load(at, attends[:, None] & is_query[None, :], other=0.0).to(tl.float32) * LOG2E
+        scores = tl.where(attends[:, None], scores, -INFINITY)
+        weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
+        dv_low, dv_high = _over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
+        slope = weights * (_over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
+        dk_low, dk_high = _over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1)
     to = column * dk_row * UNIT
     _store(dv, to, is_key, dv_low, dv_high, D, D0, D1)
     _store(dk, to, is_key, dk_low * scale, dk_high * scale, D, D0, D1)
@@ -679,23 +681,24 @@ def _loop_backward_keys_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------------------------
 
-# up to so many rows a tile holds them all, and then several sequences if they fit in so many
-FORWARD_ROWS, BACKWARD_ROWS, PACKED_ROWS = 128, 64, 64
-# rows and keys of a block where a tile can't
-BLOCK = 128 if INTERPRETED else 64
-_BLOCKS = dict(BQ=BLOCK, BK=BLOCK, num_warps=4)
+# several sequences share a tile if they fit in so many rows
+PACKED_ROWS = 64
+# offsets within a sequence are of 32 bits
+SPAN = 2**31
 
 # cu_seqlens of queries and keys, and the longest of each
 Ragged = tuple[Tensor, Tensor, int, int]
 
 
-def _check(q: Tensor, keys: int) -> None:
+def _check(q: Tensor, queries: int, keys: int) -> None:
     refuse_float64(q)
     dim = q.shape[-1]
     if dim > MAX_DIM or dim % DIM_MULTIPLE:
         raise Unserved(f"head dimensions up to {MAX_DIM} in multiples of {DIM_MULTIPLE} are served, not {dim}")
     if keys > MAX_KEYS:
         raise Unserved(f"up to {MAX_KEYS} keys are served, not {keys}")
+    if queries * max(3 * q.shape[-2] * dim, keys) >= SPAN:
+        raise Unserved(f"{queries} queries of one sequence are too many for offsets of 32 bits")
 
 
 def _columns(dim: int) -> tuple[int, int]:
@@ -705,9 +708,9 @@ def _columns(dim: int) -> tuple[int, int]:
     return (whole // 2, rest) if dim > 64 and rest < whole // 2 else (whole, 0)
 
 
-def _readable(x: Tensor) -> Tensor:
-    """With the values of a row one after another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(x: Tensor, longest: int) -> Tensor:
+    """With the values of a row one after another, and a sequence of rows within the reach of 32 bits."""
+    return x if x.stride(-1) == 1 and longest * x.stride(-3) < SPAN else x.contiguous()
 
 
 def _strides(unit: int, *tensors: Tensor) -> list[int]:
@@ -727,11 +730,40 @@ def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int,
     ]
 
 
-def _tile(queries: int, keys: int, several: bool) -> tuple[int, dict[str, int]]:
+def _has_large_tiles(q: Tensor) -> bool:
+    """Where matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
+    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+
+
+def _tile_limits(q: Tensor) -> tuple[int, int]:
+    """How long a sequence a tile takes, forward and backward: what its registers hold without spilling."""
+    if INTERPRETED:
+        return 128, 64
+    if q.dtype == torch.float32:
+        return 32, 32
+    dim = q.shape[-1]
+    if _has_large_tiles(q):
+        return 128, 128
+    return 128 if dim <= 80 else 64, 128 if dim <= 32 else 64
+
+
+def _tile(q: Tensor, queries: int, keys: int, several: bool) -> tuple[int, dict[str, int]]:
     """How many sequences a tile holds, and its sizes."""
-    group = max(PACKED_ROWS // max(queries, keys, 1), 1) if several else 1
+    most = PACKED_ROWS // 2 if q.dtype == torch.float32 and not INTERPRETED else PACKED_ROWS
+    group = max(most // max(queries, keys), 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
-    return group, dict(BQ=rows, BK=columns, PACKED=group > 1, num_warps=max(rows, columns) // 16)
+    warps = max(rows, columns) // 16
+    if q.dtype == torch.float32 or q.shape[-1] > 96:
+        warps = max(2 * warps, 8)
+    return group, dict(BQ=rows, BK=columns, PACKED=group > 1, num_warps=min(warps, 8))
+
+
+def _blocks(q: Tensor) -> dict[str, int]:
+    """The sizes of blocks where a tile does not take a sequence."""
+    if INTERPRETED:
+        return dict(BQ=128, BK=128)
+    size = 32 if q.dtype == torch.float32 else 64
+    return dict(BQ=size, BK=size, num_warps=8 if q.shape[-1] > 96 else 4)
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
@@ -762,22 +794,23 @@ def _forward(
 ) -> Tensor:
     if q.numel() == 0 or k.numel() == 0:
         return out.zero_()
-    q, k, v = _readable(q), _readable(k), _readable(v)
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
+    q, k, v = _readable(q, most_queries), _readable(k, most_keys), _readable(v, most_keys)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = _unit(q, k, v, out)
     strides = (*_strides(unit, q, k, v, out), *_mask_strides(key_mask, bias, (batch, heads, queries, keys)))
     tensors = (q, k, v, out, key_mask, bias, cu_q, cu_k)
     with on_device(q):
-        if max(most_queries, most_keys) <= FORWARD_ROWS:
-            group, tile = _tile(most_queries, most_keys, ragged is None)
+        if max(most_queries, most_keys) <= _tile_limits(q)[0]:
+            group, tile = _tile(q, most_queries, most_keys, ragged is None)
             _tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *tensors, *strides, batch, heads, queries, keys, group, scale, **_columns_of(q, unit), **tile
             )
         else:
-            tiles = triton.cdiv(most_queries, BLOCK)
+            blocks = _blocks(q)
+            tiles = triton.cdiv(most_queries, blocks["BQ"])
             _loop_forward_kernel[(tiles * batch * heads,)](
-                *tensors, *strides, tiles, heads, queries, keys, scale, **_columns_of(q, unit), **_BLOCKS
+                *tensors, *strides, tiles, heads, queries, keys, scale, **_columns_of(q, unit), **blocks
             )
     return out
 
@@ -801,14 +834,15 @@ def _backward(
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    grad, q, k, v = _readable(grad), _readable(q), _readable(k), _readable(v)
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
+    grad, q = _readable(grad, most_queries), _readable(q, most_queries)
+    k, v = _readable(k, most_keys), _readable(v, most_keys)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = _unit(grad, q, k, v, dq, dk)
     masks = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
     with on_device(q):
-        if max(most_queries, most_keys) <= BACKWARD_ROWS:
-            group, tile = _tile(most_queries, most_keys, ragged is None)
+        if max(most_queries, most_keys) <= _tile_limits(q)[1]:
+            group, tile = _tile(q, most_queries, most_keys, ragged is None)
             _tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *(grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k),
                 *_strides(unit, grad, q, k, v, dq, dk),
@@ -820,23 +854,26 @@ def _backward(
             return
         rows = queries * heads * (batch if ragged is None else 1)
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
-        tiles = triton.cdiv(most_queries, BLOCK)
+        blocks = _blocks(q)
+        tiles = triton.cdiv(most_queries, blocks["BQ"])
         _loop_backward_queries_kernel[(tiles * batch * heads,)](
             *(grad, q, k, v, dq, top, inverse, mean, key_mask, bias, score_grad, cu_q, cu_k),
             *_strides(unit, grad, q, k, v, dq),
             *masks,
             *(tiles, heads, queries, keys, scale),
             **_columns_of(q, unit),
-            **_BLOCKS,
+            **blocks,
+            num_stages=2,
         )
-        tiles = triton.cdiv(most_keys, BLOCK)
+        blocks["BQ"] //= 2
+        tiles = triton.cdiv(most_keys, blocks["BK"])
         _loop_backward_keys_kernel[(tiles * batch * heads,)](
             *(grad, q, k, v, dk, dv, top, inverse, mean, key_mask, bias, cu_q, cu_k),
             *_strides(unit, grad, q, k, v, dk),
             *masks,
             *(tiles, heads, queries, keys, scale),
             **_columns_of(q, unit),
-            **_BLOCKS,
+            **blocks,
         )
 
 
@@ -845,20 +882,20 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    _check(qkv, qkv.shape[1])
+    _check(qkv, qkv.shape[1], qkv.shape[1])
     q, k, v = qkv.unbind(2)
     return _forward(q, k, v, _empty(q), key_mask, None, scale)
 
 
 def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
-    _check(qkv, qkv.shape[1])
+    _check(qkv, qkv.shape[1], qkv.shape[1])
     dqkv = _empty(qkv)
     _backward(grad, *qkv.unbind(2), *dqkv.unbind(2), key_mask, None, scale)
     return dqkv
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    _check(q, k.shape[1])
+    _check(q, q.shape[1], k.shape[1])
     return _forward(q, k, v, _empty(q), key_mask, bias, scale)
 
 
@@ -873,7 +910,7 @@ def attention_backward(
     need_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (empty unless asked for)."""
-    _check(q, k.shape[1])
+    _check(q, q.shape[1], k.shape[1])
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     score_grad = None
     if bias is not None and need_bias_grad:
@@ -897,7 +934,7 @@ def attention_varlen(
     max_seqlen_k: int,
     scale: float,
 ) -> Tensor:
-    _check(q, max_seqlen_k)
+    _check(q, max_seqlen_q, max_seqlen_k)
     check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     ragged = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
@@ -915,7 +952,7 @@ def attention_varlen_backward(
     max_seqlen_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(q, max_seqlen_k)
+    _check(q, max_seqlen_q, max_seqlen_k)
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     ragged = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
     _backward(grad, q, k, v, dq, dk, dv, None, None, scale, None, ragged)
