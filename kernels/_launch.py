@@ -1,6 +1,7 @@
 """What launchers share: the device they launch on, block sizes, and the checks on values."""
 
 import contextlib
+import itertools
 import os
 from typing import Any
 
@@ -68,3 +69,17 @@ def as_rows(x: Tensor) -> Tensor:
 def row_offset(row, inner, outer_stride, inner_stride):
     """Where row `row` of an (outer, inner, D) tensor begins, in elements."""
     return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+
+
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
+    """Starts at 0, never falls, ends at `total`, no sequence longer than `max_seqlen`: looked at where ids are."""
+    if not (cu_seqlens.device.type == "cpu" or _CHECK_ON_DEVICE):
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != total or min(lengths, default=0) < 0:
+        raise ValueError(
+            f"cu_seqlens_{name} must start at 0, never fall and end at the {total} packed rows; got {starts}"
+        )
+    if max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen_{name} must be at least the longest sequence, {max(lengths)}; got {max_seqlen}")

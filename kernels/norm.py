@@ -72,15 +72,17 @@ def _add_layer_norm_kernel(
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """normed, sum, and the mean and reciprocal deviation of each row of the sum."""
+    """normed in `dtype` (None: the sum's), sum, and the mean and reciprocal deviation of each row of the sum."""
     refuse_float64(x, residual, weight, bias)
     width = x.shape[-1]
     _check_width(width)
     rows = x.numel() // width
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    normed = torch.empty_like(total)
+    if dtype == torch.float64:
+        raise Unserved("float64 is served by the reference")
+    normed = torch.empty_like(total, dtype=dtype)
     mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if rows == 0:
@@ -108,17 +110,21 @@ def _add_layer_norm_backward_kernel(
     total, total_outer, total_inner, total_value,
     mean, rstd,
     weight, weight_value,
-    dtotal, partials,
+    bias, bias_value,
+    dtotal, again, partials,
     rows, inner, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: every n-th block of `ROWS` rows, n programs in all.
 
-    It writes their gradients, and its own sums for the gradients of weight and bias to its row of `partials`.
+    It writes their gradients, with `AGAIN` their norms, and its own sums for the gradients of weight and bias to its
+    row of `partials`.
     """
     value = tl.arange(0, BLOCK)
     is_value = value < width
     w = tl.load(weight + value * weight_value, mask=is_value, other=0.0).to(tl.float32)
+    if AGAIN:
+        b = tl.load(bias + value * bias_value, mask=is_value, other=0.0).to(tl.float32)
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
@@ -143,23 +149,34 @@ def _add_layer_norm_backward_kernel(
         out = (weighted - shift[:, None] - normed * slope[:, None]) * scale[:, None] + through
         offset = row.to(tl.int64)[:, None] * width + value[None, :]
         tl.store(dtotal + offset, out.to(dtotal.dtype.element_ty), mask=mask)
+        if AGAIN:
+            result = normed * w[None, :] + b[None, :]
+            tl.store(again + offset, result.to(again.dtype.element_ty), mask=mask)
     place = tl.program_id(0) * 2 * width + value
     tl.store(partials + place, tl.sum(dweight, axis=0), mask=is_value)
     tl.store(partials + place + width, tl.sum(dbias, axis=0), mask=is_value)
 
 
 def add_layer_norm_backward(
-    grad_normed: Tensor, grad_sum: Tensor, total: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in its dtype), of weight and of bias (float32)."""
+    grad_normed: Tensor,
+    grad_sum: Tensor,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the sum (in its dtype), of weight and of bias (float32); given the bias, normed again."""
     refuse_float64(grad_normed, grad_sum, total, weight)
     width = total.shape[-1]
     _check_width(width)
     rows = total.numel() // width
     dtotal = total.new_empty(total.shape)
+    again = grad_normed.new_empty(0 if bias is None else total.shape)
     if rows == 0:
         dweight = weight.new_zeros(width, dtype=torch.float32)
-        return dtotal, dweight, torch.zeros_like(dweight)
+        return dtotal, dweight, torch.zeros_like(dweight), again
+    shift = weight if bias is None else bias
     grad_normed, grad_sum, total = as_rows(grad_normed), as_rows(grad_sum), as_rows(total)
     block = power_of_2(width)
     tile, warps = _tile(rows, block, _PARTIAL_ROWS)
@@ -172,11 +189,12 @@ def add_layer_norm_backward(
             total, *total.stride(),
             mean.contiguous(), rstd.contiguous(),
             weight, weight.stride(0),
-            dtotal, partials,
+            shift, shift.stride(0),
+            dtotal, again, partials,
             rows, total.shape[1], width,
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            AGAIN=bias is not None, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dtotal, partials[:, 0].sum(0), partials[:, 1].sum(0)
+    return dtotal, partials[:, 0].sum(0), partials[:, 1].sum(0), again
 
 
 # ---- bias_gelu -------------------------------------------------------------------------------------------------------
@@ -235,13 +253,14 @@ def _bias_gelu_backward_kernel(
     grad, grad_outer, grad_inner, grad_value,
     x, x_outer, x_inner, x_value,
     bias, bias_value,
-    dx, partials,
+    dx, again, partials,
     rows, inner, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK` columns of every n-th block of `ROWS` rows, n programs along the rows.
 
-    It writes the gradient of x, and its own sum for the gradient of bias to its row of `partials`.
+    It writes the gradient of x, with `AGAIN` the op's value, and its own sum for the gradient of bias to its row of
+    `partials`.
     """
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_value = value < width
@@ -255,19 +274,22 @@ def _bias_gelu_backward_kernel(
         offset = row_offset(row, inner, grad_outer, grad_inner)[:, None] + value[None, :] * grad_value
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
         bell = tl.exp(-0.5 * u * u) * 0.3989422804014327
-        out = tl.where(mask, g * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476) + u * bell), 0.0)
+        phi = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
+        out = tl.where(mask, g * (phi + u * bell), 0.0)
         dbias += out
         offset = row.to(tl.int64)[:, None] * width + value[None, :]
         tl.store(dx + offset, out.to(dx.dtype.element_ty), mask=mask)
+        if AGAIN:
+            tl.store(again + offset, (u * phi).to(again.dtype.element_ty), mask=mask)
     tl.store(partials + tl.program_id(0) * width + value, tl.sum(dbias, axis=0), mask=is_value)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and, in float32, of bias."""
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and, in float32, of bias; with `again`, the op's value."""
     refuse_float64(grad, x, bias)
-    dx = x.new_empty(x.shape)
+    dx, value = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
     if x.numel() == 0:
-        return dx, bias.new_zeros(bias.shape, dtype=torch.float32)
+        return dx, bias.new_zeros(bias.shape, dtype=torch.float32), value
     grad, x = as_rows(grad), as_rows(x)
     width = x.shape[-1]
     rows = x.numel() // width
@@ -278,7 +300,8 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, T
     partials = bias.new_empty(programs, width, dtype=torch.float32)
     with on_device(x):
         _bias_gelu_backward_kernel[(programs, columns)](
-            grad, *grad.stride(), x, *x.stride(), bias, bias.stride(0), dx, partials, rows, x.shape[1], width,
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            grad, *grad.stride(), x, *x.stride(), bias, bias.stride(0), dx, value, partials,
+            rows, x.shape[1], width,
+            AGAIN=again, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return dx, partials.sum(0)
+    return dx, partials.sum(0), value
