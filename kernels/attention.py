@@ -564,7 +564,7 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool) -> tuple[int, dict[
     group = max(most // max(queries, keys), 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
     warps = max(rows, columns) // 16
-    if q.dtype == torch.float32 or q.shape[-1] > 96:
+    if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96):
         warps = max(2 * warps, 8)
     return group, dict(BQ=rows, BK=columns, PACKED=group > 1, num_warps=min(warps, 8))
 
@@ -572,7 +572,7 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool) -> tuple[int, dict[
 def _blocks(q: Tensor) -> dict[str, int]:
     """The sizes of blocks where a tile does not take a sequence."""
     if INTERPRETED:
-        return dict(BQ=128, BK=128)
+        return dict(BQ=256, BK=128)
     size = 32 if q.dtype == torch.float32 else 64
     return dict(BQ=size, BK=size, num_warps=8 if q.shape[-1] > 96 else 4)
 
