@@ -19,7 +19,8 @@ INFINITY = tl.constexpr(float("inf"))
 
 MAX_DIM, MAX_KEYS = 128, 1024
 # kernels load 16 bytes at a time
-DIM_MULTIPLE = 8
+# loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
+DIM_MULTIPLE = 1 if INTERPRETED else 8
 
 
 # ---- what the kernels share ------------------------------------------------------------------------------------------
@@ -543,7 +544,7 @@ def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int,
 
 def _has_large_tiles(q: Tensor) -> bool:
     """Where matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
-    return q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return q.device.type != "cpu" and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
 def _tile_limits(q: Tensor) -> tuple[int, int]:
