@@ -1,20 +1,14 @@
 // Losses row by row, each with its gradient.
 
-// Takes the mean off values[0], values[step], ... and returns their unbiased variance. Differences from the first value
-// are summed, so that those of a flat patch are exactly 0.
-FASTMIM_HD float center(float* values, int64_t count, int64_t step) {
+// Takes the mean off the values and divides by their deviation. Differences from the first value are summed, so that
+// those of a flat patch are exactly 0.
+FASTMIM_HD void normalize(NormPix norm, float* values, int64_t count) {
   const float first = values[0];
-  float total = 0, square = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < count; ++i) total += values[i * step] - first;
-  const float offset = total / static_cast<float>(count);
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < count; ++i) {
-    const float d = (values[i * step] - first) - offset;
-    values[i * step] = d;
-    square += d * d;
-  }
-  return square / static_cast<float>(count - 1);
+  for (int64_t i = 0; i < count; ++i) values[i] -= first;
+  const float mean = sum(values, count) / static_cast<float>(count);
+  for (int64_t i = 0; i < count; ++i) values[i] -= mean;
+  const float divisor = deviation(norm, dot(values, values, count) / static_cast<float>(count - 1));
+  for (int64_t i = 0; i < count; ++i) values[i] /= divisor;
 }
 
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
@@ -25,24 +19,18 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
     const int64_t b = row / args.rows, m = row % args.rows;
     read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
     if (args.norm == NormPix::patch) {
-      const float divisor = deviation(args.norm, center(target, values, 1));
-      for (int64_t i = 0; i < values; ++i) target[i] /= divisor;
+      normalize(args.norm, target, values);
     } else if (args.norm == NormPix::channel) {
       for (int64_t c = 0; c < channels; ++c) {
-        const float divisor = deviation(args.norm, center(target + c, area, channels));
-        for (int64_t i = c; i < values; i += channels) target[i] /= divisor;
+        for (int64_t i = 0; i < area; ++i) out[i] = target[i * channels + c];
+        normalize(args.norm, out, area);
+        for (int64_t i = 0; i < area; ++i) target[i * channels + c] = out[i];
       }
     }
     load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2],
              pred, values);
-    float square = 0;
-#pragma omp simd reduction(+ : square)
-    for (int64_t i = 0; i < values; ++i) {
-      const float error = pred[i] - target[i];
-      pred[i] = error;
-      square += error * error;
-    }
-    args.row_loss[row] = square / static_cast<float>(values);
+    for (int64_t i = 0; i < values; ++i) pred[i] -= target[i];
+    args.row_loss[row] = dot(pred, pred, values) / static_cast<float>(values);
     if (args.grad.data != nullptr) {
       const float scale = args.row_scale[row] * (2.0f / static_cast<float>(values));
       float* grad = target_of(args.grad, row, out);
@@ -54,7 +42,7 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
 
 // x = direction * norm * size with size the largest magnitude, so that no square overflows; 0 for a zero row
 FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& size, float& norm) {
-  float largest = 0, square = 0, poison = 0;
+  float largest = 0, poison = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : poison)
   for (int64_t i = 0; i < width; ++i) {
     const float magnitude = __builtin_fabsf(x[i]);
@@ -67,12 +55,8 @@ FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& siz
     norm = 1;
     return;
   }
-#pragma omp simd reduction(+ : square)
-  for (int64_t i = 0; i < width; ++i) {
-    unit[i] = x[i] / largest;
-    square += unit[i] * unit[i];
-  }
-  norm = __builtin_sqrtf(square);
+  for (int64_t i = 0; i < width; ++i) unit[i] = x[i] / largest;
+  norm = __builtin_sqrtf(dot(unit, unit, width));
   const float inverse = 1 / norm;
   for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
 }
@@ -91,12 +75,10 @@ static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *x = memory.take(width), *y = memory.take(width), *a = memory.take(width), *b = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
-    float x_size, x_norm, y_size, y_norm, dot = 0;
+    float x_size, x_norm, y_size, y_norm;
     direction(row_of(args.pred, row, width, a), width, x, x_size, x_norm);
     direction(row_of(args.target, row, width, b), width, y, y_size, y_norm);
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < width; ++i) dot += x[i] * y[i];
-    const float cosine = dot > 1 ? 1 : dot < -1 ? -1 : dot;
+    const float product = dot(x, y, width), cosine = product > 1 ? 1 : product < -1 ? -1 : product;
     const CosineError error = cosine_error(cosine, args.gamma);
     args.row_loss[row] = error.loss;
     const float slope = error.slope * args.row_scale[row];

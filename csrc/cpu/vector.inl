@@ -50,6 +50,35 @@ FASTMIM_HD float largest_in(Vec v) {
   return across(v, [](Vec a, Vec b) { return larger(a, b); });
 }
 
+// the first `count` of a vector's lanes, the others 0
+FASTMIM_HD Vec load_some(const float* from, int64_t count) {
+  Vec value = {};
+  for (int64_t i = 0; i < count; ++i) value[i] = from[i];
+  return value;
+}
+
+// Sums in a lane per value, whatever the compiler makes of loops: one long chain of floats would lose digits.
+FASTMIM_HD float dot(const float* x, const float* y, int64_t count) {
+  Vec even = {}, odd = {};
+  int64_t i = 0;
+  for (; i + 2 * VL <= count; i += 2 * VL) {
+    even += load(x + i) * load(y + i);
+    odd += load(x + i + VL) * load(y + i + VL);
+  }
+  for (; i < count; i += VL) {
+    const int64_t rest = count - i < VL ? count - i : VL;
+    even += load_some(x + i, rest) * load_some(y + i, rest);
+  }
+  return sum_of(even + odd);
+}
+
+FASTMIM_HD float sum(const float* x, int64_t count) {
+  Vec total = {};
+  int64_t i = 0;
+  for (; i + VL <= count; i += VL) total += load(x + i);
+  return sum_of(total + load_some(x + i, count - i));
+}
+
 FASTMIM_HD int64_t padded(int64_t count) {
   return (count + VL - 1) / VL * VL;
 }
