@@ -80,6 +80,19 @@ def cases(options: dict[str, Sequence[Any]] | None = None, **lists: Sequence[Any
     return [row | {name: draw.choice(values) for name, values in options.items()} for row in rows]
 
 
+def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The rows of each dtype and layout: a test for each of two hundred thousand rows would be slower than the rows."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["dtype"], row["layout"]), []).append(row)
+    return list(groups.values())
+
+
+def group_label(rows: list[dict[str, Any]]) -> str:
+    """A test's id: its case, or what its cases share."""
+    return label(rows[0] if len(rows) == 1 else {name: rows[0][name] for name in ("dtype", "layout")})
+
+
 def label(case: dict[str, Any]) -> str:
     """A case as a test id."""
     return "-".join(f"{value}".removeprefix("torch.").replace(" ", "_") for value in case.values())

@@ -9,11 +9,14 @@ from cases import (
     DTYPES,
     LAYOUTS,
     NARROW,
+    TEST_ALL,
     bits,
     cases,
     check_close,
     check_op,
     check_same_bits,
+    group_label,
+    grouped,
     label,
     leaves_of,
     prepare,
@@ -66,9 +69,8 @@ class Contract:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """`case`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
         if "case" in metafunc.fixturenames:
-            metafunc.parametrize(
-                "case", cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists), ids=label
-            )
+            rows = cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists)
+            metafunc.parametrize("case", grouped(rows) if TEST_ALL else [[row] for row in rows], ids=group_label)
         tables = {"extreme": self.extremes, "refused": self.bad, "refused_value": self.bad_values()}
         for name, rows in tables.items():
             if name in metafunc.fixturenames:
@@ -80,7 +82,11 @@ class Contract:
     # ---- values ----
 
     def test_close_to_float64(self, case):
-        self.check(**case)
+        for row in case:
+            try:
+                self.check(**row)
+            except Exception as error:
+                raise AssertionError(label(row)) from error
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty_batch(self, dtype):
