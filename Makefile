@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
 
-.PHONY: throughput test interpret test-all sanitize lint clean
+.PHONY: throughput test interpret test-all test-oldest gpu-report sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -20,6 +20,18 @@ interpret: .venv/ready
 
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 .venv/bin/python -m pytest -n auto $(ARGS)
+
+# everything there is to know of one GPU, into benchmarks/results; needs no network once .venv is there
+gpu-report: .venv/ready
+	.venv/bin/python benchmarks/gpu_report.py $(ARGS)
+
+# the interpreter suite and the sm_90 compile gate on the oldest torch and Triton that are served
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 "numpy<2.3" "setuptools>=77" pytest pytest-xdist hypothesis
+	FASTMIM_BUILD_CPP=0 .venv-oldest/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	.venv-oldest/bin/python benchmarks/compiled.py --architectures 90 --json /dev/null
+	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n auto tests/ops $(ARGS)
 
 # the op suite on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize: .venv/ready
@@ -42,4 +54,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest build dist *.egg-info

@@ -15,7 +15,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -386,11 +386,11 @@ def wide_share(ptx: str, direction: str) -> float:
     return round(sum(size for size in sizes if size >= 16) / max(sum(sizes), 1), 2)
 
 
-def table() -> list[dict[str, Any]]:
-    """The rows of all launches on all architectures."""
+def table(architectures: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of all launches."""
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
-    LAUNCHES[:] = [launch for architecture in ARCHITECTURES for launch in captured(architecture)]
+    LAUNCHES[:] = [launch for architecture in architectures for launch in captured(architecture)]
     with multiprocessing.get_context("fork").Pool(WORKERS) as pool:
         return pool.map(compiled, range(len(LAUNCHES)), chunksize=1)
 
@@ -433,8 +433,9 @@ def agreed(values: list[Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows there, and nothing else")
+    parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
     args = parser.parse_args()
-    rows = table()
+    rows = table(args.architectures)
     failed = [row for row in rows if "error" in row]
     for row in failed:
         print(f"sm_{row['architecture']} {row['kernel']} of {row['op']}, {'; '.join(row['shapes'])}: {row['error']}")
@@ -442,9 +443,10 @@ def main() -> None:
     report = f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n'
     if args.json:
         args.json.write_text(report)
-        return
     if failed:
         raise SystemExit(f"{len(failed)} of {len(rows)} kernels don't compile: no table is written")
+    if args.json:
+        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "compiled.json").write_text(report)
     (RESULTS / "compiled.md").write_text(markdown(rows))

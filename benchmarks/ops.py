@@ -116,9 +116,9 @@ def eager_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Ten
 # ---- the cases -------------------------------------------------------------------------------------------------------
 
 
-def masking() -> Case:
-    noise = torch.rand(256, L, device=DEVICE)
-    return Case({"fastmim": by_rank, "eager": two_argsorts}, [noise], 256 * (4 * L + 8 * (K + L) + 4 * L))
+def masking(batch: int = 256) -> Case:
+    noise = torch.rand(batch, L, device=DEVICE)
+    return Case({"fastmim": by_rank, "eager": two_argsorts}, [noise], batch * (4 * L + 8 * (K + L) + 4 * L))
 
 
 def attention(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Case:
@@ -127,26 +127,26 @@ def attention(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype)
     return Case(forms, [qkv], flops=14 * batch * heads * length**2 * dim)
 
 
-def embed() -> Case:
-    images = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+def embed(batch: int = B) -> Case:
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     f32 = partial(randn, dtype=torch.float32)
-    inputs = [images, ids(B, L, K), f32(D, 3, 16, 16), f32(D), f32(L, D, grad=False)]
-    return Case({"fastmim": our_embed, "eager": eager_embed}, inputs, flops=4 * B * K * D * 768)
+    inputs = [images, ids(batch, L, K), f32(D, 3, 16, 16), f32(D), f32(L, D, grad=False)]
+    return Case({"fastmim": our_embed, "eager": eager_embed}, inputs, flops=4 * batch * K * D * 768)
 
 
-def pixels() -> Case:
-    images = torch.randint(0, 256, (B, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    pred = randn(B, L - K, 768)
+def pixels(batch: int = B) -> Case:
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    pred = randn(batch, L - K, 768)
     ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3)
     forms = {"fastmim": lambda p, i, c: ours(p, i, c), "eager": eager_pixel_loss}
-    return Case(forms, [pred, images, ids(B, L, L - K)], pred.numel() * (2 + 1 + 2))
+    return Case(forms, [pred, images, ids(batch, L, L - K)], pred.numel() * (2 + 1 + 2))
 
 
-def assembly() -> Case:
-    order = ids(B, L, L)
+def assembly(batch: int = B) -> Case:
+    order = ids(batch, L, L)
     f32 = partial(randn, dtype=torch.float32)
     inputs = [
-        f32(B, 1 + K, 512),
+        f32(batch, 1 + K, 512),
         order[:, :K].contiguous(),
         order[:, K:].contiguous(),
         f32(512),
@@ -154,35 +154,37 @@ def assembly() -> Case:
     ]
     ours = partial(ops.decoder_tokens, num_prefix_tokens=1)
     return Case(
-        {"fastmim": lambda *a: ours(*a), "eager": eager_assembly}, inputs, 4 * B * 512 * (2 * (1 + K) + 2 * (1 + L))
+        {"fastmim": lambda *a: ours(*a), "eager": eager_assembly}, inputs, 4 * batch * 512 * (2 * (1 + K) + 2 * (1 + L))
     )
 
 
-def unshuffling() -> Case:
+def unshuffling(batch: int = B) -> Case:
     f32 = partial(randn, dtype=torch.float32)
-    inputs = [f32(B, 1 + K, 512), ids(B, L, L).argsort(1), f32(512), f32(1 + L, 512, grad=False)]
+    inputs = [f32(batch, 1 + K, 512), ids(batch, L, L).argsort(1), f32(512), f32(1 + L, 512, grad=False)]
     ours = partial(ops.unshuffle, num_prefix_tokens=1)
     return Case(
-        {"fastmim": lambda *a: ours(*a), "eager": eager_unshuffle}, inputs, 4 * B * 512 * (2 * (1 + K) + 2 * (1 + L))
+        {"fastmim": lambda *a: ours(*a), "eager": eager_unshuffle},
+        inputs,
+        4 * batch * 512 * (2 * (1 + K) + 2 * (1 + L)),
     )
 
 
-def cosine() -> Case:
-    inputs = [randn(B * K, D), randn(B * K, D, grad=False)]
+def cosine(batch: int = B) -> Case:
+    inputs = [randn(batch * K, D), randn(batch * K, D, grad=False)]
     return Case(
         {"fastmim": lambda x, y: ops.scaled_cosine_loss(x, y), "eager": eager_cosine}, inputs, 3 * nbytes(inputs[0])
     )
 
 
-def norm() -> Case:
-    x, residual = randn(B * (1 + L), 512), randn(B * (1 + L), 512, dtype=torch.float32)
+def norm(batch: int = B) -> Case:
+    x, residual = randn(batch * (1 + L), 512), randn(batch * (1 + L), 512, dtype=torch.float32)
     weight, bias = randn(512, dtype=torch.float32), randn(512, dtype=torch.float32)
     ours = {"fastmim": lambda *a: ops.add_layer_norm(*a)[0], "eager": eager_norm}
     return Case(ours, [x, residual, weight, bias], x.numel() * (2 + 4 + 4 + 4 + 4 + 4 + 4))
 
 
-def gelu() -> Case:
-    x, bias = randn(B * (1 + L), 2048), randn(2048)
+def gelu(batch: int = B) -> Case:
+    x, bias = randn(batch * (1 + L), 2048), randn(2048)
     return Case({"fastmim": ops.bias_gelu, "eager": lambda x, b: F.gelu(x + b)}, [x, bias], 5 * nbytes(x))
 
 

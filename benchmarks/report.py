@@ -30,16 +30,16 @@ def environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "fastmim": fastmim.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
 def describe(environment: dict[str, Any]) -> str:
     """One line of it for the screen."""
-    commit = (environment["commit"] or "no commit")[:12]
+    built = (environment["commit"] or "no commit")[:12]
     return (
         f"{environment['device_name']}, {environment['threads']} threads, torch {environment['torch']}, "
-        f"transformers {environment['transformers']}, fastmim {environment['fastmim']} ({commit})"
+        f"transformers {environment['transformers']}, fastmim {environment['fastmim']} ({built})"
     )
 
 
@@ -88,7 +88,7 @@ def _cpu_name() -> str:
     return names[0].split(": ", 1)[1] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     def git(*words: str) -> str:
         return subprocess.check_output(
             ["git", "-C", str(Path(__file__).parent), *words], text=True, stderr=subprocess.DEVNULL

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
+# where op tests put their tensors; cuda: benchmarks/gpu_report.py runs those that say something of a device
+DEVICE = os.environ.get("FASTMIM_TEST_DEVICE", "cpu")
 TEST_TRITON = os.environ.get("FASTMIM_TEST_KERNELS") == "triton"
 
 # float64 is always the reference's
@@ -179,7 +181,8 @@ def prepare(arguments: dict[str, Any], dtype: torch.dtype, layout: str, leaves: 
     made = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            value = lay(value.detach().to(dtype) if value.is_floating_point() else value, layout)
+            value = value.detach().to(DEVICE)
+            value = lay(value.to(dtype) if value.is_floating_point() else value, layout)
             value.requires_grad_(name in leaves and value.is_floating_point())
         made[name] = dtype if isinstance(value, torch.dtype) else value
     return made
@@ -205,7 +208,7 @@ def bits(x: Tensor) -> Tensor:
 def upstream(output: Tensor, layout: str) -> Tensor:
     """A gradient that is exact in every dtype."""
     draw = torch.Generator().manual_seed(output.dim())
-    grad = (torch.randint(-256, 257, output.shape, generator=draw) / 64).to(output.dtype)
+    grad = (torch.randint(-256, 257, output.shape, generator=draw) / 64).to(output)
     if layout == "expanded gradient":
         return grad.new_tensor(1.25).expand_as(grad)
     return lay(grad, "transposed") if layout == "transposed gradient" else grad

@@ -17,9 +17,9 @@ struct Patches {
   int64_t channels;
   int64_t batch_stride, channel_stride;
   int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
-  float unit;         // a pixel x is read as (x / unit - mean) / std
-  const float* mean;  // (C,)
-  const float* std;   // (C,)
+  const float* mean;   // (C,): a floating pixel x is read as (x - mean) / std
+  const float* std;    // (C,)
+  const float* table;  // (C, 256): what a uint8 pixel is read as
 };
 
 // pixels of a patch in one channel
@@ -52,11 +52,11 @@ FASTMIM_HD int64_t patch_start(const Patches& p, int64_t b, int64_t id) {
 // line `line` of channel `c` within a patch: all its axes but the last, row-major
 FASTMIM_HD int64_t patch_line(const Patches& p, int64_t c, int64_t line) {
   int64_t offset = c * p.channel_stride;
-  for (int axis = p.axes - 2; axis >= 0; --axis) {
+  for (int axis = p.axes - 2; axis > 0; --axis) {
     offset += line % p.patch[axis] * p.stride[axis];
     line /= p.patch[axis];
   }
-  return offset;
+  return offset + line * p.stride[0];
 }
 
 }  // namespace fastmim

@@ -17,7 +17,15 @@ PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const
     const float deviation = std.const_data_ptr<float>()[c];
     TORCH_CHECK_VALUE(deviation > 0, "std must be positive, got ", deviation, " for channel ", c);
   }
-  patches.unit = is_uint8 ? 255 : 1;
+  if (is_uint8) {
+    table = at::empty({channels, 256}, at::kFloat);
+    float* entry = table.mutable_data_ptr<float>();
+    for (int64_t c = 0; c < channels; ++c) {
+      const float shift = mean.const_data_ptr<float>()[c], deviation = std.const_data_ptr<float>()[c];
+      for (int value = 0; value < 256; ++value) *entry++ = (static_cast<float>(value) / 255 - shift) / deviation;
+    }
+  }
+  patches.table = is_uint8 ? table.const_data_ptr<float>() : nullptr;
   patches.mean = mean.const_data_ptr<float>(), patches.std = std.const_data_ptr<float>();
   patches.images = images.const_data_ptr();
   patches.is_uint8 = is_uint8;

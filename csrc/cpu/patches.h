@@ -9,7 +9,7 @@ namespace fastmim::cpu {
 struct PatchReader {
   PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
               const OptionalTensor& std_of);
-  Tensor mean, std;
+  Tensor mean, std, table;
   Patches patches;
 };
 

@@ -1,26 +1,21 @@
 // Patches read from an image where it lies, and written back to one.
 
-template <typename T>
-FASTMIM_HD float pixel(T value) {
-  if constexpr (sizeof(T) == 1) {
-    return static_cast<float>(value);
-  } else {
-    return widen(value);
-  }
-}
-
 // normalised values: value i of channel c lands at out[c * channel_step + i * value_step]
 template <typename T>
 FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64_t channel_step, int64_t value_step) {
   const T* image = static_cast<const T*>(p.images) + start;
   const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1], lines = patch_area(p) / width;
   for (int64_t c = 0; c < p.channels; ++c) {
-    const float unit = p.unit, mean = p.mean[c], std = p.std[c];
     for (int64_t line = 0; line < lines; ++line) {
-      const int64_t offset = patch_line(p, c, line);
-      const T* source = image + offset;
+      const T* source = image + patch_line(p, c, line);
       float* target = out + c * channel_step + line * width * value_step;
-      for (int64_t i = 0; i < width; ++i) target[i * value_step] = (pixel(source[i * step]) / unit - mean) / std;
+      if constexpr (sizeof(T) == 1) {
+        const float* table = p.table + c * 256;
+        for (int64_t i = 0; i < width; ++i) target[i * value_step] = table[source[i * step]];
+      } else {
+        const float mean = p.mean[c], std = p.std[c];
+        for (int64_t i = 0; i < width; ++i) target[i * value_step] = (widen(source[i * step]) - mean) / std;
+      }
     }
   }
 }

@@ -1,0 +1,167 @@
+"""The ops at sizes that fill a GPU, their rivals, and a clock of CUDA graphs with a cold cache."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import ops
+import torch
+import torch.nn.functional as F
+from measure import Stopwatch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+LENGTHS = (3, 10, 20, 50, 65, 99, 197)
+HEAD_DIMS = (64, 32, 80)
+HEADS = 16
+# a call moves at least this
+BYTES = 256e6
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+CALLS = 10
+
+
+def seconds_of(call: Callable[[], Any], replays: int = 5) -> float:
+    """Of one call among ten in a CUDA graph, each after a write that fills the L2 cache; the median of replays.
+
+    The writes are timed in a graph of their own and taken off.
+    """
+    flush = torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size // 4 + 1, device="cuda")
+
+    def both() -> None:
+        flush.zero_()
+        call()
+
+    whole, empty = (_replayed(work, replays) for work in (both, flush.zero_))
+    return max(whole - empty, 1e-9) / CALLS
+
+
+def _replayed(work: Callable[[], Any], replays: int) -> float:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            work()
+    watch = Stopwatch("cuda")
+    graph.replay()
+    watch.mark()
+    for _ in range(replays):
+        graph.replay()
+        watch.mark()
+    return sorted(watch.laps())[replays // 2]
+
+
+def seconds_by_direction(form: Callable[..., Any], inputs: list[Tensor]) -> dict[str, float]:
+    """Of the forward pass, of both, and of the backward pass as what is between."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            form(*inputs)
+
+    spent = {"forward": seconds_of(forward)}
+    leaves = [t for t in inputs if t.requires_grad]
+    if leaves:
+        out = form(*inputs)
+        upstream = torch.randn_like(out)
+        del out
+        spent["both"] = seconds_of(lambda: torch.autograd.grad(form(*inputs), leaves, upstream))
+        spent["backward"] = spent["both"] - spent["forward"]
+    return spent
+
+
+def measured(case: ops.Case, floors: dict[str, tuple[float, float]], rates: dict[str, float]) -> dict[str, Any]:
+    """Seconds of each form by direction, and how near ours is to the floor that bytes and FLOPs set."""
+    forms = dict(case.forms)
+    for name in [name for name in ("eager", "two matmuls") if name in forms]:
+        forms[f"{name}, compiled"] = torch.compile(forms[name], dynamic=False)
+    if len(case.inputs) == 1 and case.inputs[0].dim() == 5:
+        del forms["torch sdpa"]
+        forms |= {f"sdpa {name}": partial(_sdpa, backend) for name, backend in BACKENDS.items()}
+        forms |= _xformers(case.inputs[0])
+    row: dict[str, Any] = {}
+    for name, form in forms.items():
+        try:
+            spent = seconds_by_direction(form, case.inputs)
+        except Exception as error:
+            row.setdefault("errors", {})[name] = f"{type(error).__name__}: {error}"[:160]
+            continue
+        for direction, seconds in spent.items():
+            row.setdefault(direction, {"seconds": {}})["seconds"][name] = seconds
+    for direction, (bytes_, flops) in floors.items():
+        if "fastmim" in row.get(direction, {}).get("seconds", {}):
+            ours = row[direction]["seconds"]["fastmim"]
+            row[direction]["GB/s"] = bytes_ / ours / 1e9
+            row[direction]["share of floor"] = max(bytes_ / rates["bytes"], flops / rates["flops"]) / ours
+    return row
+
+
+def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _xformers(qkv: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Its packed form of many short sequences, where it can be imported."""
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+    except Exception:
+        return {}
+    batch, length = qkv.shape[:2]
+    mask = BlockDiagonalMask.from_seqlens([length] * batch, device=qkv.device)
+
+    def packed(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.flatten(0, 1)[None].unbind(2)
+        return memory_efficient_attention(q, k, v, attn_bias=mask).view(batch, length, *qkv.shape[3:])
+
+    return {"xformers": packed}
+
+
+def _attention(batch: int, heads: int, length: int, dim: int) -> tuple[ops.Case, dict[str, tuple[float, float]]]:
+    """The floors are those of a pass that reads and writes each tensor once (8 S D and 14 S D bytes a head)."""
+    case = ops.attention(batch, heads, length, dim, torch.bfloat16)
+    items = batch * heads
+    floors = {
+        "forward": (8.0 * items * length * dim, 4.0 * items * length**2 * dim),
+        "backward": (14.0 * items * length * dim, 10.0 * items * length**2 * dim),
+    }
+    return case, floors
+
+
+def _other(make: Callable[[int], ops.Case], batch: int) -> tuple[ops.Case, dict[str, tuple[float, float]]]:
+    case = make(batch)
+    return case, {"both" if any(t.requires_grad for t in case.inputs) else "forward": (case.bytes, case.flops)}
+
+
+def cases() -> Iterator[tuple[str, Callable[[], tuple[ops.Case, dict[str, tuple[float, float]]]]]]:
+    """Names and makers, the most telling first."""
+    for dim in HEAD_DIMS:
+        for length in LENGTHS:
+            batch = int(BYTES / (8 * length * dim * HEADS)) + 1
+            yield f"attention S {length}, head {dim}, batch {batch}", partial(_attention, batch, HEADS, length, dim)
+    makers = {
+        "random_masking": ops.masking,
+        "embed_patches": ops.embed,
+        "pixel_loss": ops.pixels,
+        "decoder_tokens": ops.assembly,
+        "unshuffle": ops.unshuffling,
+        "scaled_cosine_loss": ops.cosine,
+        "add_layer_norm": ops.norm,
+        "bias_gelu": ops.gelu,
+    }
+    for batch in (1024, 256):
+        for name, make in makers.items():
+            yield f"{name}, batch {batch}", partial(_other, make, batch)
+    for name, size in {"ViT-L at 0.75": (256, 16, 50, 64), "ViT-L at 0.95": (512, 16, 10, 64)}.items():
+        yield f"attention of a step of {name}", partial(_attention, *size)
+    yield "attention of a step's decoder", partial(_attention, 256, 16, 197, 32)
