@@ -29,7 +29,7 @@ gpu-report: .venv/ready
 test-oldest:
 	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 "numpy<2.3" "setuptools>=77" pytest pytest-xdist hypothesis
-	FASTMIM_BUILD_CPP=0 .venv-oldest/bin/python -m pip install -q --no-deps --no-build-isolation -e .
+	FASTMIM_BUILD_CPP=0 .venv-oldest/bin/python -m pip install -q --no-deps --no-build-isolation .
 	.venv-oldest/bin/python benchmarks/compiled.py --architectures 90 --json /dev/null
 	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 .venv-oldest/bin/python -m pytest -n auto tests/ops $(ARGS)
 
