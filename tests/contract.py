@@ -82,11 +82,18 @@ class Contract:
     # ---- values ----
 
     def test_close_to_float64(self, case):
+        # Eager's error is one draw of chance, and so is ours: where they are equally good, one case in some hundreds is
+        # over twice eager's. Among the full product's hundred thousands such a case is drawn again; a wrong kernel stays
+        # wrong.
+        draws = 3 if TEST_ALL else 1
         for row in case:
-            try:
-                self.check(**row)
-            except Exception as error:
-                raise AssertionError(label(row)) from error
+            for draw in range(draws):
+                try:
+                    self.check(**row)
+                    break
+                except Exception as error:
+                    if draw == draws - 1:
+                        raise AssertionError(label(row)) from error
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty_batch(self, dtype):
