@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# a Python that is started with safe paths doesn't look beside the script
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 from contestants import Batch, Contestant, Setting
 from gpu_ops import cases, measured, seconds_of

@@ -694,22 +694,35 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None and q.shape[-1] else scale or 0.0
+
+
+def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     _check(qkv, qkv.shape[1], qkv.shape[1])
     q, k, v = qkv.unbind(2)
-    return _forward(q, k, v, _empty(q), key_mask, None, scale)
+    return _forward(q, k, v, _empty(q), key_mask, None, _scale(scale, q))
 
 
 def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
     _check(qkv, qkv.shape[1], qkv.shape[1])
     dqkv = _empty(qkv)
-    _backward(grad, *qkv.unbind(2), *dqkv.unbind(2), key_mask, None, scale)
+    q, k, v = qkv.unbind(2)
+    dq, dk, dv = dqkv.unbind(2)
+    _backward(grad, q, k, v, dq, dk, dv, key_mask, None, scale)
     return dqkv
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     _check(q, q.shape[1], k.shape[1])
-    return _forward(q, k, v, _empty(q), key_mask, bias, scale)
+    return _forward(q, k, v, _empty(q), key_mask, bias, _scale(scale, q))
 
 
 def attention_backward(
@@ -745,13 +758,13 @@ def attention_varlen(
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    scale: float,
+    scale: float | None = None,
 ) -> Tensor:
     _check(q, max_seqlen_q, max_seqlen_k)
     check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     ragged = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), max_seqlen_q, max_seqlen_k
-    return _forward(q, k, v, _empty(q), None, None, scale, ragged)
+    return _forward(q, k, v, _empty(q), None, None, _scale(scale, q), ragged)
 
 
 def attention_varlen_backward(

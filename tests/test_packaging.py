@@ -64,6 +64,8 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(built):
     _, wheel, _ = built
     files = names(wheel)
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fastmim").rglob("*.py")}
+    sources |= {f"fastmim/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert "fastmim/kernels/attention.py" in sources
     assert sources <= files
     assert "fastmim/py.typed" in files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in files)
@@ -86,7 +88,9 @@ def test_the_sdist_holds_what_a_build_needs(built):
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md", "fastmim/py.typed"} <= files
-    assert {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()} <= files
+    rooms = [*(ROOT / "csrc").rglob("*"), *(ROOT / "kernels").rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in rooms if path.is_file()} <= files
+    assert not any(name.startswith("fastmim/kernels/") for name in files)
 
 
 def train_elsewhere(wheel: Path, work: Path, code: str = STEP) -> None:
