@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import ops
+import op_cases
 import torch
 import torch.nn.functional as F
 from measure import Stopwatch
@@ -78,7 +78,7 @@ def seconds_by_direction(form: Callable[..., Any], inputs: list[Tensor]) -> dict
     return spent
 
 
-def measured(case: ops.Case, floors: dict[str, tuple[float, float]], rates: dict[str, float]) -> dict[str, Any]:
+def measured(case: op_cases.Case, floors: dict[str, tuple[float, float]], rates: dict[str, float]) -> dict[str, Any]:
     """Seconds of each form by direction, and how near ours is to the floor that bytes and FLOPs set."""
     forms = dict(case.forms)
     for name in [name for name in ("eager", "two matmuls") if name in forms]:
@@ -113,8 +113,8 @@ def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
 def _xformers(qkv: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     """Its packed form of many short sequences, where it can be imported."""
     try:
+        from xformers.op_cases.fmha.attn_bias import BlockDiagonalMask
         from xformers.ops import memory_efficient_attention
-        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
     except Exception:
         return {}
     batch, length = qkv.shape[:2]
@@ -127,9 +127,9 @@ def _xformers(qkv: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     return {"xformers": packed}
 
 
-def _attention(batch: int, heads: int, length: int, dim: int) -> tuple[ops.Case, dict[str, tuple[float, float]]]:
+def _attention(batch: int, heads: int, length: int, dim: int) -> tuple[op_cases.Case, dict[str, tuple[float, float]]]:
     """The floors are those of a pass that reads and writes each tensor once (8 S D and 14 S D bytes a head)."""
-    case = ops.attention(batch, heads, length, dim, torch.bfloat16)
+    case = op_cases.attention(batch, heads, length, dim, torch.bfloat16)
     items = batch * heads
     floors = {
         "forward": (8.0 * items * length * dim, 4.0 * items * length**2 * dim),
@@ -138,26 +138,26 @@ def _attention(batch: int, heads: int, length: int, dim: int) -> tuple[ops.Case,
     return case, floors
 
 
-def _other(make: Callable[[int], ops.Case], batch: int) -> tuple[ops.Case, dict[str, tuple[float, float]]]:
+def _other(make: Callable[[int], op_cases.Case], batch: int) -> tuple[op_cases.Case, dict[str, tuple[float, float]]]:
     case = make(batch)
     return case, {"both" if any(t.requires_grad for t in case.inputs) else "forward": (case.bytes, case.flops)}
 
 
-def cases() -> Iterator[tuple[str, Callable[[], tuple[ops.Case, dict[str, tuple[float, float]]]]]]:
+def cases() -> Iterator[tuple[str, Callable[[], tuple[op_cases.Case, dict[str, tuple[float, float]]]]]]:
     """Names and makers, the most telling first."""
     for dim in HEAD_DIMS:
         for length in LENGTHS:
             batch = int(BYTES / (8 * length * dim * HEADS)) + 1
             yield f"attention S {length}, head {dim}, batch {batch}", partial(_attention, batch, HEADS, length, dim)
     makers = {
-        "random_masking": ops.masking,
-        "embed_patches": ops.embed,
-        "pixel_loss": ops.pixels,
-        "decoder_tokens": ops.assembly,
-        "unshuffle": ops.unshuffling,
-        "scaled_cosine_loss": ops.cosine,
-        "add_layer_norm": ops.norm,
-        "bias_gelu": ops.gelu,
+        "random_masking": op_cases.masking,
+        "embed_patches": op_cases.embed,
+        "pixel_loss": op_cases.pixels,
+        "decoder_tokens": op_cases.assembly,
+        "unshuffle": op_cases.unshuffling,
+        "scaled_cosine_loss": op_cases.cosine,
+        "add_layer_norm": op_cases.norm,
+        "bias_gelu": op_cases.gelu,
     }
     for batch in (1024, 256):
         for name, make in makers.items():

@@ -465,7 +465,7 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """normed in `dtype` (None: the sum's), sum, and the mean and reciprocal deviation of each row of the sum."""
     total = (wide(x) + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
@@ -482,7 +482,7 @@ def add_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype); given the bias, normed again."""
     normed = (wide(total) - mean) * rstd
@@ -500,7 +500,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(wide(x) + wide(bias)).to(x.dtype)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool) -> tuple[Tensor, Tensor, Tensor]:
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and, in the wide dtype, of bias; with `again`, the op's value."""
     dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
     return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if again else x.new_empty(0)

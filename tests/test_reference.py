@@ -373,7 +373,8 @@ def test_add_layer_norm(shape):
     check(normed, value)
     check(found, total)
     grad_sum = randn(*shape)
-    dtotal, dweight, dbias = reference.add_layer_norm_backward(grad, grad_sum, total, mean, rstd, weight)
+    dtotal, dweight, dbias, again = reference.add_layer_norm_backward(grad, grad_sum, total, mean, rstd, weight, bias)
+    check(again, normed)
     check(dtotal, expected[0] + grad_sum)
     check(dweight, expected[1])
     check(dbias, expected[2])
@@ -388,8 +389,10 @@ def test_bias_gelu(shape):
 
     value, grad, expected = gradients(formula, x, bias)
     check(reference.bias_gelu(x, bias), value)
-    for found, gradient in zip(reference.bias_gelu_backward(grad, x, bias), expected):
-        check(found, gradient)
+    *found, again = reference.bias_gelu_backward(grad, x, bias, True)
+    for ours, gradient in zip(found, expected):
+        check(ours, gradient)
+    check(again, value)
 
 
 # ---- storage, and ids that were not checked --------------------------------------------------------------------------

@@ -1,0 +1,197 @@
+"""Each op, its eager form as a careful PyTorch user writes it, and what it costs at least."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmim import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+B, L, K, D = 16, 196, 49, 768
+
+
+@dataclass
+class Case:
+    """One op at one size: its forms, which take the same inputs, and what it costs at least."""
+
+    forms: dict[str, Callable[..., Any]]
+    inputs: list[Tensor]
+    bytes: float = 0
+    flops: float = 0
+    compiled: bool = True
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
+    return torch.randn(*shape, device=DEVICE).to(dtype).requires_grad_(grad)
+
+
+def ids(batch: int, limit: int, count: int) -> Tensor:
+    return torch.rand(batch, limit, device=DEVICE).argsort(1)[:, :count].contiguous()
+
+
+def nbytes(*tensors: Tensor) -> float:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+# ---- eager forms, as a careful PyTorch user writes them --------------------------------------------------------------
+
+
+def two_argsorts(noise: Tensor) -> tuple[Tensor, ...]:
+    """As facebookresearch/mae: what is kept, what each patch's rank is, and the mask."""
+    shuffle = noise.argsort(1)
+    restore = shuffle.argsort(1)
+    places = torch.arange(L, device=DEVICE).expand(noise.shape)
+    mask = (places >= K).float().gather(1, restore)
+    return places.gather(1, shuffle[:, :K]), restore, mask
+
+
+def by_rank(noise: Tensor) -> tuple[Tensor, ...]:
+    keep, _, restore = ops.random_masking(*noise.shape, K, noise=noise)
+    return keep, restore, (restore >= K).float()
+
+
+def cut(images: Tensor, chosen: Tensor, order: str) -> Tensor:
+    patches = images.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 1, 3, 5)
+    rows = patches[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
+    rows = (rows.float() / 255 - 0.45) / 0.225
+    return (rows if order == "cpq" else rows.permute(0, 1, 3, 4, 2)).flatten(2)
+
+
+def eager_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return F.linear(cut(images, chosen, "cpq").to(weight.dtype), weight.flatten(1), bias) + pos[chosen]
+
+
+def our_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return ops.embed_patches(images, chosen, weight, bias, pos_embed=pos, mean=[0.45] * 3, std=[0.225] * 3)
+
+
+def eager_assembly(visible: Tensor, keep: Tensor, predict: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    removed = mask_token + pos[1 + predict]
+    return torch.cat([visible[:, :1] + pos[:1], visible[:, 1:] + pos[1 + keep], removed], 1)
+
+
+def eager_unshuffle(visible: Tensor, restore: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
+    tokens = torch.cat([visible[:, 1:], mask_token.expand(B, L - K, -1)], 1)
+    tokens = tokens.gather(1, restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+    return torch.cat([visible[:, :1], tokens], 1) + pos
+
+
+def eager_pixel_loss(pred: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
+    target = cut(images, chosen, "pqc")
+    var, mean = torch.var_mean(target, -1, keepdim=True)
+    return (pred - (target - mean) * (var + 1e-6).rsqrt()).square().mean()
+
+
+def eager_cosine(pred: Tensor, target: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).square().mean()
+
+
+def sdpa(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def matmuls(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1).matmul(v).transpose(1, 2)
+
+
+def eager_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x + residual, weight.shape, weight, bias, 1e-6)
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+
+
+def masking(batch: int = 256) -> Case:
+    noise = torch.rand(batch, L, device=DEVICE)
+    return Case({"fastmim": by_rank, "eager": two_argsorts}, [noise], batch * (4 * L + 8 * (K + L) + 4 * L))
+
+
+def attention(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype) -> Case:
+    qkv = randn(batch, length, 3, heads, dim, dtype=dtype)
+    forms = {"fastmim": ops.attention_qkvpacked, "torch sdpa": sdpa, "two matmuls": matmuls}
+    return Case(forms, [qkv], flops=14 * batch * heads * length**2 * dim)
+
+
+def embed(batch: int = B) -> Case:
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    f32 = partial(randn, dtype=torch.float32)
+    inputs = [images, ids(batch, L, K), f32(D, 3, 16, 16), f32(D), f32(L, D, grad=False)]
+    return Case({"fastmim": our_embed, "eager": eager_embed}, inputs, flops=4 * batch * K * D * 768)
+
+
+def pixels(batch: int = B) -> Case:
+    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    pred = randn(batch, L - K, 768)
+    ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3)
+    forms = {"fastmim": lambda p, i, c: ours(p, i, c), "eager": eager_pixel_loss}
+    return Case(forms, [pred, images, ids(batch, L, L - K)], pred.numel() * (2 + 1 + 2))
+
+
+def assembly(batch: int = B) -> Case:
+    order = ids(batch, L, L)
+    f32 = partial(randn, dtype=torch.float32)
+    inputs = [
+        f32(batch, 1 + K, 512),
+        order[:, :K].contiguous(),
+        order[:, K:].contiguous(),
+        f32(512),
+        f32(1 + L, 512, grad=False),
+    ]
+    ours = partial(ops.decoder_tokens, num_prefix_tokens=1)
+    return Case(
+        {"fastmim": lambda *a: ours(*a), "eager": eager_assembly}, inputs, 4 * batch * 512 * (2 * (1 + K) + 2 * (1 + L))
+    )
+
+
+def unshuffling(batch: int = B) -> Case:
+    f32 = partial(randn, dtype=torch.float32)
+    inputs = [f32(batch, 1 + K, 512), ids(batch, L, L).argsort(1), f32(512), f32(1 + L, 512, grad=False)]
+    ours = partial(ops.unshuffle, num_prefix_tokens=1)
+    return Case(
+        {"fastmim": lambda *a: ours(*a), "eager": eager_unshuffle},
+        inputs,
+        4 * batch * 512 * (2 * (1 + K) + 2 * (1 + L)),
+    )
+
+
+def cosine(batch: int = B) -> Case:
+    inputs = [randn(batch * K, D), randn(batch * K, D, grad=False)]
+    return Case(
+        {"fastmim": lambda x, y: ops.scaled_cosine_loss(x, y), "eager": eager_cosine}, inputs, 3 * nbytes(inputs[0])
+    )
+
+
+def norm(batch: int = B) -> Case:
+    x, residual = randn(batch * (1 + L), 512), randn(batch * (1 + L), 512, dtype=torch.float32)
+    weight, bias = randn(512, dtype=torch.float32), randn(512, dtype=torch.float32)
+    ours = {"fastmim": lambda *a: ops.add_layer_norm(*a)[0], "eager": eager_norm}
+    return Case(ours, [x, residual, weight, bias], x.numel() * (2 + 4 + 4 + 4 + 4 + 4 + 4))
+
+
+def gelu(batch: int = B) -> Case:
+    x, bias = randn(batch * (1 + L), 2048), randn(2048)
+    return Case({"fastmim": ops.bias_gelu, "eager": lambda x, b: F.gelu(x + b)}, [x, bias], 5 * nbytes(x))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "random_masking 256x196": masking,
+    "attention 16x12x50x64": lambda: attention(16, 12, 50, 64, torch.bfloat16),
+    "attention 64x12x11x64": lambda: attention(64, 12, 11, 64, torch.bfloat16),
+    "attention 16x16x197x32": lambda: attention(16, 16, 197, 32, torch.bfloat16),
+    "attention 16x12x50x64 float32": lambda: attention(16, 12, 50, 64, torch.float32),
+    "attention 16x16x197x32 float32": lambda: attention(16, 16, 197, 32, torch.float32),
+    "embed_patches": embed,
+    "pixel_loss": pixels,
+    "decoder_tokens": assembly,
+    "unshuffle": unshuffling,
+    "scaled_cosine_loss": cosine,
+    "add_layer_norm": norm,
+    "bias_gelu": gelu,
+}
