@@ -7,7 +7,7 @@ from typing import Any
 import op_cases
 import torch
 import torch.nn.functional as F
-from measure import Stopwatch
+from measure import Stopwatch, captured
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -41,16 +41,7 @@ def seconds_of(call: Callable[[], Any], replays: int = 5) -> float:
 
 
 def _replayed(work: Callable[[], Any], replays: int) -> float:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            work()
+    graph, _ = captured(work, CALLS)
     watch = Stopwatch("cuda")
     graph.replay()
     watch.mark()

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from contestants import Batch, Contestant, Setting
 from gpu_ops import cases, measured, seconds_of
-from measure import Matmul, Stopwatch, interleave
+from measure import Matmul, Stopwatch, captured, interleave
 from report import commit
 from sizes import Cell, train_flops
 
@@ -187,19 +187,11 @@ def random_batch(contestant: Contestant) -> Batch:
     return Batch(images, images.float() / 127.5 - 1, noise)
 
 
-def captured(contestant: Contestant, batch: Batch) -> Callable[[], Any]:
+def captured_step(contestant: Contestant, batch: Batch) -> Callable[[], Any]:
     """One step, replayed as a CUDA graph."""
     for group in contestant.optimizer.param_groups:
         group["capturable"] = True
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            contestant.step(batch)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        contestant.step(batch)
+    graph, _ = captured(partial(contestant.step, batch))
     return graph.replay
 
 
@@ -214,7 +206,7 @@ def step_forms(model: str, cell: Cell, batch_size: int, peers: bool) -> Iterator
         contestant = Contestant(form, setting, template, compiled=how == "compiled")
         contestant.enter(cell)
         batch = random_batch(contestant)
-        step = captured(contestant, batch) if how == "graph" else partial(contestant.step, batch)
+        step = captured_step(contestant, batch) if how == "graph" else partial(contestant.step, batch)
         yield f"{form}, {how}", step, train_flops(contestant.sizes, form, cell)
 
 

@@ -102,3 +102,17 @@ def peak_memory(device: str) -> int:
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def captured(work: Callable[[], Any], times: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of `work`, so many times over, and what the last of them returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [work() for _ in range(times)]
+    return graph, results[-1]

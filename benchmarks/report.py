@@ -75,11 +75,11 @@ def table(setting: Setting, sizes: Sizes, cell: Cell, rows: list[Row], attention
     return "\n".join(text)
 
 
-def stage_line(stages: dict[str, float]) -> str:
-    """Where a step of fastmim goes."""
+def stage_line(stages: dict[str, float], products: float) -> str:
+    """Where a step of fastmim goes, and the share of it that its matrix products take alone."""
     total = sum(stages.values())
     shares = ", ".join(f"{stage} {seconds / total:.1%}" for stage, seconds in stages.items())
-    return f"fastmim's step, {total * 1e3:.3g} ms: {shares}"
+    return f"fastmim's step, {total * 1e3:.3g} ms: {shares}; its matrix products alone: {products:.0%}"
 
 
 def _cpu_name() -> str:

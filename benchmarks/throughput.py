@@ -20,6 +20,7 @@ import report
 from arguments import parse
 from contestants import Contestant, Setting, batches
 from memory import batch_with_room, peak_in_fresh_process
+from products import share_of_step
 from race import Result, race
 from sizes import Cell, Sizes, train_flops
 from stages import breakdown
@@ -75,7 +76,8 @@ def _run(model: str, args: argparse.Namespace) -> list[report.Row]:
         rows += here
         attention = {c.name: c.attention for c in contestants}
         print("\n" + report.table(setting, sizes, cell, here, attention))
-        print(report.stage_line(breakdown(contestants[0], list(islice(supply, args.steps)))), flush=True)
+        clocked = list(islice(supply, args.steps))
+        print(report.stage_line(breakdown(contestants[0], clocked), share_of_step(contestants[0], clocked)), flush=True)
     return rows
 
 

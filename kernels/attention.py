@@ -8,490 +8,17 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
 from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64
-
-LOG2E = tl.constexpr(1.4426950408889634)
-INFINITY = tl.constexpr(float("inf"))
+from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_kernel, loop_forward_kernel
+from .attention_tile import tile_backward_kernel, tile_forward_kernel
 
 MAX_DIM, MAX_KEYS = 128, 1024
-# kernels load 16 bytes at a time
 # loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
 DIM_MULTIPLE = 1 if INTERPRETED else 8
 
-
-# ---- what the kernels share ------------------------------------------------------------------------------------------
-# A head's D columns are two blocks, D0 and D1 wide, so that 80 columns don't pay for 128. Without a second block (D1
-# is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.
-
-
-@triton.jit
-def _load(pointer, offsets, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows at `offsets`, zeros behind D and where not `valid`."""
-    column = tl.arange(0, D0)
-    low = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
-    if UPCAST:
-        low = low.to(tl.float32)
-    high = low
-    if D1 > 0:
-        column = D0 + tl.arange(0, D1)
-        high = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
-        if UPCAST:
-            high = high.to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _store(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    dtype: tl.constexpr = pointer.dtype.element_ty
-    column = tl.arange(0, D0)
-    tl.store(pointer + offsets[:, None] + column[None, :], low.to(dtype), valid[:, None] & (column < D)[None, :])
-    if D1 > 0:
-        column = D0 + tl.arange(0, D1)
-        tl.store(pointer + offsets[:, None] + column[None, :], high.to(dtype), valid[:, None] & (column < D)[None, :])
-
-
-@triton.jit
-def _over_columns(a_low, a_high, b_low, b_high, D1: tl.constexpr):
-    """a bᵀ."""
-    product = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
-    if D1 > 0:
-        product = tl.dot(a_high, tl.trans(b_high), product, input_precision="ieee")
-    return product
-
-
-@triton.jit
-def _over_rows(weights, low, high, to_low, to_high, D1: tl.constexpr):
-    """to + weights x, with the weights, between 0 and 1, in the dtype of x."""
-    weights = weights.to(low.dtype)
-    to_low = tl.dot(weights, low, to_low, input_precision="ieee")
-    to_high = tl.dot(weights, high, to_high, input_precision="ieee") if D1 > 0 else to_low
-    return to_low, to_high
-
-
-@triton.jit
-def _over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr):
-    """to + weights x, where float16 might not hold the weights: they are then scaled for the product."""
-    if low.dtype == tl.float16:
-        size = tl.abs(weights)
-        factor = tl.maximum(tl.max(tl.where(size < INFINITY, size, 0.0)) * 2**-15, 1.0)
-        weights = (weights / factor).to(tl.float16)
-        to_low += factor * tl.dot(weights, low)
-        to_high = to_high + factor * tl.dot(weights, high) if D1 > 0 else to_low
-        return to_low, to_high
-    else:
-        return _over_rows(weights, low, high, to_low, to_high, D1)
-
-
-@triton.jit
-def _zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    low = tl.zeros((ROWS, D0), tl.float32)
-    high = tl.zeros((ROWS, D1), tl.float32) if D1 > 0 else low
-    return low, high
-
-
-@triton.jit
-def _span(cu_seqlens, sequence, total):
-    """First row and length of a sequence, within the `total` rows whatever cu_seqlens holds."""
-    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0), total)
-    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), first), total)
-    return first, (end - first).to(tl.int32)
-
-
-@triton.jit
-def _attends(key_mask, offsets, valid):
-    if key_mask is None:
-        return valid
-    else:
-        return (tl.load(key_mask + offsets, valid, other=0) != 0) & valid
-
-
-# ---- several sequences in a tile -------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _tile_rows(tile, group, batch, length, ROWS: tl.constexpr, PACKED: tl.constexpr):
-    """For each row of a tile: its sequence, within the tile and the batch, its place in it, and if it is a row."""
-    row = tl.arange(0, ROWS)
-    if PACKED:
-        sequence = row // length
-        entry = tile.to(tl.int64) * group + sequence
-        return sequence, entry, (row - sequence * length).to(tl.int64), (sequence < group) & (entry < batch)
-    else:
-        sequence = tl.zeros((ROWS,), tl.int32)
-        return sequence, tile.to(tl.int64) + sequence, row.to(tl.int64), row < length
-
-
-@triton.jit
-def _set_aside(low, high, D1: tl.constexpr):
-    """Rows with a value that is not finite become 0, to be kept out of their neighbours' sums; NaN marks them."""
-    mark = tl.sum(low.to(tl.float32) * 0.0, 1)
-    if D1 > 0:
-        mark += tl.sum(high.to(tl.float32) * 0.0, 1)
-    clean = (mark == 0.0)[:, None]
-    return tl.where(clean, low, 0.0).to(low.dtype), tl.where(clean, high, 0.0).to(high.dtype), mark
-
-
-@triton.jit
-def _tile_softmax(scores, allowed):
-    """e^(scores - row maximum), and one over each row's sum; 0 for a row without any key."""
-    scores = tl.where(allowed, scores, -INFINITY)
-    top = tl.max(scores, 1)
-    top = tl.where(top == -INFINITY, 0.0, top)
-    weights = tl.where(scores == -INFINITY, 0.0, tl.exp2(scores - top[:, None]))
-    total = tl.sum(weights, 1)
-    return weights, 1.0 / tl.where(total == 0.0, 1.0, total)
-
-
-@triton.jit
-def _tile_forward_kernel(
-    q, k, v, out, key_mask, bias, cu_q, cu_k,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
-    mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    batch, heads, queries, keys, group, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """A program: `group` sequences of a head, BQ query rows by BK key rows.
-
-    With cu_seqlens, one sequence; `queries` and `keys` then count the rows of all.
-    """
-    tile = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    if cu_q is not None:
-        first, queries = _span(cu_q, tile, queries)
-        q += first * q_row * UNIT
-        out += first * out_row * UNIT
-        first, keys = _span(cu_k, tile, keys)
-        k += first * k_row * UNIT
-        v += first * v_row * UNIT
-    q_sequence, q_entry, q_place, is_query = _tile_rows(tile, group, batch, queries, BQ, PACKED)
-    k_sequence, k_entry, k_place, is_key = _tile_rows(tile, group, batch, keys, BK, PACKED)
-    attends = _attends(key_mask, k_entry * mask_batch + k_place * mask_key, is_key)
-    allowed = (q_sequence[:, None] == k_sequence[None, :]) & attends[None, :]
-
-    q_low, q_high = _load(q, (q_entry * q_batch + q_place * q_row + head * q_head) * UNIT, is_query, D, D0, D1, UPCAST)
-    k_low, k_high = _load(k, (k_entry * k_batch + k_place * k_row + head * k_head) * UNIT, attends, D, D0, D1, UPCAST)
-    v_low, v_high = _load(v, (k_entry * v_batch + k_place * v_row + head * v_head) * UNIT, attends, D, D0, D1, UPCAST)
-    scores = _over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    if PACKED:
-        v_low, v_high, mark = _set_aside(v_low, v_high, D1)
-        scores += mark[None, :]
-    if bias is not None:
-        row = q_entry * bias_batch + head * bias_head + q_place * bias_row
-        at = bias + row[:, None] + (k_place * bias_key)[None, :]
-        scores += tl.load(at, allowed & is_query[:, None], other=0.0).to(tl.float32) * LOG2E
-    weights, inverse = _tile_softmax(scores, allowed)
-    low, high = _zeros(BQ, D0, D1)
-    low, high = _over_rows(weights, v_low, v_high, low, high, D1)
-    to = (q_entry * out_batch + q_place * out_row + head * out_head) * UNIT
-    _store(out, to, is_query, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
-
-
-@triton.jit
-def _tile_backward_kernel(
-    grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k,
-    grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head, mask_batch, mask_key,
-    bias_batch, bias_head, bias_row, bias_key,
-    batch, heads, queries, keys, group, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """A program: all gradients of `group` sequences of a head, from one softmax made anew.
-
-    dS = P (dP - rowsum(P dP)) needs neither output nor statistics where a tile holds all keys of its queries.
-    """
-    tile = tl.program_id(0) // heads
-    head = (tl.program_id(0) % heads).to(tl.int64)
-    if cu_q is not None:
-        first, queries = _span(cu_q, tile, queries)
-        grad += first * grad_row * UNIT
-        q += first * q_row * UNIT
-        dq += first * dq_row * UNIT
-        first, keys = _span(cu_k, tile, keys)
-        k += first * k_row * UNIT
-        v += first * v_row * UNIT
-        dk += first * dk_row * UNIT
-        dv += first * dk_row * UNIT
-    q_sequence, q_entry, q_place, is_query = _tile_rows(tile, group, batch, queries, BQ, PACKED)
-    k_sequence, k_entry, k_place, is_key = _tile_rows(tile, group, batch, keys, BK, PACKED)
-    attends = _attends(key_mask, k_entry * mask_batch + k_place * mask_key, is_key)
-    together = q_sequence[:, None] == k_sequence[None, :]
-    allowed = together & attends[None, :]
-
-    q_low, q_high = _load(q, (q_entry * q_batch + q_place * q_row + head * q_head) * UNIT, is_query, D, D0, D1, UPCAST)
-    k_low, k_high = _load(k, (k_entry * k_batch + k_place * k_row + head * k_head) * UNIT, attends, D, D0, D1, UPCAST)
-    v_low, v_high = _load(v, (k_entry * v_batch + k_place * v_row + head * v_head) * UNIT, attends, D, D0, D1, UPCAST)
-    g_low, g_high = _load(
-        grad, (q_entry * grad_batch + q_place * grad_row + head * grad_head) * UNIT, is_query, D, D0, D1, UPCAST
-    )
-    if PACKED:
-        q_low, q_high, row_mark = _set_aside(q_low, q_high, D1)
-        k_low, k_high, key_mark = _set_aside(k_low, k_high, D1)
-        v_low, v_high, mark = _set_aside(v_low, v_high, D1)
-        key_mark += mark
-        g_low, g_high, mark = _set_aside(g_low, g_high, D1)
-        row_mark += mark
-    scores = _over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    if PACKED:
-        scores += row_mark[:, None] + key_mark[None, :]
-    if bias is not None:
-        row = q_entry * bias_batch + head * bias_head + q_place * bias_row
-        at = bias + row[:, None] + (k_place * bias_key)[None, :]
-        scores += tl.load(at, allowed & is_query[:, None], other=0.0).to(tl.float32) * LOG2E
-    weights, inverse = _tile_softmax(scores, allowed)
-    weights = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])  # the sum may be NaN, and 0 NaN is
-    dv_low, dv_high = _zeros(BK, D0, D1)
-    dv_low, dv_high = _over_rows(tl.trans(weights), g_low, g_high, dv_low, dv_high, D1)
-    slope = _over_columns(g_low, g_high, v_low, v_high, D1)
-    slope = tl.where(weights == 0.0, 0.0, weights * (slope - tl.sum(weights * slope, 1)[:, None]))
-    if score_grad is not None:
-        row = ((q_entry * heads + head) * queries + q_place) * keys
-        tl.store(score_grad + row[:, None] + k_place[None, :], slope, together & is_query[:, None] & is_key[None, :])
-    low, high = _zeros(BQ, D0, D1)
-    low, high = _over_rows_of_any_size(slope, k_low, k_high, low, high, D1)
-    at_query = (q_entry * dq_batch + q_place * dq_row + head * dq_head) * UNIT
-    _store(dq, at_query, is_query, low * scale, high * scale, D, D0, D1)
-    low, high = _zeros(BK, D0, D1)
-    low, high = _over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1)
-    # all stores last: an earlier one costs registers
-    at_key = (k_entry * dk_batch + k_place * dk_row + head * dk_head) * UNIT
-    _store(dv, at_key, is_key, dv_low, dv_high, D, D0, D1)
-    _store(dk, at_key, is_key, low * scale, high * scale, D, D0, D1)
-
-
-# ---- block by block --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _block_scores(
-    q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1: tl.constexpr
-):
-    """Scores of a block, in powers of 2; -infinity for keys that no query attends to."""
-    scores = _over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    if bias is not None:
-        at = bias + (row * bias_row)[:, None] + (column * bias_key)[None, :]
-        scores += tl.load(at, is_query[:, None] & attends[None, :], other=0.0).to(tl.float32) * LOG2E
-    return tl.where(attends[None, :], scores, -INFINITY)
-
-
-@triton.jit
-def _raise(top, scores):
-    """The row maximum with that of more scores, 0 while there is none, and what earlier sums are multiplied by."""
-    highest = tl.maximum(top, tl.max(scores, 1))
-    shift = tl.where(highest == -INFINITY, 0.0, highest)
-    return highest, shift, tl.exp2(top - shift)
-
-
-@triton.jit
-def _loop_forward_kernel(
-    q, k, v, out, key_mask, bias, cu_q, cu_k,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
-    mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program: BQ queries of one sequence and head, over its keys BK at a time with a running maximum and sum."""
-    item = tl.program_id(0) // tiles
-    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
-    q += (entry * q_batch + head * q_head) * UNIT
-    k += (entry * k_batch + head * k_head) * UNIT
-    v += (entry * v_batch + head * v_head) * UNIT
-    out += (entry * out_batch + head * out_head) * UNIT
-    if cu_q is not None:
-        first, queries = _span(cu_q, entry, queries)
-        q += first * q_row * UNIT
-        out += first * out_row * UNIT
-        first, keys = _span(cu_k, entry, keys)
-        k += first * k_row * UNIT
-        v += first * v_row * UNIT
-        keys = tl.where(tl.program_id(0) % tiles * BQ < queries, keys, 0)
-    if key_mask is not None:
-        key_mask += entry * mask_batch
-    if bias is not None:
-        bias += entry * bias_batch + head * bias_head
-
-    is_query = row < queries
-    q_low, q_high = _load(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-    top = tl.full((BQ,), -INFINITY, tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    low, high = _zeros(BQ, D0, D1)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
-        attends = _attends(key_mask, column * mask_key, column < keys)
-        k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
-        )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        low *= fade[:, None]
-        if D1 > 0:
-            high *= fade[:, None]
-        low, high = _over_rows(weights, v_low, v_high, low, high, D1)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    _store(out, row * out_row * UNIT, is_query, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
-
-
-@triton.jit
-def _loop_backward_queries_kernel(
-    grad, q, k, v, dq, top_of, inverse_of, mean_of, key_mask, bias, score_grad, cu_q, cu_k,
-    grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dq_batch, dq_row, dq_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program: dq of BQ queries of one sequence and head; over its keys twice.
-
-    First the softmax's maximum, sum and rowsum(P dP), kept for the gradients of keys and values.
-    """
-    item = tl.program_id(0) // tiles
-    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
-    grad += (entry * grad_batch + head * grad_head) * UNIT
-    q += (entry * q_batch + head * q_head) * UNIT
-    k += (entry * k_batch + head * k_head) * UNIT
-    v += (entry * v_batch + head * v_head) * UNIT
-    dq += (entry * dq_batch + head * dq_head) * UNIT
-    statistics = (entry * heads + head) * queries
-    if score_grad is not None:
-        score_grad += statistics * keys
-    if cu_q is not None:
-        statistics = head * queries
-        first, queries = _span(cu_q, entry, queries)
-        statistics += first
-        grad += first * grad_row * UNIT
-        q += first * q_row * UNIT
-        dq += first * dq_row * UNIT
-        first, keys = _span(cu_k, entry, keys)
-        k += first * k_row * UNIT
-        v += first * v_row * UNIT
-        keys = tl.where(tl.program_id(0) % tiles * BQ < queries, keys, 0)
-    if key_mask is not None:
-        key_mask += entry * mask_batch
-    if bias is not None:
-        bias += entry * bias_batch + head * bias_head
-
-    is_query = row < queries
-    q_low, q_high = _load(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-    g_low, g_high = _load(grad, row * grad_row * UNIT, is_query, D, D0, D1, UPCAST)
-    top = tl.full((BQ,), -INFINITY, tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    mean = tl.zeros((BQ,), tl.float32)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
-        attends = _attends(key_mask, column * mask_key, column < keys)
-        k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
-        )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        mean = mean * fade + tl.sum(weights * _over_columns(g_low, g_high, v_low, v_high, D1), 1)
-    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    mean *= inverse
-    top = tl.where(top == -INFINITY, 0.0, top)
-    tl.store(top_of + statistics + row, top, is_query)
-    tl.store(inverse_of + statistics + row, inverse, is_query)
-    tl.store(mean_of + statistics + row, mean, is_query)
-
-    low, high = _zeros(BQ, D0, D1)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
-        is_key = column < keys
-        attends = _attends(key_mask, column * mask_key, is_key)
-        k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
-        )
-        weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
-        slope = weights * (_over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
-        if score_grad is not None:
-            at = score_grad + (row * keys)[:, None] + column[None, :]
-            tl.store(at, slope, is_query[:, None] & is_key[None, :])
-        low, high = _over_rows_of_any_size(slope, k_low, k_high, low, high, D1)
-    _store(dq, row * dq_row * UNIT, is_query, low * scale, high * scale, D, D0, D1)
-
-
-@triton.jit
-def _loop_backward_keys_kernel(
-    grad, q, k, v, dk, dv, top_of, inverse_of, mean_of, key_mask, bias, cu_q, cu_k,
-    grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dk_batch, dk_row, dk_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
-    tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """A program: dk and dv of BK keys of one sequence and head, over its queries BQ at a time."""
-    item = tl.program_id(0) // tiles
-    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    column = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
-    grad += (entry * grad_batch + head * grad_head) * UNIT
-    q += (entry * q_batch + head * q_head) * UNIT
-    k += (entry * k_batch + head * k_head) * UNIT
-    v += (entry * v_batch + head * v_head) * UNIT
-    dk += (entry * dk_batch + head * dk_head) * UNIT
-    dv += (entry * dk_batch + head * dk_head) * UNIT
-    statistics = (entry * heads + head) * queries
-    if cu_q is not None:
-        statistics = head * queries
-        first, queries = _span(cu_q, entry, queries)
-        statistics += first
-        grad += first * grad_row * UNIT
-        q += first * q_row * UNIT
-        first, keys = _span(cu_k, entry, keys)
-        k += first * k_row * UNIT
-        v += first * v_row * UNIT
-        dk += first * dk_row * UNIT
-        dv += first * dk_row * UNIT
-        queries = tl.where(tl.program_id(0) % tiles * BK < keys, queries, 0)
-    if key_mask is not None:
-        key_mask += entry * mask_batch
-    if bias is not None:
-        bias += entry * bias_batch + head * bias_head
-
-    is_key = column < keys
-    attends = _attends(key_mask, column * mask_key, is_key)
-    k_low, k_high = _load(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-    v_low, v_high = _load(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-    dk_low, dk_high = _zeros(BK, D0, D1)
-    dv_low, dv_high = _zeros(BK, D0, D1)
-    for start in range(0, queries, BQ):
-        row = start + tl.arange(0, BQ)
-        is_query = row < queries
-        q_low, q_high = _load(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-        g_low, g_high = _load(grad, row * grad_row * UNIT, is_query, D, D0, D1, UPCAST)
-        top = tl.load(top_of + statistics + row, is_query, other=0.0)
-        inverse = tl.load(inverse_of + statistics + row, is_query, other=0.0)
-        mean = tl.load(mean_of + statistics + row, is_query, other=0.0)
-        # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
-        scores = _over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
-        if bias is not None:
-            at = bias + (column * bias_key)[:, None] + (row * bias_row)[None, :]
-            scores += tl.load(at, attends[:, None] & is_query[None, :], other=0.0).to(tl.float32) * LOG2E
-        scores = tl.where(attends[:, None], scores, -INFINITY)
-        weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
-        dv_low, dv_high = _over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
-        slope = weights * (_over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
-        dk_low, dk_high = _over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1)
-    to = column * dk_row * UNIT
-    _store(dv, to, is_key, dv_low, dv_high, D, D0, D1)
-    _store(dk, to, is_key, dk_low * scale, dk_high * scale, D, D0, D1)
-
-
-# ---- launchers -------------------------------------------------------------------------------------------------------
 
 # several sequences share a tile if they fit in so many rows
 PACKED_ROWS = 64
@@ -616,13 +143,13 @@ def _forward(
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q)[0]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None)
-            _tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
+            tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *tensors, *strides, batch, heads, queries, keys, group, scale, **_columns_of(q, unit), **tile
             )
         else:
             blocks = _blocks(q)
             tiles = triton.cdiv(most_queries, blocks["BQ"])
-            _loop_forward_kernel[(tiles * batch * heads,)](
+            loop_forward_kernel[(tiles * batch * heads,)](
                 *tensors, *strides, tiles, heads, queries, keys, scale, **_columns_of(q, unit), **blocks
             )
     return out
@@ -656,7 +183,7 @@ def _backward(
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q)[1]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None)
-            _tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
+            tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *(grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k),
                 *_strides(unit, grad, q, k, v, dq, dk),
                 *masks,
@@ -669,7 +196,7 @@ def _backward(
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
         blocks = _blocks(q)
         tiles = triton.cdiv(most_queries, blocks["BQ"])
-        _loop_backward_queries_kernel[(tiles * batch * heads,)](
+        loop_backward_queries_kernel[(tiles * batch * heads,)](
             *(grad, q, k, v, dq, top, inverse, mean, key_mask, bias, score_grad, cu_q, cu_k),
             *_strides(unit, grad, q, k, v, dq),
             *masks,
@@ -680,7 +207,7 @@ def _backward(
         )
         blocks["BQ"] //= 2
         tiles = triton.cdiv(most_keys, blocks["BK"])
-        _loop_backward_keys_kernel[(tiles * batch * heads,)](
+        loop_backward_keys_kernel[(tiles * batch * heads,)](
             *(grad, q, k, v, dk, dv, top, inverse, mean, key_mask, bias, cu_q, cu_k),
             *_strides(unit, grad, q, k, v, dk),
             *masks,

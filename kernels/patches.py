@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import check_ids, check_std, on_device, refuse_float64
-from .tokens import id_block, places_of, refuse_rows, tile
+from .tokens import id_block, places_of, refuse_rows, tiles
 
 
 def image_strides(images: Tensor) -> tuple[int, ...]:
@@ -50,14 +50,14 @@ def _gather_kernel(
     images, ids, mean, std, out, rows, count, patches, grid_h, grid_w,
     stride_b, stride_c, stride_t, stride_h, stride_w, ids_b, ids_k, mean_c, std_c,
     VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VALUES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program cuts and normalises a block of chosen patches (rows of B·K), some of their values.
 
     A patch that is not there reads NaN.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    value = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    value = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     b = (row // count).to(tl.int64)
     id = tl.load(ids + b * ids_b + (row % count).to(tl.int64) * ids_k, mask=row < rows, other=-1)
     there = (id >= 0) & (id < patches)
@@ -98,13 +98,13 @@ def gather_patches(
     check_ids("ids", ids, patches)
     if out.numel() == 0:
         return out
-    refuse_rows(rows, patches)
-    block_rows, block_values = tile(rows, values)
+    refuse_rows(patches)
+    tile_grid, blocks = tiles(rows, values)
     with on_device(images):
-        _gather_kernel[triton.cdiv(rows, block_rows), triton.cdiv(values, block_values)](
+        _gather_kernel[tile_grid](
             images, ids, mean, std, out, rows, ids.shape[1], patches, *grid[1:], *image_strides(images),
             *ids.stride(), 0 if mean is None else mean.stride(0), 0 if std is None else std.stride(0), values, *patch,
-            BLOCK_ROWS=block_rows, BLOCK_VALUES=block_values, num_warps=8,
+            **blocks, num_warps=8,
         )  # fmt: skip
     return out
 
@@ -114,7 +114,7 @@ def _scatter_kernel(
     grad, ids, std, images, count, patches, grid_h, grid_w,
     stride_b, stride_c, stride_t, stride_h, stride_w, grad_b, grad_k, grad_p, ids_b, ids_k, std_c,
     VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_IDS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of one image's patches, some of their values: each the row of `grad` that names it.
 
@@ -123,7 +123,7 @@ def _scatter_kernel(
     blocks = tl.cdiv(patches, BLOCK_ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     id = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    value = tl.program_id(1) * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
+    value = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     place = places_of(id, ids + b * ids_b, count, ids_k, BLOCK_IDS)
     source = grad + b * grad_b + place.to(tl.int64)[:, None] * grad_k + value.to(tl.int64)[None, :] * grad_p
     pixel = tl.load(source, mask=(place >= 0)[:, None] & (value < VALUES)[None, :], other=0.0).to(tl.float32)
@@ -149,13 +149,12 @@ def gather_patches_backward(
     check_ids("ids", ids, patches)
     if images.numel() == 0:
         return images
-    refuse_rows(batch * patches)
-    block_rows, block_values = tile(patches, values)
+    tile_grid, blocks = tiles(patches, values, batch)
     with on_device(grad):
-        _scatter_kernel[batch * triton.cdiv(patches, block_rows), triton.cdiv(values, block_values)](
+        _scatter_kernel[tile_grid](
             grad, ids, std, images, ids.shape[1], patches, *grid[1:], *image_strides(images), *grad.stride(),
             *ids.stride(), 0 if std is None else std.stride(0), values, *patch,
-            BLOCK_ROWS=block_rows, BLOCK_VALUES=block_values, BLOCK_IDS=id_block(ids.shape[1]), num_warps=8,
+            **blocks, BLOCK_IDS=id_block(ids.shape[1]), num_warps=8,
         )  # fmt: skip
     return images
 
@@ -216,13 +215,12 @@ def embed_patches(
     out = tokens.new_empty(shape) if num_prefix else tokens.view(shape)
     if out.numel() == 0:
         return out
-    refuse_rows(rows)
-    block_rows, block_width = tile(rows, width)
+    tile_grid, blocks = tiles(rows, width)
     num_patches = math.prod(patch_grid(images.shape, list(weight.shape[2:]))[1])
     with on_device(images):
-        _place_kernel[triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)](
+        _place_kernel[tile_grid](
             tokens, ids, pos_embed, prefix, out, rows, count, num_prefix, num_patches, width, *ids.stride(),
             *((0, 0) if pos_embed is None else pos_embed.stride()), *((0, 0) if prefix is None else prefix.stride()),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            **blocks,
         )  # fmt: skip
     return out

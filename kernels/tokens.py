@@ -29,6 +29,14 @@ def refuse_rows(*counts: int) -> None:
         raise Unserved("over 2^31 rows are served by the reference")
 
 
+def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid and the block sizes of a kernel over so many rows of each image, or over all rows as one image's."""
+    refuse_rows(images * rows)
+    block_rows, block_width = tile(rows, width)
+    grid = images * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)
+    return grid, dict(BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
+
+
 @triton.jit
 def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
     """The k at which ids[k] is each of the wanted ids, -1 where there is none."""
@@ -72,13 +80,11 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     if out.numel() == 0:
         return out
     rows = batch * count
-    refuse_rows(rows)
-    block_rows, block_width = tile(rows, width)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid, blocks = tiles(rows, width)
     with on_device(tokens):
         _gather_kernel[grid](
             tokens, ids, out, rows, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            **blocks,
         )  # fmt: skip
     return out
 
@@ -111,13 +117,11 @@ def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
     out = grad.new_empty(batch, rows, width)
     if out.numel() == 0:
         return out
-    refuse_rows(batch * rows)
-    block_rows, block_width = tile(rows, width)
-    grid = (batch * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid, blocks = tiles(rows, width, batch)
     with on_device(grad):
         _scatter_kernel[grid](
             grad, ids, out, ids.shape[1], rows, prefix, width, *grad.stride(), *ids.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
+            **blocks, BLOCK_IDS=id_block(ids.shape[1]),
         )  # fmt: skip
     return out
 
@@ -243,15 +247,13 @@ def decoder_tokens(
     if out.numel() == 0:
         return out
     rows = batch * (seen + predicted)
-    refuse_rows(rows)
-    block_rows, block_width = tile(rows, width)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid, blocks = tiles(rows, width)
     with on_device(visible):
         _decoder_kernel[grid](
             visible, ids_keep, ids_predict, mask_token, pos_embed, out,
             rows, seen, predicted, num_prefix_tokens, patches, width,
             *visible.stride(), *ids_keep.stride(), *ids_predict.stride(), *mask_token.stride(), *pos_embed.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            **blocks,
         )  # fmt: skip
     return out
 
@@ -290,14 +292,12 @@ def unshuffle(
     if out.numel() == 0:
         return out
     rows = batch * (num_prefix_tokens + length)
-    refuse_rows(rows)
-    block_rows, block_width = tile(rows, width)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block_width))
+    grid, blocks = tiles(rows, width)
     with on_device(visible):
         _unshuffle_kernel[grid](
             visible, ids_restore, mask_token, pos_embed, out, rows, seen, num_prefix_tokens, length, width,
             *visible.stride(), *ids_restore.stride(), *mask_token.stride(), *pos_embed.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            **blocks,
         )  # fmt: skip
     return out
 

@@ -47,6 +47,7 @@ class Contract:
 
     op: ClassVar[Callable[..., Any]]
     eager: ClassVar[Callable[..., Any]]
+    arguments: Callable[..., dict[str, Any]]
     lists: ClassVar[dict[str, Sequence[Any]]] = {}
     options: ClassVar[dict[str, Sequence[Any]]] = {}
     layouts: ClassVar[Sequence[str]] = LAYOUTS
@@ -56,9 +57,6 @@ class Contract:
     large: ClassVar[dict[str, Any]] = {}
     extremes: ClassVar[Sequence[dict[str, float]]] = ()
     bad: ClassVar[Sequence[Bad]] = ()
-
-    def arguments(self, **sizes: Any) -> dict[str, Any]:
-        raise NotImplementedError
 
     def sample(self, dtype: torch.dtype = torch.float32, layout: str = "contiguous", **sizes: Any) -> dict[str, Any]:
         return prepare(self.arguments(**sizes), dtype, layout, self.leaves)

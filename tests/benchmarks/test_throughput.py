@@ -21,6 +21,7 @@ import throughput
 from contestants import PEERS, Contestant, Setting, batches
 from measure import SavedBytes
 from photographs import Photographs, normalise
+from products import Recorded, share_of_step
 from sizes import Cell, train_flops
 
 TINY = ["--models", "tiny", "--image-size", "64", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
@@ -67,6 +68,18 @@ def test_a_run_prints_a_table_and_writes_its_rows(tmp_path):
         assert row["decodes_all"] == (row["decode_ratio"] < 1 and row["contestant"] in ("plain", "huggingface"))
     gather, plain = (next(r for r in written["rows"][4:] if r["contestant"] == c) for c in ("plain-gather", "plain"))
     assert gather["flops_per_image"] < plain["flops_per_image"]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_products_alone_are_nearly_all_flops_of_a_step(template, cell):
+    contestant = entered("fastmim", template, cell)
+    with Recorded() as recorded:
+        contestant.step(batch())
+    flops = sum(2 * left[0].numel() * right[0][1] for left, right in recorded.operands)
+    whole = 2 * train_flops(contestant.sizes, "fastmim", cell)
+    # the rest is attention's, and the forward pass of the patch embedding
+    assert 0.9 < flops / whole < 1
+    assert share_of_step(contestant, [batch()]) > 0
 
 
 @pytest.mark.parametrize("form", ["fastmim", "plain", "plain-gather"])

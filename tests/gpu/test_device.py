@@ -1,10 +1,17 @@
 """What only a GPU can show: equal repeats, streams, captured steps, calls too large for a grid or for 32 bits."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 import fastmim
 from fastmim import ops
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from measure import captured
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -74,15 +81,7 @@ def test_a_captured_step_draws_new_masks():
         seen.copy_(out.ids_keep)
         return out.loss.detach()
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
+    graph, loss = captured(step)
     masks, losses = [], []
     for _ in range(30):
         graph.replay()

@@ -1,0 +1,111 @@
+"""What both forms of attention share: rows of a head read and written, their products, spans of ragged batches.
+
+A head's D columns are two blocks, D0 and D1 wide, so that 80 columns don't pay for 128. Without a second block (D1
+is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def offsets_of(entry, row, head, batch_stride, row_stride, head_stride, UNIT: tl.constexpr):
+    """Where rows of a head begin, in elements."""
+    return (entry * batch_stride + row * row_stride + head * head_stride) * UNIT
+
+
+@triton.jit
+def load_rows(pointer, offsets, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
+    """Rows at `offsets`, zeros behind D and where not `valid`."""
+    column = tl.arange(0, D0)
+    low = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
+    if UPCAST:
+        low = low.to(tl.float32)
+    high = low
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        high = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
+        if UPCAST:
+            high = high.to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    column = tl.arange(0, D0)
+    tl.store(pointer + offsets[:, None] + column[None, :], low.to(dtype), valid[:, None] & (column < D)[None, :])
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        tl.store(pointer + offsets[:, None] + column[None, :], high.to(dtype), valid[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def over_columns(a_low, a_high, b_low, b_high, D1: tl.constexpr):
+    """a bᵀ."""
+    product = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
+    if D1 > 0:
+        product = tl.dot(a_high, tl.trans(b_high), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
+def over_rows(weights, low, high, to_low, to_high, D1: tl.constexpr):
+    """to + weights x, with the weights, between 0 and 1, in the dtype of x."""
+    weights = weights.to(low.dtype)
+    to_low = tl.dot(weights, low, to_low, input_precision="ieee")
+    to_high = tl.dot(weights, high, to_high, input_precision="ieee") if D1 > 0 else to_low
+    return to_low, to_high
+
+
+@triton.jit
+def over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr):
+    """to + weights x, where float16 might not hold the weights: they are then scaled for the product."""
+    if low.dtype == tl.float16:
+        size = tl.abs(weights)
+        factor = tl.maximum(tl.max(tl.where(size < INFINITY, size, 0.0)) * 2**-15, 1.0)
+        weights = (weights / factor).to(tl.float16)
+        to_low += factor * tl.dot(weights, low)
+        to_high = to_high + factor * tl.dot(weights, high) if D1 > 0 else to_low
+        return to_low, to_high
+    else:
+        return over_rows(weights, low, high, to_low, to_high, D1)
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    low = tl.zeros((ROWS, D0), tl.float32)
+    high = tl.zeros((ROWS, D1), tl.float32) if D1 > 0 else low
+    return low, high
+
+
+@triton.jit
+def span(cu_seqlens, sequence, total):
+    """First row and length of a sequence, within the `total` rows whatever cu_seqlens holds; without it, all rows."""
+    if cu_seqlens is None:
+        return sequence.to(tl.int64) * 0, total
+    else:
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence).to(tl.int64), 0), total)
+        end = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence + 1).to(tl.int64), first), total)
+        return first, (end - first).to(tl.int32)
+
+
+@triton.jit
+def attends_to(key_mask, offsets, valid):
+    if key_mask is None:
+        return valid
+    else:
+        return (tl.load(key_mask + offsets, valid, other=0) != 0) & valid
+
+
+@triton.jit
+def with_bias(scores, bias, row_offsets, key_offsets, valid):
+    """Scores in powers of 2 plus the bias at those offsets."""
+    if bias is None:
+        return scores
+    else:
+        at = bias + row_offsets[:, None] + key_offsets[None, :]
+        return scores + tl.load(at, valid, other=0.0).to(tl.float32) * LOG2E
