@@ -28,81 +28,106 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
   }
 }
 
-// adds the rows' part of the gradients of weight and bias
+// Adds the rows' part of the gradients of weight and bias, ROWS at a time: those gradients are read and written once
+// for all of them.
+template <int ROWS>
+static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin,
+                                         float* memory) {
+  const int64_t width = args.width;
+  const float *grad[ROWS], *through[ROWS], *sum[ROWS];
+  float *out[ROWS], *spare[ROWS], mean[ROWS], rstd[ROWS], first[ROWS], second[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t row = begin + r;
+    grad[r] = row_of(args.grad_normed, row, width, memory), memory += width;
+    through[r] = row_of(args.grad_sum, row, width, memory), memory += width;
+    sum[r] = row_of(args.sum, row, width, memory), memory += width;
+    spare[r] = memory, memory += width;
+    out[r] = target_of(args.dsum, row, spare[r]);
+    mean[r] = args.mean[row], rstd[r] = args.rstd[row];
+    Vec a = {}, b = {};
+    const auto add = [&](Vec grads, Vec weights, Vec sums) {
+      a += grads * weights;
+      b += grads * weights * ((sums - mean[r]) * rstd[r]);
+    };
+    int64_t i = 0;
+    for (; i + VL <= width; i += VL) add(load(grad[r] + i), load(args.weight + i), load(sum[r] + i));
+    const int64_t rest = width - i;
+    add(load_some(grad[r] + i, rest), load_some(args.weight + i, rest), load_some(sum[r] + i, rest));
+    first[r] = sum_of(a) / static_cast<float>(width), second[r] = sum_of(b) / static_cast<float>(width);
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) {
+    float to_weight = 0, to_bias = 0;
+    for (int r = 0; r < ROWS; ++r) {
+      const float normed = (sum[r][i] - mean[r]) * rstd[r];
+      to_weight += grad[r][i] * normed;
+      to_bias += grad[r][i];
+      out[r][i] = (grad[r][i] * args.weight[i] - first[r] - normed * second[r]) * rstd[r] + through[r][i];
+    }
+    dweight[i] += to_weight;
+    dbias[i] += to_bias;
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    finish(args.dsum, begin + r, width, out[r]);
+    if (args.bias == nullptr) continue;
+    float* again = target_of(args.normed, begin + r, spare[r]);
+    for (int64_t i = 0; i < width; ++i) again[i] = (sum[r][i] - mean[r]) * rstd[r] * args.weight[i] + args.bias[i];
+    finish(args.normed, begin + r, width, again);
+  }
+}
+
 static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin,
                                     int64_t end) {
-  const int64_t width = args.width;
-  Scratch memory;
-  float *a = memory.take(width), *b = memory.take(width), *c = memory.take(width), *d = memory.take(width);
-  for (int64_t row = begin; row < end; ++row) {
-    const float* grad = row_of(args.grad_normed, row, width, a);
-    const float* through = row_of(args.grad_sum, row, width, b);
-    const float* sum = row_of(args.sum, row, width, c);
-    const float mean = args.mean[row], rstd = args.rstd[row];
-    float first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-    for (int64_t i = 0; i < width; ++i) {
-      const float normed = (sum[i] - mean) * rstd, weighted = grad[i] * args.weight[i];
-      first += weighted;
-      second += weighted * normed;
-      dweight[i] += grad[i] * normed;
-      dbias[i] += grad[i];
-    }
-    first /= static_cast<float>(width);
-    second /= static_cast<float>(width);
-    float* out = target_of(args.dsum, row, d);
-    for (int64_t i = 0; i < width; ++i) {
-      const float normed = (sum[i] - mean) * rstd;
-      out[i] = (grad[i] * args.weight[i] - first - normed * second) * rstd + through[i];
-    }
-    finish(args.dsum, row, width, d);
-    if (args.bias != nullptr) {
-      float* again = target_of(args.normed, row, d);
-      for (int64_t i = 0; i < width; ++i) again[i] = (sum[i] - mean) * rstd * args.weight[i] + args.bias[i];
-      finish(args.normed, row, width, d);
-    }
-  }
+  constexpr int kRows = 4;
+  Scratch scratch;
+  float* memory = scratch.take(4 * kRows * args.width);
+  for (; begin + kRows <= end; begin += kRows) add_layer_norm_backward_rows<kRows>(args, dweight, dbias, begin, memory);
+  for (; begin < end; ++begin) add_layer_norm_backward_rows<1>(args, dweight, dbias, begin, memory);
 }
+
+// values of a row that are in hand at a time
+constexpr int64_t kPiece = 512;
 
 static void bias_gelu(const BiasGelu& args, int64_t begin, int64_t end) {
-  const int64_t width = args.width, whole = padded(width);
-  Scratch memory;
-  float *bias = memory.take(whole), *u = memory.take(whole), *out = memory.take(whole);
-  for (int64_t i = 0; i < whole; ++i) bias[i] = i < width ? args.bias[i] : 0;
-  for (int64_t i = 0; i < whole; ++i) u[i] = 0;
+  alignas(64) float x_memory[kPiece] = {}, bias_memory[kPiece] = {}, out_memory[kPiece];
   for (int64_t row = begin; row < end; ++row) {
-    load_row(args.x.type, at(args.x, row * args.x.stride[0]), args.x.stride[1], u, width);
-    for (int64_t i = 0; i < whole; i += VL) {
-      Vec bell;
-      const Vec value = load(u + i) + load(bias + i);
-      store(out + i, value * normal_distribution(value, bell));
+    for (int64_t start = 0; start < args.width; start += kPiece) {
+      const int64_t count = args.width - start < kPiece ? args.width - start : kPiece;
+      const float* x = piece_of(args.x, row, start, count, x_memory);
+      const float* bias = whole_vectors(args.bias + start, count, bias_memory);
+      float* out = piece_target(args.out, row, start, count, out_memory);
+      for (int64_t i = 0; i < count; i += VL) {
+        Vec bell;
+        const Vec value = load(x + i) + load(bias + i);
+        store(out + i, value * normal_distribution(value, bell));
+      }
+      finish_piece(args.out, row, start, count, out, out_memory);
     }
-    store_row(args.out.type, at(args.out, row * args.out.stride[0]), args.out.stride[1], out, width);
   }
 }
 
-// adds the rows' part of the gradient of bias (padded)
+// adds the rows' part of the gradient of bias
 static void bias_gelu_backward(const BiasGelu& args, float* dbias, int64_t begin, int64_t end) {
-  const int64_t width = args.width, whole = padded(width);
-  Scratch memory;
-  float *bias = memory.take(whole), *u = memory.take(whole), *grad = memory.take(whole), *out = memory.take(whole),
-        *dx = memory.take(whole);
-  for (int64_t i = 0; i < whole; ++i) bias[i] = i < width ? args.bias[i] : 0;
-  for (int64_t i = 0; i < whole; ++i) u[i] = grad[i] = 0;
+  alignas(64) float x_memory[kPiece] = {}, bias_memory[kPiece] = {}, grad_memory[kPiece] = {}, dx_memory[kPiece],
+                    out_memory[kPiece];
   for (int64_t row = begin; row < end; ++row) {
-    load_row(args.x.type, at(args.x, row * args.x.stride[0]), args.x.stride[1], u, width);
-    load_row(args.grad.type, at(args.grad, row * args.grad.stride[0]), args.grad.stride[1], grad, width);
-    for (int64_t i = 0; i < whole; i += VL) {
-      Vec bell;
-      const Vec value = load(u + i) + load(bias + i);
-      const Vec phi = normal_distribution(value, bell);
-      store(dx + i, load(grad + i) * (phi + value * bell * 0.398942280f));
-      store(out + i, value * phi);
-    }
-    for (int64_t i = 0; i < width; ++i) dbias[i] += dx[i];
-    store_row(args.dx.type, at(args.dx, row * args.dx.stride[0]), args.dx.stride[1], dx, width);
-    if (args.out.data != nullptr) {
-      store_row(args.out.type, at(args.out, row * args.out.stride[0]), args.out.stride[1], out, width);
+    for (int64_t start = 0; start < args.width; start += kPiece) {
+      const int64_t count = args.width - start < kPiece ? args.width - start : kPiece;
+      const float* x = piece_of(args.x, row, start, count, x_memory);
+      const float* grad = piece_of(args.grad, row, start, count, grad_memory);
+      const float* bias = whole_vectors(args.bias + start, count, bias_memory);
+      float* dx = piece_target(args.dx, row, start, count, dx_memory);
+      float* out = args.out.data == nullptr ? out_memory : piece_target(args.out, row, start, count, out_memory);
+      for (int64_t i = 0; i < count; i += VL) {
+        Vec bell;
+        const Vec value = load(x + i) + load(bias + i);
+        const Vec phi = normal_distribution(value, bell);
+        store(dx + i, load(grad + i) * (phi + value * bell * 0.398942280f));
+        store(out + i, value * phi);
+      }
+      for (int64_t i = 0; i < count; ++i) dbias[start + i] += dx[i];
+      finish_piece(args.dx, row, start, count, dx, dx_memory);
+      if (args.out.data != nullptr) finish_piece(args.out, row, start, count, out, out_memory);
     }
   }
 }

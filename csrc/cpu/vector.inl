@@ -176,6 +176,33 @@ FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float
   store_row(view.type, at(view, row * view.stride[0]), view.stride[1], scratch, width);
 }
 
+// ---- pieces of rows, in whole vectors: where they lie if they are such, else in `scratch` -------------------------
+
+FASTMIM_HD const float* whole_vectors(const float* from, int64_t count, float* scratch) {
+  if (count % VL == 0) return from;
+  load_row(Type::f32, from, 1, scratch, count);
+  return scratch;
+}
+
+FASTMIM_HD const float* piece_of(const View& view, int64_t row, int64_t start, int64_t count, float* scratch) {
+  const void* from = at(view, row * view.stride[0] + start * view.stride[1]);
+  if (view.type == Type::f32 && view.stride[1] == 1)
+    return whole_vectors(static_cast<const float*>(from), count, scratch);
+  load_row(view.type, from, view.stride[1], scratch, count);
+  return scratch;
+}
+
+FASTMIM_HD float* piece_target(const View& view, int64_t row, int64_t start, int64_t count, float* scratch) {
+  const bool direct = view.type == Type::f32 && view.stride[1] == 1 && count % VL == 0;
+  return direct ? static_cast<float*>(at(view, row * view.stride[0] + start)) : scratch;
+}
+
+FASTMIM_HD void finish_piece(const View& view, int64_t row, int64_t start, int64_t count, const float* target,
+                             const float* scratch) {
+  if (target != scratch) return;
+  store_row(view.type, at(view, row * view.stride[0] + start * view.stride[1]), view.stride[1], scratch, count);
+}
+
 // Floats of scratch, aligned for vectors and freed at the end of the scope; each part a block of its own, so that a
 // sanitizer sees where it ends.
 class Scratch {
