@@ -1,0 +1,126 @@
+"""The masked autoencoder under torch.compile and export, copied, and in several processes."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from plain_mae import build, gradients, overlapping, pictures
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import fastmim
+from fastmim import MaskedAutoencoderViT
+
+
+def draw(case: str) -> tuple[Tensor, dict]:
+    images = torch.randn(2, 3, 32, 32)
+    if case == "uint8":
+        images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    if case == "no noise":
+        return images, {}
+    if case == "mask":
+        return images, dict(mask=overlapping(2))
+    return images, dict(noise=torch.rand(2, 16), predict="all" if case == "all" else "masked")
+
+
+@pytest.mark.parametrize(
+    "case, backend",
+    [
+        ("noise", "inductor"),
+        # what the compiler captures doesn't depend on the backend; this one generates no code
+        *((case, "aot_eager") for case in ("no noise", "mask", "all", "uint8", "autocast", "checkpointing")),
+    ],
+)
+def test_compiled_equals_eager_and_is_compiled_once(case, backend):
+    torch.compiler.reset()
+    model = build(depth=1, decoder_depth=1, norm_pix_loss=True)
+    model.set_grad_checkpointing(case == "checkpointing")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
+    with autocast:
+        compiled(*draw(case)[:1], **draw(case)[1]).loss.backward()
+    with autocast, torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(2):
+            images, arguments = draw(case)
+            results = []
+            for run in (compiled, model):
+                torch.manual_seed(seed)
+                out = run(images, **arguments)
+                results.append((pytree.tree_leaves(out), gradients(out.loss, model)))
+            if case != "autocast":
+                for ours, theirs in zip(*map(pytree.tree_leaves, results)):
+                    assert (ours - theirs).double().norm() <= 1e-5 * theirs.double().norm()
+                continue
+            # each rounds in its own places: eager is no further from float32 than what the compiler captured
+            with torch.autocast("cpu", enabled=False):
+                torch.manual_seed(seed)
+                out = model(images, **arguments)
+                exact = pytree.tree_leaves(out), gradients(out.loss, model)
+            for captured, eager, truth in zip(*map(pytree.tree_leaves, (*results, exact))):
+                far, near, size = (x.double().norm() for x in (captured - truth, eager - truth, truth))
+                assert far <= 3e-2 * size and near <= far + 1e-3 * size
+
+
+def test_export(tmp_path):
+    model = build(depth=1, decoder_depth=1)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(
+        model,
+        (pictures(model),),
+        dict(noise=torch.rand(2, 16)),
+        dynamic_shapes=dict(images={0: batch}, noise={0: batch}),
+    )
+    torch.export.save(program, tmp_path / "mae.pt2")
+    images, noise = pictures(model, 3), torch.rand(3, 16)
+    out = torch.export.load(tmp_path / "mae.pt2").module()(images, noise=noise)
+    assert type(out) is fastmim.MAEOutput
+    torch.testing.assert_close(pytree.tree_leaves(out), pytree.tree_leaves(model(images, noise=noise)))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_the_same_and_separate(copied):
+    model = build(norm_pix_loss=True)
+    images, noise = pictures(model), torch.rand(2, 16)
+    other = copied(model)
+    assert torch.equal(other(images, noise=noise).loss, model(images, noise=noise).loss)
+    with torch.no_grad():
+        other.cls_token.add_(1)
+    assert not torch.equal(other.cls_token, model.cls_token)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def distributed(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: MaskedAutoencoderViT) -> nn.Module:
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for block in [*model.blocks, *model.decoder_blocks]:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("parallel", [distributed, sharded])
+def test_two_steps_in_parallel_equal_two_alone(parallel, one_process):
+    """Without flags for unused parameters: every one of them has a gradient at every step."""
+    alone = build()
+    together = parallel(copy.deepcopy(alone))
+    for _ in range(2):
+        images, noise = pictures(alone), torch.rand(2, 16)
+        for model in (alone, together):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(images, noise=noise, decode_ratio=0.5).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for ours, theirs in zip(together.parameters(), alone.parameters()):
+        assert torch.equal(ours.full_tensor() if parallel is sharded else ours, theirs)
