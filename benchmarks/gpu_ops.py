@@ -1,7 +1,8 @@
 """The ops at sizes that fill a GPU, their rivals, and a clock of CUDA graphs with a cold cache."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
+from statistics import median
 from typing import Any
 
 import op_cases
@@ -23,6 +24,13 @@ BACKENDS = {
     "math": SDPBackend.MATH,
 }
 CALLS = 10
+# those of the other ops
+BATCHES = (1024, 256)
+OF_STEPS = {
+    "a step of ViT-L at 0.75": (256, 16, 50, 64),
+    "a step of ViT-L at 0.95": (512, 16, 10, 64),
+    "a step's decoder": (256, 16, 197, 32),
+}
 
 
 def seconds_of(call: Callable[[], Any], replays: int = 5) -> float:
@@ -48,7 +56,7 @@ def _replayed(work: Callable[[], Any], replays: int) -> float:
     for _ in range(replays):
         graph.replay()
         watch.mark()
-    return sorted(watch.laps())[replays // 2]
+    return median(watch.laps())
 
 
 def seconds_by_direction(form: Callable[..., Any], inputs: list[Tensor]) -> dict[str, float]:
@@ -77,7 +85,7 @@ def measured(case: op_cases.Case, floors: dict[str, tuple[float, float]], rates:
     if len(case.inputs) == 1 and case.inputs[0].dim() == 5:
         del forms["torch sdpa"]
         forms |= {f"sdpa {name}": partial(_sdpa, backend) for name, backend in BACKENDS.items()}
-        forms |= _xformers(case.inputs[0])
+        forms["xformers"] = _xformers
     row: dict[str, Any] = {}
     for name, form in forms.items():
         try:
@@ -90,7 +98,7 @@ def measured(case: op_cases.Case, floors: dict[str, tuple[float, float]], rates:
     for direction, (bytes_, flops) in floors.items():
         if "fastmim" in row.get(direction, {}).get("seconds", {}):
             ours = row[direction]["seconds"]["fastmim"]
-            row[direction]["GB/s"] = bytes_ / ours / 1e9
+            row[direction] |= {"GB/s": bytes_ / ours / 1e9, "TFLOP/s": flops / ours / 1e12}
             row[direction]["share of floor"] = max(bytes_ / rates["bytes"], flops / rates["flops"]) / ours
     return row
 
@@ -101,21 +109,20 @@ def _sdpa(backend: SDPBackend, qkv: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def _xformers(qkv: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Its packed form of many short sequences, where it can be imported."""
-    try:
-        from xformers.op_cases.fmha.attn_bias import BlockDiagonalMask
-        from xformers.ops import memory_efficient_attention
-    except Exception:
-        return {}
-    batch, length = qkv.shape[:2]
-    mask = BlockDiagonalMask.from_seqlens([length] * batch, device=qkv.device)
+@cache
+def _block_diagonal(batch: int, length: int) -> Any:
+    from xformers.ops.fmha.attn_bias import BlockDiagonalMask
 
-    def packed(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.flatten(0, 1)[None].unbind(2)
-        return memory_efficient_attention(q, k, v, attn_bias=mask).view(batch, length, *qkv.shape[3:])
+    return BlockDiagonalMask.from_seqlens([length] * batch, device="cuda")
 
-    return {"xformers": packed}
+
+def _xformers(qkv: Tensor) -> Tensor:
+    """Its packed form of many short sequences; a row says so where it can't be imported."""
+    from xformers.ops import memory_efficient_attention
+
+    q, k, v = qkv.flatten(0, 1)[None].unbind(2)
+    mask = _block_diagonal(*qkv.shape[:2])
+    return memory_efficient_attention(q, k, v, attn_bias=mask).view(len(qkv), -1, *qkv.shape[3:])
 
 
 def _attention(batch: int, heads: int, length: int, dim: int) -> tuple[op_cases.Case, dict[str, tuple[float, float]]]:
@@ -150,9 +157,8 @@ def cases() -> Iterator[tuple[str, Callable[[], tuple[op_cases.Case, dict[str, t
         "add_layer_norm": op_cases.norm,
         "bias_gelu": op_cases.gelu,
     }
-    for batch in (1024, 256):
+    for batch in BATCHES:
         for name, make in makers.items():
             yield f"{name}, batch {batch}", partial(_other, make, batch)
-    for name, size in {"ViT-L at 0.75": (256, 16, 50, 64), "ViT-L at 0.95": (512, 16, 10, 64)}.items():
-        yield f"attention of a step of {name}", partial(_attention, *size)
-    yield "attention of a step's decoder", partial(_attention, 256, 16, 197, 32)
+    for name, size in OF_STEPS.items():
+        yield f"attention of {name}", partial(_attention, *size)

@@ -76,7 +76,7 @@ def eager_assembly(visible: Tensor, keep: Tensor, predict: Tensor, mask_token: T
 
 
 def eager_unshuffle(visible: Tensor, restore: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
-    tokens = torch.cat([visible[:, 1:], mask_token.expand(B, L - K, -1)], 1)
+    tokens = torch.cat([visible[:, 1:], mask_token.expand(len(visible), L - K, -1)], 1)
     tokens = tokens.gather(1, restore[:, :, None].expand(-1, -1, tokens.shape[2]))
     return torch.cat([visible[:, :1], tokens], 1) + pos
 

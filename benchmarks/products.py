@@ -1,5 +1,7 @@
 """The matrix products of a step, run alone: the time that no kernel of ours can take off."""
 
+from statistics import median
+
 import torch
 from contestants import Batch, Contestant
 from measure import interleave
@@ -40,4 +42,4 @@ def share_of_step(contestant: Contestant, batches: list[Batch]) -> float:
 
     jobs = {"step": lambda index: contestant.step(batches[index]), "products": alone}
     laps = interleave(jobs, len(batches), device)
-    return sorted(p / s for p, s in zip(laps["products"], laps["step"]))[len(batches) // 2]
+    return median(p / s for p, s in zip(laps["products"], laps["step"]))
