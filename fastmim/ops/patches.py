@@ -143,8 +143,9 @@ def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
     if not all(math.isfinite(v) for v in stat) or (name == "std" and min(stat) <= 0):
         raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(stat)}")
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    if images.device.type == "cpu" or torch.compiler.is_compiling():
-        return torch.tensor(list(stat), dtype=dtype, device=images.device)
+    if torch.compiler.is_compiling() or type(images) is not Tensor:
+        # traced: filled on the device, where torch.tensor would be a copy to it at each step, which no graph captures
+        return torch.stack([torch.full((), value, dtype=dtype, device=images.device) for value in stat])
     return _constant(tuple(stat), dtype, images.device)
 
 

@@ -124,3 +124,17 @@ def test_two_steps_in_parallel_equal_two_alone(parallel, one_process):
             optimizer.zero_grad()
     for ours, theirs in zip(together.parameters(), alone.parameters()):
         assert torch.equal(ours.full_tensor() if parallel is sharded else ours, theirs)
+
+
+def test_a_compiled_step_copies_nothing_to_the_device():
+    """A copy from the host, such as torch.tensor makes of numbers, can be in no CUDA graph."""
+    model, graphs = build(img_size=16), []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.compile(lambda x: model(x).loss, fullgraph=True, backend=backend)(images).backward()
+    (graph,) = graphs
+    assert not [n for n in graph.nodes if n.op == "get_attr" or n.target in (torch.tensor, torch.as_tensor)]
