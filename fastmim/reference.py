@@ -100,7 +100,7 @@ def random_masking(
     elif _checked(noise) and bool(noise.isnan().any()):
         raise ValueError("noise must not hold NaN: the order of its values is the mask")
     ids_shuffle = noise.argsort(dim=1, stable=True)
-    ids_restore = torch.empty_like(ids_shuffle)
+    ids_restore = torch.empty_like(ids_shuffle, memory_format=torch.contiguous_format)
     ids_restore.scatter_(1, ids_shuffle, torch.arange(num_patches, device=noise.device).expand(batch, -1))
     ids_keep = ids_shuffle[:, :len_keep].contiguous()
     return ids_keep, ids_shuffle[:, len_keep : len_keep + len_predict].contiguous(), ids_restore

@@ -136,7 +136,8 @@ def _add_layer_norm_backward_kernel(
         offset = row_offset(row, inner, total_outer, total_inner)[:, None] + value[None, :] * total_value
         sums = tl.load(total + offset, mask=mask, other=0.0).to(tl.float32)
         center = tl.load(mean + row, mask=is_row, other=0.0)
-        scale = tl.load(rstd + row, mask=is_row, other=0.0)
+        # one value has no deviation: its gradient is exactly 0, whatever the products below are rounded to
+        scale = tl.where(width == 1, 0.0, tl.load(rstd + row, mask=is_row, other=0.0))
 
         normed = tl.where(mask, (sums - center[:, None]) * scale[:, None], 0.0)
         dweight += grad * normed

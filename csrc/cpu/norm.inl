@@ -43,7 +43,8 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
     sum[r] = row_of(args.sum, row, width, memory), memory += width;
     spare[r] = memory, memory += width;
     out[r] = target_of(args.dsum, row, spare[r]);
-    mean[r] = args.mean[row], rstd[r] = args.rstd[row];
+    // one value has no deviation: its gradient is exactly 0, whatever the products below are rounded to
+    mean[r] = args.mean[row], rstd[r] = width == 1 ? 0 : args.rstd[row];
     Vec a = {}, b = {};
     const auto add = [&](Vec grads, Vec weights, Vec sums) {
       a += grads * weights;
