@@ -68,6 +68,10 @@ class TestRandomMasking(ChecksValues):
         check_same_bits(ours, run(self.eager, arguments))
         assert all(ids.is_contiguous() and ids.dtype == torch.int64 for ids in ours.values())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_transposed_noise(self, dtype):
+        self.check(dtype, "transposed", batch=5, length=2, keep=1, predict=0)
+
     @pytest.mark.parametrize("length", [1000, 5003])
     def test_long_rows(self, length):
         self.check(torch.float32, "contiguous", batch=2, length=length, keep=length // 4, predict="all")

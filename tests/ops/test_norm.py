@@ -55,6 +55,10 @@ class TestAddLayerNorm(Differentiable):
             arguments |= {name: arguments[name].detach() for name in ("weight", "bias")}
         check_op(lambda **given: self.op(**given)[used], lambda **given: self.eager(**given)[used], arguments)
 
+    def test_one_value_has_no_gradient(self):
+        """Its deviation is 0, and 1 / sqrt(eps) would show any rounding."""
+        check_op(self.op, self.eager, self.sample(width=1, eps=1e-12))
+
     def test_rows_far_from_zero(self):
         """Squares of values near 1000 would cancel."""
         arguments = self.sample()
