@@ -1,7 +1,8 @@
 """torchvision for where it can't be imported: timm and lightly import it at once, but their models don't use it.
 
 PyPI's torchvision is built beside PyPI's torch; beside the CPU build of torch its import fails ("operator
-torchvision::nms does not exist").
+torchvision::nms does not exist"), and with it that of transformers. The Makefile therefore installs timm and lightly
+without their dependencies.
 """
 
 import enum

@@ -1,6 +1,5 @@
-"""Packages whose models the tests of interop read and write."""
+"""Packages whose models the tests of interop read and write; the Makefile installs them."""
 
-import importlib
 from types import ModuleType
 
 import pytest
@@ -10,11 +9,11 @@ from torchvision_stub import torchvision
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
     with torchvision():
-        return importlib.import_module("timm")
+        return pytest.importorskip("timm")
 
 
 @pytest.fixture(scope="session")
-def lightly_modules() -> ModuleType:
-    """lightly.models.modules; lightly's own dependencies are large, so that tests without it are skipped."""
+def lightly_modules(timm) -> ModuleType:
+    """lightly.models.modules."""
     with torchvision():
         return pytest.importorskip("lightly.models.modules")
