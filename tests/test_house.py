@@ -111,6 +111,7 @@ def test_public_names():
         "MaskedAutoencoderViT",
         "__version__",
         "from_huggingface",
+        "load",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
         "mae_vit_large_patch16",
@@ -118,6 +119,9 @@ def test_public_names():
         "mae_vit_tiny_patch16",
         "masking",
         "ops",
+        "to_facebook",
+        "to_huggingface",
+        "to_timm",
     ]  # fmt: skip
     assert ops.__all__ == [
         "add_layer_norm",
