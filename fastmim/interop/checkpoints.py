@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -243,23 +244,20 @@ def _read_torch(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(extra):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     # whatever reading a damaged archive comes upon
     except Exception as error:
-        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error):
+        said = str(error)
+        asked = re.search(r"GLOBAL (\S+)", said)
+        if asked is not None:
             raise ValueError(
-                f"{path} was refused: beyond tensors and plain values it asks for objects that could run code. None "
-                "was made. If you trust it, save its state dict alone with torch.save or safetensors. PyTorch says: "
-                f"{_reason(error)}"
+                f"{path} was refused: beyond tensors and plain values it asks for {asked[1]}, which could run code. "
+                "Nothing was run. If you trust it, save its state dict alone, with torch.save or safetensors."
             ) from error
-        raise ValueError(f"{path} is damaged, or no file of torch.save: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The line of PyTorch's message that names the object, else its first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Unsupported" in line), lines[0] if lines else type(error).__name__)
+        # PyTorch's own preface advises to unpickle whatever it is
+        lines = (said.partition("WeightsUnpickler error:")[2].strip() or said).splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {lines[0]}") from error
 
 
 def _read_safetensors(path: Path) -> Weights:

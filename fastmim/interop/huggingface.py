@@ -107,7 +107,9 @@ def to_huggingface(model: MaskedAutoencoderViT) -> Any:
         qkv_bias=settings["qkv_bias"],
         norm_pix_loss=settings["norm_pix_loss"],
     )
-    theirs = transformers.ViTMAEForPreTraining(config)
+    # without memory, initial values or a draw from the generator
+    with torch.device("meta"):
+        theirs = transformers.ViTMAEForPreTraining(config)
     weights = model.state_dict()
     # what has no place there is refused, not dropped
     check(model, rename(theirs.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")

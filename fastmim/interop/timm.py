@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from ..models.mae import MaskedAutoencoderViT
 from .weights import assign, check, settings_of_model
 
@@ -27,13 +29,15 @@ def to_timm(model: MaskedAutoencoderViT) -> Any:
             "to_timm needs timm: pip install fastmim[timm]; to_facebook gives the weights under timm's names without it"
         ) from error
     shared = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "norm_layer")
-    vit = VisionTransformer(
-        **{name: settings[name] for name in shared},
-        mlp_ratio=settings.get("mlp_ratio", 4.0),
-        num_classes=0,
-        global_pool="token",
-        weight_init="skip",
-    )
+    # without memory, initial values or a draw from the generator
+    with torch.device("meta"):
+        vit = VisionTransformer(
+            **{name: settings[name] for name in shared},
+            mlp_ratio=settings.get("mlp_ratio", 4.0),
+            num_classes=0,
+            global_pool="token",
+            weight_init="skip",
+        )
     encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(("decoder_", "mask_"))}
     check(vit, encoder, "model's encoder")
     assign(vit, encoder)

@@ -110,10 +110,10 @@ def check(
     missing = names(expected, weights, allow_missing)
     leftover = names(weights, expected, allow_leftover)
     if missing or leftover:
-        hint = ""
-        if missing and set(missing) <= set(names(expected, (), ())) - set(names(expected, (), DECODER)):
-            hint = '; it holds an encoder only: allow_missing="decoder" gives it a new decoder'
-        raise ValueError(f"{source} has other weights than its model: missing {missing}, left over {leftover}{hint}")
+        decoder = set(expected) - set(names(expected, (), DECODER))
+        whole = decoder and decoder <= set(missing)
+        hint = ' (an encoder only? allow_missing="decoder" gives it a new decoder)' if whole else ""
+        raise ValueError(f"{source} has other weights than its model{hint}: missing {missing}, left over {leftover}")
     for name in expected.keys() & weights.keys():
         value, shape = weights[name], expected[name].shape
         if value.shape != shape:
