@@ -151,9 +151,9 @@ def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> 
                 f"{name} must be packed as attn_bias says, batch 1 and {rows} rows; got {tuple(x.shape[:2])}"
             )
     return ops.attention_varlen(
-        q[0],
-        k[0],
-        v[0],
+        q.squeeze(0),
+        k.squeeze(0),
+        v.squeeze(0),
         queries.seqstart.to(q.device),
         keys.seqstart.to(q.device),
         max(queries.max_seqlen, 0),
