@@ -149,9 +149,10 @@ def _image_size(
     grid = given or find_grid(weights)
     if grid is not None:
         return (grid[0] * patch[0], grid[1] * patch[1]), grid
-    if wanted is None and "pos_embed" in weights:
-        rows = weights["pos_embed"].shape[1] - 1
-        raise ValueError(f"{source} doesn't tell the grid of its {rows} positions: give grid_size=(rows, columns)")
+    table = weights.get("pos_embed")
+    if wanted is None and table is not None and table.dim() == 3:
+        positions = table.shape[1] - 1
+        raise ValueError(f"{source} doesn't tell the grid of its {positions} positions: give grid_size=(rows, columns)")
     return 224 if wanted is None else wanted, None
 
 

@@ -37,15 +37,15 @@ def settings_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str,
     width, channels, *patch = projection.shape
     settings: dict[str, Any] = {"patch_size": tuple(patch), "in_chans": channels, "embed_dim": width}
     settings["qkv_bias"] = "blocks.0.attn.qkv.bias" in weights or "blocks.0.attn.qkv.weight" not in weights
-    sides = ["", "decoder_"] if "decoder_embed.weight" in weights else [""]
-    for side in sides:
+    decoder = weights.get("decoder_embed.weight")
+    if decoder is not None and decoder.dim() == 2:
+        settings["decoder_embed_dim"] = decoder.shape[0]
+    for side in ("", "decoder_") if "decoder_embed_dim" in settings else ("",):
         indices = {match[1] for key in weights if (match := re.match(rf"{side}blocks\.(\d+)\.", key))}
         settings[f"{side}depth"] = len(indices)
         hidden = weights.get(f"{side}blocks.0.mlp.fc1.weight")
         if hidden is not None and hidden.dim() == 2:
             settings[f"{side}mlp_ratio"] = hidden.shape[0] / max(hidden.shape[1], 1)
-    if len(sides) == 2:
-        settings["decoder_embed_dim"] = weights["decoder_embed.weight"].shape[0]
     return settings
 
 
@@ -118,8 +118,10 @@ def check(
         value, shape = weights[name], expected[name].shape
         if value.shape != shape:
             raise ValueError(f"{source}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise ValueError(f"{source}: {name} must be of a floating dtype, got {value.dtype}")
+        if not value.is_floating_point() or value.layout != torch.strided:
+            raise ValueError(
+                f"{source}: {name} must be dense and of a floating dtype, got {value.layout} {value.dtype}"
+            )
     return names(expected, weights, ())
 
 

@@ -131,6 +131,15 @@ def test_timms_masked_autoencoder_is_read(timm, tmp_path):
     assert exported.global_pool == vit.global_pool and exported.num_classes == vit.num_classes == 0
 
 
+@pytest.mark.parametrize("safe, file", [(True, "model.safetensors"), (False, "pytorch_model.bin")])
+def test_a_directory_as_timm_writes_it(timm, tmp_path, safe, file):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0)
+    timm.models.save_for_hf(vit, str(tmp_path), model_config=dict(num_classes=0), safe_serialization=safe)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", file}
+    ours = load(tmp_path, allow_missing="decoder")
+    assert same_bits(encoder_of(ours), vit.state_dict()) and ours.blocks[0].attn.num_heads == 3
+
+
 def test_a_head_may_be_put_on(timm):
     vit = to_timm(fastmim.MaskedAutoencoderViT(**SIZES))
     vit.reset_classifier(10, "avg")
