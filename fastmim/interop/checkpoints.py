@@ -84,7 +84,7 @@ def load(
     known = settings_of_weights(weights, str(path))
     patch = known["patch_size"]
     if config is not None:
-        known |= huggingface.settings_of_config(config, str(path / "config.json"))
+        known |= huggingface.settings_of_config(config, f"{path}: config.json")
         grid_size = grid_size or _grid(known["img_size"], patch)
     elif args is not None:
         known |= facebook.settings_of_args(args)
