@@ -111,6 +111,7 @@ def test_public_names():
         "MaskedAutoencoderViT",
         "__version__",
         "from_huggingface",
+        "load",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
         "mae_vit_large_patch16",
@@ -118,6 +119,9 @@ def test_public_names():
         "mae_vit_tiny_patch16",
         "masking",
         "ops",
+        "to_facebook",
+        "to_huggingface",
+        "to_timm",
     ]  # fmt: skip
     assert ops.__all__ == [
         "add_layer_norm",
@@ -148,7 +152,15 @@ MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, m
 
 
 @pytest.mark.parametrize(
-    "function", [*OPS, *MASKS, fastmim.MaskedAutoencoderViT.forward], ids=lambda function: function.__qualname__
+    "function",
+    [
+        *OPS,
+        *MASKS,
+        fastmim.MaskedAutoencoderViT.forward,
+        fastmim.load,
+        fastmim.interop.xformers.memory_efficient_attention,
+    ],
+    ids=lambda function: function.__qualname__,
 )
 def test_docstrings_say_what_goes_in_what_comes_back_and_what_is_refused(function):
     said = inspect.getdoc(function)
