@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstddef>
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/storage.h"
 

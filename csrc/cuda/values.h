@@ -5,9 +5,6 @@
 
 namespace fastmim::cuda {
 
-FASTMIM_DEVICE int size_of(Type type) {
-  return type == Type::f32 ? 4 : 2;
-}
 
 // value `i` of an array
 FASTMIM_DEVICE float load_value(Type type, const void* from, int64_t i) {
@@ -71,9 +68,5 @@ FASTMIM_DEVICE void store_values(Type type, void* to, int64_t i, const float (&v
   }
 }
 
-// whether arrays of `type` are read and written 8 values at a time: `at` is the address of the first value
-inline bool on_words(const void* at) {
-  return reinterpret_cast<uintptr_t>(at) % 16 == 0;
-}
 
 }  // namespace fastmim::cuda
