@@ -153,7 +153,7 @@ const char* refuses_attention(const Attention& args) {
   return reason;
 }
 
-void attention(const Attention& args, Stream stream) {
+void launch_attention(const Attention& args, Stream stream) {
   with_plan(args, [&](const Plan& plan, const Shape& shape, auto kernel) {
     launch("attention", kernel, shape, stream, plan);
   });

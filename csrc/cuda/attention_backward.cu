@@ -305,7 +305,7 @@ const char* refuses_attention_backward(const Attention& args) {
   return reason;
 }
 
-void attention_backward(const Attention& args, Stream stream) {
+void launch_attention_backward(const Attention& args, Stream stream) {
   with_plan(args, [&](const Plan& plan, const Shape& shape, auto kernel) {
     launch("attention_backward", kernel, shape, stream, plan);
   });

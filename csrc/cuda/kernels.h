@@ -97,14 +97,14 @@ struct Attention {
   int64_t mask_batch, mask_key;
 };
 
-void random_masking(const Masking& args, Stream stream);
-void gather_patches(const GatherPatches& args, Stream stream);
-void scatter_patches(const ScatterPatches& args, Stream stream);
-void place_tokens(const PlaceTokens& args, Stream stream);
-void pixel_loss(const PixelLoss& args, Stream stream);
-void cosine_loss(const CosineLoss& args, Stream stream);
-void attention(const Attention& args, Stream stream);
-void attention_backward(const Attention& args, Stream stream);
+void launch_random_masking(const Masking& args, Stream stream);
+void launch_gather_patches(const GatherPatches& args, Stream stream);
+void launch_scatter_patches(const ScatterPatches& args, Stream stream);
+void launch_place_tokens(const PlaceTokens& args, Stream stream);
+void launch_pixel_loss(const PixelLoss& args, Stream stream);
+void launch_cosine_loss(const CosineLoss& args, Stream stream);
+void launch_attention(const Attention& args, Stream stream);
+void launch_attention_backward(const Attention& args, Stream stream);
 
 // why the kernels can't serve these arguments on the current device; null where they can
 const char* refuses_pixel_loss(const PixelLoss& args);

@@ -101,7 +101,7 @@ FASTMIM_KERNEL(kThreads, 4) random_masking_kernel(Plan plan) {
 
 }  // namespace
 
-void random_masking(const Masking& args, Stream stream) {
+void launch_random_masking(const Masking& args, Stream stream) {
   const int64_t warps_of_row = (args.num_patches + kLanes - 1) / kLanes;
   const int warps = warps_of_row < kWarps ? static_cast<int>(warps_of_row) : kWarps, images = kWarps / warps;
   const int64_t token_blocks = (args.num_patches + warps * kLanes - 1) / (warps * kLanes);

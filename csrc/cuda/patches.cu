@@ -112,7 +112,7 @@ bool on_words(const void* at) {
 
 }  // namespace
 
-void gather_patches(const GatherPatches& args, Stream stream) {
+void launch_gather_patches(const GatherPatches& args, Stream stream) {
   with_layout(args.from.patches, [&](auto zero, auto layout) {
     using T = decltype(zero);
     constexpr Layout kLayout = decltype(layout)::value;
@@ -121,7 +121,7 @@ void gather_patches(const GatherPatches& args, Stream stream) {
   });
 }
 
-void scatter_patches(const ScatterPatches& args, Stream stream) {
+void launch_scatter_patches(const ScatterPatches& args, Stream stream) {
   const Patches& p = args.to.patches;
   const bool wide = p.patch[p.axes - 1] % kWide == 0 && on_words(args.grad) && args.grad_stride[2] == 1 &&
                     args.grad_stride[0] % kWide == 0 && args.grad_stride[1] % kWide == 0;
@@ -129,7 +129,7 @@ void scatter_patches(const ScatterPatches& args, Stream stream) {
   launch("scatter_patches", wide ? scatter_patches_kernel<true> : scatter_patches_kernel<false>, shape, stream, args);
 }
 
-void place_tokens(const PlaceTokens& args, Stream stream) {
+void launch_place_tokens(const PlaceTokens& args, Stream stream) {
   const bool wide = args.width % kWide == 0 && on_words(args.tokens) && on_words(args.positions) &&
                     on_words(args.prefix) && on_words(args.out);
   const Shape shape{blocks_for(args.rows * args.width / (wide ? kWide : 1)), kThreads, 0};
