@@ -116,8 +116,10 @@ void touch(size_t offset, size_t count, host::Access access) {
       if (!ordered(byte.writer, byte.write)) {
         fail("reads" + place() + " without a barrier behind thread " + std::to_string(byte.writer) + ", which wrote it");
       }
-      const bool same_time = byte.read.block == whole.generation;
-      if (!same_time || byte.reader == kNobody) {
+      const bool own_warp = byte.reader_warp == current / kLanes && byte.reader != kSeveralWarps;
+      const bool behind_barrier = byte.read.block < whole.generation ||
+                                  (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
+      if (behind_barrier || byte.reader == kNobody) {
         byte.reader = current, byte.reader_warp = current / kLanes;
       } else if (byte.reader_warp != current / kLanes) {
         byte.reader = kSeveralWarps;
@@ -129,12 +131,12 @@ void touch(size_t offset, size_t count, host::Access access) {
       if (byte.written && !ordered(byte.writer, byte.write)) {
         fail("writes" + place() + " without a barrier behind thread " + std::to_string(byte.writer) + ", which wrote it");
       }
-      const bool of_own_warp = byte.reader_warp == current / kLanes && byte.reader != kSeveralWarps;
-      const int reader = byte.reader == kSeveralLanes && of_own_warp ? byte.reader_warp * kLanes : byte.reader;
-      const bool own = byte.reader == current;
-      if (byte.reader != kNobody && !own && byte.read.block == whole.generation &&
-          !(of_own_warp && byte.read.warp < warp_barriers[current / kLanes])) {
-        fail("writes" + place() + " without a barrier behind thread " + std::to_string(reader) + ", which read it");
+      const bool own_warp = byte.reader_warp == current / kLanes && byte.reader != kSeveralWarps;
+      const bool behind_barrier = byte.read.block < whole.generation ||
+                                  (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
+      if (byte.reader != kNobody && byte.reader != current && !behind_barrier) {
+        fail("writes" + place() + " without a barrier behind the threads of warp " +
+             std::to_string(byte.reader_warp) + " and others that read it");
       }
       byte.written = true, byte.in_flight = false;
       byte.writer = current, byte.write = now();
