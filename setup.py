@@ -55,9 +55,8 @@ def native():
 
 def toolkit():
     """Where the CUDA toolkit lies; None without nvcc. Where nvcc is a script that calls another, --dryrun says TOP."""
-    nvcc = shutil.which("nvcc", path=os.pathsep.join([*(Path(os.environ.get("CUDA_HOME", "")) / "bin",), ""])) or (
-        shutil.which("nvcc")
-    )
+    home = os.environ.get("CUDA_HOME")
+    nvcc = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
     if not nvcc:
         return None
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr

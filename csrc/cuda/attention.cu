@@ -69,7 +69,8 @@ FASTMIM_DEVICE void fetch_queries(const Plan& plan, T* tile, int64_t b, int64_t 
 }
 
 template <typename T, int D, int BLOCK>
-FASTMIM_KERNEL(kThreads, 3) attention_kernel(Plan plan) {
+FASTMIM_KERNEL(kThreads, 3)
+attention_kernel(Plan plan) {
   const Attention& args = plan.args;
   const Shared<T, D> shared(plan);
   T* tile = shared.queries + warp() * kTile * kPitch<D>;

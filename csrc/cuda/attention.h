@@ -1,7 +1,8 @@
 // What both directions of attention share: tiles in shared memory and their products on the tensor cores.
 //
-// A tile is rows of D values, D a multiple of 16 and the head's own columns followed by zeros. Its rows lie D + 8 values
-// apart, an odd number of 16-byte words, so that the eight rows that ldmatrix reads at a time fall on different banks.
+// A tile is rows of D values, D a multiple of 16 and the head's own columns followed by zeros. Its rows lie D + 8
+// values apart, an odd number of 16-byte words, so that the eight rows that ldmatrix reads at a time fall on different
+// banks.
 #pragma once
 
 #include "device.h"
@@ -105,7 +106,7 @@ FASTMIM_DEVICE void multiply_weights(float (&c)[D / 8][4], const float (&weights
 #pragma unroll
   for (int n = 0; n < KEYS; n += kTile) {
     if (n >= count) continue;
-    const float(&left)[4] = weights[n / 8], (&right)[4] = weights[n / 8 + 1];
+    const float (&left)[4] = weights[n / 8], (&right)[4] = weights[n / 8 + 1];
     // accumulators of two neighbouring products are laid out as one left operand
     const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
                            pack<T>(right[2], right[3])};

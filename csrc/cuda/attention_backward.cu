@@ -192,7 +192,8 @@ FASTMIM_DEVICE void sum_over_queries(const Plan& plan, const Shared<T, D, BLOCK>
 }
 
 template <typename T, int D, int BLOCK, int WARPS, int TILES, bool LONG>
-FASTMIM_KERNEL(WARPS* kLanes, LONG ? 1 : 2) attention_backward_kernel(Plan plan) {
+FASTMIM_KERNEL(WARPS* kLanes, LONG ? 1 : 2)
+attention_backward_kernel(Plan plan) {
   const Attention& args = plan.args;
   const Shared<T, D, BLOCK> shared(plan);
   constexpr bool kNarrow = std::is_same_v<T, F16>;

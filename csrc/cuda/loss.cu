@@ -53,7 +53,8 @@ FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormP
 }
 
 template <typename T, Layout LAYOUT>
-FASTMIM_KERNEL(kThreads, 4) pixel_loss_kernel(PixelLoss args) {
+FASTMIM_KERNEL(kThreads, 4)
+pixel_loss_kernel(PixelLoss args) {
   constexpr int kPixels = kRun<T, LAYOUT>, kChannels = kChannelsOfRun<LAYOUT>;
   const Patches& p = args.target.patches;
   const int values = static_cast<int>(patch_values(p)), channels = static_cast<int>(p.channels);

@@ -48,7 +48,8 @@ Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArr
   const PatchTensors to(images, ids, patch_size, {}, std);
   if (grad.numel() == 0) return images;
   const Place place(grad);
-  launch_scatter_patches({to.rows, address(grad), type, {grad.stride(0), grad.stride(1), grad.stride(2)}}, place.stream);
+  launch_scatter_patches({to.rows, address(grad), type, {grad.stride(0), grad.stride(1), grad.stride(2)}},
+                         place.stream);
   return images;
 }
 

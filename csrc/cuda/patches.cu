@@ -23,7 +23,8 @@ int64_t blocks_for(int64_t threads) {
 }
 
 template <typename T, Layout LAYOUT>
-FASTMIM_KERNEL(kThreads, 2) gather_patches_kernel(GatherPatches args) {
+FASTMIM_KERNEL(kThreads, 2)
+gather_patches_kernel(GatherPatches args) {
   constexpr int kPixels = kRun<T, LAYOUT>, kChannels = kChannelsOfRun<LAYOUT>;
   const Patches& p = args.from.patches;
   const int64_t runs = run_count<T, LAYOUT>(p), index = block() * kThreads + thread();
@@ -46,7 +47,8 @@ FASTMIM_KERNEL(kThreads, 2) gather_patches_kernel(GatherPatches args) {
 }
 
 template <bool WIDE>
-FASTMIM_KERNEL(kThreads, 4) scatter_patches_kernel(ScatterPatches args) {
+FASTMIM_KERNEL(kThreads, 4)
+scatter_patches_kernel(ScatterPatches args) {
   constexpr int kCount = WIDE ? kWide : 1;
   const Patches& p = args.to.patches;
   const int64_t values = patch_values(p), runs = values / kCount, index = block() * kThreads + thread();
@@ -71,13 +73,14 @@ FASTMIM_KERNEL(kThreads, 4) scatter_patches_kernel(ScatterPatches args) {
 }
 
 template <bool WIDE>
-FASTMIM_KERNEL(kThreads, 4) place_tokens_kernel(PlaceTokens args) {
+FASTMIM_KERNEL(kThreads, 4)
+place_tokens_kernel(PlaceTokens args) {
   constexpr int kCount = WIDE ? kWide : 1;
   const int64_t runs = args.width / kCount, index = block() * kThreads + thread();
   const int64_t row = index / runs, first = index % runs * kCount, all = args.prefixes + args.per_image;
   if (row >= args.rows) return;
   const int64_t b = row / all, n = row % all, k = n - args.prefixes;
-  const auto read = [&](Type type, const void* from, int64_t from_row, float(&value)[kCount]) {
+  const auto read = [&](Type type, const void* from, int64_t from_row, float (&value)[kCount]) {
     if constexpr (WIDE) {
       load_values(type, from, from_row * args.width + first, value);
     } else {

@@ -15,7 +15,9 @@ enum class Layout : int { scalar, planes, interleaved };
 constexpr int kInterleaved = 3;
 
 template <typename T, Layout LAYOUT>
-constexpr int kRun = LAYOUT == Layout::scalar ? 1 : sizeof(T) == 1 ? 16 : 8;
+constexpr int kRun = LAYOUT == Layout::scalar ? 1
+                     : sizeof(T) == 1         ? 16
+                                              : 8;
 
 template <Layout LAYOUT>
 constexpr int kChannelsOfRun = LAYOUT == Layout::interleaved ? kInterleaved : 1;

@@ -5,7 +5,6 @@
 
 namespace fastmim::cuda {
 
-
 // value `i` of an array
 FASTMIM_DEVICE float load_value(Type type, const void* from, int64_t i) {
   if (type == Type::f32) return load(static_cast<const float*>(from) + i);
@@ -67,6 +66,5 @@ FASTMIM_DEVICE void store_values(Type type, void* to, int64_t i, const float (&v
     }
   }
 }
-
 
 }  // namespace fastmim::cuda

@@ -3,3 +3,4 @@
 #include "../../../csrc/cuda/loss.cpp"
 #include "../../../csrc/cuda/masking.cpp"
 #include "../../../csrc/cuda/patches.cpp"
+#include "faults.inl"

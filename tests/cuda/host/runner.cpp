@@ -114,11 +114,12 @@ void touch(size_t offset, size_t count, host::Access access) {
       if (byte.in_flight) fail("reads" + place() + " before the copy to it was waited for");
       if (!byte.written) fail("reads" + place() + ", which nobody has written");
       if (!ordered(byte.writer, byte.write)) {
-        fail("reads" + place() + " without a barrier behind thread " + std::to_string(byte.writer) + ", which wrote it");
+        fail("reads" + place() + " without a barrier behind thread " + std::to_string(byte.writer) +
+             ", which wrote it");
       }
       const bool own_warp = byte.reader_warp == current / kLanes && byte.reader != kSeveralWarps;
-      const bool behind_barrier = byte.read.block < whole.generation ||
-                                  (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
+      const bool behind_barrier =
+          byte.read.block < whole.generation || (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
       if (behind_barrier || byte.reader == kNobody) {
         byte.reader = current, byte.reader_warp = current / kLanes;
       } else if (byte.reader_warp != current / kLanes) {
@@ -129,14 +130,15 @@ void touch(size_t offset, size_t count, host::Access access) {
       byte.read = now();
     } else {
       if (byte.written && !ordered(byte.writer, byte.write)) {
-        fail("writes" + place() + " without a barrier behind thread " + std::to_string(byte.writer) + ", which wrote it");
+        fail("writes" + place() + " without a barrier behind thread " + std::to_string(byte.writer) +
+             ", which wrote it");
       }
       const bool own_warp = byte.reader_warp == current / kLanes && byte.reader != kSeveralWarps;
-      const bool behind_barrier = byte.read.block < whole.generation ||
-                                  (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
+      const bool behind_barrier =
+          byte.read.block < whole.generation || (own_warp && byte.read.warp < warp_barriers[current / kLanes]);
       if (byte.reader != kNobody && byte.reader != current && !behind_barrier) {
-        fail("writes" + place() + " without a barrier behind the threads of warp " +
-             std::to_string(byte.reader_warp) + " and others that read it");
+        fail("writes" + place() + " without a barrier behind the threads of warp " + std::to_string(byte.reader_warp) +
+             " and others that read it");
       }
       byte.written = true, byte.in_flight = false;
       byte.writer = current, byte.write = now();
@@ -209,7 +211,8 @@ namespace host {
 unsigned char* checked(const void* pointer, size_t count, Access access) {
   uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   const char* verb = access == Access::read ? "reads" : "writes";
-  if (address % count) fail(std::string(verb) + " " + std::to_string(count) + " bytes at an address that is no multiple");
+  if (address % count)
+    fail(std::string(verb) + " " + std::to_string(count) + " bytes at an address that is no multiple");
   if (address & kShared) {
     address &= ~kShared;
     if (address + count > shared.size()) {
