@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
 
-.PHONY: throughput test interpret test-all test-oldest gpu-report sanitize lint clean
+.PHONY: throughput test interpret runner test-all test-oldest gpu-report sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -13,10 +13,16 @@ throughput: .venv/ready
 test: .venv/ready lint
 	.venv/bin/python -m pytest -n auto $(ARGS)
 	$(MAKE) interpret
+	$(MAKE) runner
 
 # the op suite on the Triton kernels, in Triton's interpreter
 interpret: .venv/ready
 	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto tests/ops $(ARGS)
+
+# the op suite on the CUDA C++ kernels, run on the CPU by tests/cuda/host
+runner: .venv/ready
+	FASTMIM_TEST_KERNELS=cuda .venv/bin/python -m pytest -n auto \
+	$(addprefix tests/ops/test_,masking.py patches.py attention.py loss.py) -k "not compile and not 2_31 and not threads" $(ARGS)
 
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 .venv/bin/python -m pytest -n auto $(ARGS)
@@ -42,7 +48,7 @@ sanitize: .venv/ready
 	.venv/bin/python -m pytest tests/ops tests/test_masking.py -k "not compile" $(ARGS)
 
 lint: .venv/ready
-	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/*
+	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/* tests/cuda/host/*.h tests/cuda/host/*.cpp tests/cuda/host/*.inl
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

@@ -21,32 +21,62 @@ if family not in FAMILIES:
     raise ValueError(f"FASTMIM_KERNELS must be one of {', '.join(FAMILIES)}; got {family!r}")
 
 # why a family serves nothing at all here
-missing: dict[str, str] = {"cuda": "the kernels of this family have not been written yet"}
+missing: dict[str, str] = {}
 # facts about the compiled kernels, None where there are none
 build: dict[str, str] | None = None
 
 
-def _load_extension() -> None:
-    """Load fastmim._C, whose kernels register themselves for CPU tensors."""
-    global build
-    if importlib.util.find_spec("fastmim._C") is None:
-        missing["cpp"] = (
-            "fastmim._C was not built: pip install --no-build-isolation, with torch and a C++ compiler there"
-        )
-        return
+def _load_extension(name: str) -> Any:
+    """The compiled module fastmim.`name`, whose kernels register themselves; None where it was not built."""
+    if importlib.util.find_spec(f"fastmim.{name}") is None:
+        return None
     try:
-        from fastmim import _C
+        return importlib.import_module(f"fastmim.{name}")
     except ImportError as error:
         raise ImportError(
-            f"fastmim._C was built for another torch and does not load with {torch.__version__}; build it anew: {error}"
+            f"fastmim.{name} was built for another torch and does not load with {torch.__version__}; build it anew: "
+            f"{error}"
         ) from error
-    build = {"torch": _C.torch_version, "compiler": _C.compiler, "isa": _C.isa()}
 
 
-if family in ("auto", "cpp"):
-    _load_extension()
-else:
+if family not in ("auto", "cpp"):
     missing["cpp"] = f"FASTMIM_KERNELS={family}"
+elif (_C := _load_extension("_C")) is not None:
+    build = {"torch": _C.torch_version, "compiler": _C.compiler, "isa": _C.isa()}
+else:
+    missing["cpp"] = "fastmim._C was not built: pip install --no-build-isolation, with torch and a C++ compiler there"
+
+# the ops that csrc/cuda serves
+CUDA_OPS = (
+    "random_masking",
+    "gather_patches",
+    "gather_patches_backward",
+    "embed_patches",
+    "attention",
+    "attention_backward",
+    "attention_qkvpacked",
+    "attention_qkvpacked_backward",
+    "pixel_loss",
+    "scaled_cosine_loss",
+)
+# those of them that go ahead of Triton's, as a file in benchmarks/results shows that they win; none has been measured
+CUDA_FIRST: tuple[str, ...] = ()
+
+# facts about the compiled CUDA kernels, None where there are none
+cuda_build: dict[str, str] | None = None
+if family not in ("auto", "cuda"):
+    missing["cuda"] = f"FASTMIM_KERNELS={family}"
+elif (_CUDA := _load_extension("_CUDA")) is not None:
+    cuda_build = {
+        "torch": _CUDA.torch_version,
+        "CUDA": f"{_CUDA.cuda_version // 1000}.{_CUDA.cuda_version % 1000 // 10}",
+        "architectures": _CUDA.architectures,
+    }
+else:
+    missing["cuda"] = (
+        "fastmim._CUDA was not built: FASTMIM_BUILD_CUDA=1 pip install --no-build-isolation, with nvcc and a CUDA "
+        "build of torch there"
+    )
 
 # the devices whose tensors Triton serves
 triton_devices: tuple[str, ...] = ()
@@ -67,27 +97,52 @@ def triton_room(op: str) -> str | None:
     return next((room for room, served in kernels.OPS.items() if op in served), None)
 
 
-def triton_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The Triton kernel of `op`, which leaves what it does not serve to `fallback`; None where there is none."""
-    room = triton_room(op)
-    if room is None or not triton_devices:
+def families(op: str) -> tuple[str, ...]:
+    """The families that are asked on CUDA devices, in order; the next one gets what one leaves unserved."""
+    triton = ("triton",) if triton_devices and triton_room(op) else ()
+    cuda = ("cuda",) if cuda_build and op in CUDA_OPS else ()
+    return (*cuda, *triton) if op in CUDA_FIRST else (*triton, *cuda)
+
+
+def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What serves `op` on the devices that `devices` names: the first of its families' kernels that takes the arguments.
+
+    `fallback` gets what none of them takes, with their reasons; None where `op` has no kernel.
+    """
+    order = families(op)
+    if not order:
         return None
 
     @functools.cache
-    def launcher() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{room}"), op)
-        return found
+    def launchers() -> tuple[Callable[..., Any], ...]:
+        return tuple(_launcher(name, op) for name in order)
 
     def run(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
         if device.type == "cuda" and not _capable(device):
             return fallback(*args, reason="needs compute capability 8.0")
-        try:
-            return launcher()(*args)
-        except kernels.Unserved as unserved:
-            return fallback(*args, reason=str(unserved))
+        reasons = []
+        for launch in launchers():
+            try:
+                return launch(*args)
+            except (kernels.Unserved, NotImplementedError) as unserved:
+                reasons.append(str(unserved).partition("\n")[0])
+        return fallback(*args, reason="; ".join(reasons))
 
     return run
+
+
+def devices(op: str) -> tuple[str, ...]:
+    """The devices whose tensors `device_kernel` serves."""
+    return triton_devices if "triton" in families(op) else ("cuda",)
+
+
+def _launcher(name: str, op: str) -> Callable[..., Any]:
+    if name == "triton":
+        found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{triton_room(op)}"), op)
+        return found
+    compiled: Callable[..., Any] = getattr(torch.ops.fastmim_cuda, op)
+    return compiled
 
 
 @functools.cache

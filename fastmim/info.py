@@ -23,6 +23,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "build": _library.build,
+        "cuda build": _library.cuda_build,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "FASTMIM_KERNELS": _library.family,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
@@ -39,10 +40,11 @@ def _version(package: str) -> str | None:
 
 def _kernel(op: str, key: str) -> str:
     """The family whose kernel the dispatcher calls."""
-    if key.lower() in _library.triton_devices and _library.triton_room(op):
-        return "triton"
+    order = _library.families(op)
+    if order and key.lower() in _library.devices(op):
+        return order[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
-        return {"CPU": "cpp", "CUDA": "cuda"}[key]
+        return "cpp"
     return "reference" if _library.family in ("auto", "reference") else f"none: {_library.missing[_library.family]}"
 
 
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"CPU        {found['cpu']['capability']}, {found['cpu']['threads']} threads")
     if found["build"]:
         print("C++        " + ", ".join(f"{name} {value}" for name, value in found["build"].items()))
+    if found["cuda build"]:
+        print("CUDA C++   " + ", ".join(f"{name} {value}" for name, value in found["cuda build"].items()))
     print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
     print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))

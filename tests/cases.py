@@ -15,9 +15,10 @@ TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
 # where op tests put their tensors; cuda: benchmarks/gpu_report.py runs those that say something of a device
 DEVICE = os.environ.get("FASTMIM_TEST_DEVICE", "cpu")
 TEST_TRITON = os.environ.get("FASTMIM_TEST_KERNELS") == "triton"
+TEST_CUDA = os.environ.get("FASTMIM_TEST_KERNELS") == "cuda"
 
 # float64 is always the reference's
-DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if TEST_TRITON else (torch.float64,))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if TEST_TRITON or TEST_CUDA else (torch.float64,))
 NARROW = (torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 32, 48, 63, 64, 65, 72, 80, 88, 127, 192, 384, 768, 1023, 1280)
 LENGTHS = (1, 2, 3, 5, 17, 49, 50, 65, 196, 197, 257)

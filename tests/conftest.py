@@ -1,10 +1,13 @@
 """What every test gets: a fixed seed, and memory that reads NaN until it is written.
 
 With FASTMIM_TEST_KERNELS=triton (and TRITON_INTERPRET=1) the Triton kernels serve CPU tensors in the op suite, by
-Triton's interpreter; what they leave unserved, float64 first of all, goes to the reference.
+Triton's interpreter; what they leave unserved, float64 first of all, goes to the reference. With
+FASTMIM_TEST_KERNELS=cuda the CUDA C++ kernels do so, on the runner in tests/cuda/host.
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -12,9 +15,9 @@ import torch
 
 pytest.register_assert_rewrite("cases", "contract")
 
-from cases import TEST_ALL, TEST_TRITON  # noqa: E402
+from cases import TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
 
-from fastmim import kernels  # noqa: E402
+from fastmim import _library, kernels  # noqa: E402
 
 hypothesis.settings.register_profile(
     "fastmim", deadline=None, derandomize=True, max_examples=200 if TEST_ALL else 12, print_blob=False
@@ -54,6 +57,31 @@ def interpreted(room: str, op: str):
     return run
 
 
+def runner_library() -> Path:
+    """The CUDA C++ kernels built for the CPU."""
+    path = Path(__file__).parent / "cuda" / "host" / "build.py"
+    specification = importlib.util.spec_from_file_location("cuda_host_build", path)
+    build = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(build)
+    if build.why_not():
+        pytest.skip(build.why_not())
+    return build.library()
+
+
+def on_runner(op: str):
+    """The CUDA C++ kernel of `op`, or the reference where it says that it does not serve."""
+    kernel, reference = getattr(torch.ops.fastmim_host, op), getattr(torch.ops.fastmim_reference, op)
+
+    def run(*args):
+        try:
+            with torch.autocast("cpu", enabled=False):
+                return kernel(*args)
+        except NotImplementedError:
+            return reference(*args)
+
+    return run
+
+
 def convert_bfloat16_as_gpus_do():
     """Triton's interpreter truncates to bfloat16 and loses its subnormals; a GPU does neither."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
@@ -73,13 +101,17 @@ def convert_bfloat16_as_gpus_do():
 @pytest.fixture(autouse=True, scope="session")
 def served_by():
     """The family under test."""
-    if not TEST_TRITON:
+    if not (TEST_TRITON or TEST_CUDA):
         yield
         return
-    convert_bfloat16_as_gpus_do()
+    if TEST_TRITON:
+        convert_bfloat16_as_gpus_do()
+        served = {name: interpreted(room, name) for room, names in kernels.OPS.items() for name in names}
+    else:
+        torch.ops.load_library(runner_library())
+        served = {name: on_runner(name) for name in _library.CUDA_OPS}
     library = torch.library.Library("fastmim", "IMPL")
-    for room, names in kernels.OPS.items():
-        for name in names:
-            library.impl(name, interpreted(room, name), "CPU", allow_override=True)
+    for name, kernel in served.items():
+        library.impl(name, kernel, "CPU", allow_override=True)
     yield
     library._destroy()

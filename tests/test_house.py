@@ -22,7 +22,7 @@ ROOT = Path(fastmim.__file__).parent.parent
 HOUSE = "reference", "ops", "masking", "nn", "models", "train interop", "__init__", "info", "cli"
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms.split()}
 CELLAR = {"_checks", "_library", "_version"}  # open to all that import fastmim at all
-NATIVE = {"kernels", "_C"}
+NATIVE = {"kernels", "_C", "_CUDA"}
 
 
 def imports(source: str, package: str) -> set[str]:
@@ -90,6 +90,7 @@ def test_who_imports_whom(path):
         ("data", "from .. import ops"),
         ("info", "import fastmim.kernels.patches"),
         ("models", "from fastmim import _C"),
+        ("ops", "from fastmim import _CUDA"),
         ("nn", "import triton.language as tl"),
         ("kernels", "from fastmim._library import family"),
         ("kernels", "import numpy"),

@@ -28,9 +28,9 @@ def define(
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
     fallback = _library.fallback(name, _in_own_precision(reference))
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
-    launcher = _library.triton_kernel(name, fallback)
-    if launcher is not None:
-        torch.library.impl(qualified, _library.triton_devices, _in_own_precision(launcher))
+    kernel = _library.device_kernel(name, fallback)
+    if kernel is not None:
+        torch.library.impl(qualified, _library.devices(name), _in_own_precision(kernel))
     # by this name a compiled kernel finds the formula for what it does not serve
     torch.library.define(f"fastmim_reference::{name}", schema)
     torch.library.impl(f"fastmim_reference::{name}", "CompositeExplicitAutograd", fallback)

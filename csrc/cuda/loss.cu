@@ -1,0 +1,188 @@
+// Losses whose gradient is made in the forward pass.
+//
+//   pixel:  t = the patch (x - mean) / std, normalised by its own mean and deviation; w = weight / total, or 1 / rows
+//           loss[row] = w sum((pred - t)^2) / P,  grad = w 2 (pred - t) / P
+//   cosine: x = pred / |pred|, y = target / |target|, c = x . y;  loss[row] = w (1 - c)^gamma
+//           dpred = -w gamma (1 - c)^(gamma - 1) (y - c x) / |pred|, and the same for target
+//
+// Who owns what: a warp owns a row, its lanes every 32nd value, or run of pixels (reader.h). Sums are of lanes in one
+// order, so that they repeat; the rows' losses are summed by the caller.
+// Shared memory: a warp's rows as floats: P of a target (channel fastest, as pred is), or D of pred and D of target.
+// Per row: the pixels, pred and its gradient once; about 10 operations a value. Norms divide by the row's largest
+// magnitude first, so that no square overflows.
+#include "reader.h"
+
+namespace fastmim::cuda {
+
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kLanes;
+
+FASTMIM_DEVICE int64_t own_row() {
+  return block() * kWarps + warp();
+}
+
+// what a row's loss is multiplied by; 0 where all weights are 0
+FASTMIM_DEVICE float scale_of(const float* weight, const float* total, float share, int64_t row) {
+  if (weight == nullptr) return share;
+  if (total == nullptr) return load(weight + row);
+  const float sum = load(total);
+  return sum == 0 ? 0 : load(weight + row) / sum;
+}
+
+// values first, first + step, .. of a row lose their mean, and are divided by their deviation
+FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormPix norm) {
+  const int count = values / step;
+  // a constant patch is 0 whatever its value: sums are of differences to the first
+  const float origin = load(row + first);
+  float sum = 0;
+  for (int i = lane(); i < count; i += kLanes) sum += load(row + first + i * step) - origin;
+  const float mean = sum_of_lanes(sum) / static_cast<float>(count);
+  float square = 0;
+  for (int i = lane(); i < count; i += kLanes) {
+    const float difference = load(row + first + i * step) - origin - mean;
+    square += difference * difference;
+  }
+  const float divisor = deviation(norm, sum_of_lanes(square) / static_cast<float>(count - 1));
+  sync_warp();
+  for (int i = lane(); i < count; i += kLanes) {
+    float* at = row + first + i * step;
+    store(at, (load(at) - origin - mean) / divisor);
+  }
+  sync_warp();
+}
+
+template <typename T, Layout LAYOUT>
+FASTMIM_KERNEL(kThreads, 4)
+pixel_loss_kernel(PixelLoss args) {
+  constexpr int kPixels = kRun<T, LAYOUT>, kChannels = kChannelsOfRun<LAYOUT>;
+  const Patches& p = args.target.patches;
+  const int values = static_cast<int>(patch_values(p)), channels = static_cast<int>(p.channels);
+  const int area = values / channels, runs = values / (kPixels * kChannels);
+  const int64_t row = own_row();
+  if (row >= args.target.rows) return;
+  float* target = reinterpret_cast<float*>(shared_memory()) + warp() * values;
+
+  const int64_t start = row_start(args.target, row);
+  for (int run = lane(); run < runs; run += kLanes) {
+    float value[kPixels * kChannels];
+    read_run<T, LAYOUT>(p, start, run, value);
+    const int first = run * kPixels, c = kChannels > 1 ? 0 : first / area, in_plane = first - c * area;
+#pragma unroll
+    for (int i = 0; i < kPixels; ++i) {
+#pragma unroll
+      for (int channel = 0; channel < kChannels; ++channel) {
+        store(target + (in_plane + i) * channels + c + channel, value[i * kChannels + channel]);
+      }
+    }
+  }
+  sync_warp();
+  if (args.norm == NormPix::patch) normalize(target, 0, 1, values, args.norm);
+  if (args.norm == NormPix::channel) {
+    for (int c = 0; c < channels; ++c) normalize(target, c, channels, values, args.norm);
+  }
+
+  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
+  const float slope = scale * (2.0f / static_cast<float>(values));
+  const int64_t from =
+      row / args.target.per_image * args.pred_stride[0] + row % args.target.per_image * args.pred_stride[1];
+  float square = 0;
+  for (int i = lane(); i < values; i += kLanes) {
+    const float error = load_value(args.type, args.pred, from + i * args.pred_stride[2]) - load(target + i);
+    square += error * error;
+    if (args.grad != nullptr) store_value(args.grad_type, args.grad, row * values + i, error * slope);
+  }
+  square = sum_of_lanes(square);
+  if (lane() == 0) store(args.losses + row, square / static_cast<float>(values) * scale);
+}
+
+// x = direction * norm * size, with size the largest magnitude; a zero row has size 0
+struct Direction {
+  float size, norm;
+};
+
+// a row, in shared memory from now on, becomes its direction; NaN where a value is not finite
+FASTMIM_DEVICE Direction read_direction(Type type, const void* from, int64_t first, int width, float* row) {
+  float size = 0, poison = 0;
+  for (int i = lane(); i < width; i += kLanes) {
+    const float value = load_value(type, from, first + i);
+    size = fmaxf(size, fabsf(value));
+    poison += value - value;
+    store(row + i, value);
+  }
+  size = largest_of_lanes(size);
+  poison = sum_of_lanes(poison);
+  float square = 0;
+  for (int i = lane(); i < width; i += kLanes) {
+    const float scaled = size == 0 ? 0 : load(row + i) / size;
+    square += scaled * scaled;
+    store(row + i, scaled);
+  }
+  const float norm = fmaxf(sqrtf(sum_of_lanes(square)), 1.0f);
+  for (int i = lane(); i < width; i += kLanes) store(row + i, load(row + i) / norm + poison);
+  return {size, norm};
+}
+
+FASTMIM_DEVICE void write_gradient(void* to, Type type, Type limit, int64_t first, int width, float slope, float cosine,
+                                   const float* own, const float* other, const Direction& of) {
+  if (to == nullptr) return;
+  for (int i = lane(); i < width; i += kLanes) {
+    const float value =
+        cosine_gradient(slope, cosine, load(own + i), load(other + i), of.norm, of.size, largest_of(limit));
+    store_value(type, to, first + i, value);
+  }
+}
+
+FASTMIM_KERNEL(kThreads, 4) cosine_loss_kernel(CosineLoss args) {
+  const int64_t row = own_row();
+  if (row >= args.rows) return;
+  const int width = static_cast<int>(args.width);
+  const int64_t first = row * args.width;
+  float* x = reinterpret_cast<float*>(shared_memory()) + warp() * 2 * width;
+  float* y = x + width;
+  const Direction of_x = read_direction(args.pred_type, args.pred, first, width, x);
+  const Direction of_y = read_direction(args.target_type, args.target, first, width, y);
+  float cosine = 0;
+  for (int i = lane(); i < width; i += kLanes) cosine += load(x + i) * load(y + i);
+  cosine = sum_of_lanes(cosine);
+  cosine = cosine > 1 ? 1 : cosine < -1 ? -1 : cosine;
+  const CosineError error = cosine_error(cosine, args.gamma);
+  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
+  if (lane() == 0) store(args.losses + row, error.loss * scale);
+  const float slope = error.slope * scale;
+  write_gradient(args.dpred, args.dpred_type, args.pred_type, first, width, slope, cosine, x, y, of_x);
+  write_gradient(args.dtarget, args.dtarget_type, args.target_type, first, width, slope, cosine, y, x, of_y);
+}
+
+Shape shape_of(int64_t rows, int64_t values) {
+  return {(rows + kWarps - 1) / kWarps, kThreads, kWarps * values * static_cast<int64_t>(sizeof(float))};
+}
+
+const char* refuses(int64_t values) {
+  constexpr int64_t kMostValues = int64_t{1} << 24;
+  const bool fits = values < kMostValues && shape_of(1, values).shared <= shared_limit();
+  return fits ? nullptr : "a row exceeds this device's shared memory";
+}
+
+}  // namespace
+
+const char* refuses_pixel_loss(const PixelLoss& args) {
+  return refuses(patch_values(args.target.patches));
+}
+
+const char* refuses_cosine_loss(const CosineLoss& args) {
+  return refuses(2 * args.width);
+}
+
+void launch_pixel_loss(const PixelLoss& args, Stream stream) {
+  const Shape shape = shape_of(args.target.rows, patch_values(args.target.patches));
+  with_layout(args.target.patches, [&](auto zero, auto layout) {
+    launch("pixel_loss", pixel_loss_kernel<decltype(zero), decltype(layout)::value>, shape, stream, args);
+  });
+}
+
+void launch_cosine_loss(const CosineLoss& args, Stream stream) {
+  launch("cosine_loss", cosine_loss_kernel, shape_of(args.rows, 2 * args.width), stream, args);
+}
+
+}  // namespace fastmim::cuda

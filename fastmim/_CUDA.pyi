@@ -1,0 +1,3 @@
+torch_version: str
+cuda_version: int
+architectures: str
