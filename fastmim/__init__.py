@@ -1,6 +1,6 @@
 """fastmim: masked autoencoders that pay only for the patches they look at."""
 
-from . import masking, ops
+from . import data, masking, ops
 from ._version import __version__
 from .interop.huggingface import from_huggingface
 from .masking import Mask
@@ -19,6 +19,7 @@ __all__ = [
     "Mask",
     "MaskedAutoencoderViT",
     "__version__",
+    "data",
     "from_huggingface",
     "mae_vit_base_patch16",
     "mae_vit_huge_patch14",

@@ -110,6 +110,7 @@ def test_public_names():
         "Mask",
         "MaskedAutoencoderViT",
         "__version__",
+        "data",
         "from_huggingface",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
