@@ -63,11 +63,12 @@ class Decoder:
         raise TypeError(f"{type(self).__name__} is no decoder")
 
     def finish(self, prepared: list[Any]) -> tuple[Tensor, dict[int, str]]:
-        """uint8 (n * repeats, H, W, 3) on the device of those that can be decoded, and why the others can't, by place."""
+        """Crops uint8 (n * repeats, H, W, 3) on the device, and by place why one can't be decoded, which is left out."""
         rows = [row for rows in prepared for row in rows]
-        batch = torch.empty(len(rows), *self.crops.size, 3, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        batch = torch.empty(len(rows), *self.crops.size, 3, dtype=torch.uint8, pin_memory=pin)
         np.stack(rows, out=batch.numpy())
-        return batch if self.device.type == "cpu" else batch.to(self.device), {}
+        return batch.to(self.device), {}
 
     def close(self) -> None:
         """Give back what `finish` holds."""

@@ -27,11 +27,9 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
             size = _frame(segment) if marker in FRAMES else None
             if size is None:
                 return None
-        elif marker == 0xE1 and segment[:4] == b"Exif" and not _upright(segment[6:]):
-            return None
-        elif marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] != bytes([ADOBE_YCC]):
-            return None
-        if length < 2:
+        turned = marker == 0xE1 and segment[:4] == b"Exif" and not _upright(segment[6:])
+        coloured = marker == 0xEE and segment[:5] == b"Adobe" and segment[11:12] != bytes([ADOBE_YCC])
+        if turned or coloured or length < 2:
             return None
         at += 2 + length
     return None
@@ -59,7 +57,8 @@ def _upright(tiff: bytes) -> bool:
         for entry in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind = struct.unpack_from(f"{order}HH", tiff, entry)
             if tag == ORIENTATION:
-                return kind == 3 and struct.unpack_from(f"{order}H", tiff, entry + 8)[0] == 1
+                (value,) = struct.unpack_from(f"{order}H", tiff, entry + 8)
+                return bool(kind == 3 and value == 1)
     except struct.error:
         return False
     return True

@@ -45,8 +45,8 @@ class ImageLoader:
     of an epoch of one shard. The epoch's order is cut into global batches; every shard yields equally many. With
     `drop_last=False` the remainder is dealt out evenly, and repeated only where fewer samples than shards are left.
 
-    What can't be read is skipped and its place taken by the samples that follow in the shard's own part, so other shards
-    are not concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to keep batches whole,
+    What can't be read is skipped, and the samples that follow in the shard's own part move up: other shards are not
+    concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to keep batches whole,
     `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in `skipped`, and in
     the quarantine file with their reasons. Grey, CMYK, 16-bit, palette, transparent and animated images (the first
     frame) are converted to RGB; EXIF orientation is applied.

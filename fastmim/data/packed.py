@@ -110,7 +110,7 @@ class Packed:
         start, height, width, checksum = self._places[sample].tolist()
         flat = self._maps[shard][start : start + height * width * 3]
         if not self._verified[sample]:
-            if zlib.crc32(flat) != checksum:
+            if zlib.crc32(flat.data) != checksum:
                 raise ValueError(
                     f"packed dataset: {shard_files(self.root, shard)[0]} is damaged: the checksum of "
                     f"{self.names[sample]} differs; remove it and run the same `fastmim pack` again"

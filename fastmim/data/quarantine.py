@@ -33,7 +33,7 @@ class Quarantine:
         logger.warning("skipping %s: %s", name, reason)
         try:
             if self._listed is None:
-                self._listed = {entry["file"] for entry in listed(self.path)}
+                self._listed = {str(entry["file"]) for entry in listed(self.path)}
             if name not in self._listed:
                 self._listed.add(name)
                 # one write, so that lines of several processes don't mix
