@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .philox import uniforms
+from .philox import Floats, Ints, uniforms
 
 ATTEMPTS = 10
 # per attempt an area and a shape, then where it lies and whether it is mirrored
@@ -42,13 +41,13 @@ class Crops:
     flip: bool
     repeats: int
 
-    def draws(self, seed: int, epoch: int, samples: NDArray[np.int64]) -> NDArray[np.float64]:
+    def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """The numbers (n, repeats, 4 * BLOCKS) that decide on the crops of `samples` (n,)."""
         n, repeats = len(samples), self.repeats
         pairs = np.repeat(samples, repeats), np.tile(np.arange(repeats), n)
         return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, repeats, -1)
 
-    def of(self, draws: NDArray[np.float64], width: int, height: int) -> list[Crop]:
+    def of(self, draws: Floats, width: int, height: int) -> list[Crop]:
         """The crops of a picture of that size, by the numbers (repeats, 4 * BLOCKS) drawn for it."""
         return [self._one(numbers.tolist(), width, height) for numbers in draws]
 

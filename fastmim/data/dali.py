@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import jpeg, pictures
 from .crops import Crop, Crops
 from .decoders import Decoder
+from .philox import Floats
 from .pictures import Pixels, Unreadable
 
 
@@ -39,7 +39,7 @@ class Dali(Decoder):
         self._pipeline: Any = None
         self._room = 0
 
-    def prepare(self, data: bytes | Pixels, draws: NDArray[np.float64]) -> Job | list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> Job | list[Pixels]:
         assert isinstance(data, bytes)
         size = jpeg.plain_size(data)
         if size:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import jpeg, pictures
 from .crops import Crops
+from .philox import Floats
 from .pictures import Pixels
 
 BACKENDS = ("dali", "simplejpeg", "pillow")
@@ -58,12 +58,12 @@ class Decoder:
     def __init__(self, crops: Crops, device: torch.device) -> None:
         self.crops, self.device = crops, device
 
-    def prepare(self, data: bytes | Pixels, draws: NDArray[np.float64]) -> Any:
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> Any:
         """A list of crops (H, W, 3), or what `finish` makes them of. Raises Unreadable."""
         raise TypeError(f"{type(self).__name__} is no decoder")
 
     def finish(self, prepared: list[Any]) -> tuple[Tensor, dict[int, str]]:
-        """Crops uint8 (n * repeats, H, W, 3) on the device, and by place why one can't be decoded, which is left out."""
+        """Crops uint8 (n * repeats, H, W, 3) on the device; why some can't be decoded, by place: they are left out."""
         rows = [row for rows in prepared for row in rows]
         pin = self.device.type == "cuda"
         batch = torch.empty(len(rows), *self.crops.size, 3, dtype=torch.uint8, pin_memory=pin)
@@ -77,7 +77,7 @@ class Decoder:
 class Pillow(Decoder):
     """Pillow decodes and resizes."""
 
-    def prepare(self, data: bytes | Pixels, draws: NDArray[np.float64]) -> list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
         assert isinstance(data, bytes)
         image = pictures.decode(data)
         return [pictures.resize(image, crop, self.crops.size) for crop in self.crops.of(draws, *image.size)]
@@ -86,7 +86,7 @@ class Pillow(Decoder):
 class Arrays(Decoder):
     """simplejpeg decodes, or nothing needs to be decoded; PyTorch resizes."""
 
-    def prepare(self, data: bytes | Pixels, draws: NDArray[np.float64]) -> list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
         pixels = jpeg.decode_array(data) if isinstance(data, bytes) else data
         height, width = pixels.shape[:2]
         return [pictures.resize_array(pixels, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]

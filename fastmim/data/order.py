@@ -8,15 +8,14 @@ process. The remainder is dealt out evenly, in slices too.
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .philox import philox
+from .philox import Ints, philox
 
 # the counter of repeats goes up from 0; this one belongs to the order
 ORDER = 0xFFFFFFFF
 
 
-def permutation(samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permutation(samples: int, seed: int, epoch: int) -> Ints:
     """The epoch's order: sample numbers by rank of their 64 random bits, the smaller number first among equals."""
     words = philox(seed, 0, np.arange(samples), epoch, ORDER)
     return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
@@ -49,7 +48,7 @@ class Order:
         """Samples of this shard in a batch."""
         return self.batch_size if batch < self._full else len(self._share())
 
-    def _share(self) -> NDArray[np.int64]:
+    def _share(self) -> Ints:
         """Where this shard's part of the remainder is, counted from the remainder's start."""
         left, world = self._remainder, self.world
         if 0 < left < world and not self.drop_last:
@@ -57,7 +56,7 @@ class Order:
             return np.array([self.rank % left])
         return np.arange(left * self.rank // world, left * (self.rank + 1) // world)
 
-    def epoch(self, epoch: int) -> tuple[NDArray[np.int64], int]:
+    def epoch(self, epoch: int) -> tuple[Ints, int]:
         """All samples that this shard may need, in order, and how many of them are its own part of the epoch.
 
         What comes after its own part, the whole order again, takes the place of what couldn't be read. With

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .philox import Ints
 from .pictures import Pixels, Unreadable
 
 INDEX = "packed.json"
@@ -90,11 +90,11 @@ class Packed:
             labels += inside["labels"] or []
             places += inside["places"]
             bytes_held += size
-        self.labels: NDArray[np.int64] | None = np.array(labels, dtype=np.int64) if labels else None
+        self.labels: Ints | None = np.array(labels, dtype=np.int64) if labels else None
         # where a sample begins, its height and width, its checksum
-        self._places: NDArray[np.int64] = np.array(places, dtype=np.int64).reshape(-1, 4)
+        self._places: Ints = np.array(places, dtype=np.int64).reshape(-1, 4)
         self._verified = bytearray(len(self.names))
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        self._maps: dict[int, Pixels] = {}
         if bytes_held <= SMALL:
             for sample in range(len(self.names)):
                 if sample not in self.reasons:

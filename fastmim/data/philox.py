@@ -1,13 +1,18 @@
 """Random numbers that are a function of what they are for: no generator, so no state to lose or to share."""
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 LOW = np.uint64(0xFFFFFFFF)
 SHIFT = np.uint64(32)
 
 
-def philox(seed: int, *counter: NDArray[np.int64] | int) -> NDArray[np.uint64]:
+def philox(seed: int, *counter: Ints | int) -> Words:
     """Philox4x32-10 words (..., 4) in 0..2^32-1 under key `seed`, at four counters that are broadcast.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -22,9 +27,7 @@ def philox(seed: int, *counter: NDArray[np.int64] | int) -> NDArray[np.uint64]:
     return np.stack([c0, c1, c2, c3], axis=-1)
 
 
-def uniforms(
-    seed: int, epoch: int, samples: NDArray[np.int64], repeats: NDArray[np.int64], blocks: int
-) -> NDArray[np.float64]:
+def uniforms(seed: int, epoch: int, samples: Ints, repeats: Ints, blocks: int) -> Floats:
     """(n, 4 * blocks) numbers in [0, 1) for pairs of sample and repeat, each (n,)."""
     words = philox(seed, np.arange(blocks), samples[:, None], epoch, repeats[:, None])
     return words.reshape(len(samples), 4 * blocks) / 2.0**32

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 
 from .crops import Crop
 
-Pixels = NDArray[np.uint8]  # (H, W, 3)
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3)
 
 # more pixels than that are a decompression bomb: Pillow's own limit, which a program may have lifted
 MAX_PIXELS = 178_956_970

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .packed import INDEX, Packed
+from .philox import Ints
 from .pictures import Pixels, Unreadable
 
 SUFFIXES = (
@@ -34,7 +34,7 @@ class Source(Protocol):
     """
 
     names: list[str]
-    labels: NDArray[np.int64] | None
+    labels: Ints | None
     classes: list[str]
     root: Path
 
@@ -78,9 +78,9 @@ def open_source(source: object) -> Source:
 class Files:
     """Files by name under a root; `labels` and `classes` as in Source."""
 
-    def __init__(self, root: Path, names: list[str], labels: NDArray[np.int64] | None, classes: list[str]) -> None:
+    def __init__(self, root: Path, names: list[str], labels: Ints | None, classes: list[str]) -> None:
         self.root, self.names, self.classes = root, names, classes
-        self.labels: NDArray[np.int64] | None = labels
+        self.labels: Ints | None = labels
 
     def read(self, sample: int) -> bytes:
         try:
@@ -164,7 +164,7 @@ class Tars:
         # tar file, where in it, how long
         self._places = [(shard, start, size) for _, shard, start, size, _ in found]
         labels = [label for *_, label in found]
-        self.labels: NDArray[np.int64] | None = None if None in labels else np.array(labels, dtype=np.int64)
+        self.labels: Ints | None = None if None in labels else np.array(labels, dtype=np.int64)
         self.classes: list[str] = []
 
     def read(self, sample: int) -> bytes:
@@ -206,7 +206,7 @@ def _members(shard: Path, name: str) -> list[tuple[str, str, int, int, int | Non
     return [(f"{name}/{image}", name, start, size, labels.get(key)) for image, key, start, size in images]
 
 
-def identity(names: Sequence[str], labels: NDArray[np.int64] | None, size: Callable[[int], int]) -> str:
+def identity(names: Sequence[str], labels: Ints | None, size: Callable[[int], int]) -> str:
     """SHA-256 of names and labels, and of SIZES sizes evenly spread."""
     digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
     if labels is not None:
