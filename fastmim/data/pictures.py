@@ -34,7 +34,7 @@ def decode(data: bytes) -> Any:
     Raises:
         Unreadable: empty, no picture, truncated, broken, without pixels, with more than MAX_PIXELS, or floating.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise Unreadable("the file is empty")
@@ -49,6 +49,8 @@ def decode(data: bytes) -> Any:
             return _upright(image, _rgb(image))
     except (Unreadable, MemoryError):
         raise
+    except UnidentifiedImageError:  # its message is an address
+        raise Unreadable("no picture of a kind that Pillow knows") from None
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
@@ -104,7 +106,8 @@ def resize(image: Any, crop: Crop, size: tuple[int, int]) -> Pixels:
 
 def resize_array(pixels: Pixels, crop: Crop, size: tuple[int, int]) -> Pixels:
     """The same of pixels (H, W, 3), by PyTorch: faster, and within 2 grey levels of Pillow's."""
-    box = np.ascontiguousarray(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+    # a copy, as PyTorch warns of memory that can't be written to
+    box = np.array(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width], order="C")
     # the batch axis is PyTorch's: with numpy's strides for it the channels would be taken apart
     image = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
