@@ -75,7 +75,7 @@ def test_a_tar_without_labels_that_is_cut_off(photographs, tmp_path):
     assert ids_of(loader) == list(range(SAMPLES - 1)) and "truncated" in loader.skipped[SAMPLES - 1]
     assert next(iter(loader)).labels is None
     # how many samples there should be can't be known any more
-    with pytest.raises(ValueError, match="shard-000.tar can't be read as an uncompressed tar file"):
+    with pytest.raises(ValueError, match=r"shard-000.tar can't be read as an uncompressed tar file"):
         load(path)
 
 
