@@ -111,6 +111,7 @@ def test_public_names():
         "Mask",
         "MaskedAutoencoderViT",
         "__version__",
+        "data",
         "from_huggingface",
         "load",
         "mae_vit_base_patch16",
