@@ -2,6 +2,7 @@
 
 from . import masking, ops
 from ._version import __version__
+from .interop.accelerate import accelerate, explain, restore
 from .interop.huggingface import from_huggingface
 from .masking import Mask
 from .models.mae import (
@@ -19,6 +20,8 @@ __all__ = [
     "Mask",
     "MaskedAutoencoderViT",
     "__version__",
+    "accelerate",
+    "explain",
     "from_huggingface",
     "mae_vit_base_patch16",
     "mae_vit_huge_patch14",
@@ -27,4 +30,5 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "masking",
     "ops",
+    "restore",
 ]

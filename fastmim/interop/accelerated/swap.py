@@ -1,0 +1,76 @@
+"""Changing what one instance does: its class, and nothing else in the process.
+
+The new class derives from a mixin of ours and from the instance's own class, whose name and module it keeps: code that
+finds classes by name (sharding policies, `save_pretrained`) goes on finding them. No attribute of the instance changes.
+"""
+
+import functools
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ...nn.linear import untouched
+
+
+class Fast(nn.Module):
+    """What an accelerated module's class has in front of its own class."""
+
+    _fastmim_original: ClassVar[type[nn.Module]]
+    _fastmim_mixin: ClassVar[type["Fast"]]
+    # in words, for the report
+    what: ClassVar[str]
+    # whether it predicts removed patches alone
+    only_masked: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`type(model)(config)` makes a new model as it was before: only instances are accelerated."""
+        return cls._fastmim_original(*args, **kwargs)
+
+    def _get_name(self) -> str:
+        return f"Fast{self._fastmim_original.__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by its own class and our mixin, both of which have names to import."""
+        _, (_, *args), *state = super().__reduce_ex__(max(2, protocol))
+        return rebuild, (self._fastmim_original, self._fastmim_mixin, *args), *state
+
+
+@functools.cache
+def fast_class(original: type[nn.Module], mixin: type[Fast]) -> type[Fast]:
+    """The class for accelerated instances of `original`; the same one each time."""
+    names = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
+    body = {**names, "_fastmim_original": original, "_fastmim_mixin": mixin}
+    made: type[Fast] = type(original)(original.__name__, (mixin, original), body)
+    return made
+
+
+def rebuild(original: type[nn.Module], mixin: type[Fast], *args: Any) -> nn.Module:
+    """An instance without its state, for pickle and deepcopy."""
+    made: nn.Module = object.__new__(fast_class(original, mixin))
+    return made
+
+
+def swap(module: nn.Module, mixin: type[Fast]) -> None:
+    """Accelerate one module."""
+    module.__class__ = fast_class(type(module), mixin)
+
+
+def unswap(module: nn.Module, *, dry: bool = False) -> None:
+    """Undo `swap`, or with `dry` only see that it can be; a module that is not accelerated stays as it is.
+
+    Raises:
+        ValueError: something else has changed its class since.
+    """
+    if not isinstance(module, Fast):
+        return
+    if type(module) is not fast_class(module._fastmim_original, module._fastmim_mixin):
+        raise ValueError(
+            f"{type(module).__name__} is a class made after accelerate() (by fully_shard, perhaps): undo that first"
+        )
+    if not dry:
+        module.__class__ = module._fastmim_original
+
+
+def callable_parts(module: nn.Module, kind: type[Fast]) -> bool:
+    """Whether `module` is accelerated as `kind` and unhooked, so that its parts may be run without calling it."""
+    return isinstance(module, kind) and untouched(module)
