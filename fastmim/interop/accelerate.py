@@ -8,7 +8,8 @@ from typing import Literal
 
 from torch import nn
 
-from .accelerated.swap import Fast, swap, unswap
+from .accelerated import facebook, timm
+from .accelerated.swap import Choice, Fast, swap, unswap
 
 SUPPORTED = (
     "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5), timm VisionTransformer, "
@@ -76,14 +77,16 @@ def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", s
     if predict not in ("all", "masked"):
         raise ValueError(f'predict must be "all" or "masked", got {predict!r}')
     restore(model)
-    plan, kept = _plan(model, predict)
-    report = Report(type(model).__name__, {path: mixin.what for path, mixin in plan.items()}, kept)
-    if strict and not plan:
+    choices = _choices(model, predict)
+    report = _report(model, choices)
+    mixins = [mixin for choice in choices.values() for mixin in choice.mixins]
+    if strict and not mixins:
         raise UnsupportedModelError(f"nothing in model can be accelerated; supported: {SUPPORTED}\n{report}")
-    if strict and predict == "masked" and not any(mixin.only_masked for mixin in plan.values()):
+    if strict and predict == "masked" and not any(mixin.only_masked for mixin in mixins):
         raise UnsupportedModelError(f'predict="masked": nothing in model can be made to predict less\n{report}')
-    for path, mixin in plan.items():
-        swap(model.get_submodule(path), mixin)
+    for path, choice in choices.items():
+        if choice.mixins:
+            swap(model.get_submodule(path), choice.mixins)
     return report
 
 
@@ -111,8 +114,7 @@ def explain(model: nn.Module) -> Report:
         TypeError: not a module.
     """
     _check(model)
-    plan, kept = _plan(model, "all")
-    return Report(type(model).__name__, {path: mixin.what for path, mixin in plan.items()}, kept)
+    return _report(model, _choices(model, "all"))
 
 
 def _check(model: object) -> None:
@@ -120,34 +122,48 @@ def _check(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
 
-def _plan(model: nn.Module, predict: str) -> tuple[dict[str, type[Fast]], dict[str, str]]:
-    """What each module is to be accelerated as, and why the others stay."""
-    plan: dict[str, type[Fast]] = {}
-    kept: dict[str, str] = {}
+def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
+    """What to do with each module that there is something to say of."""
+    choices: dict[str, Choice] = {}
     for path, module in model.named_modules():
-        choice = module._fastmim_mixin if isinstance(module, Fast) else _choose(module, predict)
-        if isinstance(choice, str):
-            kept[path] = choice
-        elif choice is not None:
-            plan[path] = choice
-        elif next(module.parameters(recurse=False), None) is not None and path.rpartition(".")[0] not in plan:
-            kept[path] = f"a {type(module).__name__} has no kernel of its own here"
-    if not plan and not kept:
-        kept[""] = f"{type(model).__name__} has no parameters"
-    return plan, kept
+        if isinstance(module, Fast):
+            choice: Choice | None = Choice(module._fastmim_mixins)
+        else:
+            choice = _choose(module, predict)
+        holder = choices.get(path.rpartition(".")[0], Choice())
+        # what an accelerated module holds, it runs itself
+        if choice is None and not (path and holder.mixins) and next(module.parameters(recurse=False), None) is not None:
+            choice = Choice(kept=(f"a {type(module).__name__} has no kernel of its own here",))
+        if choice is not None:
+            choices[path] = choice
+    return choices or {"": Choice(kept=(f"a {type(model).__name__} without parameters",))}
 
 
-def _choose(module: nn.Module, predict: str) -> type[Fast] | str | None:
-    """By the packages that its class and its bases come from; those are imported already."""
+def _choose(module: nn.Module, predict: str) -> Choice | None:
+    """By the packages that its class and its bases come from, imported already; else by its structure."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    choice: type[Fast] | str | None = None
+    choice: Choice | None = None
     if "transformers" in packages:
         try:
             from .accelerated import huggingface
         except ImportError as error:
-            return f"transformers {sys.modules['transformers'].__version__} writes it otherwise than 5 ({error})"
+            return Choice(kept=(f"transformers {sys.modules['transformers'].__version__} is not 5: {error}",))
         choice = huggingface.choose(module, predict)
-    return choice
+    if "lightly" in packages:
+        from .accelerated import lightly
+
+        choice = lightly.choose(module)
+    return choice or timm.choose(module) or facebook.choose(module, predict)
+
+
+def _report(model: nn.Module, choices: dict[str, Choice]) -> Report:
+    accelerated = {path: "; ".join(mixin.what for mixin in choice.mixins) for path, choice in choices.items()}
+    kept = {path: "; ".join(choice.kept) for path, choice in choices.items()}
+    return Report(
+        type(model).__name__,
+        {path: what for path, what in accelerated.items() if what},
+        {path: why for path, why in kept.items() if why},
+    )
 
 
 def _grouped(says: dict[str, str]) -> list[str]:

@@ -25,7 +25,7 @@ from .layers import (
     visible_tokens,
 )
 from .recognise import overridden, unknown
-from .swap import Fast, callable_parts
+from .swap import Choice, Fast, callable_parts
 
 # the forms of attention whose results ours are; any other was chosen for what it does
 IMPLEMENTATIONS = (None, "eager", "sdpa")
@@ -287,7 +287,7 @@ class MaskedForPreTraining(ForPreTraining):
     only_masked = True
 
 
-def choose(module: nn.Module, predict: str) -> type[Fast] | str | None:
+def choose(module: nn.Module, predict: str) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no part of these models."""
     for kinds, methods, select in (
         ((vit.ViTAttention, mae.ViTMAEAttention), ("forward",), _attention),
@@ -299,7 +299,8 @@ def choose(module: nn.Module, predict: str) -> type[Fast] | str | None:
     ):
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is not None:
-            return overridden(module, kind, methods) or unknown(kind, methods, KNOWN) or select(module, predict)
+            chosen = overridden(module, kind, methods) or unknown(kind, methods, KNOWN) or select(module, predict)
+            return Choice(kept=(chosen,)) if isinstance(chosen, str) else Choice((chosen,))
     return None
 
 

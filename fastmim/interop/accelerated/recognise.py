@@ -11,7 +11,6 @@ import dis
 import hashlib
 import inspect
 import io
-import math
 import tokenize
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -28,11 +27,11 @@ from .swap import Fast, fast_class
 _WORDS = frozenset(
     """
     torch nn functional F int float range len enumerate tuple list
-    shape size dim ndim device dtype reshape view flatten unflatten permute transpose unbind chunk split T mT
+    training p shape size dim ndim device dtype reshape view flatten unflatten permute transpose unbind chunk split T mT
     contiguous expand repeat expand_as unsqueeze squeeze narrow stack cat concat concatenate gather einsum
     matmul bmm linear softmax scaled_dot_product_attention layer_norm gelu dropout conv2d
     argsort sort rand ones zeros arange ones_like zeros_like empty new_ones new_zeros
-    mean var sum square pow sqrt rsqrt mse_loss float long bool to
+    einops rearrange mean var sum square pow sqrt rsqrt mse_loss float long bool to
     """.split()
 )
 _STORES = ("STORE_ATTR", "STORE_GLOBAL", "DELETE_ATTR", "DELETE_GLOBAL", "STORE_DEREF", "IMPORT_NAME", "YIELD_VALUE")
@@ -95,9 +94,9 @@ def impure(module: nn.Module, method: str, parts: Collection[str]) -> str | None
         stored = [step.argval for step in dis.get_instructions(code) if step.opname in _STORES]
         if stored:
             return f"{method} also sets or imports {stored[0]}"
-        unknown = sorted(set(code.co_names) - _WORDS - set(parts))
-        if unknown:
-            return f"{method} also uses {', '.join(unknown)}"
+        others = sorted(set(code.co_names) - _WORDS - set(parts))
+        if others:
+            return f"{method} also uses {', '.join(others)}"
     return None
 
 
@@ -109,33 +108,48 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def disagrees(module: nn.Module, mixin: type[Fast], *shapes: tuple[int, ...]) -> str | None:
-    """Why `module` as `mixin` might not compute what it computes now, or None: a float64 copy of it is asked.
+def disagrees(
+    module: nn.Module, mixins: tuple[type[Fast], ...], ask: Callable[[nn.Module], Any], **stand_ins: nn.Module
+) -> str | None:
+    """Why `module` with `mixins` might not answer as it does now, or None: a float64 twin of it is asked.
 
-    Modules whose weights are elsewhere (on the meta device, sharded) can't be asked.
+    It is asked while training and while not. Children named in `stand_ins` are replaced in the twin. Modules whose
+    weights are elsewhere (on the meta device, sharded) can't be asked.
     """
     if any(p.is_meta or type(p) not in (nn.Parameter, Tensor) for p in module.parameters()):
-        return "its weights are not here to compare results with"
+        return "its weights are not here, so that it can't be asked what it computes"
     try:
-        twin = unhooked(copy.deepcopy(module)).double()
-        inputs = [torch.randn(shape, dtype=torch.float64, device=_device(module)) for shape in shapes]
-        with asking():
-            expected = twin(*inputs)
-            twin.__class__ = fast_class(type(twin), mixin)
-            found = (torch.manual_seed(0), twin(*inputs))[1]
+        twin = _twin(module, stand_ins)
+        answers = []
+        for kind in (type(twin), fast_class(type(twin), mixins)):
+            twin.__class__ = kind
+            for training in (True, False):
+                with _asking(twin):
+                    answers.append(ask(twin.train(training)))
     except Exception as error:
-        return f"it could not be asked what it computes ({type(error).__name__}: {str(error).splitlines()[0][:80]})"
-    return None if same(found, expected) else "it computes something else"
+        return f"asked what it computes, it failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})"
+    return None if same(answers[2:], answers[:2]) else "it computes something else"
+
+
+def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
+    """A copy in float64 without hooks, some of its children replaced."""
+    children = {id(module._modules[name]): stand_in for name, stand_in in stand_ins.items()}
+    twin = copy.deepcopy(module, children)  # type: ignore[arg-type]
+    for part in twin.modules():
+        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
+            hooks.clear()
+    return twin.double()
 
 
 @contextmanager
-def asking() -> Iterator[None]:
+def _asking(twin: nn.Module) -> Iterator[None]:
     """Nothing that is computed inside leaves a trace: no gradient, no random number drawn, no autocast."""
+    device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     with (
         torch.no_grad(),
-        torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        torch.autocast(device.type, enabled=False),
+        device,
     ):
         torch.manual_seed(0)
         yield
@@ -147,30 +161,16 @@ def same(found: Any, expected: Any) -> bool:
         return (
             isinstance(found, (tuple, list))
             and len(found) == len(expected)
-            and all(b is None or same(a, b) for a, b in zip(found, expected))
+            and all(same(a, b) for a, b in zip(found, expected))
         )
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor) or found.shape != expected.shape:
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        return False
+    if (found.shape, found.dtype) != (expected.shape, expected.dtype):
         return False
     if not expected.is_floating_point():
         return torch.equal(found, expected)
     scale = expected.abs().max() if expected.numel() else 1.0
-    return found.dtype == expected.dtype and bool(((found - expected).abs() <= TOLERANCE * scale).all())
-
-
-def unhooked(module: nn.Module) -> nn.Module:
-    """`module`, a copy of somebody's, without its hooks."""
-    for part in module.modules():
-        for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
-            hooks.clear()
-    return module
-
-
-def active_dropout(module: nn.Module) -> str | None:
-    """Why dropout in `module` is active, or None."""
-    for name, part in module.named_modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd) and part.p > 0:
-            return f"{name} of {part.p:g} is active"
-    return None
+    return bool(((found - expected).abs() <= TOLERANCE * scale).all())
 
 
 def idle(part: nn.Module | None) -> bool:
@@ -184,12 +184,3 @@ def idle(part: nn.Module | None) -> bool:
 def exact_gelu(activation: nn.Module) -> bool:
     """Whether `activation` is PyTorch's GELU with the error function."""
     return type(activation) is nn.GELU and activation.approximate == "none" and untouched(activation)
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def head_scale(head_dim: int) -> float:
-    """The paper's factor of the scores."""
-    return 1 / math.sqrt(head_dim)

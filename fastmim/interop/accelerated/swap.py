@@ -5,6 +5,7 @@ finds classes by name (sharding policies, `save_pretrained`) goes on finding the
 """
 
 import functools
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,7 +17,7 @@ class Fast(nn.Module):
     """What an accelerated module's class has in front of its own class."""
 
     _fastmim_original: ClassVar[type[nn.Module]]
-    _fastmim_mixin: ClassVar[type["Fast"]]
+    _fastmim_mixins: ClassVar[tuple[type["Fast"], ...]]
     # in words, for the report
     what: ClassVar[str]
     # whether it predicts removed patches alone
@@ -30,29 +31,57 @@ class Fast(nn.Module):
         return f"Fast{self._fastmim_original.__name__}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled by its own class and our mixin, both of which have names to import."""
+        """Pickled by its own class and our mixins, all of which have names to import."""
         _, (_, *args), *state = super().__reduce_ex__(max(2, protocol))
-        return rebuild, (self._fastmim_original, self._fastmim_mixin, *args), *state
+        return rebuild, (self._fastmim_original, self._fastmim_mixins, *args), *state
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to accelerate a module as, and why (else) it stays as it is."""
+
+    mixins: tuple[type[Fast], ...] = ()
+    kept: tuple[str, ...] = ()
 
 
 @functools.cache
-def fast_class(original: type[nn.Module], mixin: type[Fast]) -> type[Fast]:
+def fast_class(original: type[nn.Module], mixins: tuple[type[Fast], ...]) -> type[Fast]:
     """The class for accelerated instances of `original`; the same one each time."""
     names = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
-    body = {**names, "_fastmim_original": original, "_fastmim_mixin": mixin}
-    made: type[Fast] = type(original)(original.__name__, (mixin, original), body)
+    body = {**names, "_fastmim_original": original, "_fastmim_mixins": mixins}
+
+    def derive(*bases: type[nn.Module]) -> Any:
+        return type(original)(original.__name__, bases, dict(body))
+
+    made: type[Fast] = derive(*mixins, original)
+    if not _assignable(original, made):
+        # an instance is laid out as by the first base; of a class that begins with ABC or Generic, none of ours is
+        first = derive(original)
+        for name in vars(first).keys() - body.keys() - {"__abstractmethods__", "_abc_impl"}:
+            # what __init_subclass__ added would hide our methods
+            delattr(first, name)
+        made = derive(first, *mixins, original)
     return made
 
 
-def rebuild(original: type[nn.Module], mixin: type[Fast], *args: Any) -> nn.Module:
+def _assignable(original: type[nn.Module], made: type[nn.Module]) -> bool:
+    """Whether an instance of `original` may change its class to `made`."""
+    try:
+        object.__setattr__(object.__new__(original), "__class__", made)
+    except TypeError:
+        return False
+    return True
+
+
+def rebuild(original: type[nn.Module], mixins: tuple[type[Fast], ...], *args: Any) -> nn.Module:
     """An instance without its state, for pickle and deepcopy."""
-    made: nn.Module = object.__new__(fast_class(original, mixin))
+    made: nn.Module = object.__new__(fast_class(original, mixins))
     return made
 
 
-def swap(module: nn.Module, mixin: type[Fast]) -> None:
+def swap(module: nn.Module, mixins: tuple[type[Fast], ...]) -> None:
     """Accelerate one module."""
-    module.__class__ = fast_class(type(module), mixin)
+    module.__class__ = fast_class(type(module), mixins)
 
 
 def unswap(module: nn.Module, *, dry: bool = False) -> None:
@@ -63,7 +92,7 @@ def unswap(module: nn.Module, *, dry: bool = False) -> None:
     """
     if not isinstance(module, Fast):
         return
-    if type(module) is not fast_class(module._fastmim_original, module._fastmim_mixin):
+    if type(module) is not fast_class(module._fastmim_original, module._fastmim_mixins):
         raise ValueError(
             f"{type(module).__name__} is a class made after accelerate() (by fully_shard, perhaps): undo that first"
         )
