@@ -41,7 +41,9 @@ class Encoder(Fast):
 
     what = "masking without sorts, visible patches only"
 
-    def forward_encoder(self, x: Tensor, mask_ratio: float, *noises: Any, **named: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_encoder(
+        self, x: Tensor, mask_ratio: float, *noises: Any, **named: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, C, H, W) -> latent (B, 1+K, D), mask (B, L), 1 = removed, and ids_restore (B, L).
 
         Forks may take `noise` (B, L) besides.

@@ -148,17 +148,13 @@ class Embeddings(Fast):
             return self._theirs(pixel_values, noise, interpolate_pos_encoding)
         # drawn as Hugging Face draws it: the same seed gives the same mask
         noise = torch.rand(batch, num_patches, device=pixel_values.device) if noise is None else noise
-        ids_keep, _, ids_restore = ops.random_masking(
-            batch, num_patches, len_keep, noise=noise.to(pixel_values.device)
-        )
+        ids_keep, _, ids_restore = ops.random_masking(batch, num_patches, len_keep, noise=noise.to(pixel_values.device))
         table = self.position_embeddings
         if interpolate_pos_encoding:
             # only the shape of the embeddings is looked at
             shape_alone = table.new_empty(()).expand(batch, num_patches, table.shape[2])
             table = self.interpolate_pos_encoding(shape_alone, height, width)
-        tokens = visible_tokens(
-            pixel_values, ids_keep, projection, table[0, 1:], self.cls_token[0] + table[0, :1]
-        )
+        tokens = visible_tokens(pixel_values, ids_keep, projection, table[0, 1:], self.cls_token[0] + table[0, :1])
         mask = (ids_restore >= len_keep).to(torch.get_default_dtype())
         return tokens, mask, ids_restore
 
@@ -175,7 +171,10 @@ class Decoder(Fast):
     def forward(self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Any:
         """hidden_states (B, 1+K, D), ids_restore (B, L) -> logits (B, L, P)."""
         tokens = ops.unshuffle(
-            self._embed(hidden_states), ids_restore, *self._tables(ids_restore, interpolate_pos_encoding), num_prefix_tokens=1
+            self._embed(hidden_states),
+            ids_restore,
+            *self._tables(ids_restore, interpolate_pos_encoding),
+            num_prefix_tokens=1,
         )
         for layer in self.decoder_layers:
             tokens = layer(tokens)
@@ -187,9 +186,7 @@ class Decoder(Fast):
         """hidden_states (B, 1+K, D) -> logits (B, M, P) of the patches `ids_predict` (B, M)."""
         count = ids_predict.shape[1]
         tables = self._tables(torch.cat([ids_keep, ids_predict], 1), interpolate_pos_encoding)
-        tokens = ops.decoder_tokens(
-            self._embed(hidden_states), ids_keep, ids_predict, *tables, num_prefix_tokens=1
-        )
+        tokens = ops.decoder_tokens(self._embed(hidden_states), ids_keep, ids_predict, *tables, num_prefix_tokens=1)
         *layers, last = self.decoder_layers
         for layer in layers:
             tokens = layer(tokens)

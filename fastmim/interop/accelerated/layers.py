@@ -111,5 +111,3 @@ def maskable(noise: Tensor | None, batch: int, num_patches: int, len_keep: int) 
     """Whether `ops.random_masking` takes this noise."""
     shaped = noise is None or (noise.shape == (batch, num_patches) and noise.is_floating_point())
     return shaped and 0 < len_keep <= num_patches and batch > 0
-
-

@@ -13,7 +13,9 @@ from .swap import Choice, Fast, callable_parts
 
 # of forward in timm 1.0.31's Attention, Mlp and Block
 KNOWN = frozenset("33c1e99920fa698b 0169cf1b284930a1 285778e185d896e6".split())
-_ATTENTION = "qkv proj attn_drop proj_drop q_norm k_norm norm num_heads heads head_dim attn_dim scale fused_attn".split()
+_ATTENTION = (
+    "qkv proj attn_drop proj_drop q_norm k_norm norm num_heads heads head_dim attn_dim scale fused_attn".split()
+)
 _MLP = "fc1 act fc2 drop drop1 drop2 norm".split()
 _BLOCK = "norm1 attn ls1 drop_path1 norm2 mlp ls2 drop_path2 drop_path".split()
 
