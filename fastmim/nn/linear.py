@@ -133,8 +133,9 @@ class _Linears(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        operand, dx, found = ctx.products.operand, None, []
-        x = operand(x)
+        operand = ctx.products.operand
+        x, dx = operand(x), None
+        found: list[Tensor | None] = []
         with torch.autocast(x.device.type, enabled=False):
             for index, (grad, weight, bias_dtype) in enumerate(zip(grads, weights, ctx.bias_dtypes)):
                 grad = operand(grad)

@@ -587,7 +587,7 @@ class Weighted(PlainMAE):
 
 
 def half_masking(self, x, mask_ratio):
-    batch, length, dim = x.shape
+    batch, length, _ = x.shape
     noise = torch.arange(length).float().expand(batch, -1)
     ids_restore = torch.argsort(torch.argsort(noise, 1), 1)
     kept = int(length * (1 - mask_ratio))
@@ -781,7 +781,7 @@ def test_a_class_that_begins_with_abc():
 
 @pytest.mark.parametrize("function", [fastmim.accelerate, fastmim.restore, fastmim.explain])
 def test_only_modules(function):
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
         function("facebook/vit-mae-base")
 
 

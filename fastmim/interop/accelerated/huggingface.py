@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.vit import modeling_vit as vit
 from transformers.models.vit_mae import modeling_vit_mae as mae
 from transformers.utils.generic import can_return_tuple
 
 from ... import ops
-from ...nn.linear import linear, plain, untouched
+from ...nn.linear import linear, untouched
 from .layers import (
     embeds,
     inverse,
@@ -216,7 +216,7 @@ class ForPreTraining(Fast):
     what = "loss without a target tensor"
     only_masked = False
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Tensor | None = None,
@@ -226,7 +226,7 @@ class ForPreTraining(Fast):
         **kwargs: Any,
     ) -> Any:
         """As Hugging Face's; with `only_masked`, logits are (B, M, P), of the removed patches by rank of noise."""
-        if not self._scores(pixel_values, bool(interpolate_pos_encoding)):
+        if pixel_values is None or not self._scores(pixel_values, bool(interpolate_pos_encoding)):
             return super().forward(pixel_values, noise, interpolate_pos_encoding, attention_mask, **kwargs)
         outputs = self.vit(
             pixel_values,
@@ -259,9 +259,9 @@ class ForPreTraining(Fast):
             attentions=outputs.attentions,
         )
 
-    def _scores(self, images: Tensor | None, interpolate_pos_encoding: bool) -> bool:
+    def _scores(self, images: Tensor, interpolate_pos_encoding: bool) -> bool:
         """Whether our loss stands for Hugging Face's on these images; it tells what is wrong with others."""
-        if not isinstance(images, Tensor) or images.dim() != 4 or images.requires_grad:
+        if images.dim() != 4 or images.requires_grad:
             return False
         height, width = images.shape[2:]
         patch = self.config.patch_size
@@ -284,7 +284,7 @@ class MaskedForPreTraining(ForPreTraining):
     only_masked = True
 
 
-def choose(module: nn.Module, predict: str) -> Choice | None:
+def choose(module: Any, predict: str) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no part of these models."""
     for kinds, methods, select in (
         ((vit.ViTAttention, mae.ViTMAEAttention), ("forward",), _attention),
@@ -301,7 +301,7 @@ def choose(module: nn.Module, predict: str) -> Choice | None:
     return None
 
 
-def _attention(module: nn.Module, predict: str) -> type[Fast] | str:
+def _attention(module: Any, predict: str) -> type[Fast] | str:
     implementation = module.config._attn_implementation
     if module.attention_dropout:
         return f"attention dropout of {module.attention_dropout:g} is active: it keeps its own attention"
@@ -312,13 +312,13 @@ def _attention(module: nn.Module, predict: str) -> type[Fast] | str:
     return Attention
 
 
-def _mlp(module: nn.Module, predict: str) -> type[Fast] | str:
+def _mlp(module: Any, predict: str) -> type[Fast] | str:
     activation = module.activation_fn
     exact = getattr(activation, "act", None) is F.gelu and untouched(activation)
     return MLP if exact else f"its activation is {type(activation).__name__}, not the exact GELU"
 
 
-def _pretraining(module: nn.Module, predict: str) -> type[Fast]:
+def _pretraining(module: Any, predict: str) -> type[Fast]:
     return MaskedForPreTraining if predict == "masked" else ForPreTraining
 
 

@@ -1,5 +1,7 @@
 """The arithmetic that all families share: projections, attention, the second half of a block, visible patches."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +25,10 @@ def kernel_serves(head_dim: int, length: int) -> bool:
     return head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and length <= MAX_LENGTH
 
 
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """layer(x) of each layer."""
     if all(plain(layer, nn.Linear) for layer in layers):
-        return linears_of(x, *((layer.weight, layer.bias) for layer in layers))  # type: ignore[misc]
+        return linears_of(x, *((layer.weight, layer.bias) for layer in layers))
     return tuple(layer(x) for layer in layers)
 
 

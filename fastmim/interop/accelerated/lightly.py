@@ -30,7 +30,7 @@ class Encoder(Fast):
     ) -> Tensor:
         """images (B, C, H, W), idx_keep (B, N+K) of tokens, prefix tokens first -> tokens (B, N+K, D)."""
         if idx_keep is None or idx_mask is not None or mask is not None or not self._embeds(images, idx_keep):
-            out: Tensor = super().preprocess(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)
+            out: Tensor = super().preprocess(images, idx_mask=idx_mask, idx_keep=idx_keep, mask=mask)  # type: ignore[misc]
             return out
         vit, count = self.vit, self.vit.num_prefix_tokens
         ids = idx_keep[:, count:] - count

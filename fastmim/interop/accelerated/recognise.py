@@ -134,7 +134,7 @@ def disagrees(
 def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
     """A copy in float64 without hooks, some of its children replaced."""
     children = {id(module._modules[name]): stand_in for name, stand_in in stand_ins.items()}
-    twin = copy.deepcopy(module, children)  # type: ignore[arg-type]
+    twin = copy.deepcopy(module, children)
     for part in twin.modules():
         for hooks in (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks):
             hooks.clear()

@@ -4,9 +4,8 @@ The new class derives from a mixin of ours and from the instance's own class, wh
 finds classes by name (sharding policies, `save_pretrained`) goes on finding them. No attribute of the instance changes.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -23,6 +22,11 @@ class Fast(nn.Module):
     # whether it predicts removed patches alone
     only_masked: ClassVar[bool] = False
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """What else an instance has is its own class's."""
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`type(model)(config)` makes a new model as it was before: only instances are accelerated."""
         return cls._fastmim_original(*args, **kwargs)
@@ -32,7 +36,8 @@ class Fast(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled by its own class and our mixins, all of which have names to import."""
-        _, (_, *args), *state = super().__reduce_ex__(max(2, protocol))
+        reduced: Any = super().__reduce_ex__(max(2, protocol))
+        _, (_, *args), *state = reduced
         return rebuild, (self._fastmim_original, self._fastmim_mixins, *args), *state
 
 
@@ -44,14 +49,24 @@ class Choice:
     kept: tuple[str, ...] = ()
 
 
-@functools.cache
+_classes: dict[Any, type[Fast]] = {}
+
+
 def fast_class(original: type[nn.Module], mixins: tuple[type[Fast], ...]) -> type[Fast]:
     """The class for accelerated instances of `original`; the same one each time."""
+    if (original, mixins) not in _classes:
+        _classes[original, mixins] = _derive(original, mixins)
+    return _classes[original, mixins]
+
+
+def _derive(original: type[nn.Module], mixins: tuple[type[Fast], ...]) -> type[Fast]:
     names = {key: getattr(original, key) for key in ("__module__", "__qualname__", "__doc__")}
     body = {**names, "_fastmim_original": original, "_fastmim_mixins": mixins}
 
+    metaclass: Any = type(original)
+
     def derive(*bases: type[nn.Module]) -> Any:
-        return type(original)(original.__name__, bases, dict(body))
+        return metaclass(original.__name__, bases, dict(body))
 
     made: type[Fast] = derive(*mixins, original)
     if not _assignable(original, made):
@@ -97,7 +112,7 @@ def unswap(module: nn.Module, *, dry: bool = False) -> None:
             f"{type(module).__name__} is a class made after accelerate() (by fully_shard, perhaps): undo that first"
         )
     if not dry:
-        module.__class__ = module._fastmim_original
+        module.__class__ = module._fastmim_original  # type: ignore[assignment]
 
 
 def callable_parts(module: nn.Module, kind: type[Fast]) -> bool:

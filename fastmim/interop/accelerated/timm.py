@@ -110,7 +110,7 @@ class Block(Fast):
         return branch
 
 
-def choose(module: nn.Module) -> Choice | None:
+def choose(module: Any) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no part of a block."""
     children = module._modules
     if _all_are(module, nn.Linear, "qkv", "proj"):
@@ -122,7 +122,7 @@ def choose(module: nn.Module) -> Choice | None:
     return None
 
 
-def _settle(module: nn.Module, mixin: type[Fast], parts: list[str], width: int | None, refused: str | None) -> Choice:
+def _settle(module: Any, mixin: type[Fast], parts: list[str], width: int | None, refused: str | None) -> Choice:
     """`mixin`, if `module` is shaped for it, can do nothing else and computes the same."""
     if refused is None and not _known(module):
         refused = impure(module, "forward", parts) or disagrees(
@@ -131,14 +131,14 @@ def _settle(module: nn.Module, mixin: type[Fast], parts: list[str], width: int |
     return Choice((mixin,)) if refused is None else Choice(kept=(refused,))
 
 
-def _known(module: nn.Module) -> bool:
+def _known(module: Any) -> bool:
     """Whether `module` and what it holds are timm's, of a version that has been read."""
     packages = {type(part).__module__.partition(".")[0] for part in module.modules()}
     own = "forward" not in vars(module) and fingerprint(type(module).forward) in KNOWN
     return own and packages <= {"timm", "torch", "fastmim"}
 
 
-def _no_attention(module: nn.Module) -> str | None:
+def _no_attention(module: Any) -> str | None:
     """Why `module` is not shaped as `Attention` is, or None."""
     dropout = [name for name in ("attn_drop", "proj_drop") if _dropout(module, name)]
     if dropout:
@@ -153,7 +153,7 @@ def _no_attention(module: nn.Module) -> str | None:
     return _others(module, "qkv", "proj")
 
 
-def _no_mlp(module: nn.Module) -> str | None:
+def _no_mlp(module: Any) -> str | None:
     """Why `module` is not shaped as `Mlp` is, or None."""
     activation = module._modules.get("act")
     # without an activation among its modules, it is asked what it computes
@@ -162,7 +162,7 @@ def _no_mlp(module: nn.Module) -> str | None:
     return _others(module, "fc1", "act", "fc2")
 
 
-def _no_block(module: nn.Module) -> str | None:
+def _no_block(module: Any) -> str | None:
     """Why `module` is not shaped as `Block` is, or None."""
     mlp = choose(module.mlp)
     if mlp is None or Mlp not in mlp.mixins:
@@ -173,29 +173,29 @@ def _no_block(module: nn.Module) -> str | None:
     return f"it has {others[0]} besides" if others else None
 
 
-def _others(module: nn.Module, *known: str) -> str | None:
+def _others(module: Any, *known: str) -> str | None:
     """What else is in `module`, or None: parts that do nothing don't count."""
     others = [name for name, part in module._modules.items() if name not in known and not idle(part)]
     others += [name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]
     return f"it has {others[0]} besides" if others else None
 
 
-def _dropout(module: nn.Module, name: str) -> float:
+def _dropout(module: Any, name: str) -> float:
     part = getattr(module, name, 0.0)
     rate = part.p if isinstance(part, nn.Dropout) else part
     return float(rate) if isinstance(rate, (int, float)) else 0.0
 
 
-def _heads(module: nn.Module) -> Any:
+def _heads(module: Any) -> Any:
     return getattr(module, "num_heads", getattr(module, "heads", None))
 
 
-def _width(module: nn.Module) -> int | None:
+def _width(module: Any) -> int | None:
     shape = getattr(module.norm1, "normalized_shape", None)
     return shape[0] if shape and len(shape) == 1 else None
 
 
-def _all_are(module: nn.Module, kind: type[nn.Module], *names: str) -> bool:
+def _all_are(module: Any, kind: type[nn.Module], *names: str) -> bool:
     return all(isinstance(module._modules.get(name), kind) for name in names)
 
 
