@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from contestants import Batch, Contestant, Setting
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25
+# of an accelerated model beside itself
+ACCELERATED_LOSS_TOLERANCE, ACCELERATED_ERROR_FACTOR = 1e-6, 2.0
 # below this, two errors in fp32 differ by the order of summation alone; in bf16 the factor is enough
 ERROR_FLOOR = {"fp32": 2e-6, "bf16": 0.0}
 TOKENS = 384
@@ -73,6 +76,40 @@ def check(contestants: list[Contestant], setting: Setting, cell: Cell, batch: Ba
     return (
         f"losses agree to {worst_loss:.0e} in fp32; fastmim's gradients in {setting.dtype} are within "
         f"{worst_error:.0e} of float64, at most {worst_share:.2f} of what is allowed"
+    )
+
+
+def check_accelerated(plain: Contestant, accelerated: Contestant, cell: Cell, batch: Batch) -> str:
+    """Compare an accelerated peer with itself: loss in fp32, gradients in the timed dtype with float64.
+
+    Raises:
+        Disagreement: the loss is off by more than 1e-6 of its value, or the error of some parameter's gradient is more
+            than twice that of the peer as it comes.
+    """
+    few = batch.head(2)
+    expected, loss = (_loss(_entered(contestant, cell), few) for contestant in (plain, accelerated))
+    if not abs(loss / expected - 1) <= ACCELERATED_LOSS_TOLERANCE:
+        raise Disagreement(f"{cell}: the loss of {accelerated.name} is {loss:.8f} in fp32, without that {expected:.8f}")
+    exact_contestant = copy.copy(plain)
+    exact_contestant.model = copy.deepcopy(plain.model).double()
+    exact = _gradients(
+        exact_contestant.model,
+        _entered(exact_contestant, cell).loss(replace(few, floats=few.floats.double())),
+    )
+    allowed, found = _errors(plain, few, exact), _errors(accelerated, few, exact)
+    # a gradient that is nothing but rounding (that of a key's bias) has no error to speak of
+    weights = {key: value.norm().item() for key, value in exact.items()}
+    worst = 0.0
+    for key, error in found.items():
+        least = max(allowed[key], ERROR_FLOOR["fp32"] * max(weights.values()) / max(weights[key], 1e-300))
+        if not error <= ACCELERATED_ERROR_FACTOR * least:
+            raise Disagreement(
+                f"{cell}: the gradient of {accelerated.name} by {key} is {error:.2e} from float64, "
+                f"without that {allowed[key]:.2e}; at most twice as much is allowed"
+            )
+        worst = max(worst, error / least)
+    return (
+        f"{accelerated.name}: loss as before to {abs(loss / expected - 1):.0e}, gradients' errors x{worst:.2f} at most"
     )
 
 

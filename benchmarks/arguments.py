@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, help="default: bf16 (by autocast) on cuda, fp32 on a CPU")
     add("--compile", action="store_true", help="run every contestant under torch.compile too")
     add("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all; plain-gather runs always")
+    add("--accelerated", action="store_true", help="peers that fastmim.accelerate() serves, beside themselves")
     add("--data", metavar="DIR", help="folder of images; default: those inside scikit-image and scikit-learn")
     loaders = ("auto", *BACKENDS)
     add("--loader", nargs="?", const="auto", choices=loaders, help="then feed fastmim by a loader of JPEGs too")

@@ -25,6 +25,8 @@ PATCH_SIZES = {model: 14 if model == "huge" else 16 for model in MODELS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the same algorithm first, beside ours
 PEERS = ("plain-gather", "plain", "huggingface")
+# as fastmim.accelerate() leaves a peer
+ACCELERATED = "+accelerated"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Contestant:
     """One model and its optimiser.
 
     Args:
-        form: "fastmim" or one of PEERS.
+        form: "fastmim" or one of PEERS, of which some may be accelerated: "huggingface+accelerated".
         template: gives sizes and weights.
         compiled: whether the loss runs under torch.compile.
     """
@@ -81,7 +83,7 @@ class Contestant:
         self.name = form + "+compile" * compiled
         self.sizes = Sizes.of(template)
         self.model = _build(form, setting, template, self.sizes).to(setting.device)
-        self.optimizer = _adamw(self.model)
+        self.optimizer = adamw(self.model)
         self.attention = ""
 
     def enter(self, cell: Cell) -> None:
@@ -107,6 +109,10 @@ class Contestant:
 
 
 def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn.Module:
+    if form.endswith(ACCELERATED):
+        model = _build(form.removesuffix(ACCELERATED), setting, template, sizes)
+        fastmim.accelerate(model)
+        return model
     weights = template.state_dict()
     if form == "huggingface":
         model = huggingface.build(sizes)
@@ -122,13 +128,14 @@ def _loss_function(form: str, model: nn.Module, cell: Cell) -> Callable[[Batch],
     if form == "fastmim":
         r, q = cell.mask_ratio, cell.decode_ratio
         return lambda batch: model(batch.images, mask_ratio=r, decode_ratio=q, noise=batch.noise).loss
-    if form == "huggingface":
+    if form.startswith("huggingface"):
         model.config.mask_ratio = cell.mask_ratio
         return lambda batch: model(batch.floats, noise=batch.noise).loss
     return lambda batch: model(batch.floats, batch.noise, cell)
 
 
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """Everybody's optimiser: no decay of vectors."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.05},

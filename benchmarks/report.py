@@ -64,7 +64,7 @@ def table(setting: Setting, sizes: Sizes, cell: Cell, rows: list[Row], attention
                 f"{row['matmul_share']:.0%}",
                 f"{row['saved_bytes'] / 1e6:.0f}",
                 "-" if peak is None else f"{peak / 1e6:.0f}",
-                "; ".join(filter(None, ["decodes all" * row["decodes_all"], attention[name]])),
+                "; ".join(filter(None, ["decodes all" * row["decodes_all"], attention[name], _beside_itself(row)])),
             )
         )
     widths = [max(len(line[i]) for line in lines) for i in range(9)]
@@ -73,6 +73,21 @@ def table(setting: Setting, sizes: Sizes, cell: Cell, rows: list[Row], attention
         columns = [name.ljust(widths[0]), *(figure.rjust(width) for figure, width in zip(figures, widths[1:]))]
         text.append("  ".join([*columns, note]).rstrip())
     return "\n".join(text)
+
+
+def _beside_itself(row: Row) -> str:
+    return "" if row["speedup"] is None else f"×{row['speedup']:.2f} as fast as without"
+
+
+def whole_image_line(setting: Setting, rows: list[Row]) -> str:
+    """timm on whole images, as it comes and accelerated."""
+    figures = ", ".join(
+        f"{row['contestant']} {row['images_per_second']:.4g} images/s ±{spread(row['seconds_all']):.0%}" for row in rows
+    )
+    return (
+        f"{setting.model}, whole image; batch {setting.batch_size}, {setting.dtype}, {setting.device}: {figures}: "
+        f"{_beside_itself(rows[-1])}"
+    )
 
 
 def stage_line(stages: dict[str, float], products: float) -> str:

@@ -77,6 +77,12 @@ def train_flops(sizes: Sizes, form: str, cell: Cell) -> int:
     return 3 * forward + 2 * (2 * embedded * sizes.values * sizes.width)
 
 
+def classify_flops(sizes: Sizes) -> int:
+    """FLOPs of one whole image's step through the encoder alone; a classifier's last layer is not worth counting."""
+    tokens = 1 + sizes.patches
+    return 3 * sizes.depth * _block(sizes.width, tokens, tokens) + 2 * (2 * sizes.patches * sizes.values * sizes.width)
+
+
 def _block(width: int, queries: int, tokens: int) -> int:
     keys_values = 2 * tokens * 2 * width**2
     attention = 2 * 2 * queries * tokens * width

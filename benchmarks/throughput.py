@@ -18,21 +18,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import agreement
 import report
+import whole_image
 from arguments import parse
-from contestants import Contestant, Setting, batches
+from contestants import ACCELERATED, Contestant, Setting, batches
 from fed import train_fed
 from jpegs import write_jpegs
 from memory import batch_with_room, peak_in_fresh_process
 from products import share_of_step
 from race import Result, race
-from sizes import Cell, Sizes, train_flops
+from sizes import Cell, Sizes, classify_flops, train_flops
 from stages import breakdown
+from torch import Tensor
 from tqdm import tqdm
 
 # batches of different images, which take turns
 POOL = 4
 # JPEGs that --loader reads
 FED_IMAGES = 256
+# peers that fastmim.accelerate() serves
+ACCELERABLE = ("plain", "huggingface")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +65,10 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]
     sizes = Sizes.of(template)
     if args.batch_size is None:
         setting = replace(setting, batch_size=batch_with_room(setting, template, args.cells[0]))
-    entries = list(product((False, True) if args.compile else (False,), ("fastmim", *args.peers)))
+    forms = ["fastmim", *args.peers]
+    if args.accelerated:
+        forms += [peer + ACCELERATED for peer in ACCELERABLE if peer in args.peers]
+    entries = list(product((False, True) if args.compile else (False,), forms))
 
     peaks = {}
     if args.full:
@@ -74,6 +81,9 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]
         images = args.pictures.crops(count, args.image_size).to(args.device)
         agreed = agreement.check(contestants, setting, cell, next(batches(images, count, sizes.patches)))
         tqdm.write(f"{model}, {cell}: {agreed}")
+        for plain, accelerated in _pairs(contestants):
+            same = agreement.check_accelerated(plain, accelerated, cell, next(batches(images, count, sizes.patches)))
+            tqdm.write(f"{model}, {cell}: {same}")
 
     images = args.pictures.crops(POOL * setting.batch_size, args.image_size).to(args.device)
     supply = batches(images, setting.batch_size, sizes.patches)
@@ -89,14 +99,43 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]
         if args.loader:
             here[0]["loader"] = fed = train_fed(contestants[0], folder, args.loader, args.steps)
             print(report.loader_line(fed), flush=True)
+    if args.accelerated:
+        rows += _whole_image(setting, sizes, images, args.steps)
     return rows
 
 
+def _whole_image(setting: Setting, sizes: Sizes, images: Tensor, steps: int) -> list[report.Row]:
+    """timm on whole images, which is another job than everybody else's: beside itself only."""
+    if not whole_image.installed():
+        print("timm is not installed: pip install --no-deps timm", flush=True)
+        return []
+    pair = whole_image.contestants(setting, sizes)
+    supply = batches(images, setting.batch_size, sizes.patches)
+    agreed = agreement.check_accelerated(*pair, whole_image.WHOLE, next(supply))
+    print(f"\n{setting.model}, whole image: {agreed}", flush=True)
+    results, rate = race(list(pair), whole_image.WHOLE, supply, steps)
+    rows = [_row(contestant, whole_image.WHOLE, results, rate, None) for contestant in pair]
+    print(report.whole_image_line(setting, rows), flush=True)
+    return rows
+
+
+def _pairs(contestants: list[Contestant]) -> list[tuple[Contestant, Contestant]]:
+    """Each eager peer that takes part as it comes and accelerated."""
+    by_name = {contestant.name: contestant for contestant in contestants}
+    return [(by_name[n.removesuffix(ACCELERATED)], c) for n, c in by_name.items() if n.endswith(ACCELERATED)]
+
+
 def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: float, peak: int | None) -> report.Row:
-    """What the table shows and the file holds; `ratio` is fastmim's speed over this one's, eager or compiled alike."""
+    """What the table shows and the file holds; `ratio` is fastmim's speed over this one's, eager or compiled alike;
+    `speedup` that of an accelerated peer over itself."""
     setting, result = contestant.setting, results[contestant.name]
-    ours = results["fastmim" + "+compile" * contestant.compiled]
-    seconds, flops = median(result.seconds), train_flops(contestant.sizes, contestant.form, cell)
+    ours = results.get("fastmim" + "+compile" * contestant.compiled)
+    plain = results.get(contestant.name.replace(ACCELERATED, ""))
+    seconds = median(result.seconds)
+    if contestant.name.startswith("timm"):
+        flops = classify_flops(contestant.sizes)
+    else:
+        flops = train_flops(contestant.sizes, contestant.form, cell)
     return {
         "contestant": contestant.name,
         "model": setting.model,
@@ -106,7 +145,8 @@ def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: f
         "dtype": setting.dtype,
         "device": setting.device,
         "images_per_second": setting.batch_size / seconds,
-        "ratio": median(theirs / our for theirs, our in zip(result.seconds, ours.seconds)),
+        "ratio": _speedup(result, ours),
+        "speedup": _speedup(plain, result) if ACCELERATED in contestant.name else None,
         "seconds_median": seconds,
         "seconds_all": result.seconds,
         "flops_per_image": flops,
@@ -116,6 +156,13 @@ def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: f
         "peak_memory_bytes": peak,
         "loss": result.loss,
     }
+
+
+def _speedup(slow: Result | None, fast: Result | None) -> float | None:
+    """Round by round."""
+    if slow is None or fast is None:
+        return None
+    return median(theirs / ours for theirs, ours in zip(slow.seconds, fast.seconds))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from . import data, masking, ops
 from ._version import __version__
+from .interop.accelerate import accelerate, explain, restore
 from .interop.checkpoints import load
 from .interop.facebook import to_facebook
 from .interop.huggingface import from_huggingface, to_huggingface
@@ -22,7 +23,9 @@ __all__ = [
     "Mask",
     "MaskedAutoencoderViT",
     "__version__",
+    "accelerate",
     "data",
+    "explain",
     "from_huggingface",
     "load",
     "mae_vit_base_patch16",
@@ -32,6 +35,7 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "masking",
     "ops",
+    "restore",
     "to_facebook",
     "to_huggingface",
     "to_timm",

@@ -1,12 +1,14 @@
 """The examples run as a user runs them, and do what they say."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from torchvision_stub import torchvision
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -44,5 +46,25 @@ def test_train_mae_names_an_empty_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["drop_in.py", "feature_targets.py"])
 def test_loss_falls(name, tmp_path):
-    losses = [float(loss) for loss in re.findall(r"loss (\S+)", run(name, cwd=tmp_path))]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2]
+    losses_fall(run(name, cwd=tmp_path))
+
+
+def losses_fall(said: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", said)]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], said
+
+
+def test_accelerate_huggingface(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    said = run("accelerate_huggingface.py", cwd=tmp_path)
+    losses_fall(said)
+    assert "18 modules accelerated" in said and said.endswith("saved and loaded\n")
+
+
+def test_accelerate_timm(capsys):
+    with torchvision():
+        pytest.importorskip("timm")
+        runpy.run_path(str(EXAMPLES / "accelerate_timm.py"))
+    said = capsys.readouterr().out
+    losses_fall(said)
+    assert "9 modules accelerated" in said

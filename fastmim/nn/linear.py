@@ -8,6 +8,7 @@ times slower, products are taken in float32 and only their results are narrow.
 
 import functools
 import platform
+from itertools import chain
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -22,8 +23,13 @@ M = TypeVar("M", bound=nn.Module)
 
 def plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
     """Whether what `module` does is known, so that it need not be called: nothing is replaced, wrapped or hooked."""
+    return type(module) is kind and untouched(module)
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether calling `module` does what its class says, no more: no hooks, no `forward` of the instance's own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) is kind and not hooks
+    return not hooks and "forward" not in module.__dict__
 
 
 def plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
@@ -46,9 +52,14 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., D) by `weight` (E, D) and `bias` (E,), which may be parts of a layer's."""
+    return linears_of(x, (weight, bias))[0]
+
+
+def linears_of(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+    """x (..., D) by several weights (E, D) and biases (E,), say of query, key and value: what is kept is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
-        return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return tuple(F.linear(x, weight, bias) for weight, bias in layers)
+    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers))  # type: ignore[no-untyped-call]
     return out
 
 
@@ -70,7 +81,7 @@ def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
 
 
 @functools.cache
-def _emulated(device: str) -> bool:
+def emulated(device: str) -> bool:
     """Whether PyTorch emulates 16-bit products there."""
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not fast()
@@ -82,7 +93,7 @@ class _Products:
     def __init__(self, *inputs: Tensor) -> None:
         self.device = inputs[0].device.type
         self.narrow = autocast_dtype(*inputs)
-        self.operands = torch.float32 if self.narrow is not None and _emulated(self.device) else self.narrow
+        self.operands = torch.float32 if self.narrow is not None and emulated(self.device) else self.narrow
 
     def operand(self, x: Tensor) -> Tensor:
         return x if self.operands is None else x.to(self.operands)
@@ -107,25 +118,33 @@ def _dtype(x: Tensor | None) -> torch.dtype | None:
     return None if x is None else x.dtype
 
 
-class _Linear(torch.autograd.Function):
+class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.products, ctx.bias_dtype, ctx.dtype = _Products(x), _dtype(bias), x.dtype
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.products, ctx.bias_dtypes, ctx.dtype = _Products(x), [_dtype(bias) for bias in biases], x.dtype
         # in the narrower of its dtypes
         kept = x if ctx.products.narrow is None or x.dtype.itemsize == 2 else x.to(ctx.products.narrow)
-        ctx.save_for_backward(kept, weight)
-        out: Tensor = ctx.products.linear(x, weight, bias)
-        return out
+        ctx.save_for_backward(kept, *weights)
+        x = ctx.products.operand(x)
+        return tuple(ctx.products.linear(x, weight, bias) for weight, bias in zip(weights, biases))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
         operand = ctx.products.operand
-        with torch.autocast(grad.device.type, enabled=False):
-            grad = operand(grad)
-            dx = (grad @ operand(weight)).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-            return dx, *_parameter_gradients(grad, operand(x), weight, ctx.bias_dtype, ctx.needs_input_grad[1:])
+        x, dx = operand(x), None
+        found: list[Tensor | None] = []
+        with torch.autocast(x.device.type, enabled=False):
+            for index, (grad, weight, bias_dtype) in enumerate(zip(grads, weights, ctx.bias_dtypes)):
+                grad = operand(grad)
+                if ctx.needs_input_grad[0]:
+                    part = grad @ operand(weight)
+                    dx = part if dx is None else dx.add_(part)
+                wanted = ctx.needs_input_grad[1 + 2 * index : 3 + 2 * index]
+                found += _parameter_gradients(grad, x, weight, bias_dtype, wanted)
+        return None if dx is None else dx.to(ctx.dtype), *found
 
 
 class _NormLinear(torch.autograd.Function):

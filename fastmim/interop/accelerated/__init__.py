@@ -1,0 +1,1 @@
+"""How other people's modules are made fast in place: one file per family, and what they share."""

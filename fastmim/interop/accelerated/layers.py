@@ -1,0 +1,115 @@
+"""The arithmetic that all families share: projections, attention, the second half of a block, visible patches."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import ops
+from ...nn.linear import (
+    emulated,
+    gelu_linear,
+    linear_of,
+    linears_of,
+    norm_linear,
+    plain,
+    untouched,
+)
+from ...ops._define import autocast_dtype
+
+MAX_HEAD_DIM, MAX_LENGTH = 128, 1024
+
+
+def kernel_serves(head_dim: int, length: int) -> bool:
+    """Whether our attention has a kernel for these; PyTorch's own beats our reference formula."""
+    return head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and length <= MAX_LENGTH
+
+
+def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
+    """layer(x) of each layer."""
+    if all(plain(layer, nn.Linear) for layer in layers):
+        return linears_of(x, *((layer.weight, layer.bias) for layer in layers))
+    return tuple(layer(x) for layer in layers)
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether `norm` is a layer norm of the last axis with weight and bias, PyTorch's or timm's."""
+    kind = type(norm)
+    timm = kind.__module__ == "timm.layers.norm" and kind.__name__ == "LayerNorm" and not norm._fast_norm
+    return (
+        isinstance(norm, nn.LayerNorm)
+        and (kind is nn.LayerNorm or timm)
+        and untouched(norm)
+        and len(norm.normalized_shape) == 1
+        and norm.bias is not None
+    )
+
+
+def plain_mlp(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two linear layers may be fused with the GELU between them; the compiler fuses by itself."""
+    eager = not torch.compiler.is_compiling()
+    return eager and plain(first, nn.Linear) and plain(second, nn.Linear) and first.bias is not None
+
+
+def mlp_of(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """second(GELU(first(x)))."""
+    return gelu_linear(linear_of(x, first.weight, None), first.bias, second)
+
+
+def norm_mlp_of(
+    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, first: nn.Linear, second: nn.Linear
+) -> tuple[Tensor, Tensor]:
+    """second(GELU(first(norm(residual + branch)))), and the sum."""
+    hidden, total = norm_linear(branch, residual, norm, first.weight, None)
+    return gelu_linear(hidden, first.bias, second), total
+
+
+def embed(images: Tensor, ids: Tensor, projection: nn.Conv2d) -> Tensor:
+    """The convolution's results at the patches `ids` (B, K): (B, K, D)."""
+    weight, bias = projection.weight, projection.bias
+    if autocast_dtype(weight) is not None and emulated(images.device.type) and not torch.compiler.is_compiling():
+        patches = ops.gather_patches(images, ids, list(projection.kernel_size))
+        return linear_of(patches, weight.flatten(1), bias)
+    return ops.embed_patches(images, ids, weight, bias)
+
+
+def embeds(images: Tensor, projection: nn.Module) -> bool:
+    """Whether `embed` stands for the convolution `projection` on these images."""
+    return (
+        plain(projection, nn.Conv2d)
+        and projection.stride == projection.kernel_size
+        and projection.padding == (0, 0)
+        and projection.dilation == (1, 1)
+        and projection.groups == 1
+        and images.dim() == 4
+        and images.shape[1] == projection.in_channels
+        and all(side % patch == 0 for side, patch in zip(images.shape[2:], projection.kernel_size))
+        and images.is_floating_point()
+        and (images.dtype == projection.weight.dtype or autocast_dtype(images, projection.weight) is not None)
+    )
+
+
+def positions(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (B, K) of a table (L, D): (B, K, D); a learned table gets its gradient."""
+    return ops.gather_tokens(table[None].expand(ids.shape[0], -1, -1), ids)
+
+
+def visible_tokens(images: Tensor, ids: Tensor, projection: nn.Conv2d, table: Tensor, prefix: Tensor) -> Tensor:
+    """Embeddings with positions of the patches `ids`, after the `prefix` (N, D) rows: (B, N+K, D).
+
+    `table` (L, D) holds the positions of all patches. Sums are taken in the parameters' dtype, also under autocast.
+    """
+    tokens = embed(images, ids, projection) + positions(table, ids)
+    return torch.cat([prefix[None].expand(ids.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+
+
+def inverse(permutations: Tensor) -> Tensor:
+    """The inverse of each row's permutation, (B, L), without a sort."""
+    places = torch.arange(permutations.shape[1], device=permutations.device).expand_as(permutations)
+    return torch.empty_like(permutations).scatter_(1, permutations, places)
+
+
+def maskable(noise: Tensor | None, batch: int, num_patches: int, len_keep: int) -> bool:
+    """Whether `ops.random_masking` takes this noise."""
+    shaped = noise is None or (noise.shape == (batch, num_patches) and noise.is_floating_point())
+    return shaped and 0 < len_keep <= num_patches and batch > 0
