@@ -38,6 +38,15 @@ def native():
 
     class Build(BuildExtension):
         def build_extensions(self):
+            named = self.compiler.object_filenames
+
+            def object_filenames(sources, *args, **options):
+                # csrc/cuda/attention.cu and attention.cpp are two objects
+                kinds = [".cuda" * str(source).endswith(".cu") for source in sources]
+                paths = map(Path, named(sources, *args, **options))
+                return [str(path.with_name(path.stem + kind + path.suffix)) for path, kind in zip(paths, kinds)]
+
+            self.compiler.object_filenames = object_filenames
             try:
                 super().build_extensions()
             except (RuntimeError, subprocess.CalledProcessError) as error:

@@ -105,7 +105,7 @@ def families(op: str) -> tuple[str, ...]:
 
 
 def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] | None:
-    """What serves `op` on the devices in `devices`: the first of its families' kernels that takes the arguments.
+    """What serves `op` on its `devices`: the first of its families' kernels that takes the arguments.
 
     `fallback` gets what none of them takes, with their reasons; None where `op` has no kernel.
     """

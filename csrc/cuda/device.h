@@ -211,10 +211,13 @@ void launch(const char* name, void (*kernel)(Args), const Shape& shape, Stream s
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared));
   }
   if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, shape.shared, static_cast<cudaStream_t>(stream)> > >(
-        args);
-    error = cudaGetLastError();
+    void* arguments[] = {const_cast<Args*>(&args)};
+    error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(shape.blocks)),
+                             dim3(static_cast<unsigned>(shape.threads)), arguments, shape.shared,
+                             static_cast<cudaStream_t>(stream));
   }
+  // the sticky error too is cleared, so that it is not taken for the next launch's
+  if (const cudaError_t last = cudaGetLastError(); error == cudaSuccess) error = last;
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("fastmim: launching ") + name + ": " + cudaGetErrorString(error));
   }
