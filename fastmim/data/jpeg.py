@@ -3,7 +3,8 @@
 import struct
 from typing import Any
 
-from .pictures import MAX_PIXELS, ORIENTATION, decode
+from . import pictures
+from .pictures import MAX_PIXELS, ORIENTATION
 
 # baseline, extended and progressive frames, Huffman coded
 FRAMES = {0xC0, 0xC1, 0xC2}
@@ -64,13 +65,12 @@ def _upright(tiff: bytes) -> bool:
     return True
 
 
-def decode_array(data: bytes) -> Any:
-    """Pixels (H, W, 3) of a file, by simplejpeg where it is a plain JPEG, else by Pillow.
+def decode(data: bytes) -> Any:
+    """The picture in the bytes of a file: pixels (H, W, 3) by simplejpeg of a plain JPEG, else Pillow's.
 
     Raises:
         Unreadable: as `pictures.decode`.
     """
-    import numpy as np
     import simplejpeg
 
     if plain_size(data):
@@ -78,4 +78,4 @@ def decode_array(data: bytes) -> Any:
             return simplejpeg.decode_jpeg(data, "RGB", strict=True)
         except ValueError:
             pass  # Pillow decides, and says why
-    return np.asarray(decode(data))
+    return pictures.decode(data)
