@@ -82,7 +82,8 @@ def test_pixels_are_pillows(photographs):
     try:
         batch = next(iter(load([path], 1, scale=(1, 1), ratio=(1, 1), flip=False, backend="pillow")))
         expected = np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BICUBIC))
-        assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), expected)
+        off = np.abs(batch.images[0].permute(1, 2, 0).int().numpy() - expected)
+        assert off.max() <= 2 and (off > 1).mean() < 1e-3
     finally:
         path.unlink()
 
@@ -142,7 +143,7 @@ def test_two_iterations_at_once(photographs):
     pairs = list(zip(loader, loader))
     assert same([a for a, _ in pairs], expected[0]) and same([b for _, b in pairs], expected[1])
     # the newest counts
-    assert loader.epoch == 2 or loader.state_dict()["epoch"] in (1, 2)
+    assert loader.epoch == 2
 
 
 def test_an_iterator_stays_at_its_end(photographs):
