@@ -110,6 +110,8 @@ def test_public_names():
         "Mask",
         "MaskedAutoencoderViT",
         "__version__",
+        "accelerate",
+        "explain",
         "from_huggingface",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
@@ -118,6 +120,7 @@ def test_public_names():
         "mae_vit_tiny_patch16",
         "masking",
         "ops",
+        "restore",
     ]  # fmt: skip
     assert ops.__all__ == [
         "add_layer_norm",

@@ -108,13 +108,21 @@ def restore(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Report:
     """What `accelerate` would change in `model` and why the rest would stay; changes nothing.
 
-    Of an accelerated model: what is accelerated.
+    Of an accelerated model: what is accelerated, and why the rest is not.
 
     Raises:
         TypeError: not a module.
+        ValueError: as `restore`.
     """
     _check(model)
-    return _report(model, _choices(model, "all"))
+    classes = {module: type(module) for module in model.modules() if isinstance(module, Fast)}
+    fewer = any(module.only_masked for module in classes)
+    restore(model)
+    try:
+        return _report(model, _choices(model, "masked" if fewer else "all"))
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
 
 
 def _check(model: object) -> None:
@@ -126,10 +134,7 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
     """What to do with each module that there is something to say of."""
     choices: dict[str, Choice] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Fast):
-            choice: Choice | None = Choice(module._fastmim_mixins)
-        else:
-            choice = _choose(module, predict)
+        choice = _choose(module, predict)
         holder = choices.get(path.rpartition(".")[0], Choice())
         # what an accelerated module holds, it runs itself
         if choice is None and not (path and holder.mixins) and next(module.parameters(recurse=False), None) is not None:

@@ -13,11 +13,12 @@ from transformers.utils.generic import can_return_tuple
 from ... import ops
 from ...nn.linear import linear, untouched
 from .layers import (
+    attention_serves,
     embeds,
     inverse,
-    kernel_serves,
     maskable,
     mlp_of,
+    no_kernel,
     norm_mlp_of,
     plain_mlp,
     plain_norm,
@@ -65,8 +66,7 @@ class Attention(Fast):
             implementation in IMPLEMENTATIONS
             and not weights_are_read
             and not (self.training and self.attention_dropout)
-            and hidden_states.dim() == 3
-            and kernel_serves(self.head_dim, hidden_states.shape[1])
+            and attention_serves(self.head_dim, hidden_states)
         )
 
     def attend(self, queries: Tensor, hidden_states: Tensor) -> Tensor:
@@ -307,9 +307,7 @@ def _attention(module: Any, predict: str) -> type[Fast] | str:
         return f"attention dropout of {module.attention_dropout:g} is active: it keeps its own attention"
     if implementation not in IMPLEMENTATIONS:
         return f"its attention implementation, {implementation!r}, was chosen by hand"
-    if not kernel_serves(module.head_dim, 1):
-        return f"no kernel serves heads of width {module.head_dim}"
-    return Attention
+    return no_kernel(module.head_dim) or Attention
 
 
 def _mlp(module: Any, predict: str) -> type[Fast] | str:
