@@ -12,7 +12,7 @@ from .accelerated import facebook, timm
 from .accelerated.swap import Choice, Fast, swap, unswap
 
 SUPPORTED = (
-    "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5), timm VisionTransformer, "
+    "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5.15 to 5.23), timm VisionTransformer, "
     "MaskedAutoencoderViT in the manner of facebookresearch/mae, lightly's masked vision transformers"
 )
 
@@ -108,13 +108,21 @@ def restore(model: nn.Module) -> None:
 def explain(model: nn.Module) -> Report:
     """What `accelerate` would change in `model` and why the rest would stay; changes nothing.
 
-    Of an accelerated model: what is accelerated.
+    Of an accelerated model: what is accelerated, and why the rest is not.
 
     Raises:
         TypeError: not a module.
+        ValueError: as `restore`.
     """
     _check(model)
-    return _report(model, _choices(model, "all"))
+    classes = {module: type(module) for module in model.modules() if isinstance(module, Fast)}
+    fewer = any(module.only_masked for module in classes)
+    restore(model)
+    try:
+        return _report(model, _choices(model, "masked" if fewer else "all"))
+    finally:
+        for module, kind in classes.items():
+            module.__class__ = kind
 
 
 def _check(model: object) -> None:
@@ -126,10 +134,7 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
     """What to do with each module that there is something to say of."""
     choices: dict[str, Choice] = {}
     for path, module in model.named_modules():
-        if isinstance(module, Fast):
-            choice: Choice | None = Choice(module._fastmim_mixins)
-        else:
-            choice = _choose(module, predict)
+        choice = _choose(module, predict)
         holder = choices.get(path.rpartition(".")[0], Choice())
         # what an accelerated module holds, it runs itself
         if choice is None and not (path and holder.mixins) and next(module.parameters(recurse=False), None) is not None:
@@ -146,8 +151,9 @@ def _choose(module: nn.Module, predict: str) -> Choice | None:
     if "transformers" in packages:
         try:
             from .accelerated import huggingface
-        except ImportError as error:
-            return Choice(kept=(f"transformers {sys.modules['transformers'].__version__} is not 5: {error}",))
+        except ImportError:
+            version = sys.modules["transformers"].__version__
+            return Choice(kept=(f"transformers {version} writes it otherwise than 5.15 to 5.23, which are known",))
         choice = huggingface.choose(module, predict)
     if "lightly" in packages:
         from .accelerated import lightly

@@ -49,6 +49,21 @@ def entered(form, template, cell, setting=SETTING):
     return contestant
 
 
+def test_accelerated_peers_run_beside_themselves(tmp_path, capsys):
+    rows = tmp_path / "rows.json"
+    status = throughput.main(
+        [*TINY, "--mask-ratios", "0.75", "--peers", "huggingface", "--accelerated", "--json", str(rows)]
+    )
+    said = capsys.readouterr().out
+    assert status == 0
+    found = {row["contestant"]: row for row in json.loads(rows.read_text())["rows"]}
+    assert set(found) >= {"fastmim", "plain-gather", "huggingface", "huggingface+accelerated"}
+    for name, row in found.items():
+        assert (row["speedup"] is not None) == name.endswith("+accelerated")
+        assert row["ratio"] is None or row["ratio"] > 0
+    assert said.count("as fast as without") == sum(name.endswith("+accelerated") for name in found)
+
+
 def test_a_run_prints_a_table_and_writes_its_rows(tmp_path):
     command = [sys.executable, throughput.__file__, *TINY]
     command += ["--mask-ratios", "0.75", "--decode-ratios", "1", "0.25", "--json", "out.json"]

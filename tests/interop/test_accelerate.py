@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import warnings
 from abc import ABC
 from dataclasses import dataclass
@@ -503,6 +504,13 @@ def test_another_attention_implementation_later(hugging):
     hugging.run(hugging.model)
     assert len(called) == 2
     assert "chosen by hand" in str(fastmim.accelerate(hugging.model))
+
+
+def test_another_version_of_transformers_is_named(hugging, monkeypatch):
+    monkeypatch.delattr("fastmim.interop.accelerated.huggingface", raising=False)
+    monkeypatch.setitem(sys.modules, "fastmim.interop.accelerated.huggingface", None)
+    with pytest.raises(UnsupportedModelError, match=f"transformers {transformers.__version__} writes it otherwise"):
+        fastmim.accelerate(hugging.model)
 
 
 # ---- predicting less -------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Hugging Face's ViT and ViTMAE, as transformers 5 writes them."""
+"""Hugging Face's ViT and ViTMAE, as transformers 5.15 to 5.23 write them; importing this fails on others."""
 
 import warnings
 from typing import Any
@@ -7,17 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.models.vit import modeling_vit as vit
+from transformers.models.vit.modeling_vit import ViTMLP
 from transformers.models.vit_mae import modeling_vit_mae as mae
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAEMLP
 from transformers.utils.generic import can_return_tuple
 
 from ... import ops
 from ...nn.linear import linear, untouched
 from .layers import (
+    attention_serves,
     embeds,
     inverse,
-    kernel_serves,
     maskable,
     mlp_of,
+    no_kernel,
     norm_mlp_of,
     plain_mlp,
     plain_norm,
@@ -29,7 +32,7 @@ from .swap import Choice, Fast, callable_parts
 
 # the forms of attention whose results ours are; any other was chosen for what it does
 IMPLEMENTATIONS = (None, "eager", "sdpa")
-# of the methods that ours stand for, in transformers 5.23
+# of the methods that ours stand for, in transformers 5.15 to 5.23
 KNOWN = frozenset(
     """
     079171abb4c93dfe 387b3c8395587972 58bdabbb482d619d 7c3a1331a7ec2ad6 86748b09bd708636
@@ -65,8 +68,7 @@ class Attention(Fast):
             implementation in IMPLEMENTATIONS
             and not weights_are_read
             and not (self.training and self.attention_dropout)
-            and hidden_states.dim() == 3
-            and kernel_serves(self.head_dim, hidden_states.shape[1])
+            and attention_serves(self.head_dim, hidden_states)
         )
 
     def attend(self, queries: Tensor, hidden_states: Tensor) -> Tensor:
@@ -288,7 +290,7 @@ def choose(module: Any, predict: str) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no part of these models."""
     for kinds, methods, select in (
         ((vit.ViTAttention, mae.ViTMAEAttention), ("forward",), _attention),
-        ((vit.ViTMLP, mae.ViTMAEMLP), ("forward",), _mlp),
+        ((ViTMLP, ViTMAEMLP), ("forward",), _mlp),
         ((vit.ViTLayer, mae.ViTMAELayer), ("forward",), lambda *_: Layer),
         ((mae.ViTMAEEmbeddings,), ("forward", "random_masking", "interpolate_pos_encoding"), lambda *_: Embeddings),
         ((mae.ViTMAEDecoder,), ("forward", "interpolate_pos_encoding"), lambda *_: Decoder),
@@ -307,9 +309,7 @@ def _attention(module: Any, predict: str) -> type[Fast] | str:
         return f"attention dropout of {module.attention_dropout:g} is active: it keeps its own attention"
     if implementation not in IMPLEMENTATIONS:
         return f"its attention implementation, {implementation!r}, was chosen by hand"
-    if not kernel_serves(module.head_dim, 1):
-        return f"no kernel serves heads of width {module.head_dim}"
-    return Attention
+    return no_kernel(module.head_dim) or Attention
 
 
 def _mlp(module: Any, predict: str) -> type[Fast] | str:

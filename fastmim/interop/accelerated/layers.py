@@ -18,11 +18,24 @@ from ...nn.linear import (
 from ...ops._define import autocast_dtype
 
 MAX_HEAD_DIM, MAX_LENGTH = 128, 1024
+# device types that our kernels serve in this installation; elsewhere PyTorch's own beat our reference formulas
+SERVED = frozenset(
+    key.lower() for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("fastmim::attention", key)
+)
 
 
-def kernel_serves(head_dim: int, length: int) -> bool:
-    """Whether our attention has a kernel for these; PyTorch's own beats our reference formula."""
-    return head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0 and length <= MAX_LENGTH
+def attention_serves(head_dim: int, x: Tensor) -> bool:
+    """Whether our attention has a kernel for tokens x (B, S, D) in heads of this width."""
+    return x.dim() == 3 and x.device.type in SERVED and _fits(head_dim) and x.shape[1] <= MAX_LENGTH
+
+
+def no_kernel(head_dim: int) -> str | None:
+    """Why attention in heads of this width has no kernel on any device, or None."""
+    return None if _fits(head_dim) else f"no kernel serves heads of width {head_dim}"
+
+
+def _fits(head_dim: int) -> bool:
+    return 0 < head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
 
 
 def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
@@ -45,10 +58,11 @@ def plain_norm(norm: nn.Module) -> bool:
     )
 
 
-def plain_mlp(first: nn.Module, second: nn.Module) -> bool:
+def plain_mlp(first: Any, second: Any) -> bool:
     """Whether two linear layers may be fused with the GELU between them; the compiler fuses by itself."""
     eager = not torch.compiler.is_compiling()
-    return eager and plain(first, nn.Linear) and plain(second, nn.Linear) and first.bias is not None
+    linear = plain(first, nn.Linear) and plain(second, nn.Linear) and first.bias is not None
+    return eager and linear and second.weight.device.type in SERVED
 
 
 def mlp_of(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:

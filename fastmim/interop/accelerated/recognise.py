@@ -151,7 +151,10 @@ def _asking(twin: nn.Module) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
         device,
     ):
-        torch.manual_seed(0)
+        # torch.manual_seed would seed other devices too
+        torch.default_generator.manual_seed(0)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(0)
         yield
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn.linear import linear
-from .layers import kernel_serves, mlp_of, norm_mlp_of, plain_mlp, plain_norm, project
+from .layers import attention_serves, mlp_of, no_kernel, norm_mlp_of, plain_mlp, plain_norm, project
 from .recognise import disagrees, exact_gelu, fingerprint, idle, impure
 from .swap import Choice, Fast, callable_parts
 
@@ -34,7 +34,7 @@ class Attention(Fast):
 
     def serves(self, x: Tensor) -> bool:
         """Whether a kernel does."""
-        return x.dim() == 3 and kernel_serves(self._head_dim(), x.shape[1])
+        return attention_serves(self._head_dim(), x)
 
     def attend(self, queries: Tensor, x: Tensor) -> Tensor:
         """queries, the last Q of x (B, S, D) -> (B, Q, D)."""
@@ -148,9 +148,7 @@ def _no_attention(module: Any) -> str | None:
         return f"its heads can't be told: num_heads is {heads!r}"
     if module.qkv.out_features // 3 != module.proj.in_features:
         return "its projections don't fit each other"
-    if not kernel_serves(module.qkv.out_features // 3 // heads, 1):
-        return f"no kernel serves heads of width {module.qkv.out_features // 3 // heads}"
-    return _others(module, "qkv", "proj")
+    return no_kernel(module.qkv.out_features // 3 // heads) or _others(module, "qkv", "proj")
 
 
 def _no_mlp(module: Any) -> str | None:
