@@ -51,6 +51,8 @@ lint: .venv/ready
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja pybind11
 	.venv/bin/python -m pip install -q --no-build-isolation -e ".[test]"
+	# without what they depend on: beside a CPU build of torch, torchvision breaks itself and transformers
+	.venv/bin/python -m pip install -q --no-deps timm lightly xformers
 	touch $@
 
 clean:

@@ -2,7 +2,10 @@
 
 from . import masking, ops
 from ._version import __version__
-from .interop.huggingface import from_huggingface
+from .interop.checkpoints import load
+from .interop.facebook import to_facebook
+from .interop.huggingface import from_huggingface, to_huggingface
+from .interop.timm import to_timm
 from .masking import Mask
 from .models.mae import (
     MAEOutput,
@@ -20,6 +23,7 @@ __all__ = [
     "MaskedAutoencoderViT",
     "__version__",
     "from_huggingface",
+    "load",
     "mae_vit_base_patch16",
     "mae_vit_huge_patch14",
     "mae_vit_large_patch16",
@@ -27,4 +31,7 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "masking",
     "ops",
+    "to_facebook",
+    "to_huggingface",
+    "to_timm",
 ]

@@ -13,6 +13,7 @@ import torch
 
 import fastmim
 from fastmim import masking, ops, reference
+from fastmim.interop.xformers import memory_efficient_attention
 
 ROOT = Path(fastmim.__file__).parent.parent
 
@@ -111,6 +112,7 @@ def test_public_names():
         "MaskedAutoencoderViT",
         "__version__",
         "from_huggingface",
+        "load",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
         "mae_vit_large_patch16",
@@ -118,6 +120,9 @@ def test_public_names():
         "mae_vit_tiny_patch16",
         "masking",
         "ops",
+        "to_facebook",
+        "to_huggingface",
+        "to_timm",
     ]  # fmt: skip
     assert ops.__all__ == [
         "add_layer_norm",
@@ -148,7 +153,9 @@ MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, m
 
 
 @pytest.mark.parametrize(
-    "function", [*OPS, *MASKS, fastmim.MaskedAutoencoderViT.forward], ids=lambda function: function.__qualname__
+    "function",
+    [*OPS, *MASKS, fastmim.MaskedAutoencoderViT.forward, fastmim.load, memory_efficient_attention],
+    ids=lambda function: function.__qualname__,
 )
 def test_docstrings_say_what_goes_in_what_comes_back_and_what_is_refused(function):
     said = inspect.getdoc(function)

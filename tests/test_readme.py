@@ -7,8 +7,10 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_blocks_run(capsys):
+def test_blocks_run(capsys, tmp_path, monkeypatch):
     assert BLOCKS
+    # some write files
+    monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), session)

@@ -1,14 +1,16 @@
 """Weights of Hugging Face's ViTMAE give the same loss, predictions and gradients here."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from spellings import STACKS, their_names
 from torch import Tensor, nn
 
 import fastmim
-from fastmim import from_huggingface
+from fastmim import from_huggingface, to_huggingface
 
 transformers = pytest.importorskip("transformers")
 
@@ -25,28 +27,6 @@ CONFIGS = {
     "1 channel, 25 patches": dict(num_channels=1, image_size=20, patch_size=4, norm_pix_loss=True),
     "4 channels, 4 patches": dict(num_channels=4, patch_size=16, mask_ratio=0.5),
 }
-# where transformers 5, transformers 4 and published files keep what
-STACKS = {
-    "5": ("vit.layers", "decoder.decoder_layers"),
-    "4": ("vit.encoder.layer", "decoder.decoder_layers"),
-    "file": ("vit.encoder.layer", "decoder.decoder_encoder.layer"),
-}
-OLD = {
-    "attn.qkv": [f"attention.attention.{name}" for name in ("query", "key", "value")],
-    "attn.proj": ["attention.output.dense"],
-    "mlp.fc1": ["intermediate.dense"],
-    "mlp.fc2": ["output.dense"],
-}
-NEW = {"attn.qkv": [f"attention.{name}_proj" for name in "qkv"], "attn.proj": ["attention.o_proj"]}
-NORMS = {"norm1": ["layernorm_before"], "norm2": ["layernorm_after"]}
-OUTSIDE = {
-    "cls_token": "vit.embeddings.cls_token",
-    "pos_embed": "vit.embeddings.position_embeddings",
-    "patch_embed.proj.weight": "vit.embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "vit.embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "vit.layernorm.weight",
-    "norm.bias": "vit.layernorm.bias",
-}
 
 
 def build(**changes) -> nn.Module:
@@ -57,17 +37,6 @@ def build(**changes) -> nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
-
-
-def their_names(ours: str, generation: str) -> list[str]:
-    """The tensors that, joined, are the one of our name."""
-    stack, _, rest = ours.partition(".")
-    if not stack.endswith("blocks"):
-        return [OUTSIDE.get(ours, f"decoder.{ours}")]
-    index, _, rest = rest.partition(".")
-    part, _, kind = rest.rpartition(".")
-    names = NORMS | (NEW if generation == "5" else OLD)
-    return [f"{STACKS[generation][stack != 'blocks']}.{index}.{name}.{kind}" for name in names.get(part, [part])]
 
 
 def generation_of(model: nn.Module) -> str:
@@ -166,6 +135,117 @@ def test_the_original_stays_as_it_was():
             parameter.zero_()
     assert not theirs.training
     assert all(torch.equal(value, before[name]) for name, value in theirs.state_dict().items())
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
+
+
+def ours(**changes) -> fastmim.MaskedAutoencoderViT:
+    """A small model of ours with every trained parameter away from its initial value."""
+    sizes = dict(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=24, decoder_depth=1,
+        decoder_num_heads=4, mlp_ratio=1.3,
+    )  # fmt: skip
+    model = fastmim.MaskedAutoencoderViT(**{**sizes, **changes})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def same_bits(a: nn.Module, b: nn.Module) -> bool:
+    found, expected = a.state_dict(), b.state_dict()
+    assert list(found) == list(expected)
+    return all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in found)
+
+
+OURS = {
+    "plain": dict(),
+    "norm_pix, another eps": dict(norm_pix_loss=True, norm_layer=partial(nn.LayerNorm, eps=1e-9)),
+    "no qkv bias, 1 channel": dict(qkv_bias=False, in_chans=1),
+    "no blocks": dict(depth=0, decoder_depth=0),
+    "two ratios": dict(decoder_mlp_ratio=3.0, patch_size=16),
+}
+
+
+@pytest.mark.parametrize("changes", OURS.values(), ids=OURS)
+def test_to_huggingface_computes_the_same(changes):
+    model = ours(**changes).double()
+    theirs = to_huggingface(model)
+    assert type(theirs) is transformers.ViTMAEForPreTraining
+    images, noise = inputs(theirs, torch.float64)
+    expected, out = model(images, noise=noise, predict="all"), theirs(images, noise=noise)
+    assert torch.allclose(out.loss, expected.loss, rtol=1e-12) and torch.equal(out.ids_restore, expected.ids_restore)
+    assert torch.allclose(out.logits, expected.pred, rtol=1e-9, atol=1e-12)
+    out.loss.backward()
+    assert all((p.grad is not None) == p.requires_grad for p in theirs.parameters())
+    assert [name for name, p in theirs.named_parameters() if not p.requires_grad] == [
+        "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("changes", OURS.values(), ids=OURS)
+def test_there_and_back_is_bit_exact(changes, dtype, tmp_path):
+    model = ours(**changes).to(dtype).eval()
+    theirs = to_huggingface(model)
+    again = from_huggingface(theirs)
+    assert same_bits(again, model) and repr(again) == repr(model)
+    assert not again.training and again.norm_pix_loss == model.norm_pix_loss
+    assert same_bits(to_huggingface(again), theirs)
+    theirs.save_pretrained(tmp_path)
+    assert same_bits(fastmim.load(tmp_path), model)
+    assert same_bits(transformers.ViTMAEForPreTraining.from_pretrained(tmp_path, dtype=dtype), theirs)
+
+
+def test_from_there_and_back_is_bit_exact():
+    theirs = build(layer_norm_eps=1e-7, norm_pix_loss=True)
+    again = to_huggingface(from_huggingface(theirs))
+    assert same_bits(again, theirs)
+    kept, found = theirs.config.to_dict(), again.config.to_dict()
+    assert {name: found[name] for name in {*SIZES, "layer_norm_eps", "norm_pix_loss"}} == {
+        name: kept[name] for name in {*SIZES, "layer_norm_eps", "norm_pix_loss"}
+    }
+
+
+def test_to_huggingface_shares_and_draws_nothing():
+    model = ours()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    theirs = to_huggingface(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Linear(2, 2), None, "path", nn.DataParallel(ours())], ids=lambda m: type(m).__name__
+)
+@pytest.mark.parametrize("export", [to_huggingface, fastmim.to_timm, fastmim.to_facebook])
+def test_only_our_model_goes_out(export, model):
+    with pytest.raises(TypeError, match=rf"must be a fastmim.MaskedAutoencoderViT, got {type(model).__name__}"):
+        export(model)
+
+
+@pytest.mark.parametrize(
+    "changes, said", [(dict(img_size=(32, 16)), "img_size"), (dict(patch_size=(8, 4)), "patch_size")]
+)
+def test_what_is_not_square_has_no_counterpart(changes, said):
+    with pytest.raises(ValueError, match=rf"{said} must be square"):
+        to_huggingface(ours(**changes))
+
+
+def test_changed_models_have_no_counterpart():
+    model = ours()
+    model.blocks[0].norm1 = nn.LayerNorm(32, eps=1e-3)
+    with pytest.raises(ValueError, match="LayerNorms of one eps"):
+        to_huggingface(model)
+    model = ours()
+    model.blocks[0].mlp.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"missing \['blocks\.0\.mlp\.extra\.bias'"):
+        to_huggingface(model)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------

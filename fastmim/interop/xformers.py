@@ -1,0 +1,162 @@
+"""xformers' attention function over our kernels, for code written on it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .._checks import check_tensor
+
+# what the kernels serve; attention falls back on a formula beyond
+HEAD_DIM, SEQUENCE = 128, 1024
+
+
+def memory_efficient_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Any = None,
+    p: float = 0.0,
+    scale: float | None = None,
+    *,
+    op: Any = None,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """softmax(scale · query keyᵀ + attn_bias) value, called as `xformers.ops.memory_efficient_attention`.
+
+    Without a bias, with a tensor or with a `BlockDiagonalMask` (sequences packed one after another), fastmim's kernels
+    serve it, on CPUs too. The rest goes to xformers as it came: other masks (causal, padded, paged, local), dropout,
+    values of another width than the keys, quantised keys, `op` and `output_dtype`; and on CUDA devices, where xformers
+    is installed, what our kernels leave to a formula (more than 128 wide heads, more than 1024 keys, unless packed).
+
+    Args:
+        query: (B, Mq, H, K), (B, Mq, K) of one head, or (B, Mq, G, H, K) of G groups of H heads.
+        key, value: (B, Mk, H, K), (B, Mk, K) or (B, Mk, G, H, K); may be expanded.
+        attn_bias: None; a tensor broadcastable to (B, H, Mq, Mk), (B, Mq, Mk) or (B, G, H, Mq, Mk), with a gradient;
+            or a mask of xformers. With a `BlockDiagonalMask` B is 1.
+        p: dropout probability.
+        scale: default K^-1/2.
+        op: xformers' choice of its operator.
+        output_dtype: another dtype for the result.
+
+    Returns:
+        Of the shape and dtype of `query`, or in autocast's dtype.
+
+    Raises:
+        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`).
+        TypeError, ValueError: wrong type, shape, dtype or device; a mask for another number of rows.
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+        if tensor.dim() not in (3, 4, 5) or tensor.dim() != query.dim():
+            raise ValueError(
+                "query, key and value must all be (B, M, H, K), (B, M, K) or (B, M, G, H, K); "
+                f"got {name} {tuple(tensor.shape)} beside query {tuple(query.shape)}"
+            )
+        if tensor.shape[0] != query.shape[0] or tensor.shape[2:-1] != query.shape[2:-1]:
+            raise ValueError(
+                "query, key and value must agree in batch, groups and heads (expand them where they are shared); "
+                f"got {name} {tuple(tensor.shape)} beside query {tuple(query.shape)}"
+            )
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be a probability, in 0..1, got {p}")
+    reason = _left_to_xformers(query, key, value, attn_bias, p, op, output_dtype)
+    if reason is not None:
+        theirs = _xformers()
+        if theirs is None:
+            raise ImportError(f"{reason} is left to xformers, which can't be imported: pip install fastmim[xformers]")
+    else:
+        theirs = _xformers() if _beyond_kernels(query, key, attn_bias) else None
+    if theirs is not None:
+        out: Tensor = theirs.memory_efficient_attention(
+            query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
+        )
+        return out
+    q, k, v = (_heads(x) for x in (query, key, value))
+    if attn_bias is None or isinstance(attn_bias, Tensor):
+        bias = None if attn_bias is None else _bias(attn_bias, query, key)
+        return ops.attention(q, k, v, bias=bias, scale=scale).reshape(query.shape)
+    return _packed(q, k, v, attn_bias, scale).reshape(query.shape)
+
+
+def _left_to_xformers(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, op: Any, output_dtype: torch.dtype | None
+) -> str | None:
+    """What our kernels don't do, if anything."""
+    if p != 0:
+        return f"dropout (p {p})"
+    if op is not None:
+        return f"op {op}"
+    if output_dtype not in (None, query.dtype):
+        return f"output_dtype {output_dtype}"
+    if attn_bias is not None and not isinstance(attn_bias, Tensor) and not _block_diagonal(attn_bias):
+        return f"attn_bias of type {type(attn_bias).__name__}"
+    if key.shape[-1] != query.shape[-1] or value.shape[-1] != key.shape[-1] or not key.is_floating_point():
+        return f"a value of width {value.shape[-1]} and a key of {key.dtype} and {key.shape[-1]}"
+    return None
+
+
+def _beyond_kernels(query: Tensor, key: Tensor, attn_bias: Any) -> bool:
+    """Whether xformers' kernel is worth asking: xformers has none for other devices."""
+    if query.device.type != "cuda":
+        return False
+    keys = attn_bias.k_seqinfo.max_seqlen if _block_diagonal(attn_bias) else key.shape[1]
+    return query.shape[-1] > HEAD_DIM or query.shape[-1] % 8 != 0 or keys > SEQUENCE
+
+
+def _block_diagonal(attn_bias: Any) -> bool:
+    """Whether it is xformers' BlockDiagonalMask itself: its subclasses mask more."""
+    return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
+
+
+def _xformers() -> Any:
+    try:
+        import xformers.ops
+    except ImportError:
+        return None
+    return xformers.ops
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(B, M, K) or (B, M, G, H, K) -> (B, M, H, K)."""
+    return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
+
+
+def _bias(attn_bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """A bias of the query's layout -> one broadcastable to (B, H, Mq, Mk)."""
+    if attn_bias.dim() != query.dim():
+        raise ValueError(
+            f"attn_bias must have as many dimensions as query, {query.dim()}; got {tuple(attn_bias.shape)}"
+        )
+    if query.dim() == 3:
+        return attn_bias.unsqueeze(1)
+    if query.dim() == 4:
+        return attn_bias
+    groups = query.shape[2:4]
+    if any(size not in (1, whole) for size, whole in zip(attn_bias.shape[1:3], groups)):
+        raise ValueError(
+            f"attn_bias must be of {tuple(groups)} groups and heads, or 1 of them; got {tuple(attn_bias.shape)}"
+        )
+    return attn_bias.expand(-1, *groups, -1, -1).flatten(1, 2)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Tensor:
+    """Attention within the blocks of a BlockDiagonalMask; (1, M, H, K) each."""
+    queries, keys = mask.q_seqinfo, mask.k_seqinfo
+    for name, x, info in (("query", q, queries), ("key", k, keys), ("value", v, keys)):
+        rows = info.seqstart_py[-1]
+        if x.shape[:2] != (1, rows):
+            raise ValueError(
+                f"{name} must be packed as attn_bias says, batch 1 and {rows} rows; got {tuple(x.shape[:2])}"
+            )
+    return ops.attention_varlen(
+        q.squeeze(0),
+        k.squeeze(0),
+        v.squeeze(0),
+        queries.seqstart.to(q.device),
+        keys.seqstart.to(q.device),
+        max(queries.max_seqlen, 0),
+        max(keys.max_seqlen, 0),
+        scale=scale,
+    )

@@ -1,0 +1,19 @@
+"""Packages whose models the tests of interop read and write; the Makefile installs them."""
+
+from types import ModuleType
+
+import pytest
+from torchvision_stub import torchvision
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    with torchvision():
+        return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def lightly_modules(timm) -> ModuleType:
+    """lightly.models.modules."""
+    with torchvision():
+        return pytest.importorskip("lightly.models.modules")
