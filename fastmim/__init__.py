@@ -1,6 +1,6 @@
 """fastmim: masked autoencoders that pay only for the patches they look at."""
 
-from . import masking, ops
+from . import data, masking, ops
 from ._version import __version__
 from .interop.checkpoints import load
 from .interop.facebook import to_facebook
@@ -22,6 +22,7 @@ __all__ = [
     "Mask",
     "MaskedAutoencoderViT",
     "__version__",
+    "data",
     "from_huggingface",
     "load",
     "mae_vit_base_patch16",

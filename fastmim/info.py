@@ -11,7 +11,17 @@ import torch
 from . import __version__, _library, ops
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
-PACKAGES = ("torch", "numpy", "triton", "xformers", "nvidia-dali-cuda130", "transformers", "timm", "pillow")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "triton",
+    "xformers",
+    "nvidia-dali-cuda130",
+    "transformers",
+    "timm",
+    "pillow",
+    "simplejpeg",
+)
 
 
 def collect() -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""NVIDIA DALI decodes plain JPEGs, only the part that the crops need; on a GPU it resizes and mirrors too.
+
+DALI is handed its crops and draws nothing. On a CPU the decoded part is resized by Pillow, as everywhere: DALI's own
+cubic filter is up to 8 grey levels off at sharp edges. What is no plain JPEG goes to Pillow.
+
+Not run on a GPU.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from . import jpeg, pictures
+from .crops import Crop, Crops
+from .decoders import Decoder
+from .philox import Floats
+from .pictures import Pixels, Unreadable
+
+
+class Job(NamedTuple):
+    """A plain JPEG, its crops, and the box around them that is decoded."""
+
+    data: bytes
+    crops: list[Crop]
+    box: Crop
+
+
+class Dali(Decoder):
+    """A pipeline that is built when it is needed, and again after a file that it can't decode: such a file kills it."""
+
+    def __init__(self, crops: Crops, device: torch.device, threads: int) -> None:
+        super().__init__(crops, device)
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "fastmim-dali")
+        self._pipeline: Any = None
+        self._room = 0
+
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> Job | list[Pixels]:
+        assert isinstance(data, bytes)
+        size = jpeg.plain_size(data)
+        if size:
+            crops = self.crops.of(draws, *size)
+            return Job(data, crops, _around(crops))
+        image = pictures.decode(data)
+        return self._resized(image, self.crops.of(draws, *image.size))
+
+    def _resized(self, image: Any, crops: list[Crop]) -> list[Pixels]:
+        return [pictures.resize(image, crop, self.crops.size) for crop in crops]
+
+    def finish(self, prepared: list[Job | list[Pixels]]) -> tuple[Tensor, dict[int, str]]:
+        jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}
+        ready = {place: item for place, item in enumerate(prepared) if not isinstance(item, Job)}
+        decoded = dict(zip(jobs, self._decode(list(jobs.values()))))
+        bad = {}
+        for place, item in decoded.items():
+            if item is None:
+                try:
+                    ready[place] = self._resized(pictures.decode(jobs[place].data), jobs[place].crops)
+                except Unreadable as error:
+                    bad[place] = str(error)
+        if len(jobs) > 1 and not bad and all(item is None for item in decoded.values()):
+            raise RuntimeError("DALI decodes none of a batch of files that Pillow reads: is its installation whole?")
+        if self.device.type == "cuda":
+            return self._gather_on_gpu(len(prepared), decoded, ready), bad
+        resized = self._pool.map(
+            lambda place: (place, self._from_box(jobs[place], decoded[place])),
+            [place for place in jobs if decoded[place] is not None],
+        )
+        ready |= dict(resized)
+        return super().finish([ready[place] for place in range(len(prepared)) if place not in bad])[0], bad
+
+    def _from_box(self, job: Job, pixels: Pixels) -> list[Pixels]:
+        from PIL import Image
+
+        inside = [_inside(crop, job.box) for crop in job.crops]
+        return self._resized(Image.fromarray(pixels), inside)
+
+    def _decode(self, jobs: list[Job]) -> list[Any]:
+        """Pixels of each job's box, on a GPU its crops (repeats, H, W, 3); None of what DALI can't decode.
+
+        A pipeline doesn't survive a bad file nor always name it, so the halves are tried apart.
+        """
+        if not jobs:
+            return []
+        pipeline = self._built(len(jobs))
+        try:
+            return self._run(pipeline, jobs)
+        except RuntimeError:
+            self.close_pipeline()
+            if len(jobs) == 1:
+                return [None]
+            half = len(jobs) // 2
+            return self._decode(jobs[:half]) + self._decode(jobs[half:])
+
+    def _built(self, room: int) -> Any:
+        """A pipeline for batches of up to `room`."""
+        if self._pipeline is None or self._room < room:
+            self.close_pipeline()
+            self._room = max(room, self._room)
+            self._pipeline = self._build(self._room)
+        return self._pipeline
+
+    def _build(self, room: int) -> Any:
+        from nvidia.dali import Pipeline, fn, types
+
+        def given(name: str, dtype: Any, ndim: int) -> Any:
+            return fn.external_source(name=name, dtype=dtype, ndim=ndim)
+
+        gpu = self.device.type == "cuda"
+        number = self.device.index if self.device.index is not None else torch.cuda.current_device() if gpu else None
+        pipeline = Pipeline(room, self.threads, number, prefetch_queue_depth=1)
+        with pipeline:
+            data = given("data", types.UINT8, 1)
+            start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
+            pixels = fn.decoders.image_slice(data, start, shape, axes=(0, 1), device="mixed" if gpu else "cpu")
+            if not gpu:
+                pipeline.set_outputs(pixels)
+                return self._ready(pipeline)
+            outputs = []
+            for repeat in range(self.crops.repeats):
+                start, shape = given(f"start{repeat}", types.INT32, 1), given(f"shape{repeat}", types.INT32, 1)
+                crop = fn.slice(pixels, start, shape, axes=(0, 1))
+                # one axis at a time, the horizontal first, rounded in between: as Pillow does
+                first = given(f"first{repeat}", types.FLOAT, 1)
+                crop = fn.resize(crop, size=first, interp_type=types.INTERP_CUBIC, antialias=True)
+                crop = fn.resize(crop, size=self.crops.size, interp_type=types.INTERP_CUBIC, antialias=True)
+                outputs.append(fn.flip(crop, horizontal=given(f"flip{repeat}", types.INT32, 0)))
+            pipeline.set_outputs(*outputs)
+            return self._ready(pipeline)
+
+    @staticmethod
+    def _ready(pipeline: Any) -> Any:
+        pipeline.build()
+        return pipeline
+
+    def _run(self, pipeline: Any, jobs: list[Job]) -> list[Any]:
+        def feed(name: str, values: list[Any], dtype: Any = np.int32) -> None:
+            pipeline.feed_input(name, [np.array(value, dtype) for value in values])
+
+        pipeline.feed_input("data", [np.frombuffer(job.data, np.uint8) for job in jobs])
+        feed("start", [(job.box.top, job.box.left) for job in jobs])
+        feed("shape", [(job.box.height, job.box.width) for job in jobs])
+        if self.device.type == "cpu":
+            (out,) = pipeline.run()
+            return [out.at(place) for place in range(len(jobs))]
+        for repeat in range(self.crops.repeats):
+            inside = [_inside(job.crops[repeat], job.box) for job in jobs]
+            feed(f"start{repeat}", [(crop.top, crop.left) for crop in inside])
+            feed(f"shape{repeat}", [(crop.height, crop.width) for crop in inside])
+            feed(f"first{repeat}", [(crop.height, self.crops.size[1]) for crop in inside], np.float32)
+            feed(f"flip{repeat}", [crop.flip for crop in inside])
+        crops = [from_dlpack(out.as_tensor()) for out in pipeline.run()]
+        # with one crop of each this is DALI's own memory
+        return list(crops[0].split(1) if len(crops) == 1 else torch.stack(crops, 1))
+
+    def _gather_on_gpu(self, count: int, decoded: dict[int, Any], ready: dict[int, list[Pixels]]) -> Tensor:
+        bases = {id(item._base): item._base for item in decoded.values() if item is not None}
+        if not ready and len(bases) == 1:
+            (whole,) = bases.values()
+            # all of one run of the pipeline: its memory as it is
+            if len(whole) == count:
+                out: Tensor = whole.reshape(-1, *whole.shape[-3:])
+                return out
+        rows = {place: torch.from_numpy(np.stack(item)).to(self.device) for place, item in ready.items()}
+        rows |= {place: item for place, item in decoded.items() if item is not None}
+        return torch.cat([rows[place] for place in range(count) if place in rows])
+
+    def close_pipeline(self) -> None:
+        self._pipeline = None
+
+    def close(self) -> None:
+        self.close_pipeline()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _around(crops: list[Crop]) -> Crop:
+    left, top = min(crop.left for crop in crops), min(crop.top for crop in crops)
+    right, bottom = max(crop.left + crop.width for crop in crops), max(crop.top + crop.height for crop in crops)
+    return Crop(left, top, right - left, bottom - top, False)
+
+
+def _inside(crop: Crop, box: Crop) -> Crop:
+    return Crop(crop.left - box.left, crop.top - box.top, crop.width, crop.height, crop.flip)

@@ -1,0 +1,101 @@
+"""Decoders: from what a source reads to batches of crops.
+
+A decoder works in two steps. `prepare` serves one sample in a thread of the pool; `finish` makes a batch of what was
+prepared, and says which of it can't be decoded after all. Order, retries, threads and state are everybody's (feed.py).
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import jpeg, pictures
+from .crops import Crops
+from .philox import Floats
+from .pictures import Pixels
+
+BACKENDS = ("dali", "simplejpeg", "pillow")
+PACKAGES = {"dali": ("nvidia.dali", "fastmim[dali]"), "simplejpeg": ("simplejpeg", "fastmim[jpeg]")}
+PACKAGES["pillow"] = "PIL", "fastmim[images]"
+
+
+def installed(backend: str) -> bool:
+    """Whether the package behind a backend is there."""
+    try:
+        return find_spec(PACKAGES[backend][0]) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+def choose(backend: str, device: torch.device) -> str:
+    """The backend that "auto" means: DALI on a GPU, simplejpeg where it is installed, else Pillow.
+
+    Raises:
+        ValueError: there is no such backend, or it isn't installed.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
+    if backend != "auto":
+        # Pillow decides what is readable on every backend
+        missing = [name for name in (backend, "pillow") if not installed(name)]
+        if missing:
+            raise ValueError(
+                f"backend {backend!r} needs {PACKAGES[missing[0]][0]}: pip install '{PACKAGES[missing[0]][1]}'"
+            )
+        return backend
+    wanted = BACKENDS if device.type == "cuda" else BACKENDS[1:]
+    found = [name for name in wanted if installed(name)]
+    if not installed("pillow"):
+        raise ValueError("backend 'auto' needs at least Pillow: pip install 'fastmim[images]'")
+    return found[0]
+
+
+class Decoder:
+    """Crops in the threads of the pool; subclasses say how a sample becomes pixels."""
+
+    def __init__(self, crops: Crops, device: torch.device) -> None:
+        self.crops, self.device = crops, device
+
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> Any:
+        """A list of crops (H, W, 3), or what `finish` makes them of. Raises Unreadable."""
+        raise TypeError(f"{type(self).__name__} is no decoder")
+
+    def finish(self, prepared: list[Any]) -> tuple[Tensor, dict[int, str]]:
+        """Crops uint8 (n * repeats, H, W, 3) on the device; why some can't be decoded, by place: they are left out."""
+        rows = [row for rows in prepared for row in rows]
+        pin = self.device.type == "cuda"
+        batch = torch.empty(len(rows), *self.crops.size, 3, dtype=torch.uint8, pin_memory=pin)
+        np.stack(rows, out=batch.numpy())
+        return batch.to(self.device), {}
+
+    def close(self) -> None:
+        """Give back what `finish` holds."""
+
+
+class Pillow(Decoder):
+    """Pillow decodes and resizes."""
+
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+        assert isinstance(data, bytes)
+        image = pictures.decode(data)
+        return [pictures.resize(image, crop, self.crops.size) for crop in self.crops.of(draws, *image.size)]
+
+
+class Arrays(Decoder):
+    """simplejpeg decodes, or nothing needs to be decoded; PyTorch resizes."""
+
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+        pixels = jpeg.decode_array(data) if isinstance(data, bytes) else data
+        height, width = pixels.shape[:2]
+        return [pictures.resize_array(pixels, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]
+
+
+def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Decoder:
+    """The decoder of a backend; "packed" is the one for pixels."""
+    if backend == "dali":
+        from .dali import Dali
+
+        return Dali(crops, device, threads)
+    return Pillow(crops, device) if backend == "pillow" else Arrays(crops, device)

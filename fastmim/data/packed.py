@@ -1,0 +1,126 @@
+"""Packed datasets: pictures decoded once, in shards that are mapped into memory; a crop costs no JPEG decoding.
+
+A packed dataset is a folder: `packed.json` says what it is, and shard k holds samples k * shard_size and up as
+`shard-k.bin`, their uint8 pixels (H, W, 3) one after the other, and `shard-k.json`, where each begins, its height,
+width and CRC-32, its name and label, or why it couldn't be read. Each .json file holds the SHA-256 of its content.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .philox import Ints
+from .pictures import Pixels, Unreadable
+
+INDEX = "packed.json"
+# datasets up to this size are verified whole when they are opened
+SMALL = 2**30
+
+
+def shard_files(root: Path, shard: int) -> tuple[Path, Path]:
+    """The pixels and the index of a shard."""
+    return root / f"shard-{shard:05d}.bin", root / f"shard-{shard:05d}.json"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write all or nothing, with a checksum."""
+    text = json.dumps(content)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with open(part, "w") as file:
+        file.write(json.dumps({"sha256": digest, "content": text}))
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What write_json wrote.
+
+    Raises:
+        ValueError: it isn't there or isn't what was written.
+    """
+    try:
+        held = json.loads(path.read_text())
+        if hashlib.sha256(held["content"].encode()).hexdigest() == held["sha256"]:
+            content: dict[str, Any] = json.loads(held["content"])
+            return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"packed dataset: {path} is damaged: {type(error).__name__}: {error}") from error
+    raise ValueError(f"packed dataset: {path} is damaged: its checksum differs")
+
+
+class Packed:
+    """A packed dataset as a source of samples; see sources.Source.
+
+    Raises:
+        ValueError: packing it isn't finished, or a shard, which is named, is damaged or missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        said = read_json(root / INDEX)
+        if not said["complete"]:
+            raise ValueError(f"packed dataset {root} is not finished: run the same `fastmim pack` again")
+        self.classes: list[str] = said["classes"]
+        self.short_side: int = said["short_side"]
+        self.names: list[str] = []
+        self.reasons: dict[int, str] = {}
+        self._shard_size: int = said["shard_size"]
+        self._plan: str = said["plan"]
+        labels: list[int] = []
+        places: list[list[int]] = []
+        bytes_held = 0
+        for shard in range(said["shards"]):
+            data, index = shard_files(self.root, shard)
+            inside = read_json(index)
+            size = data.stat().st_size if data.exists() else 0
+            if inside["plan"] != self._plan or size != inside["bytes"]:
+                raise ValueError(
+                    f"packed dataset: {data} is damaged: it has {size} bytes instead of {inside['bytes']}; "
+                    f"remove it and run the same `fastmim pack` again"
+                )
+            self.reasons |= {len(self.names) + int(at): reason for at, reason in inside["reasons"].items()}
+            self.names += inside["names"]
+            labels += inside["labels"] or []
+            places += inside["places"]
+            bytes_held += size
+        self.labels: Ints | None = np.array(labels, dtype=np.int64) if labels else None
+        # where a sample begins, its height and width, its checksum
+        self._places: Ints = np.array(places, dtype=np.int64).reshape(-1, 4)
+        self._verified = bytearray(len(self.names))
+        self._maps: dict[int, Pixels] = {}
+        if bytes_held <= SMALL:
+            for sample in range(len(self.names)):
+                if sample not in self.reasons:
+                    self.read(sample)
+
+    def read(self, sample: int) -> Pixels:
+        """Pixels, mapped into memory; their checksum is compared when they are read for the first time."""
+        if sample in self.reasons:
+            raise Unreadable(self.reasons[sample])
+        shard = sample // self._shard_size
+        if shard not in self._maps:
+            self._maps[shard] = np.memmap(shard_files(self.root, shard)[0], np.uint8, "r")
+        start, height, width, checksum = self._places[sample].tolist()
+        flat = self._maps[shard][start : start + height * width * 3]
+        if not self._verified[sample]:
+            if zlib.crc32(flat.data) != checksum:
+                raise ValueError(
+                    f"packed dataset: {shard_files(self.root, shard)[0]} is damaged: the checksum of "
+                    f"{self.names[sample]} differs; remove it and run the same `fastmim pack` again"
+                )
+            self._verified[sample] = 1
+        return np.asarray(flat).reshape(height, width, 3)
+
+    def identity(self) -> str:
+        return self._plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a mapping belongs to its process
+        return {**self.__dict__, "_maps": {}}
