@@ -1,0 +1,51 @@
+"""The model of a finished, running or foreign run."""
+
+import json
+from pathlib import Path
+
+from ..interop.checkpoints import load
+from ..models.mae import MaskedAutoencoderViT
+from . import checkpoints
+from .config import Config
+
+
+def load_model(path: Path) -> MaskedAutoencoderViT:
+    """A model from a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
+
+    Of a run's folder the final model is taken, else the newest good checkpoint. Sums are verified where there are any.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another kind of model.
+        FileNotFoundError: nothing there.
+    """
+    if path.is_file() and path.name == "model.safetensors":
+        path = path.parent
+    if (path / "final" / "model.safetensors").is_file():
+        path = path / "final"
+    elif (path / "checkpoints").is_dir():
+        good = next((place for _, place in checkpoints.found(path / "checkpoints") if _is_good(place)), None)
+        if good is None:
+            raise FileNotFoundError(f"{path / 'checkpoints'} holds no good checkpoint")
+        path = good
+    if (path / checkpoints.MANIFEST).is_file():
+        checkpoints.verify(path)
+        said = path / "state.json"
+    else:
+        said = path / "run.json"
+    if not said.is_file():
+        return load(path)
+    try:
+        config = Config.of(json.loads(said.read_text())["config"] | {"device": "auto", "cuda_graphs": False})
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{said} doesn't describe a run: {error}") from None
+    options = config.build_options()
+    # the names and shapes are the model's own: whatever is missing or left over is an error
+    return load(path / "model.safetensors", **options)
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        checkpoints.verify(path)
+    except checkpoints.Damaged:
+        return False
+    return True
