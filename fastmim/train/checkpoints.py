@@ -1,10 +1,11 @@
 """Checkpoints that can be trusted: folders that are whole or not there, and say so themselves.
 
-A checkpoint is written aside, every file flushed to the disk, and renamed into place; its manifest holds the SHA-256 sum
-and the size of each file, which are verified before anything is read. Nothing in it is ever unpickled: tensors are
+A checkpoint is written aside, every file flushed to the disk, and renamed into place; its manifest holds the SHA-256
+sum and the size of each file, which are verified before anything is read. Nothing in it is ever unpickled: tensors are
 safetensors, the rest is JSON.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -128,10 +129,9 @@ def newest(folder: Path) -> tuple[Path | None, list[Damaged]]:
             verify(path)
         except Damaged as error:
             refused.append(error)
-            try:
+            # a disk may allow reading only
+            with contextlib.suppress(OSError):
                 path.rename(_unused(path.with_name(path.name + ".damaged")))
-            except OSError:
-                pass  # a disk that can only be read
         else:
             return path, refused
     return None, refused

@@ -23,7 +23,10 @@ else:
 
 SHIPPED = Path(__file__).parent / "configs"
 MODELS = {
-    **{f"mae_vit_{size}_patch16": getattr(mae, f"mae_vit_{size}_patch16") for size in ("tiny", "small", "base", "large")},
+    **{
+        f"mae_vit_{size}_patch16": getattr(mae, f"mae_vit_{size}_patch16")
+        for size in ("tiny", "small", "base", "large")
+    },
     "mae_vit_huge_patch14": mae.mae_vit_huge_patch14,
 }
 SHORT = {name.split("_")[2]: name for name in MODELS}

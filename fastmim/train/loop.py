@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from .. import masking
 from .._version import __version__
 from ..data import Batch, ImageLoader
-from . import checkpoints, metrics, samples, state
+from . import checkpoints, cost, metrics, samples, state
 from .config import DTYPES, IDENTITY, Config, ConfigError
 from .interruptions import Interrupted, Interruptions
 from .masks import mask_seeds
@@ -105,8 +105,8 @@ class Trainer:
     def _measure(self) -> None:
         """What one second of this device could do."""
         narrow = self.dtype if self.processes.device.type == "cuda" else torch.promote_types(self.dtype, torch.float32)
-        rate = metrics.matmul_rate(self.processes.device, narrow) * self.processes.world
-        self.share_of_rate = metrics.flops_per_image(self.model, self.config) / rate
+        rate = cost.matmul_rate(self.processes.device, narrow) * self.processes.world
+        self.share_of_rate = cost.flops_per_image(self.model, self.config) / rate
         self.since, self.since_step, self.waited = time.perf_counter(), self.step, 0.0
 
     def _resume(self) -> None:
@@ -130,7 +130,6 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         """Everything as it was when `path` was written."""
-        from safetensors import safe_open
         from safetensors.torch import load_file
 
         first = self.processes.first
@@ -147,8 +146,7 @@ class Trainer:
         if len(saved["loaders"]) == world:
             states = None
             if first:
-                with safe_open(path / "generators.safetensors", "pt") as file:
-                    states = {name: file.get_tensor(name) for name in file.keys()}
+                states = load_file(path / "generators.safetensors")
             states = self.processes.tell(states)
             mark = f"{self.processes.rank}/"
             own = {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)}
@@ -159,9 +157,13 @@ class Trainer:
         if saved.get("format") != FORMAT:
             raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
         was, now = saved["config"], self.config.to_dict()
-        changed = {key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value}
+        changed = {
+            key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
+        }
         if wrong := [changed[key] for key in IDENTITY if key in changed]:
-            raise ConfigError(f"output_dir {self.folder} holds another run: {'; '.join(wrong)}; choose another output_dir")
+            raise ConfigError(
+                f"output_dir {self.folder} holds another run: {'; '.join(wrong)}; choose another output_dir"
+            )
         if changed:
             self._say(f"settings changed since {path.name}: {'; '.join(changed.values())}")
 
@@ -379,7 +381,9 @@ class Trainer:
         save_file(weights, aside, {"format": "pt"})
         checkpoints.flush(aside)
         aside.replace(final / "model.safetensors")
-        checkpoints.replace_text(final / "run.json", json.dumps({"config": self.config.to_dict(), "step": self.step}, indent=1))
+        checkpoints.replace_text(
+            final / "run.json", json.dumps({"config": self.config.to_dict(), "step": self.step}, indent=1)
+        )
         checkpoints.flush(final)
         metrics.draw_curve(metrics.read_lines(self.journal.path), self.folder / "loss.png")
         self._say(f"finished: step {self.step}, {final / 'model.safetensors'}")

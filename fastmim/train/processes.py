@@ -72,12 +72,14 @@ def joined(config: Config) -> Iterator[Processes]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     started = (world > 1 or config.parallel == "fsdp") and not dist.is_initialized()
+    # hosts agree by gloo, devices exchange gradients
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if started and "MASTER_ADDR" in os.environ:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     elif started:
-        # sharding alone, without torchrun
-        store = dist.HashStore()
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+        # sharded, but alone
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield Processes(rank, world, device)
     finally:

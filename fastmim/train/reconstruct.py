@@ -43,3 +43,24 @@ def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:
             raise ValueError(f"{path} can't be read as a picture: {error}") from None
         pictures.append(np.asarray(ImageOps.fit(whole, size[::-1], Image.Resampling.BICUBIC)))
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def find_images(places: list[Path], count: int) -> list[Path]:
+    """The first `count` pictures among files and folders, sorted by name within a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from PIL import Image
+
+    Image.init()
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for place in places:
+        inside = (
+            sorted(path for path in place.rglob("*") if path.suffix.lower() in suffixes) if place.is_dir() else [place]
+        )
+        found += inside
+    if not found:
+        raise ValueError(f"IMAGES must be pictures or folders of them; {', '.join(map(str, places))} hold none")
+    return found[:count]

@@ -10,7 +10,7 @@ from .config import Config
 
 
 def load_model(path: Path) -> MaskedAutoencoderViT:
-    """A model from a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
+    """From a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
 
     Of a run's folder the final model is taken, else the newest good checkpoint. Sums are verified where there are any.
 
@@ -38,9 +38,16 @@ def load_model(path: Path) -> MaskedAutoencoderViT:
         config = Config.of(json.loads(said.read_text())["config"] | {"device": "auto", "cuda_graphs": False})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{said} doesn't describe a run: {error}") from None
-    options = config.build_options()
-    # the names and shapes are the model's own: whatever is missing or left over is an error
-    return load(path / "model.safetensors", **options)
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path / "model.safetensors")
+        model = config.build().to(weights["cls_token"].dtype)
+        model.load_state_dict(weights)
+    except (SafetensorError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path / 'model.safetensors'} is damaged or not of {said}: {error}") from None
+    return model
 
 
 def _is_good(path: Path) -> bool:

@@ -88,7 +88,7 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
 def collect_generators(device: torch.device) -> Tensors:
     """The states of torch's, Python's and NumPy's generators of this process."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     found = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words]),
