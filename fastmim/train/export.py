@@ -54,7 +54,7 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             out.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, out, {"format": "pt"})
             vit.load_state_dict(load_file(out))
-            apart = _apart(vit.eval().forward_features(images), tokens)
+            apart = _apart(vit.train(False).forward_features(images), tokens)
     if not apart <= 1e-3:
         raise RuntimeError(f"{out} was written, but its outputs differ by {apart:.1e} from the model's")
     return apart
