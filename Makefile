@@ -52,7 +52,8 @@ lint: .venv/ready
 	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja pybind11
 	.venv/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	# without what they depend on: beside a CPU build of torch, torchvision breaks itself and transformers
-	.venv/bin/python -m pip install -q --no-deps timm lightly xformers
+	.venv/bin/python -m pip install -q --no-deps timm lightly \
+		"xformers; sys_platform == 'linux' and platform_machine == 'x86_64'"
 	touch $@
 
 clean:

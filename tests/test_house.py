@@ -13,7 +13,6 @@ import torch
 
 import fastmim
 from fastmim import masking, ops, reference
-from fastmim.interop.xformers import memory_efficient_attention
 
 ROOT = Path(fastmim.__file__).parent.parent
 
@@ -155,7 +154,13 @@ MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, m
 
 @pytest.mark.parametrize(
     "function",
-    [*OPS, *MASKS, fastmim.MaskedAutoencoderViT.forward, fastmim.load, memory_efficient_attention],
+    [
+        *OPS,
+        *MASKS,
+        fastmim.MaskedAutoencoderViT.forward,
+        fastmim.load,
+        fastmim.interop.xformers.memory_efficient_attention,
+    ],
     ids=lambda function: function.__qualname__,
 )
 def test_docstrings_say_what_goes_in_what_comes_back_and_what_is_refused(function):

@@ -1,1 +1,5 @@
 """Other people's models and checkpoints."""
+
+from . import xformers
+
+__all__ = ["xformers"]

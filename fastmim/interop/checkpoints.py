@@ -45,7 +45,9 @@ def load(
 
     Sizes are read from the tensors, or from Hugging Face's config.json. Heads are in no tensor: they are the config's,
     else those of the published models by width (192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16; decoder 192: 6, 256: 8,
-    512: 16), else asked for. `norm_pix_loss` is the config's or the training arguments', else False.
+    512: 16), else asked for. `norm_pix_loss` is the config's or the training arguments', else False; the eps of the
+    norms the config's, else 1e-6. Of lightly's models those on timm's modules are read, called as in its examples:
+    backbone, decoder, decoder_embed, prediction_head.
 
     The published weights of facebookresearch/mae, facebook/vit-mae-* and timm's vit_*.mae are CC-BY-NC-4.0: for
     non-commercial use only, however they were loaded.
@@ -82,7 +84,7 @@ def load(
     known = settings_of_weights(weights, str(path))
     patch = known["patch_size"]
     if config is not None:
-        known |= huggingface.settings_of_config(config, str(path / "config.json"))
+        known |= huggingface.settings_of_config(config, f"{path}: config.json")
         grid_size = grid_size or _grid(known["img_size"], patch)
     elif args is not None:
         known |= facebook.settings_of_args(args)

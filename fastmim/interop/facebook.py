@@ -20,8 +20,9 @@ def to_facebook(model: MaskedAutoencoderViT, path: str | os.PathLike[str] | None
             once the new one is whole.
 
     Returns:
-        The weights by name, on the CPU; `fastmim.load` of the file gives the same bits. What was trained from a
-        non-commercial checkpoint (facebookresearch/mae's are CC-BY-NC-4.0) stays under its licence.
+        The weights by name, on the CPU; `fastmim.load` of the file gives the same bits. What is no weight stays
+        behind: heads, `norm_pix_loss`, `mean`, `std`, an eps of the norms other than facebookresearch/mae's 1e-6. What
+        was trained from a non-commercial checkpoint (facebookresearch/mae's are CC-BY-NC-4.0) stays under its licence.
 
     Raises:
         TypeError: not a MaskedAutoencoderViT.

@@ -1,5 +1,6 @@
 """Packages whose models the tests of interop read and write; the Makefile installs them."""
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -17,3 +18,9 @@ def lightly_modules(timm) -> ModuleType:
     """lightly.models.modules."""
     with torchvision():
         return pytest.importorskip("lightly.models.modules")
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    """Where a test writes its checkpoint."""
+    return tmp_path / "checkpoint.pth"

@@ -248,6 +248,20 @@ def test_changed_models_have_no_counterpart():
         to_huggingface(model)
 
 
+@pytest.mark.parametrize("kind", ["ViTMAEModel", "ViTModel"])
+def test_an_encoder_alone_gives_the_same_features(kind, tmp_path):
+    sizes = {name: value for name, value in SIZES.items() if not name.startswith("decoder") or kind == "ViTMAEModel"}
+    theirs = getattr(transformers, kind)(getattr(transformers, kind.replace("Model", "Config"))(**sizes)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = fastmim.load(tmp_path, allow_missing="decoder", allow_leftover="pooler.*")
+    images = torch.randn(2, 3, 32, 32)
+    in_order = dict(noise=torch.arange(16.0).expand(2, 16)) if kind == "ViTMAEModel" else {}
+    if in_order:
+        theirs.config.mask_ratio = 0.0
+    expected = theirs(images, **in_order).last_hidden_state
+    assert torch.allclose(model.forward_features(images), expected, atol=1e-5)
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
