@@ -8,6 +8,8 @@ from contestants import DTYPES, MODELS, PATCH_SIZES, PEERS
 from photographs import Photographs
 from sizes import Cell
 
+from fastmim.data.decoders import BACKENDS, installed
+
 DEFAULT_CELLS = [Cell(0.75, 1.0), Cell(0.98, 1.0), Cell(0.98, 0.1)]
 FULL_CELLS = [Cell(r, q) for r in (0.75, 0.9, 0.95, 0.98) for q in (1.0, 0.25, 0.1) if q == 1 or r > 0.9]
 DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
@@ -31,6 +33,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="run every contestant under torch.compile too")
     add("--peers", nargs="+", choices=PEERS, default=PEERS, help="default: all; plain-gather runs always")
     add("--data", metavar="DIR", help="folder of images; default: those inside scikit-image and scikit-learn")
+    loaders = ("auto", *BACKENDS)
+    add("--loader", nargs="?", const="auto", choices=loaders, help="then feed fastmim by a loader of JPEGs too")
     add("--steps", type=_positive, metavar="N", help="clocked rounds; default: 3 on a CPU, 20 on cuda")
     add("--full", action="store_true", help="the whole grid, compiled contestants, peak memory")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
@@ -41,6 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("argument --device: must be auto or cpu where torch finds no CUDA device, got cuda")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"argument --json: must be a file in a folder that exists, got {str(args.json)!r}")
+    if args.loader not in (None, "auto") and not installed(args.loader):
+        parser.error(f"argument --loader: must be an installed backend, got {args.loader}")
     args.dtype = args.dtype or DEFAULT_DTYPE[args.device]
     args.steps = args.steps or DEFAULT_STEPS[args.device]
     args.compile |= args.full

@@ -1,6 +1,6 @@
 """Everything there is to know of one GPU: is it right, and how fast. Needs no network.
 
-    python benchmarks/gpu_report.py [--part build correctness ops steps profile] [--out DIR]
+    python benchmarks/gpu_report.py [--part build correctness ops steps loader profile] [--out DIR]
 
 Each part takes under eight minutes, the most valuable rows first; a row is written as it is finished, and a row that is
 there is not measured again. Exit status 1 where anything is numerically wrong. It writes gpu.json and gpu.md.
@@ -25,13 +25,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from contestants import Batch, Contestant, Setting
+from gpu_loader import loaded
 from gpu_ops import cases, measured, seconds_of
 from measure import Matmul, Stopwatch, captured, interleave
 from report import commit
 from sizes import Cell, train_flops
 
+from fastmim.data.decoders import BACKENDS, installed
+
 ROOT = Path(__file__).parent.parent
-PARTS = ("build", "correctness", "ops", "steps", "profile")
+PARTS = ("build", "correctness", "ops", "steps", "loader", "profile")
 SECONDS = 8 * 60 - 30
 # tests of the op suite that say something of a device; the rest is about the host
 DEVICE_TESTS = (
@@ -245,6 +248,16 @@ def steps(report: Report) -> None:
         report.row("steps", name, partial(measured_step, model, mask, decode, batch_size))
 
 
+# ---- loader ----------------------------------------------------------------------------------------------------------
+
+
+def loader(report: Report) -> None:
+    report.part("loader")
+    for backend in BACKENDS:
+        if installed(backend):
+            report.row("loader", backend, partial(loaded, backend))
+
+
 # ---- profile ---------------------------------------------------------------------------------------------------------
 
 KINDS = (
@@ -336,6 +349,11 @@ def page(data: dict[str, Any]) -> str:
                     lines.append(f"| {name} | {form} | {row['batch']} | {cells} |")
                 elif "error" in form:
                     lines.append(f"| {name} | {figures} | | | | |")
+    if "loader" in data:
+        lines += ["", "## Loader", "", "| backend | images/s | grey levels from Pillow's | |", "|---|---|---|---|"]
+        for name, row in data["loader"].items():
+            rate, off = row.get("images/s", 0.0), row.get("most grey levels off", "-")
+            lines.append(f"| {name} | {rate:.0f} | {off} | {row.get('error', '')} |")
     for name, row in data.get("profile", {}).items():
         lines += ["", f"## Profile of {name}", "", "| | ms |", "|---|---|"]
         for kind, milliseconds in {**row.get("by kind", {}), "gaps": row.get("gaps", 0.0)}.items():
@@ -361,6 +379,7 @@ def main() -> None:
         "correctness": partial(correctness, report, args.out),
         "ops": partial(ops, report),
         "steps": partial(steps, report),
+        "loader": partial(loader, report),
         "profile": partial(profile, report),
     }
     for part in args.part:

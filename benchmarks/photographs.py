@@ -40,14 +40,15 @@ class Photographs:
         self.generator = random.Random(seed)
         self.paths = _shipped() if folder is None else _images_in(folder)
         self.generator.shuffle(self.paths)
-        self._next()
+        self.next()
 
     def crops(self, count: int, size: int) -> Tensor:
         """uint8 (count, 3, size, size) channels_last; pictures take turns."""
-        crops = [_random_resized_crop(self._next(), size, self.generator) for _ in range(count)]
+        crops = [_random_resized_crop(self.next(), size, self.generator) for _ in range(count)]
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
-    def _next(self) -> Image.Image:
+    def next(self) -> Image.Image:
+        """The next picture, in turns; one that Pillow can't read is warned of and left out."""
         while self.paths:
             path = self.paths.pop(0)
             try:

@@ -82,6 +82,14 @@ def stage_line(stages: dict[str, float], products: float) -> str:
     return f"fastmim's step, {total * 1e3:.3g} ms: {shares}; its matrix products alone: {products:.0%}"
 
 
+def loader_line(fed: dict[str, Any]) -> str:
+    """What a loader does to fastmim's steps."""
+    return (
+        f"fastmim fed by the {fed['backend']} loader: {fed['images_per_second']:.4g} images/s, "
+        f"{fed['waiting']:.1%} of the time waiting for images"
+    )
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []

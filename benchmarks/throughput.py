@@ -7,6 +7,7 @@ starts they must agree (`agreement.py`); where they don't, no speed-up is printe
 import argparse
 import json
 import sys
+import tempfile
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -19,6 +20,8 @@ import agreement
 import report
 from arguments import parse
 from contestants import Contestant, Setting, batches
+from fed import train_fed
+from jpegs import write_jpegs
 from memory import batch_with_room, peak_in_fresh_process
 from products import share_of_step
 from race import Result, race
@@ -28,6 +31,8 @@ from tqdm import tqdm
 
 # batches of different images, which take turns
 POOL = 4
+# JPEGs that --loader reads
+FED_IMAGES = 256
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     environment = report.environment(args.device)
     print(report.describe(environment), flush=True)
     try:
-        rows = [row for model in args.models for row in _run(model, args)]
+        with tempfile.TemporaryDirectory() as work:
+            if args.loader:
+                write_jpegs(Path(work), FED_IMAGES, args.pictures)
+            rows = [row for model in args.models for row in _run(model, args, Path(work))]
     except agreement.Disagreement as error:
         print(f"No speed-up is printed: {error}.", file=sys.stderr)
         return 1
@@ -46,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(model: str, args: argparse.Namespace) -> list[report.Row]:
-    """One model: peak memory, agreement in every cell of the grid, then the clock."""
+def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]:
+    """One model: peak memory, agreement in every cell of the grid, then the clock; `folder` is for --loader."""
     setting = Setting(model, args.image_size, args.batch_size or 0, args.dtype, args.device)
     template = setting.template()
     sizes = Sizes.of(template)
@@ -78,6 +86,9 @@ def _run(model: str, args: argparse.Namespace) -> list[report.Row]:
         print("\n" + report.table(setting, sizes, cell, here, attention))
         clocked = list(islice(supply, args.steps))
         print(report.stage_line(breakdown(contestants[0], clocked), share_of_step(contestants[0], clocked)), flush=True)
+        if args.loader:
+            here[0]["loader"] = fed = train_fed(contestants[0], folder, args.loader, args.steps)
+            print(report.loader_line(fed), flush=True)
     return rows
 
 

@@ -4,14 +4,15 @@ python examples/train_mae.py FOLDER --steps 500 --out grid.png
 """
 
 import argparse
+from itertools import chain, islice, repeat
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
-from tqdm import trange
+from tqdm import tqdm
 
 import fastmim
+from fastmim.data import ImageLoader
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=Path)
@@ -22,31 +23,27 @@ parser.add_argument("--mask-ratio", type=float, default=0.75)
 parser.add_argument("--out", type=Path, default=Path("grid.png"))
 args = parser.parse_args()
 
-size = args.image_size
-paths = [path for path in sorted(args.folder.rglob("*")) if path.suffix.lower() in {".jpg", ".jpeg", ".png", ".webp"}]
-if not paths:
-    parser.error(f"folder {args.folder} holds no .jpg, .jpeg, .png or .webp image")
-pictures = [
-    Image.open(path).convert("RGB").resize((size * 5 // 4, size * 5 // 4), Image.Resampling.BICUBIC) for path in paths
-]
-photos = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)  # uint8
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
+size, device = args.image_size, "cuda" if torch.cuda.is_available() else "cpu"
+try:
+    loader = ImageLoader(args.folder, args.batch_size, image_size=size, device=device, drop_last=False)
+    whole = ImageLoader(args.folder, 8, image_size=size, device=device, drop_last=False, scale=(1, 1), flip=False)
+except ValueError as error:
+    parser.error(str(error))
 model = fastmim.mae_vit_tiny_patch16(img_size=size, norm_pix_loss=True).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
-progress = trange(args.steps)
-for _ in progress:
-    y, x = torch.randint(0, photos.shape[2] - size + 1, (2,)).tolist()
-    batch = photos[torch.randint(len(photos), (args.batch_size,)), :, y : y + size, x : x + size].to(device)
+# epoch after epoch, each in another order
+batches = chain.from_iterable(repeat(loader))
+progress = tqdm(islice(batches, args.steps), total=args.steps)
+for batch in progress:
     with torch.autocast(device, torch.bfloat16):
-        loss = model(batch, mask_ratio=args.mask_ratio).loss
+        loss = model(batch.images, mask_ratio=args.mask_ratio).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     progress.set_postfix(loss=f"{loss.item():.3f}")
 
-shown = photos[:8, :, :size, :size].to(device)
+shown = next(iter(whole)).images
 with torch.no_grad():
     out = model(shown, mask_ratio=args.mask_ratio)
 original = shown.float() / 255

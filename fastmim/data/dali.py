@@ -1,7 +1,7 @@
 """NVIDIA DALI decodes plain JPEGs, only the part that the crops need; on a GPU it resizes and mirrors too.
 
-DALI is handed its crops and draws nothing. On a CPU the decoded part is resized by Pillow, as everywhere: DALI's own
-cubic filter is up to 8 grey levels off at sharp edges. What is no plain JPEG goes to Pillow.
+DALI is handed its crops and draws nothing. On a CPU the decoded part is resized as on every backend: DALI's own cubic
+filter is up to 8 grey levels off at sharp edges. What is no plain JPEG goes to Pillow.
 
 Not run on a GPU.
 """
@@ -45,11 +45,10 @@ class Dali(Decoder):
         if size:
             crops = self.crops.of(draws, *size)
             return Job(data, crops, _around(crops))
-        image = pictures.decode(data)
-        return self._resized(image, self.crops.of(draws, *image.size))
+        return self._resized(pictures.decode(data), draws)
 
-    def _resized(self, image: Any, crops: list[Crop]) -> list[Pixels]:
-        return [pictures.resize(image, crop, self.crops.size) for crop in crops]
+    def _cut(self, picture: Any, crops: list[Crop]) -> list[Pixels]:
+        return [pictures.resize(picture, crop, self.crops.size) for crop in crops]
 
     def finish(self, prepared: list[Job | list[Pixels]]) -> tuple[Tensor, dict[int, str]]:
         jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}
@@ -59,25 +58,17 @@ class Dali(Decoder):
         for place, item in decoded.items():
             if item is None:
                 try:
-                    ready[place] = self._resized(pictures.decode(jobs[place].data), jobs[place].crops)
+                    ready[place] = self._cut(pictures.decode(jobs[place].data), jobs[place].crops)
                 except Unreadable as error:
                     bad[place] = str(error)
         if len(jobs) > 1 and not bad and all(item is None for item in decoded.values()):
             raise RuntimeError("DALI decodes none of a batch of files that Pillow reads: is its installation whole?")
         if self.device.type == "cuda":
             return self._gather_on_gpu(len(prepared), decoded, ready), bad
-        resized = self._pool.map(
-            lambda place: (place, self._from_box(jobs[place], decoded[place])),
-            [place for place in jobs if decoded[place] is not None],
-        )
-        ready |= dict(resized)
+        whole = [place for place, item in decoded.items() if item is not None]
+        inside = {place: [_inside(crop, jobs[place].box) for crop in jobs[place].crops] for place in whole}
+        ready |= zip(whole, self._pool.map(lambda place: self._cut(decoded[place], inside[place]), whole))
         return super().finish([ready[place] for place in range(len(prepared)) if place not in bad])[0], bad
-
-    def _from_box(self, job: Job, pixels: Pixels) -> list[Pixels]:
-        from PIL import Image
-
-        inside = [_inside(crop, job.box) for crop in job.crops]
-        return self._resized(Image.fromarray(pixels), inside)
 
     def _decode(self, jobs: list[Job]) -> list[Any]:
         """Pixels of each job's box, on a GPU its crops (repeats, H, W, 3); None of what DALI can't decode.
@@ -124,7 +115,7 @@ class Dali(Decoder):
             for repeat in range(self.crops.repeats):
                 start, shape = given(f"start{repeat}", types.INT32, 1), given(f"shape{repeat}", types.INT32, 1)
                 crop = fn.slice(pixels, start, shape, axes=(0, 1))
-                # one axis at a time, the horizontal first, rounded in between: as Pillow does
+                # one axis at a time, the horizontal first, rounded in between: as on a CPU
                 first = given(f"first{repeat}", types.FLOAT, 1)
                 crop = fn.resize(crop, size=first, interp_type=types.INTERP_CUBIC, antialias=True)
                 crop = fn.resize(crop, size=self.crops.size, interp_type=types.INTERP_CUBIC, antialias=True)

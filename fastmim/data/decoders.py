@@ -62,6 +62,11 @@ class Decoder:
         """A list of crops (H, W, 3), or what `finish` makes them of. Raises Unreadable."""
         raise TypeError(f"{type(self).__name__} is no decoder")
 
+    def _resized(self, picture: Any, draws: Floats) -> list[Pixels]:
+        """The crops of a PIL image or of pixels (H, W, 3)."""
+        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
+        return [pictures.resize(picture, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]
+
     def finish(self, prepared: list[Any]) -> tuple[Tensor, dict[int, str]]:
         """Crops uint8 (n * repeats, H, W, 3) on the device; why some can't be decoded, by place: they are left out."""
         rows = [row for rows in prepared for row in rows]
@@ -75,21 +80,29 @@ class Decoder:
 
 
 class Pillow(Decoder):
-    """Pillow decodes and resizes."""
+    """Pillow decodes."""
 
     def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
         assert isinstance(data, bytes)
-        image = pictures.decode(data)
-        return [pictures.resize(image, crop, self.crops.size) for crop in self.crops.of(draws, *image.size)]
+        return self._resized(pictures.decode(data), draws)
 
 
-class Arrays(Decoder):
-    """simplejpeg decodes, or nothing needs to be decoded; PyTorch resizes."""
+class Simplejpeg(Decoder):
+    """simplejpeg decodes plain JPEGs, Pillow the rest."""
 
     def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
-        pixels = jpeg.decode_array(data) if isinstance(data, bytes) else data
-        height, width = pixels.shape[:2]
-        return [pictures.resize_array(pixels, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]
+        assert isinstance(data, bytes)
+        return self._resized(jpeg.decode(data), draws)
+
+
+class Undecoded(Decoder):
+    """Pixels as a packed dataset holds them."""
+
+    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+        return self._resized(data, draws)
+
+
+HERE = {"pillow": Pillow, "simplejpeg": Simplejpeg, "packed": Undecoded}
 
 
 def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Decoder:
@@ -98,4 +111,4 @@ def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Deco
         from .dali import Dali
 
         return Dali(crops, device, threads)
-    return Pillow(crops, device) if backend == "pillow" else Arrays(crops, device)
+    return HERE[backend](crops, device)

@@ -61,7 +61,8 @@ class ImageLoader:
         flip: mirror half of the crops.
         repeats: crops of each decoded image: a batch has B = batch_size * repeats rows, those of an image side by side.
         backend: "auto" (DALI on a GPU, simplejpeg where it is installed, else Pillow), "dali", "simplejpeg", "pillow".
-            Pixels differ by 1 (DALI on a CPU) or 2 (simplejpeg) grey levels at most; packed datasets need none.
+            On a CPU crops of JPEGs are the same on each, but for a grey level where versions of libjpeg differ; on
+            a GPU DALI has a filter of its own. Packed datasets need none.
         device: of the batches; None: the CPU.
         seed: from 0 to 2^64 - 1.
         shard: (rank, world): which part of each global batch of batch_size * world images this process loads.

@@ -45,24 +45,23 @@ class Order:
         return self.samples % (self.batch_size * self.world)
 
     def size(self, batch: int) -> int:
-        """Samples of this shard in a batch."""
-        return self.batch_size if batch < self._full else len(self._share())
+        """Samples of this shard in a batch: at least one."""
+        return self.batch_size if batch < self._full else max(1, len(self._share()))
 
     def _share(self) -> Ints:
         """Where this shard's part of the remainder is, counted from the remainder's start."""
         left, world = self._remainder, self.world
-        if 0 < left < world and not self.drop_last:
-            # fewer samples than shards: some serve twice
-            return np.array([self.rank % left])
         return np.arange(left * self.rank // world, left * (self.rank + 1) // world)
 
     def epoch(self, epoch: int) -> tuple[Ints, int]:
         """All samples that this shard may need, in order, and how many of them are its own part of the epoch.
 
-        What comes after its own part, the whole order again, takes the place of what couldn't be read. With
-        `drop_last` the share of the remainder is part of its own: no batch is planned for it, but it fills first.
+        What comes after its own part is only for batches that would be empty, and with `drop_last` for those that
+        would be short: the remainder, from another place for each shard, and the whole order. With `drop_last` the
+        share of the remainder is part of its own: no batch is planned for it, but it fills first.
         """
         order = permutation(self.samples, self.seed, epoch)
         whole = order[: self._full * self.batch_size * self.world].reshape(-1, self.world, self.batch_size)
-        own = np.concatenate([whole[:, self.rank].reshape(-1), order[whole.size :][self._share()]])
-        return np.concatenate([own, order]), len(own)
+        remainder = order[whole.size :]
+        own = np.concatenate([whole[:, self.rank].reshape(-1), remainder[self._share()]])
+        return np.concatenate([own, np.roll(remainder, -self.rank), order]), len(own)

@@ -14,7 +14,7 @@ import numpy as np
 from .._checks import check_count
 from . import pictures
 from .crops import Crop
-from .packed import INDEX, Packed, read_json, shard_files, write_json
+from .packed import FORMAT, INDEX, Packed, read_json, shard_files, write_json
 from .pictures import Pixels, Unreadable
 from .quarantine import NAME, Quarantine
 from .sources import Source, open_source
@@ -62,7 +62,7 @@ def pack(
     plan = hashlib.sha256(f"{images.identity()} {short_side} {shard_size}".encode()).hexdigest()
     shards = -(-total // shard_size)
     said = {
-        "format": "fastmim packed dataset 1",
+        "format": FORMAT,
         "plan": plan,
         "source": str(images.root),
         "samples": total,
@@ -100,7 +100,7 @@ def _claim(root: Path, said: dict[str, Any]) -> None:
         # the same files may lie elsewhere now
         if before.get("plan") != said["plan"]:
             raise ValueError(f"out {root} holds another packed dataset: {'; '.join(differences)}")
-    elif any(root.iterdir()):
+    elif any(path.suffix != ".part" for path in root.iterdir()):
         raise ValueError(f"out must be new, empty, or from the same `fastmim pack`; {root} holds other files")
     for part in root.glob("*.part"):
         part.unlink()

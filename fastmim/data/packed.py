@@ -18,6 +18,7 @@ from .philox import Ints
 from .pictures import Pixels, Unreadable
 
 INDEX = "packed.json"
+FORMAT = "fastmim packed dataset 1"
 # datasets up to this size are verified whole when they are opened
 SMALL = 2**30
 
@@ -65,6 +66,8 @@ class Packed:
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
         said = read_json(root / INDEX)
+        if said.get("format") != FORMAT:
+            raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {said.get('format')!r}")
         if not said["complete"]:
             raise ValueError(f"packed dataset {root} is not finished: run the same `fastmim pack` again")
         self.classes: list[str] = said["classes"]

@@ -1,4 +1,4 @@
-"""From the bytes of a file to pixels, by Pillow: what is repaired, what is refused, and how a crop is resized.
+"""From the bytes of a file to pixels, what is repaired, what is refused, and how a crop is resized.
 
 Pillow decides what is readable on every backend; the others serve the plain JPEGs among it.
 """
@@ -34,7 +34,7 @@ def decode(data: bytes) -> Any:
     Raises:
         Unreadable: empty, no picture, truncated, broken, without pixels, with more than MAX_PIXELS, or floating.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise Unreadable("the file is empty")
@@ -49,6 +49,8 @@ def decode(data: bytes) -> Any:
             return _upright(image, _rgb(image))
     except (Unreadable, MemoryError):
         raise
+    except UnidentifiedImageError:  # its message is an address
+        raise Unreadable("no picture of a kind that Pillow knows") from None
     except Exception as error:  # decoders of untrusted bytes raise anything
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
@@ -88,23 +90,18 @@ def _upright(image: Any, pixels: Any) -> Any:
     return pixels.transpose(turns[orientation]) if orientation in turns else pixels
 
 
-def resize(image: Any, crop: Crop, size: tuple[int, int]) -> Pixels:
-    """A crop of a PIL image at `size` (H, W), bicubic and antialiased, by Pillow.
+def resize(picture: Any, crop: Crop, size: tuple[int, int]) -> Pixels:
+    """A crop of a picture, a PIL image or pixels (H, W, 3), at `size` (H, W): bicubic, antialiased.
 
-    The horizontal pass comes first: newer Pillows choose, and that would move pixels from version to version.
+    PyTorch does it on every backend, in two passes as Pillow: 2.5 times as fast, rarely more than 1 grey level away
+    from Pillow's result and never more than 2. (A Pillow that takes the vertical pass first is farther away.)
     """
-    from PIL import Image
-
-    height, width = size
-    image = image.crop((crop.left, crop.top, crop.left + crop.width, crop.top + crop.height))
-    image = image.resize((width, crop.height), Image.Resampling.BICUBIC)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.flip else image)
-
-
-def resize_array(pixels: Pixels, crop: Crop, size: tuple[int, int]) -> Pixels:
-    """The same of pixels (H, W, 3), by PyTorch: faster, and within 2 grey levels of Pillow's."""
-    box = np.ascontiguousarray(pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+    right, bottom = crop.left + crop.width, crop.top + crop.height
+    if isinstance(picture, np.ndarray):
+        # a copy, as PyTorch warns of memory that can't be written to
+        box = np.array(picture[crop.top : bottom, crop.left : right], order="C")
+    else:
+        box = np.array(picture.crop((crop.left, crop.top, right, bottom)))
     # the batch axis is PyTorch's: with numpy's strides for it the channels would be taken apart
     image = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
     resized = F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gpu_loader
 import gpu_ops
 import gpu_report
 
@@ -57,10 +58,18 @@ def test_page():
             },
         },
         "steps": {"base": {"batch": 256, "fastmim, eager": figures}},
+        "loader": {"dali": {"images/s": 9000.0, "most grey levels off": 3}, "pillow": {"error": "no room"}},
         "profile": {"large": {"by kind": {"matmul": 20.0}, "gaps": 1.0}},
     }
     page = gpu_report.page(data)
-    for words in ("H200", "test_x: differs", "| 10.0 | 3000 | 75% | sdpa flash 2.00 |", "7000", "sdpa cudnn", "20.00"):
+    for words in (
+        "H200",
+        "test_x: differs",
+        "| 10.0 | 3000 | 75% | sdpa flash 2.00 |",
+        "7000",
+        "sdpa cudnn",
+        "20.00",
+    ):
         assert words in page, words
 
 
@@ -70,6 +79,11 @@ def test_every_case_can_be_made():
     assert floors["forward"] == (8.0 * 4 * 5 * 8, 4.0 * 4 * 25 * 8) and "fastmim" in case.forms
     names = [name for name, _ in gpu_ops.cases()]
     assert len(names) == len(set(names)) > 30
+
+
+def test_loading_is_measured():
+    row = gpu_loader.loaded("simplejpeg", images=6, batch_size=3, device="cpu")
+    assert row["images/s"] > 0 and row["most grey levels off"] <= 2 and row["device"] == "cpu"
 
 
 def test_suites_are_counted(tmp_path):

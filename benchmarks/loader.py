@@ -1,0 +1,136 @@
+"""How fast images are loaded, per backend, beside the recipe that people start from and beside reading from memory.
+
+All in one process, interleaved: in each round everybody gives one whole epoch. Only the recipe works in processes of
+its own.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+# a Python that is started with safe paths doesn't look beside the script
+sys.path.insert(0, str(Path(__file__).parent))
+
+import report
+import torch
+from jpegs import write_jpegs
+from measure import interleave, spread
+from photographs import Photographs
+from recipe import recipe
+from tqdm import tqdm
+
+from fastmim.data import ImageLoader
+from fastmim.data.decoders import BACKENDS, installed
+from fastmim.data.loader import available_cpus
+from fastmim.data.pack import pack
+
+RECIPE, PACKED, MEMORY = "torch DataLoader, Pillow, float", "packed", "from memory"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", metavar="DIR", type=Path, help="folder of JPEGs; default: ImageNet-sized ones are made")
+    add("--images", type=_positive, default=512, metavar="N", help="how many are made. Default: 512")
+    add("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
+    add("--image-size", type=_positive, default=224, metavar="N", help="default: 224")
+    add("--threads", type=_positive, default=available_cpus(), metavar="N", help="and workers. Default: all CPUs")
+    add("--rounds", type=_positive, default=5, metavar="N", help="clocked epochs of everybody. Default: 5")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches. Default: cpu")
+    add("--json", type=Path, metavar="FILE", help="write environment and rows")
+    args = parser.parse_args(argv)
+    if args.data and not any(args.data.rglob("*.jpg")):
+        parser.error(f"argument --data: must be a folder of .jpg files, got {str(args.data)!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: must be cpu where torch finds no CUDA device, got cuda")
+    return args
+
+
+def measure(args: argparse.Namespace, folder: Path, packed: Path) -> list[dict[str, Any]]:
+    """A row of figures for each contestant."""
+    options = {"image_size": args.image_size, "num_threads": args.threads, "device": args.device}
+    epochs: dict[str, Iterable[Any]] = {RECIPE: recipe(folder, args.batch_size, args.image_size, args.threads)}
+    for backend in reversed(BACKENDS):
+        if installed(backend):
+            epochs[backend] = ImageLoader(folder, args.batch_size, backend=backend, **options)
+    epochs[PACKED] = ImageLoader(packed, args.batch_size, **options)
+    batches = [batch.images for batch in ImageLoader(packed, args.batch_size, **options)]
+    epochs[MEMORY] = Memory(torch.cat(batches), args.batch_size)
+    images = len(batches) * args.batch_size
+    with tqdm(total=len(epochs) * (1 + args.rounds), desc="loading", leave=False) as bar:
+
+        def visitor(epoch: Iterable[Any]) -> Callable[[int], None]:
+            def visit(_: int) -> None:
+                for batch in epoch:
+                    pixels = batch if isinstance(batch, torch.Tensor) else batch.images
+                    pixels.to(args.device)
+                bar.update()
+
+            return visit
+
+        laps = interleave({name: visitor(epoch) for name, epoch in epochs.items()}, 1 + args.rounds, args.device)
+    theirs = laps[RECIPE][1:]
+    return [
+        {
+            "backend": name,
+            "images_per_second": images / median(seconds[1:]),
+            "ratio": median(their / our for their, our in zip(theirs, seconds[1:])),
+            "seconds_all": seconds[1:],
+        }
+        for name, seconds in laps.items()
+    ]
+
+
+class Memory:
+    """Shuffled batches of images that are decoded, cropped and resized already: the most a loader could give."""
+
+    def __init__(self, images: torch.Tensor, batch_size: int) -> None:
+        self.images, self.batch_size = images, batch_size
+
+    def __iter__(self) -> Any:
+        for ids in torch.randperm(len(self.images)).split(self.batch_size):
+            yield self.images[ids]
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    width = max(len(row["backend"]) for row in rows)
+    lines = [f"{'':<{width}}  images/s     ±  over the first"]
+    for row in rows:
+        lines.append(
+            f"{row['backend']:<{width}}  {row['images_per_second']:>8.4g}  {spread(row['seconds_all']):>4.0%}  "
+            f"×{row['ratio']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print, and return the exit status."""
+    args = parse(argv)
+    environment = report.environment(args.device)
+    with tempfile.TemporaryDirectory() as work:
+        folder = args.data or Path(work) / "jpegs"
+        if args.data is None:
+            environment["bytes_per_image"] = write_jpegs(folder, args.images, Photographs())
+            print(f"{args.images} JPEGs of {environment['bytes_per_image'] / 1e3:.0f} KB on average", flush=True)
+        pack(folder, Path(work) / "packed", num_threads=args.threads)
+        rows = measure(args, folder, Path(work) / "packed")
+    print(f"{report.describe(environment)}\nbatch {args.batch_size}, {args.threads} threads or workers\n{table(rows)}")
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

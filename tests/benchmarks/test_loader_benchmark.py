@@ -1,0 +1,82 @@
+"""The loader's benchmark: everybody loads the same files, and the recipe is the recipe."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import loader
+import throughput
+from jpegs import write_jpegs
+from photographs import Photographs
+from recipe import Folder
+
+
+def test_a_run_prints_a_table_and_writes_its_rows(tmp_path, capsys):
+    arguments = ["--images", "10", "--batch-size", "4", "--rounds", "2", "--threads", "1", "--image-size", "32"]
+    assert loader.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    out = capsys.readouterr().out
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert [row["backend"] for row in written["rows"]] == [
+        *("torch DataLoader, Pillow, float", "pillow", "simplejpeg", "dali", "packed", "from memory")
+    ]
+    for row in written["rows"]:
+        assert row["backend"] in out and row["images_per_second"] > 0 and len(row["seconds_all"]) == 2
+    assert written["rows"][0]["ratio"] == 1 and written["environment"]["bytes_per_image"] > 10_000
+
+
+def test_jpegs_are_of_imagenets_size(tmp_path):
+    mean = write_jpegs(tmp_path, 30, Photographs())
+    sizes = {Image.open(path).size for path in tmp_path.rglob("*.jpg")}
+    assert sizes == {(500, 375), (375, 500)} and 80_000 < mean < 140_000
+
+
+def test_the_recipe_normalises(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (50, 40), (124, 116, 104)).save(tmp_path / "a" / "mean.jpg")
+    image = Folder(tmp_path, 16)[0]
+    assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and image.abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--data", "nowhere"], "nowhere"), (["--rounds", "0"], "from 1 up"), (["--device", "tpu"], "tpu")],
+)
+def test_a_bad_argument_is_named(capsys, arguments, said):
+    with pytest.raises(SystemExit):
+        loader.main(arguments)
+    assert said in capsys.readouterr().err
+
+
+def test_throughput_fed_by_a_loader(tmp_path, capsys):
+    arguments = [
+        "--models",
+        "tiny",
+        "--image-size",
+        "32",
+        "--batch-size",
+        "2",
+        "--steps",
+        "2",
+        "--peers",
+        "plain-gather",
+    ]
+    arguments += [
+        "--mask-ratios",
+        "0.75",
+        "--device",
+        "cpu",
+        "--loader",
+        "pillow",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert throughput.main(arguments) == 0
+    fed = json.loads((tmp_path / "out.json").read_text())["rows"][0]["loader"]
+    assert fed["backend"] == "pillow" and fed["images_per_second"] > 0 and 0 <= fed["waiting"] < 1
+    assert "fed by the pillow loader" in capsys.readouterr().out

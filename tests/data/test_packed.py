@@ -1,0 +1,181 @@
+"""Packed datasets: the same samples without decoding, and nothing half written is believed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from photos import SAMPLES
+from test_loader import load, names_of, same
+from test_sources import write_tars
+
+from fastmim.data import pack as packing
+from fastmim.data.pack import pack
+from fastmim.data.packed import read_json
+
+
+@pytest.fixture
+def packed(photographs, tmp_path):
+    pack(photographs, tmp_path / "packed", short_side=48, shard_size=8, num_threads=2)
+    return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_image_once_an_epoch(packed, world):
+    loaders = [load(packed, shard=(rank, world), drop_last=False) for rank in range(world)]
+    for _ in range(3):
+        epoch = [list(loader) for loader in loaders]
+        ids = [i for batches in epoch for batch in batches for i in batch.ids.tolist()]
+        assert set(ids) == set(range(SAMPLES)) and len({len(batches) for batches in epoch}) == 1
+
+
+def test_samples_keep_their_numbers_labels_and_pixels(photographs, packed):
+    ours, theirs = load(packed), load(photographs)
+    assert ours.classes == theirs.classes and ours.source.names == theirs.source.names and ours.backend == "packed"
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
+        assert (a.images.float() - b.images.float()).abs().mean() < 12  # of another crop it is above 40
+    assert min(ours.source.read(3).shape[:2]) == 48
+
+
+def test_small_pictures_are_not_enlarged(photographs, tmp_path):
+    whole = pack(photographs, tmp_path / "whole")
+    assert whole.read(0).shape in ((64, 96, 3), (90, 70, 3))
+    pillow = load(photographs, drop_last=False, backend="pillow")
+    off = [
+        (a.images.int() - b.images.int()).abs().max() for a, b in zip(load(tmp_path / "whole", drop_last=False), pillow)
+    ]
+    assert max(off) <= 2
+
+
+def test_a_state_goes_on(packed):
+    loader = load(packed)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    other = load(packed)
+    other.load_state_dict(loader.state_dict())
+    assert same(other, iterator)
+
+
+def test_tars_can_be_packed(photographs, tmp_path):
+    paths = write_tars(photographs, tmp_path)
+    pack([str(path) for path in paths], tmp_path / "packed")
+    for a, b in zip(load(tmp_path / "packed"), load(paths)):
+        assert torch.equal(a.labels, b.labels)
+
+
+def test_unreadable_files_keep_their_numbers(own, tmp_path):
+    (own / names_of(own)[9]).write_bytes(b"bad")
+    pack(own, tmp_path / "packed", shard_size=4)
+    assert json.loads((tmp_path / "packed" / "quarantine.jsonl").read_text())["id"] == 9
+    loader = load(tmp_path / "packed", drop_last=False)
+    ids = sorted(i for batch in loader for i in batch.ids.tolist())
+    assert ids == [i for i in range(SAMPLES) if i != 9] and "Pillow" in loader.skipped[9]
+
+
+def contents(root):
+    return {path.name: path.read_bytes() for path in root.iterdir() if path.suffix != ".jsonl"}
+
+
+@pytest.mark.parametrize("after", [0, 3, 8, 20, 30])
+def test_interrupted_packing_goes_on(photographs, packed, tmp_path, monkeypatch, after):
+    class Stopped(BaseException):
+        pass
+
+    done = []
+
+    def stop(count):
+        done.extend([0] * count)
+        if len(done) > after:
+            raise Stopped
+
+    options = {"short_side": 48, "shard_size": 8, "num_threads": 2}
+    out = tmp_path / "again"
+    with pytest.raises(Stopped):
+        pack(photographs, out, progress=stop, **options)
+    with pytest.raises(ValueError, match="is not finished: run the same `fastmim pack` again"):
+        load(out)
+    written = []
+    write = packing._write_shard
+    monkeypatch.setattr(packing, "_write_shard", lambda *args: (written.append(args[3]), write(*args)))
+    pack(photographs, out, **options)
+    assert written == list(range(min(after // 8, 3), 4))
+    assert contents(out) == contents(packed)
+
+
+def test_packing_again_changes_nothing(photographs, packed):
+    before = {path.name: path.stat().st_mtime_ns for path in packed.glob("shard*")}
+    pack(photographs, packed, short_side=48, shard_size=8)
+    assert before == {path.name: path.stat().st_mtime_ns for path in packed.glob("shard*")}
+
+
+@pytest.mark.parametrize("name", ["shard-00002.bin", "shard-00002.json", "packed.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+def test_a_damaged_shard_is_named_and_refused(photographs, packed, name, damage):
+    path, data = packed / name, bytearray((packed / name).read_bytes())
+    if damage == "remove":
+        if name == "packed.json":
+            pytest.skip("then it is no packed dataset")
+        path.unlink()
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes({"flip": data, "truncate": data[:-7], "empty": b""}[damage])
+    with pytest.raises(ValueError, match=rf"{name}.* is damaged"):
+        load(packed)
+    if name != "packed.json":
+        path.unlink(missing_ok=True)
+        pack(photographs, packed, short_side=48, shard_size=8)
+        assert len(list(load(packed))) == 7
+
+
+def test_damage_in_a_large_dataset_is_found_when_it_is_read(packed, monkeypatch):
+    monkeypatch.setattr("fastmim.data.packed.SMALL", 0)
+    path = packed / "shard-00001.bin"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-00001.bin is damaged: the checksum of .*jpg differs"):
+        list(load(packed, drop_last=False))
+
+
+def test_shards_of_another_dataset_are_refused(photographs, packed, tmp_path):
+    pack(photographs, tmp_path / "other", short_side=40, shard_size=8)
+    for suffix in ("bin", "json"):
+        (tmp_path / "other" / f"shard-00001.{suffix}").replace(packed / f"shard-00001.{suffix}")
+    with pytest.raises(ValueError, match="shard-00001"):
+        load(packed)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"short_side": 40}, "short_side was 48, is 40"), ({"shard_size": 5}, "shard_size was 8, is 5")],
+)
+def test_another_dataset_is_not_overwritten(photographs, packed, change, said):
+    before = contents(packed)
+    with pytest.raises(ValueError, match=said):
+        pack(photographs, packed, **{"short_side": 48, "shard_size": 8, **change})
+    assert contents(packed) == before
+
+
+def test_a_folder_of_something_else_is_not_written_to(photographs, own, packed, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out, said in ((own, "holds other files"), (tmp_path / "file", "must be a folder")):
+        with pytest.raises(ValueError, match=said):
+            pack(photographs, out)
+    with pytest.raises(ValueError, match="is a packed dataset already"):
+        pack(packed, tmp_path / "twice")
+    assert len(names_of(own)) == SAMPLES and not list(own.glob("*.json"))
+
+
+def test_too_many_unreadable_files_stop_packing(own, tmp_path):
+    for name in names_of(own)[:4]:
+        (own / name).write_bytes(b"bad")
+    with pytest.raises(RuntimeError, match="4 of 31 samples"):
+        pack(own, tmp_path / "packed")
+
+
+def test_the_format_is_what_the_module_says(packed):
+    index = read_json(packed / "shard-00001.json")
+    start, height, width, _ = index["places"][2]
+    pixels = np.fromfile(packed / "shard-00001.bin", np.uint8)[start : start + height * width * 3]
+    assert np.array_equal(pixels.reshape(height, width, 3), load(packed).source.read(10))

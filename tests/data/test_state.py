@@ -1,0 +1,170 @@
+"""Stopping in the middle and going on, bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from photos import BACKENDS, SAMPLES
+from test_loader import load, same
+
+from fastmim.data import ImageLoader
+
+
+def damage(root):
+    """Three of the samples, in different ways."""
+    for index, data in ((3, b""), (10, b"no JPEG at all"), (17, None)):
+        path = sorted(root.rglob("*.jpg"))[index]
+        path.write_bytes(path.read_bytes()[:-200] if data is None else data)
+    return {3, 10, 17}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("drop_last", [True, False])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_state_goes_on_bit_for_bit(own, backend, drop_last, bad):
+    if bad:
+        damage(own)
+    options = {"backend": backend, "drop_last": drop_last, "shard": (1, 2), "batch_size": 3}
+    loader = load(own, **options)
+    batches, states = [], []
+    for _ in range(2):
+        states.append(loader.state_dict())
+        for batch in loader:
+            batches.append(batch)
+            # threads are ahead of this
+            states.append(loader.state_dict())
+        states.pop()
+    for done in (0, 1, 4, len(loader) - 1, len(loader), len(loader) + 2):
+        other = load(own, num_threads=1, **options)
+        other.load_state_dict(json.loads(json.dumps(states[done])))
+        rest = [*other, *([] if done >= len(loader) else other)]
+        assert same(rest, batches[done:])
+
+
+def test_a_state_at_the_end_of_an_epoch_is_the_beginning_of_the_next(photographs):
+    loader = load(photographs)
+    for _ in loader:
+        state = loader.state_dict()
+    assert (state["epoch"], state["batches"]) == (1, 0)
+    other = load(photographs)
+    other.load_state_dict(state)
+    assert other.epoch == 1 and same(other, loader)
+
+
+def test_asking_for_a_state_changes_nothing(photographs):
+    loader, other = load(photographs), load(photographs)
+    batches = [batch for batch in loader if loader.state_dict()]
+    assert same(batches, other)
+
+
+def test_after_a_state_the_old_iteration_no_longer_counts(photographs):
+    loader = load(photographs)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    next(iterator)
+    assert loader.state_dict() == state
+
+
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 6), (2, 3), (3, 2), (6, 1)])
+def test_a_state_of_another_world_is_converted(photographs, world, batch_size):
+    """The global batches stay the same, and the rest of the epoch with them."""
+    loader = load(photographs, 6, drop_last=False)
+    iterator = iter(loader)
+    next(iterator), next(iterator)
+    shards = []
+    for rank in range(world):
+        shard = load(photographs, batch_size, shard=(rank, world), drop_last=False)
+        shard.load_state_dict(loader.state_dict())
+        shards.append(list(shard))
+    # the last batch is a remainder of one sample, which every shard repeats
+    for whole, *parts in list(zip(iterator, *shards))[:-1]:
+        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
+
+
+def test_what_was_skipped_is_not_converted(own):
+    damage(own)
+    loader = load(own, 6)
+    for _ in loader:
+        if loader.state_dict()["consumed"] > 6 * loader.state_dict()["batches"]:
+            break
+    with pytest.raises(ValueError, match="batch_size was 6, is 3; world was 1, is 2"):
+        load(own, 3, shard=(0, 2)).load_state_dict(loader.state_dict())
+
+
+def test_what_another_shard_skipped_is_refused(own):
+    damage(own)
+    loaders = [load(own, 3, shard=(rank, 2)) for rank in range(2)]
+    for mine, other in (loaders, loaders[::-1]):
+        iterator = iter(mine)
+        for _ in range(4):
+            next(iterator)
+        if mine.state_dict()["consumed"] > 12:
+            with pytest.raises(ValueError, match=r"of shard \d, which had skipped \d samples"):
+                other.load_state_dict(mine.state_dict())
+            return
+    pytest.fail("nothing was skipped")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"batch_size": 5}, "batch_size was 4, is 5"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"shard": (0, 2)}, "world was 1, is 2"),
+        ({"drop_last": False}, "drop_last was True, is False"),
+        ({"image_size": 16}, r"image_size was \[32, 32\], is \[16, 16\]"),
+        ({"scale": (0.5, 1)}, "scale was"),
+        ({"ratio": (1, 1)}, "ratio was"),
+        ({"flip": False}, "flip was True, is False"),
+        ({"repeats": 2}, "repeats was 1, is 2"),
+    ],
+)
+def test_a_state_of_other_settings_is_refused(photographs, options, said):
+    state = load(photographs).state_dict()
+    other = load(photographs, **options)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match=said):
+        other.load_state_dict(state)
+    assert other.state_dict() == before
+
+
+def test_a_state_of_other_data_is_refused(photographs, own):
+    state = load(photographs).state_dict()
+    load(shutil.copytree(photographs, own.parent / "copy")).load_state_dict(state)
+    path = next(own.rglob("*.jpg"))
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="data was"):
+        load(own).load_state_dict(state)
+    path.unlink()
+    with pytest.raises(ValueError, match="samples was 31, is 30"):
+        load(own).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda state: None, TypeError),
+        (lambda state: {}, ValueError),
+        (lambda state: {**state, "format": 2}, ValueError),
+        (lambda state: {**state, "epoch": "first"}, ValueError),
+        (lambda state: {**state, "batches": 900, "consumed": 3600}, ValueError),
+        (lambda state: {**state, "epoch": -1}, ValueError),
+        (lambda state: {**state, "bad": [[SAMPLES, "why"]]}, ValueError),
+    ],
+)
+def test_what_is_no_state_is_refused(photographs, change, error):
+    loader = load(photographs)
+    with pytest.raises(error, match="state must be"):
+        loader.load_state_dict(change(loader.state_dict()))
+
+
+def test_the_backend_may_change(photographs):
+    loader = ImageLoader(photographs, 4, image_size=32, backend="pillow")
+    iterator = iter(loader)
+    next(iterator)
+    other = ImageLoader(photographs, 4, image_size=32, backend="dali")
+    other.load_state_dict(loader.state_dict())
+    assert same(other, iterator)

@@ -1,0 +1,91 @@
+"""The fastmim command as a user runs it."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastmim import cli
+from fastmim.data import ImageLoader
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures, one of which is none."""
+    (tmp_path / "photos").mkdir()
+    for index in range(12):
+        pixels = np.random.default_rng(index).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{index:02}.jpg")
+    (tmp_path / "photos" / "05.jpg").write_bytes(b"no picture")
+    return tmp_path / "photos"
+
+
+def test_help_names_the_commands_and_what_they_do(capsys):
+    for arguments in (["--help"], ["pack", "--help"], ["check-data", "--help"]):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(arguments)
+        assert exit_.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "pack",
+        "check-data",
+        "Decode all images once",
+        "which can't be read",
+        "--short-side",
+        "default: all CPUs",
+    ):
+        assert words.lower() in said.lower(), words
+
+
+def test_the_command_is_installed_as_fastmim():
+    done = subprocess.run([sys.executable, "-m", "fastmim.cli"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "usage: fastmim" in done.stderr and "COMMAND" in done.stderr
+
+
+def test_pack_and_load(folder, tmp_path, capsys):
+    assert cli.main(["pack", str(folder), str(tmp_path / "packed"), "--short-side", "32", "--threads", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "11 images; 1 can't be read" in said and "quarantine.jsonl" in said
+    assert sum(len(batch.ids) for batch in ImageLoader(tmp_path / "packed", 4, image_size=16, drop_last=False)) == 11
+
+
+def test_check_data(folder, tmp_path, capsys):
+    assert cli.main(["check-data", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert "12 images, 1 can't be read" in said and '"05.jpg"' in (folder / "quarantine.jsonl").read_text()
+    (folder / "05.jpg").unlink()
+    assert cli.main(["check-data", str(folder), "--quarantine", str(tmp_path / "q")]) == 0
+    assert not (tmp_path / "q").exists()
+
+
+def test_check_data_of_a_damaged_packed_dataset(folder, tmp_path, capsys):
+    (folder / "05.jpg").unlink()
+    cli.main(["pack", str(folder), str(tmp_path / "packed")])
+    data = bytearray((tmp_path / "packed" / "shard-00000.bin").read_bytes())
+    data[7] ^= 1
+    (tmp_path / "packed" / "shard-00000.bin").write_bytes(data)
+    assert cli.main(["check-data", str(tmp_path / "packed")]) == 1
+    assert "shard-00000.bin is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["pack", "nowhere", "out"], 1, "source must be a folder"),
+        (["check-data", "nowhere"], 1, "source must be a folder"),
+        (["pack", "nowhere"], 2, "required: OUT"),
+        (["pack", "a", "b", "--short-side", "0"], 2, "must be a whole number from 1 up"),
+        (["train"], 2, "invalid choice: 'train'"),
+    ],
+)
+def test_a_bad_argument_is_one_line_and_an_exit_status(tmp_path, monkeypatch, capsys, arguments, status, said):
+    monkeypatch.chdir(tmp_path)
+    try:
+        found = cli.main(arguments)
+    except SystemExit as exit_:
+        found = exit_.code
+    err = capsys.readouterr().err
+    assert found == status and said in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
