@@ -101,6 +101,6 @@ setup(
     # kernels/ stands beside the package and installs inside it, as fastmim.kernels
     packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
     package_dir={"fastmim.kernels": "kernels"},
-    package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi"]},
+    package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "train/configs/*.toml"]},
     **native(),
 )

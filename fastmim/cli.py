@@ -25,6 +25,12 @@ def _count(text: str) -> int:
     return number
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 up, got {text!r}")
+    return int(text)
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=available_cpus(), metavar="N", help="default: all CPUs")
 
@@ -93,12 +99,130 @@ def _check_data(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+# ---- pretrain --------------------------------------------------------------------------------------------------------
+
+
+def _add_pretrain(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with fastmim")
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="replaces what CONFIG says: data=FOLDER output_dir=FOLDER"
+    )
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    """Pretrain a masked autoencoder; run it again to go on after an interruption.
+
+    Writes checkpoints, metrics.jsonl, loss.png and final/model.safetensors into output_dir. Under torchrun each process
+    takes its share. `fastmim pretrain quickstart_cpu` needs no data and a few minutes.
+    """
+    from .train import Trainer
+    from .train.config import read
+
+    Trainer(read(args.config, args.settings)).run()
+    return 0
+
+
+# ---- reconstruct -----------------------------------------------------------------------------------------------------
+
+CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint that fastmim.load reads"
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("images", metavar="IMAGES", type=Path, nargs="+", help="pictures, or folders of them")
+    parser.add_argument("-o", "--out", metavar="PNG", type=Path, required=True, help="the grid to write")
+    parser.add_argument("--mask-ratio", type=float, default=0.75, metavar="R", help="share removed. Default: 0.75")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the masks. Default: 0")
+    parser.add_argument("--count", type=_count, default=16, metavar="N", help="at most so many. Default: 16")
+
+
+def _reconstruct(args: argparse.Namespace) -> int:
+    """Draw original, masked and reconstructed pictures side by side, a row for each."""
+    import torch
+
+    from . import masking
+    from .train.masks import mask_seeds
+    from .train.reconstruct import draw_grid, find_images, read_images
+    from .train.runs import load_model
+
+    model = load_model(args.checkpoint).eval()
+    images = read_images(find_images(args.images, args.count), model.patch_embed.img_size)
+    seeds = mask_seeds(args.seed, 0, torch.arange(len(images)))
+    mask = masking.random(len(images), model.patch_embed.num_patches, args.mask_ratio, seeds=seeds)
+    with torch.no_grad():
+        out = model(images, mask=mask)
+    draw_grid(model, images, out, args.out)
+    print(f"{args.out}: original | masked | reconstruction of {len(images)} images, loss {out.loss.item():.4f}")
+    return 0
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument(
+        "data", metavar="DATA", type=Path, help="a folder of class folders, or of train and test folders of them"
+    )
+    parser.add_argument("--labels-per-class", type=_count, metavar="N", help="learn from so many only. Default: all")
+    parser.add_argument("--pool", choices=("mean", "class"), default="mean", help="of tokens. Default: mean")
+    _add_threads(parser)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Classify images by frozen features: 20 nearest neighbours and a linear probe.
+
+    A random encoder of the same shape and raw pixels are printed beside them.
+    """
+    import torch
+
+    from .interop.weights import settings_of_model
+    from .models.mae import MaskedAutoencoderViT
+    from .train.evaluate import compare, read_split
+    from .train.runs import load_model
+
+    model = load_model(args.checkpoint).eval()
+    split = read_split(args.data, model.patch_embed.img_size, args.threads)
+    torch.manual_seed(0)
+    untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
+    rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)
+    learnt = len(split.train.labels) if args.labels_per_class is None else f"{args.labels_per_class} a class"
+    print(f"{len(split.classes)} classes, {learnt} to learn from, {len(split.test.labels)} to judge by")
+    print(f"{'features':<16}{'k-NN':>8}{'linear':>8}")
+    for name, (near, linear) in rows.items():
+        print(f"{name:<16}{near:>8.1%}{linear:>8.1%}")
+    return 0
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="whose format")
+    parser.add_argument("out", metavar="OUT", type=Path, help="a .pth file, a folder, a .safetensors file, in turn")
+
+
+def _export(args: argparse.Namespace) -> int:
+    """Write a model as facebookresearch/mae, Hugging Face or timm read it, and compare the outputs."""
+    from .train.export import export
+    from .train.runs import load_model
+
+    apart = export(load_model(args.checkpoint), args.to, args.out)
+    print(f"{args.out}: outputs equal (apart by {apart:.0e} of the largest)")
+    return 0
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 # name: what adds its arguments, what runs it and returns the exit status; its docstring is its help
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "pack": (_add_pack, _pack),
     "check-data": (_add_check_data, _check_data),
+    "pretrain": (_add_pretrain, _pretrain),
+    "reconstruct": (_add_reconstruct, _reconstruct),
+    "evaluate": (_add_evaluate, _evaluate),
+    "export": (_add_export, _export),
 }
 
 

@@ -1,0 +1,274 @@
+"""What a run is: read from a TOML file and `key=value`, checked whole before anything starts."""
+
+import dataclasses
+import math
+import sys
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._checks import check_count, check_ratio
+from ..masking import count_kept
+from ..models import mae
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = Path(__file__).parent / "configs"
+MODELS = {
+    **{
+        f"mae_vit_{size}_patch16": getattr(mae, f"mae_vit_{size}_patch16")
+        for size in ("tiny", "small", "base", "large")
+    },
+    "mae_vit_huge_patch14": mae.mae_vit_huge_patch14,
+}
+SHORT = {name.split("_")[2]: name for name in MODELS}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
+# a run goes on from a checkpoint only where these are what they were
+IDENTITY = ("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype")
+
+
+class ConfigError(ValueError):
+    """A setting that can't be served; the message is one line that names it."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a pretraining run; README lists them.
+
+    Args:
+        data: a folder of images, packed shards, or "digits": those that scikit-learn ships.
+        output_dir: where checkpoints, metrics and the final model go; the same folder resumes.
+        seed: of weights, order, crops and masks.
+        model: "tiny", "small", "base", "large", "huge" or the function's whole name.
+        model_options: arguments of `MaskedAutoencoderViT` that replace the model's own, such as patch_size.
+        image_size: side of the square crops.
+        norm_pix_loss: whether targets are normalised patch by patch.
+        mask_ratio, decode_ratio: shares removed, and predicted of the removed; a decode_ratio below 1 changes the
+            objective.
+        crop_scale: share of a picture's area that crops take, from and to.
+        flip: mirror half of the crops.
+        backend, num_threads: of the loader.
+        batch_size: images of one update, over all processes.
+        micro_batch_size: most images that a process takes at once; more are accumulated.
+        epochs, max_steps: how long; max_steps wins.
+        base_lr, min_lr: the peak is base_lr * batch_size / 256; min_lr is absolute.
+        warmup: share of the run in which the rate rises.
+        weight_decay, betas: AdamW's; biases and norms don't decay.
+        clip_grad: largest norm of the gradient; none: as it is.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "bfloat16" (by autocast, weights in float32), "float32", "float64".
+        parallel: "auto", "ddp" or "fsdp"; auto shards the huge model.
+        compile, cuda_graphs, checkpoint_activations: how the step runs; cuda_graphs implies compile.
+        checkpoint_every: steps between checkpoints.
+        keep_last, keep_every: checkpoints that stay: the last ones, and those of every so many steps.
+        log_every: steps between lines of metrics.
+        reconstruct_every: steps between pictures of reconstructions; 0: none.
+        max_skipped: updates skipped in a row, for want of a finite gradient, that stop the run.
+
+    Raises:
+        ConfigError: a value of the wrong type or out of range.
+    """
+
+    data: str
+    output_dir: str
+    seed: int = 0
+    model: str = "mae_vit_base_patch16"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    norm_pix_loss: bool = True
+    mask_ratio: float = 0.75
+    decode_ratio: float = 1.0
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    backend: str = "auto"
+    num_threads: int | None = None
+    batch_size: int = 4096
+    micro_batch_size: int | None = None
+    epochs: int = 800
+    max_steps: int | None = None
+    base_lr: float = 1.5e-4
+    min_lr: float = 0.0
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_grad: float | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    parallel: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
+    checkpoint_activations: bool = False
+    checkpoint_every: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None
+    log_every: int = 10
+    reconstruct_every: int = 0
+    max_skipped: int = 5
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(Config).items():
+            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        replace = {
+            "model": SHORT.get(self.model, self.model),
+            "device": ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
+        }
+        replace["dtype"] = DTYPE_WORDS.get(self.dtype, self.dtype)
+        if self.dtype == "auto":
+            replace["dtype"] = "bfloat16" if replace["device"] == "cuda" else "float32"
+        for name, value in replace.items():
+            object.__setattr__(self, name, value)
+        try:
+            self._check()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(" ".join(str(error).split())) from None
+
+    def _check(self) -> None:
+        _one_of("model", self.model, (*SHORT, *MODELS))
+        _one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
+        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
+        _one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("device must be auto or cpu where torch finds no CUDA device, got cuda")
+        if self.cuda_graphs and self.device != "cuda":
+            raise ConfigError(f"cuda_graphs needs device cuda, got {self.device}")
+        check_count("seed", self.seed, 0, 2**63 - 1)
+        for name in ("image_size", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
+            check_count(name, getattr(self, name), 1)
+        check_count("keep_last", self.keep_last, 2)  # one to fall back to
+        check_count("reconstruct_every", self.reconstruct_every, 0)
+        for name in ("max_steps", "micro_batch_size", "keep_every", "num_threads"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        check_ratio("mask_ratio", self.mask_ratio)
+        check_ratio("decode_ratio", self.decode_ratio, one=True)
+        for name in ("base_lr", "min_lr", "weight_decay", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if self.warmup >= 1:
+            raise ConfigError(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
+        if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
+            raise ConfigError(f"clip_grad must be positive and finite, or none, got {self.clip_grad}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(f"crop_scale must be two ascending shares in (0, 1], got {list(self.crop_scale)}")
+        for name in ("data", "output_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be a path, got an empty one")
+        with torch.device("meta"):
+            try:
+                model = self.build()
+            except TypeError as error:
+                raise ConfigError(f"model_options: {error}") from None
+        count_kept(model.patch_embed.num_patches, self.mask_ratio, None)
+
+    def build(self) -> mae.MaskedAutoencoderViT:
+        """The model, its weights drawn from torch's generator."""
+        options = {"img_size": self.image_size, "norm_pix_loss": self.norm_pix_loss, **self.model_options}
+        model: mae.MaskedAutoencoderViT = MODELS[self.model](**options)
+        return model
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded over processes (FSDP2)."""
+        return self.parallel == "fsdp" or (self.parallel == "auto" and self.model == "mae_vit_huge_patch14")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as JSON has it."""
+        plain = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> "Config":
+        """From plain data.
+
+        Raises:
+            ConfigError: an unknown or missing key, or as the constructor.
+        """
+        known = {entry.name: entry for entry in dataclasses.fields(Config)}
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"unknown key {name!r}; known are {', '.join(known)}")
+        for name in ("data", "output_dir"):
+            if name not in settings:
+                raise ConfigError(f"{name} is missing: add {name}=PATH")
+        return Config(**settings)
+
+
+def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The config in a TOML file, or a shipped one by name, with `key=value` on top.
+
+    Raises:
+        ConfigError: no such file, no TOML, or settings that can't be served.
+    """
+    path = Path(source)
+    if not path.is_file() and path.name == str(source):
+        path = SHIPPED / f"{path.name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"CONFIG must be a TOML file or one of {', '.join(shipped())}; got {str(source)!r}")
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} can't be read as TOML: {error}") from None
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"settings are given as key=value, got {text!r}")
+        name, _, option = name.strip().partition(".")
+        if option:
+            table = settings.setdefault(name, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name} is no table, so that {text!r} means nothing")
+            table[option] = _value(value)
+        else:
+            settings[name] = _value(value)
+    return Config.of(settings)
+
+
+def shipped() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def _value(text: str) -> Any:
+    """A TOML value; `none`; anything else is a string."""
+    text = text.strip()
+    if text.lower() == "none":
+        return None
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return value["value"] if value.keys() == {"value"} else text
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`; whole numbers serve as fractions, lists as tuples, what looks like a number as a path."""
+    if isinstance(kind, types.UnionType):
+        return None if value is None else _typed(name, value, kind.__args__[0])
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is str and name in ("data", "output_dir") and isinstance(value, (Path, int, float)):
+        return str(value)
+    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
+        return tuple(_typed(name, part, argument) for part, argument in zip(value, arguments))
+    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
+        words = {tuple: f"a list of {len(arguments)} numbers", dict: "a table"}.get(origin, origin.__name__)
+        raise ConfigError(f"{name} must be {words}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

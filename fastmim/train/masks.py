@@ -1,0 +1,27 @@
+"""Which patches a sample loses: a function of seed, epoch and sample, never of batch, process or restart."""
+
+import torch
+from torch import Tensor
+
+# Weyl increment and multipliers of splitmix64 (Steele, Lea and Flood, OOPSLA 2014), as signed 64-bit numbers
+WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15
+
+
+def mask_seeds(seed: int, epoch: int, ids: Tensor) -> Tensor:
+    """Seeds (B,) int64 for `fastmim.masking.random` of the samples `ids` (B,) int64."""
+    mixed = torch.zeros_like(ids)
+    for word in (torch.full_like(ids, seed), torch.full_like(ids, epoch), ids):
+        mixed = _mix((mixed ^ word) + WEYL)
+    return mixed
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser; products wrap around."""
+    x = (x ^ _shift(x, 30)) * FIRST
+    x = (x ^ _shift(x, 27)) * SECOND
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,146 @@
+"""What a run tells: JSON lines, TensorBoard where it is installed, a line of progress, and a curve at the end."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import replace_text
+
+# what a line must have to be kept by a run that goes on
+STEP = "step"
+
+
+class Journal:
+    """Appends to `metrics.jsonl`; a run that goes on from a step first takes back what was written after it."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.path = folder / "metrics.jsonl"
+        whole = read_lines(self.path)
+        self.repeated = max([0, *(line[STEP] - start for line in whole)])
+        if self.path.exists():
+            kept = [line for line in whole if line[STEP] <= start]
+            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.board = _board(folder)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for key, value in line.items():
+                if key != STEP:
+                    self.board.add_scalar(key, value, line[STEP])
+
+    def flush(self) -> None:
+        """Onto the disk, so that what a checkpoint follows is never lost."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; a last one that was cut off is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get(STEP), int):
+            lines.append(line)
+    return lines
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return value if not isinstance(value, float) or abs(value) < float("inf") else None
+
+
+def _board(folder: Path) -> Any:
+    """A TensorBoard writer, or None where it isn't installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder / "tensorboard")
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(f"fastmim: {text}", file=sys.stderr, flush=True)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A bar on a terminal, lines elsewhere; silent on all but the first process."""
+
+    def __init__(self, start: int, steps: int, shown: bool) -> None:
+        from tqdm import tqdm
+
+        self.shown, self.steps = shown, steps
+        self.bar = tqdm(
+            total=steps, initial=start, disable=None if shown else True, unit="step", dynamic_ncols=True, smoothing=0.05
+        )
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def show(self, line: dict[str, Any]) -> None:
+        if not self.shown:
+            return
+        said = (
+            f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, |g| {line['grad_norm']:.3g}, "
+            f"{line['images_per_second']:.1f} images/s, {line['matmul_share']:.0%} of matmul, "
+            f"{line['waiting']:.0%} waiting for data, {line['skipped']} skipped"
+        )
+        if self.bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime(line["seconds_left"]))
+            days = f"{int(line['seconds_left'] // 86400)}d " if line["seconds_left"] >= 86400 else ""
+            print(f"step {line['step']}/{self.steps}: {said}, {days}{left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(said)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+# ---- the curve -------------------------------------------------------------------------------------------------------
+
+
+def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
+    """The loss over the steps, as a PNG."""
+    from PIL import Image, ImageDraw
+
+    points = [(line[STEP], line["loss"]) for line in lines if line.get("loss") is not None]
+    if not points:
+        return
+    width, height, margin = 960, 540, 56
+    steps, losses = [step for step, _ in points], [loss for _, loss in points]
+    low, high = min(losses), max(losses)
+    span = high - low or 1.0
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(step: int, loss: float) -> tuple[float, float]:
+        x = margin + (width - 2 * margin) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
+        return x, height - margin - (height - 2 * margin) * (loss - low) / span
+
+    for part in range(5):
+        loss = low + span * part / 4
+        y = place(steps[0], loss)[1]
+        draw.line([(margin, y), (width - margin, y)], fill="#dddddd")
+        draw.text((4, y - 6), f"{loss:.4g}", fill="black")
+        step = steps[0] + (steps[-1] - steps[0]) * part // 4
+        draw.text((place(step, low)[0] - 8, height - margin + 8), str(step), fill="black")
+    draw.text((margin, margin // 2), "loss by step", fill="black")
+    draw.line([place(*point) for point in points], fill="#1f77b4", width=2)
+    image.save(path)

@@ -1,0 +1,66 @@
+"""Pictures of what a masked autoencoder sees and makes of it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..models.mae import MAEOutput, MaskedAutoencoderViT
+
+
+def draw_grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput, path: Path) -> None:
+    """Write a PNG, a row per image: original, masked, reconstruction with the visible patches pasted in.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        out: what the model returned for them.
+    """
+    from PIL import Image
+
+    original = images.float() / 255
+    removed = out.mask[..., None].float()
+    hidden = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
+    rows = torch.cat([original, hidden, model.reconstruct(images, out).float()], dim=3)
+    grid = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+    Image.fromarray(grid).save(path)
+
+
+def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:
+    """uint8 (B, 3, H, W): pictures cut to the model's shape around their middle.
+
+    Raises:
+        ValueError: a file that is no picture.
+    """
+    from PIL import Image, ImageOps
+
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                whole = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path} can't be read as a picture: {error}") from None
+        pictures.append(np.asarray(ImageOps.fit(whole, size[::-1], Image.Resampling.BICUBIC)))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def find_images(places: list[Path], count: int) -> list[Path]:
+    """The first `count` pictures among files and folders, sorted by name within a folder.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from PIL import Image
+
+    Image.init()
+    suffixes = Image.registered_extensions()
+    found: list[Path] = []
+    for place in places:
+        inside = (
+            sorted(path for path in place.rglob("*") if path.suffix.lower() in suffixes) if place.is_dir() else [place]
+        )
+        found += inside
+    if not found:
+        raise ValueError(f"IMAGES must be pictures or folders of them; {', '.join(map(str, places))} hold none")
+    return found[:count]

@@ -1,0 +1,42 @@
+"""Labelled pictures that any machine can get: the handwritten digits inside scikit-learn, as a folder of images.
+
+1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI machine learning repository, CC BY 4.0). Every fifth is for testing.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+SIDE = 32
+EVERY = 5
+NAMES = ("digits",)
+
+
+def write(name: str, folder: Path) -> Path:
+    """Write the pictures called `name` as PNG files into folder/name/{train,test}/CLASS, unless they are there.
+
+    Raises:
+        ValueError: scikit-learn isn't installed.
+    """
+    target = folder / name
+    if target.is_dir():
+        return target
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError(f'data = "{name}" needs scikit-learn (pip install scikit-learn): {error}') from None
+    from PIL import Image
+
+    # processes may do so at once: the first to be ready wins
+    aside = folder / f"{name}.{os.getpid()}.tmp"
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+        part = aside / ("train" if index % EVERY else "test") / str(label)
+        part.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * (255 / 16)).round().astype("uint8"))
+        image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(part / f"{index:04d}.png")
+    try:
+        aside.rename(target)
+    except OSError:
+        shutil.rmtree(aside)
+    return target

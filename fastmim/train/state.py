@@ -1,0 +1,115 @@
+"""All that a run is made of, as plain tensors under parameter names: the same whatever the number of processes."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+Tensors = dict[str, Tensor]
+
+
+def collect_model(model: nn.Module) -> Tensors:
+    """The whole weights, copied to the CPU; every process of a sharded model must take part."""
+    return {name: _whole(value) for name, value in model.state_dict().items()}
+
+
+def collect_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """AdamW's moments and steps as "exp_avg/blocks.0..." and so on, likewise."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    entries = [(names[p], optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
+    return {f"{kind}/{name}": _whole(value) for name, state in entries for kind, value in state.items()}
+
+
+def restore_model(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
+    """Put the tensors that `read(name, like)` gives into the model."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(_like(read(name, value), value))
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
+) -> None:
+    """Give the optimiser the moments and steps that `read(name, like)` gives."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            fresh = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+            # as torch.optim.AdamW(fused=True) makes them before its first step
+            optimizer.state[p] = {
+                kind: _like(read(f"{kind}/{names[p]}", value), value).to(value) for kind, value in fresh.items()
+            }
+
+
+def reader(tensors: Mapping[str, Tensor] | None, world: int) -> Callable[[str, Tensor], Tensor]:
+    """Gives named tensors of the first process's `tensors` to all; the others pass None."""
+
+    def read(name: str, like: Tensor) -> Tensor:
+        value = torch.empty(like.shape, dtype=like.dtype) if tensors is None else tensors[name].to(like.dtype)
+        if world > 1:
+            value = value.contiguous()
+            dist.broadcast(value, 0)
+        return value
+
+    return read
+
+
+def _whole(value: Tensor) -> Tensor:
+    value = value.detach()
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    # a copy of its own: training goes on while it is written
+    return value.to("cpu", copy=True).contiguous()
+
+
+def _like(value: Tensor, target: Tensor) -> Tensor:
+    """The whole `value`, which every process has, cut as `target` is."""
+    if isinstance(target, DTensor):
+        return distribute_tensor(
+            value.to(target.device), target.device_mesh, list(target.placements), src_data_rank=None
+        )
+    return value
+
+
+# ---- generators ------------------------------------------------------------------------------------------------------
+
+# The loop itself draws from none of them; a model with dropout, or a callback, may.
+
+
+def collect_generators(device: torch.device) -> Tensors:
+    """The states of torch's, Python's and NumPy's generators of this process."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    found = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def restore_generators(states: Mapping[str, Any], device: torch.device) -> None:
+    """The inverse."""
+    torch.set_rng_state(states["torch"])
+    version, *words = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = states["numpy_position"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,152 @@
+"""Checkpoints: whole or refused, whatever happens to their files and to the disk."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from small_run import outcome
+
+from fastmim.train import Trainer, checkpoints
+
+FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def flip_last(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def delete(path):
+    path.unlink()
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+DAMAGES = [truncate, flip, flip_last, delete, empty]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_damage_of_any_file_is_seen(straight, tmp_path, name, damage):
+    path = tmp_path / "step-00000012"
+    shutil.copytree(straight / "checkpoints" / path.name, path)
+    assert sorted(file.name for file in path.iterdir()) == FILES
+    checkpoints.verify(path)
+    damage(path / name)
+    with pytest.raises(checkpoints.Damaged, match=None if name == "manifest.json" else name):
+        checkpoints.verify(path)
+
+
+def test_every_bit_of_a_manifest_counts(straight, tmp_path):
+    path = tmp_path / "step-00000012"
+    shutil.copytree(straight / "checkpoints" / path.name, path)
+    whole = (path / "manifest.json").read_bytes()
+    for place in range(0, len(whole), 7):
+        for bit in range(8):
+            data = bytearray(whole)
+            data[place] ^= 1 << bit
+            (path / "manifest.json").write_bytes(data)
+            with pytest.raises(checkpoints.Damaged):
+                checkpoints.verify(path)
+
+
+def test_a_file_too_many_is_refused(straight, tmp_path):
+    path = tmp_path / "step-00000012"
+    shutil.copytree(straight / "checkpoints" / path.name, path)
+    (path / "more.safetensors").write_bytes(b"")
+    with pytest.raises(checkpoints.Damaged, match=r"more\.safetensors is not in manifest"):
+        checkpoints.verify(path)
+
+
+@pytest.mark.parametrize("name, damage", [(FILES[2], flip), (FILES[1], truncate), (FILES[3], delete)])
+def test_a_run_goes_on_from_the_last_good_one_and_says_so(config, straight, tmp_path, capsys, name, damage):
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "final")
+    damage(tmp_path / "run" / "checkpoints" / "step-00000012" / name)
+    Trainer(config()).run()
+    said = capsys.readouterr().err
+    assert "checkpoint refused" in said and f"step-00000012/{name}" in said
+    assert "going on from step 8; 4 logged steps are repeated" in said
+    assert outcome(tmp_path / "run") == outcome(straight)
+    # nothing is taken for good, and nothing is lost
+    assert (tmp_path / "run" / "checkpoints" / "step-00000012.damaged").is_dir()
+
+
+def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, capsys):
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    for _, path in checkpoints.found(tmp_path / "run" / "checkpoints"):
+        flip(path / "model.safetensors")
+    Trainer(config()).run()
+    assert "no good checkpoint is left: the run starts again" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_which_stay(config, tmp_path):
+    Trainer(config(checkpoint_every=1, keep_last=2, keep_every=5)).run()
+    folder = tmp_path / "run" / "checkpoints"
+    assert [step for step, _ in checkpoints.found(folder)] == [12, 11, 10, 5, 0]
+    assert (folder / "latest").resolve().name == "step-00000012"
+
+
+def test_what_a_killed_run_left_aside_goes(config, tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("step-00000004.tmp", "step-00000003.old"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    Trainer(config(max_steps=1)).run()
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000000", "step-00000001"]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    tensors = {"model": {"a": torch.arange(3.0)}}
+    checkpoints.write(tmp_path, 1, tensors, {"step": 1})
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "flush", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.write(tmp_path, 2, tensors, {"step": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert (tmp_path / "latest").resolve().name == "step-00000001"
+    checkpoints.verify(tmp_path / "step-00000001")
+    assert json.loads((tmp_path / "latest" / "state.json").read_text()) == {"step": 1}
+
+
+def test_on_a_full_disk_training_goes_on(config, straight, tmp_path, monkeypatch, capsys):
+    write = checkpoints.write
+
+    def sometimes(folder, step, tensors, state):
+        if step == 8:
+            raise OSError(28, "No space left on device")
+        return write(folder, step, tensors, state)
+
+    monkeypatch.setattr(checkpoints, "write", sometimes)
+    Trainer(config()).run()
+    assert "No space left on device; training goes on" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_the_last_one_must_be_written(config, monkeypatch):
+    def full(folder, step, tensors, state):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        Trainer(config()).run()

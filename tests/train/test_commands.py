@@ -1,0 +1,103 @@
+"""What is done with a run: reconstruct, evaluate, export, as the command line has it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmim import cli, load
+from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
+from fastmim.train.runs import load_model
+
+
+@pytest.mark.parametrize("place", ["", "final", "final/model.safetensors", "checkpoints/latest"])
+def test_a_run_gives_its_model(straight, place):
+    model = load_model(straight / place)
+    assert model.blocks[0].attn.num_heads == 2 and model.norm_pix_loss
+    theirs = load(straight / "final", num_heads=2, decoder_num_heads=2).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+
+
+def test_reconstruct(straight, photos, tmp_path, capsys):
+    grid = tmp_path / "grid.png"
+    options = ["--count", "3", "--mask-ratio", "0.5", "-o", str(grid)]
+    assert cli.main(["reconstruct", str(straight), str(photos), *options]) == 0
+    assert "of 3 images, loss " in capsys.readouterr().out
+    drawn = np.asarray(Image.open(grid)).astype(int)
+    assert drawn.shape == (3 * 16, 3 * 16, 3)
+    original, hidden, made = drawn[:, :16], drawn[:, 16:32], drawn[:, 32:]
+    grey = (hidden == 128).all(-1)
+    assert 0.4 < grey.mean() < 0.6
+    # visible patches are pasted, the others are not the original
+    assert np.abs(made - original)[~grey].max() <= 1
+    assert np.abs(made - original)[grey].max() > 1
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """Two classes that a look at the mean tells apart."""
+    generator = np.random.default_rng(1)
+    for label, level in (("dark", 60), ("light", 190)):
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for index in range(20):
+            pixels = generator.normal(level, 20, (20, 24, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{index:02d}.png")
+    return tmp_path / "data"
+
+
+def test_evaluate(straight, labelled, capsys):
+    assert cli.main(["evaluate", str(straight), str(labelled), "--labels-per-class", "5"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "2 classes, 5 a class to learn from, 8 to judge by"
+    assert [line.split()[0] for line in said[1:]] == ["features", "checkpoint", "random", "raw"]
+    assert said[-1].split()[-1] == "100.0%"
+
+
+def test_splits(labelled, tmp_path):
+    split = read_split(labelled, (16, 16))
+    assert split.classes == ["dark", "light"] and (len(split.train.labels), len(split.test.labels)) == (32, 8)
+    for part in ("train", "test"):
+        (tmp_path / "parts").mkdir(exist_ok=True)
+        (tmp_path / "parts" / part).symlink_to(labelled)
+    split = read_split(tmp_path / "parts", (16, 16))
+    assert (len(split.train.labels), len(split.test.labels)) == (40, 40)
+    assert split.train.few(3).labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_probes_find_what_is_there():
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    points = torch.randn(300, 5) + 4 * torch.eye(5)[labels]
+    for judge in (nearest_neighbours, linear_probe):
+        assert (judge(points[:200], labels[:200], points[200:]) == labels[200:]).double().mean() > 0.95
+
+
+@pytest.mark.parametrize("target, out", [("facebook", "model.pth"), ("huggingface", "folder")])
+def test_export(straight, tmp_path, capsys, target, out):
+    if target == "huggingface":
+        pytest.importorskip("transformers")
+    assert cli.main(["export", str(straight), "--to", target, str(tmp_path / out)]) == 0
+    assert "outputs equal" in capsys.readouterr().out
+    ours, heads = load_model(straight), {"num_heads": 2, "decoder_num_heads": 2} if target == "facebook" else {}
+    theirs = load(tmp_path / out, **heads).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    # nothing is written over
+    assert cli.main(["export", str(straight), "--to", target, str(tmp_path / out)]) == 1
+    assert "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reconstruct", "{nowhere}", "{nowhere}", "-o", "{nowhere}.png"],
+        ["evaluate", "{run}", "{nowhere}"],
+        ["evaluate", "{run}", "{photos}"],
+        ["reconstruct", "{run}", "{run}/metrics.jsonl", "-o", "{nowhere}.png"],
+        ["export", "{run}/metrics.jsonl", "--to", "facebook", "{nowhere}.pth"],
+    ],
+)
+def test_what_can_not_be_done_is_one_line(straight, photos, tmp_path, capsys, arguments):
+    places = {"nowhere": tmp_path / "nowhere", "run": straight, "photos": photos}
+    assert cli.main([argument.format(**places) for argument in arguments]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("fastmim: ") and said.count("\n") == 1

@@ -1,0 +1,132 @@
+"""Settings: what is shipped is the published recipe, and what can't be served says so in one line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from small_run import ENVIRONMENT, SETTINGS
+
+from fastmim.train import Config, ConfigError, config, schedule
+from fastmim.train.config import read
+
+
+@pytest.mark.parametrize("name", config.shipped())
+def test_shipped_configs_can_be_read(name):
+    assert read(name, ["data=somewhere", "output_dir=out"]).data == "somewhere"
+
+
+@pytest.mark.parametrize("size", ["base", "large", "huge"])
+def test_the_recipe(size):
+    """He et al., CVPR 2022, table 8, as facebookresearch/mae runs it."""
+    recipe = read(f"mae_vit_{size}_imagenet")
+    assert recipe.model == f"mae_vit_{size}_patch{14 if size == 'huge' else 16}"
+    assert (recipe.image_size, recipe.mask_ratio, recipe.decode_ratio, recipe.norm_pix_loss) == (224, 0.75, 1.0, True)
+    assert (recipe.batch_size, recipe.epochs, recipe.crop_scale, recipe.flip) == (4096, 800, (0.2, 1.0), True)
+    assert (recipe.betas, recipe.weight_decay, recipe.clip_grad) == ((0.9, 0.95), 0.05, None)
+    steps = 800 * 312
+    rates = [schedule.learning_rate(recipe, step, steps) for step in (0, 20 * 312, 40 * 312, 420 * 312, steps)]
+    assert rates == pytest.approx([0, 1.2e-3, 2.4e-3, 1.2e-3, 0])
+    assert recipe.sharded == (size == "huge")
+
+
+def test_the_fast_variant_changes_the_objective():
+    fast = read("mae_vit_base_imagenet_fast")
+    assert (fast.mask_ratio, fast.decode_ratio) == (0.9, 0.25)
+    assert "another objective" in (config.SHIPPED / "mae_vit_base_imagenet_fast.toml").read_text()
+
+
+def test_groups_of_parameters():
+    """Biases and norms don't decay; weights, class and mask token do; position tables aren't trained."""
+    small = Config.of({"data": "x", "output_dir": "y", **SETTINGS})
+    model = small.build()
+    optimizer = schedule.adamw(model, small)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, plain = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"} <= decayed
+    assert {"norm.weight", "blocks.0.norm1.weight", "decoder_pred.bias"} <= plain
+    assert not {"pos_embed", "decoder_pos_embed"} & (decayed | plain)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_values_on_the_command_line():
+    small = read("quickstart_cpu", ["seed=3", "flip=true", "clip_grad=none", "data=a b", "model_options.depth=2"])
+    assert (small.seed, small.flip, small.clip_grad, small.data) == (3, True, None, "a b")
+    assert small.model_options["depth"] == 2 and small.model_options["patch_size"] == 4
+    assert read("quickstart_cpu", ["crop_scale=[0.3, 1]", "base_lr=1"]).crop_scale == (0.3, 1.0)
+    assert read("quickstart_cpu", ["output_dir=123"]).output_dir == "123"
+    assert read("quickstart_cpu", ["dtype=bf16"]).dtype == "bfloat16"
+
+
+def test_settings_survive_json():
+    import json
+
+    small = read("quickstart_cpu")
+    assert Config.of(json.loads(json.dumps(small.to_dict()))) == small
+
+
+BAD = [
+    ("sed=1", "unknown key 'sed'"),
+    ("seed=x", "seed must be int, got str 'x'"),
+    ("seed=true", "seed must be int, got bool True"),
+    ("seed=-1", "seed must be in 0.."),
+    ("batch_size=0", "batch_size must be at least 1, got 0"),
+    ("batch_size=2.5", "batch_size must be int"),
+    ("mask_ratio=1.5", "mask_ratio must be"),
+    ("mask_ratio=nan", "mask_ratio must be"),
+    ("mask_ratio=0.999", "keeps none of the 64 patches"),
+    ("decode_ratio=0", "decode_ratio must be"),
+    ("image_size=30", "patch_size"),
+    ("image_size=-32", "image_size must be at least 1"),
+    ("model=giant", "model must be one of tiny, small, base, large, huge"),
+    ("model_options.dept=1", "model_options: "),
+    ("model_options.num_heads=3", "num_heads"),
+    ("model_options=3", "model_options must be a table"),
+    ("dtype=int8", "dtype must be one of"),
+    ("device=tpu", "device must be one of"),
+    ("warmup=1", "warmup must be a share"),
+    ("betas=[0.9]", "betas must be a list of 2 numbers"),
+    ("betas=[0.9, 1.0]", "betas must be in [0, 1)"),
+    ("crop_scale=[1.0, 0.2]", "crop_scale must be two ascending shares"),
+    ("clip_grad=0", "clip_grad must be positive"),
+    ("base_lr=inf", "base_lr must be finite"),
+    ("max_steps=0", "max_steps must be at least 1"),
+    ("keep_last=1", "keep_last must be at least 2"),
+    ("nothing", "settings are given as key=value, got 'nothing'"),
+    ("=1", "settings are given as key=value"),
+    *([] if torch.cuda.is_available() else [("device=cuda", "device must be auto or cpu")]),
+    *([] if torch.cuda.is_available() else [("cuda_graphs=true", "cuda_graphs needs device cuda")]),
+]
+
+
+@pytest.mark.parametrize("setting, said", BAD)
+def test_bad_settings_are_one_clear_line(setting, said):
+    with pytest.raises(ConfigError) as caught:
+        read("quickstart_cpu", [setting])
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(ConfigError, match="CONFIG must be a TOML file or one of mae_vit_base_imagenet, "):
+        read("quickstart_gpu")
+    (tmp_path / "bad.toml").write_text("seed = ")
+    with pytest.raises(ConfigError, match=r"bad\.toml can't be read as TOML"):
+        read(tmp_path / "bad.toml")
+    (tmp_path / "short.toml").write_text("seed = 1")
+    with pytest.raises(ConfigError, match="data is missing: add data=PATH"):
+        read(tmp_path / "short.toml")
+
+
+def test_the_command_says_it_on_one_line(tmp_path):
+    """No data, a folder without images, and a file in the place of output_dir."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for settings in (
+        [f"data={tmp_path / 'nowhere'}", f"output_dir={tmp_path / 'run'}"],
+        [f"data={tmp_path / 'file'}", f"output_dir={tmp_path / 'file'}"],
+    ):
+        command = [sys.executable, "-m", "fastmim.cli", "pretrain", "quickstart_cpu", *settings]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 1
+        assert done.stderr.startswith("fastmim: ") and done.stderr.count("\n") == 1
+        assert str(tmp_path) in done.stderr

@@ -1,0 +1,210 @@
+"""A run that is interrupted, killed or moved to other processes ends where the undisturbed one does, bit for bit."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+from cases import TEST_ALL
+from small_run import ENVIRONMENT, command, curve, launch, outcome
+
+from fastmim.train import Interrupted, Trainer, checkpoints
+
+
+def interrupt_at(monkeypatch, step: int, number: int) -> None:
+    """Send a signal while `step` is being made."""
+    update = Trainer._update
+
+    def interrupted(self, batch):
+        if self.step == step - 1:
+            os.kill(os.getpid(), number)
+        update(self, batch)
+
+    monkeypatch.setattr(Trainer, "_update", interrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("step", [1, 6, 8])
+def test_a_signal_saves_and_exits_and_the_run_goes_on(config, straight, tmp_path, monkeypatch, capsys, number, step):
+    """Step 6 is in the middle of an epoch, step 8 at its end and at a checkpoint."""
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patched:
+        interrupt_at(patched, step, number)
+        with pytest.raises(Interrupted) as caught:
+            Trainer(config()).run()
+    assert caught.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert f"step {step} is saved" in capsys.readouterr().err
+    assert [line[0] for line in curve(tmp_path / "run")] == list(range(1, step + 1))
+    Trainer(config()).run()
+    assert f"going on from step {step}; 0 logged steps are repeated" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_finish(config, straight, tmp_path, monkeypatch):
+    interrupt_at(monkeypatch, 12, signal.SIGTERM)
+    Trainer(config()).run()
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_a_finished_run_stays_finished(config, straight, tmp_path, monkeypatch):
+    Trainer(config()).run()
+    monkeypatch.setattr(Trainer, "_update", None)
+    (tmp_path / "run" / "final" / "model.safetensors").write_bytes(b"damaged")
+    Trainer(config()).run()
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_threads_do_not_matter(config, straight, tmp_path):
+    Trainer(config(num_threads=3)).run()
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_generators_go_on_where_they_were(config, tmp_path, monkeypatch):
+    """A model that draws, in every step, from each generator of the host."""
+    import numpy as np
+    import torch
+
+    drawn = []
+    update = Trainer._update
+
+    def drawing(self, batch):
+        update(self, batch)
+        drawn.append((self.step, torch.rand(()).item(), np.random.rand(), np.random.randn(), random.gauss(0, 1)))
+
+    monkeypatch.setattr(Trainer, "_update", drawing)
+    random.seed(1)
+    np.random.seed(1)
+    Trainer(config("whole", checkpoint_every=5)).run()
+    whole, drawn = drawn, []
+    random.seed(1)
+    np.random.seed(1)
+    monkeypatch.setattr(Trainer, "_update", lambda self, batch: drawing(self, batch) if self.step < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Trainer(config(checkpoint_every=5)).run()
+    random.seed(2)
+    np.random.seed(2)
+    monkeypatch.setattr(Trainer, "_update", drawing)
+    Trainer(config(checkpoint_every=5)).run()
+    assert drawn == whole
+
+
+def test_unreadable_images_are_skipped_alike(config, photos, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in photos.iterdir():
+        (data / path.name).write_bytes(path.read_bytes())
+    (data / "07.png").write_bytes(b"no picture")
+    Trainer(config("whole", data=str(data))).run()
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 6, signal.SIGTERM)
+        Trainer(config(data=str(data))).run()
+    Trainer(config(data=str(data))).run()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    assert "07.png" in (tmp_path / "run" / "quarantine-0.jsonl").read_text()
+
+
+# ---- killed ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["safetensors", "manifest", "renamed", *(["state", "flush"] if TEST_ALL else [])])
+def test_killed_in_the_middle_of_a_save(config, straight, tmp_path, place):
+    """SIGKILL when the second checkpoint's files are half there, there without a manifest, whole but not in place."""
+    hooks = {
+        "safetensors": "safetensors.torch.save_file = lambda values, path, meta: (path.write_bytes(b'half'), die())",
+        "state": "json_dumps = json.dumps; json.dumps = lambda v, **k: die() if 'loaders' in v else json_dumps(v, **k)",
+        "manifest": "checkpoints.digest = lambda path: die()",
+        "flush": "checkpoints.flush = lambda path: die()",
+        "renamed": "pathlib.Path.symlink_to = lambda self, target: die()",
+    }
+    code = (
+        "import json, os, pathlib, safetensors.torch, signal, sys\n"
+        "from fastmim.train import Trainer, checkpoints\n"
+        "from fastmim.train.config import read\n"
+        "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "write = checkpoints.write\n"
+        "def second(folder, step, tensors, state):\n"
+        f"    if step == 8:\n        global json_dumps\n        {hooks[place]}\n"
+        "    return write(folder, step, tensors, state)\n"
+        "checkpoints.write = second\n"
+        "Trainer(read(sys.argv[1])).run()\n"
+    )
+    python, _, _, _, path = command(config())
+    done = subprocess.run([python, "-c", code, path], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    checkpoints.verify(latest.resolve())
+    Trainer(config()).run()
+    assert outcome(tmp_path / "run") == outcome(straight)
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.suffix]
+
+
+def test_killed_at_random_moments(config, tmp_path):
+    """Every resume succeeds, and the final weights are those of the undisturbed run; saves take most of the time."""
+    settings = {"max_steps": 400 if TEST_ALL else 100, "checkpoint_every": 1, "epochs": 1000}
+    Trainer(config("whole", **settings)).run()
+    draw = random.Random(0)
+    kills, tries = (30, 200) if TEST_ALL else (2, 12)
+    killed = 0
+    for _ in range(tries):
+        process = subprocess.Popen(command(config(**settings)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        # once it runs, which takes seconds, at any moment of the next half second
+        lines = (tmp_path / "run" / "metrics.jsonl").stat().st_size if killed else 0
+        while process.poll() is None and not _began(tmp_path / "run" / "metrics.jsonl", lines):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        process.kill()
+        _, said = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, said
+        assert "refused" not in said
+        killed += 1
+        if killed == kills:
+            break
+    assert killed == kills
+    done = launch(config(**settings))
+    assert "going on from step" in done.stderr and "refused" not in done.stderr
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def _began(path, size: int) -> bool:
+    """The run has taken back what it repeats, or written on."""
+    return path.exists() and path.stat().st_size != size
+
+
+# ---- refused ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"batch_size": 2}, "batch_size was 4, is 2"),
+        ({"norm_pix_loss": False}, "norm_pix_loss was True, is False"),
+        ({"model": "small"}, "model was 'mae_vit_tiny_patch16', is 'mae_vit_small_patch16'"),
+    ],
+)
+def test_a_checkpoint_of_another_run_stops_it(config, straight, tmp_path, change, said):
+    folder = str(straight)
+    with pytest.raises(ValueError, match="holds another run") as caught:
+        Trainer(config(output_dir=folder, **change)).run()
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_data_stop_it(config, straight, photos, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for path in sorted(photos.iterdir())[:8]:
+        (data / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="other data"):
+        Trainer(config(output_dir=str(straight), data=str(data))).run()
+
+
+def test_more_steps_may_be_asked_for(config, tmp_path, capsys):
+    Trainer(config(max_steps=3)).run()
+    Trainer(config(max_steps=5)).run()
+    assert "max_steps was 3, is 5" in capsys.readouterr().err
+    assert [line[0] for line in curve(tmp_path / "run")] == [1, 2, 3, 4, 5]
