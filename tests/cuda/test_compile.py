@@ -33,7 +33,6 @@ OCCUPANCY = {
 }
 
 
-
 def disassembler() -> str | None:
     """cuobjdump: on PATH, or the one that Triton brings."""
     triton = importlib.util.find_spec("triton")
