@@ -216,7 +216,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = mask_seeds(config.seed, self.step // len(self.loader), batch.ids).to(device, non_blocking=True)
-        images = batch.images.to(device, non_blocking=True)
+        images = self._pixels(batch.images.to(device, non_blocking=True))
         micro = config.micro_batch_size or len(images)
         total = torch.zeros((), device=device, dtype=torch.float64)
         for start in range(0, len(images), micro):
@@ -248,6 +248,16 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self.pending.append(Done(self.step, lr, loss, norm, skipped, batch.ids))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """As they are: the kernels normalise. Their constants are float32, so that float64 takes its own."""
+        if self.dtype != torch.float64:
+            return images
+        stats = (
+            torch.tensor(stat, dtype=self.dtype, device=images.device) for stat in (self.model.mean, self.model.std)
+        )
+        mean, std = (stat[:, None, None] for stat in stats)
+        return (images.to(self.dtype) / 255 - mean) / std
 
     def _settle(self) -> bool:
         """Read what the steps since the last time gave; False if the run went back to a checkpoint."""
