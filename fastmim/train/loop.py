@@ -283,7 +283,8 @@ class Trainer:
         self._say(f"step {entry.step} skipped: loss {loss}, norm of the gradient {norm}")
         if self.processes.first:
             line = {"step": entry.step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
-            with open(self.folder / "skipped.jsonl", "a") as file:
+            path = self.folder / "skipped.jsonl"
+            with metrics.forgiving(f"{path} lacks step {entry.step}"), open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _go_back(self, step: int) -> None:
@@ -335,8 +336,9 @@ class Trainer:
         out = self.spread(images, mask=mask)
         if self.processes.first:
             folder = self.folder / "reconstructions"
-            folder.mkdir(exist_ok=True)
-            draw_grid(self.model, images, out, folder / f"step-{self.step:08d}.png")
+            with metrics.forgiving(f"{folder} lacks step {self.step}"):
+                folder.mkdir(exist_ok=True)
+                draw_grid(self.model, images, out, folder / f"step-{self.step:08d}.png")
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
