@@ -165,6 +165,13 @@ class Config:
         for name in ("data", "output_dir"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a path, got an empty one")
+        for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss")):
+            if option in self.model_options:
+                raise ConfigError(f"model_options must not hold {option}: {key} is a key of its own")
+        if self.model_options.get("in_chans", 3) != 3:
+            raise ConfigError(
+                f"model_options.in_chans must be 3, that of the loader; got {self.model_options['in_chans']}"
+            )
         with torch.device("meta"):
             try:
                 model = self.build()

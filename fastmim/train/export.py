@@ -46,7 +46,8 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             to_huggingface(model).save_pretrained(out)
             from transformers import ViTMAEForPreTraining
 
-            apart = _apart(ViTMAEForPreTraining.from_pretrained(out).eval()(images, noise=noise).loss, loss)
+            theirs = ViTMAEForPreTraining.from_pretrained(out).train(False)
+            apart = _apart(theirs(images, noise=noise).loss, loss)
         else:
             from safetensors.torch import load_file, save_file
 

@@ -216,7 +216,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = mask_seeds(config.seed, self.step // len(self.loader), batch.ids).to(device, non_blocking=True)
-        images = batch.images.to(device, non_blocking=True)
+        images = self._pixels(batch.images.to(device, non_blocking=True))
         micro = config.micro_batch_size or len(images)
         total = torch.zeros((), device=device, dtype=torch.float64)
         for start in range(0, len(images), micro):
@@ -249,6 +249,16 @@ class Trainer:
         self.step += 1
         self.pending.append(Done(self.step, lr, loss, norm, skipped, batch.ids))
 
+    def _pixels(self, images: Tensor) -> Tensor:
+        """As they are: the kernels normalise. Their constants are float32, so that float64 takes its own."""
+        if self.dtype != torch.float64:
+            return images
+        stats = (
+            torch.tensor(stat, dtype=self.dtype, device=images.device) for stat in (self.model.mean, self.model.std)
+        )
+        mean, std = (stat[:, None, None] for stat in stats)
+        return (images.to(self.dtype) / 255 - mean) / std
+
     def _settle(self) -> bool:
         """Read what the steps since the last time gave; False if the run went back to a checkpoint."""
         done, self.pending = self.pending, []
@@ -273,7 +283,8 @@ class Trainer:
         self._say(f"step {entry.step} skipped: loss {loss}, norm of the gradient {norm}")
         if self.processes.first:
             line = {"step": entry.step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
-            with open(self.folder / "skipped.jsonl", "a") as file:
+            path = self.folder / "skipped.jsonl"
+            with metrics.forgiving(f"{path} lacks step {entry.step}"), open(path, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
     def _go_back(self, step: int) -> None:
@@ -325,8 +336,9 @@ class Trainer:
         out = self.spread(images, mask=mask)
         if self.processes.first:
             folder = self.folder / "reconstructions"
-            folder.mkdir(exist_ok=True)
-            draw_grid(self.model, images, out, folder / f"step-{self.step:08d}.png")
+            with metrics.forgiving(f"{folder} lacks step {self.step}"):
+                folder.mkdir(exist_ok=True)
+                draw_grid(self.model, images, out, folder / f"step-{self.step:08d}.png")
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,9 @@ class Journal:
 
     def write(self, line: dict[str, Any]) -> None:
         self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
-        self.file.flush()
+        with forgiving(f"{self.path} is behind"):
+            # what can't be written now is written with the next line
+            self.file.flush()
         if self.board is not None:
             for key, value in line.items():
                 if key != STEP:
@@ -36,11 +40,13 @@ class Journal:
 
     def flush(self) -> None:
         """Onto the disk, so that what a checkpoint follows is never lost."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with forgiving(f"{self.path} is behind"):
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        self.file.close()
+        with forgiving(f"{self.path} lacks its last lines"):
+            self.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -75,6 +81,15 @@ def _board(folder: Path) -> Any:
 def say(text: str) -> None:
     """A line on standard error."""
     print(f"fastmim: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def forgiving(what: str) -> Iterator[None]:
+    """A disk that is full or gone costs what is said of the run, not the run."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{what}: {error}")
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from small_run import outcome
 
-from fastmim.train import Trainer, checkpoints
+from fastmim.train import Trainer, checkpoints, metrics
 
 FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -150,3 +150,32 @@ def test_the_last_one_must_be_written(config, monkeypatch):
     monkeypatch.setattr(checkpoints, "write", full)
     with pytest.raises(OSError, match="No space left"):
         Trainer(config()).run()
+
+
+def test_what_is_told_of_a_run_waits_for_room(config, straight, tmp_path, monkeypatch, capsys):
+    """Lines of metrics that a full disk refuses are written once there is room."""
+    begin = metrics.Journal.__init__
+
+    class Full:
+        """A file whose flushes fail twice."""
+
+        def __init__(self, file):
+            self.file, self.refused = file, 2
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def flush(self):
+            if self.refused:
+                self.refused -= 1
+                raise OSError(28, "No space left on device")
+            self.file.flush()
+
+    def wrapped(self, *args):
+        begin(self, *args)
+        self.file = Full(self.file)
+
+    monkeypatch.setattr(metrics.Journal, "__init__", wrapped)
+    Trainer(config()).run()
+    assert capsys.readouterr().err.count("metrics.jsonl is behind: [Errno 28] No space left on device") == 2
+    assert outcome(tmp_path / "run") == outcome(straight)
