@@ -30,7 +30,8 @@ class Quarantine:
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
-        logger.warning("skipping %s: %s", name, reason)
+        # %a: a name may hold bytes that are no text
+        logger.warning("skipping %a: %s", name, reason)
         try:
             if self._listed is None:
                 self._listed = {str(entry["file"]) for entry in listed(self.path)}
