@@ -6,8 +6,6 @@ FASTMIM_TEST_KERNELS=cuda the CUDA C++ kernels do so, on the runner in tests/cud
 """
 
 import importlib
-import importlib.util
-from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +14,7 @@ import torch
 pytest.register_assert_rewrite("cases", "contract")
 
 from cases import TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
+from runner import runner_library  # noqa: E402
 
 from fastmim import _library, kernels  # noqa: E402
 
@@ -55,17 +54,6 @@ def interpreted(room: str, op: str):
             return reference(*args)
 
     return run
-
-
-def runner_library() -> Path:
-    """The CUDA C++ kernels built for the CPU."""
-    path = Path(__file__).parent / "cuda" / "host" / "build.py"
-    specification = importlib.util.spec_from_file_location("cuda_host_build", path)
-    build = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(build)
-    if build.why_not():
-        pytest.skip(build.why_not())
-    return build.library()
 
 
 def on_runner(op: str):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import runner_library
+from runner import runner_library
 
 
 @pytest.fixture(scope="session")
