@@ -4,9 +4,6 @@ A launcher has the name and the arguments of its op, on tensors that the op has 
 it launches anything, for what its kernels do not serve. This package knows torch and triton, never fastmim.
 """
 
-if __name__ != "fastmim.kernels":
-    raise ImportError(f"import these kernels as fastmim.kernels, not as {__name__}: a second copy would compile twice")
-
 # op family -> the ops its module serves
 OPS = {
     "masking": ("random_masking",),

@@ -12,6 +12,11 @@ from torch import Tensor
 
 from . import Unserved
 
+if __package__ != "fastmim.kernels":
+    raise ImportError(
+        f"import these kernels as fastmim.kernels, not as {__package__}: a second copy would compile twice"
+    )
+
 # kernels run in Triton's interpreter, on CPU tensors, when TRITON_INTERPRET=1 at import
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"

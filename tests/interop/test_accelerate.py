@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain_mae import Block, PlainMAE
+from forked_mae import Block, PlainMAE
 from torch import Tensor, nn
 
 import fastmim

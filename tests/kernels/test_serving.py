@@ -81,5 +81,18 @@ def test_importing_fastmim_imports_no_triton():
 
 
 def test_a_second_copy_of_the_kernels_is_refused():
-    done = python("import sys; sys.path.insert(0, '.'); import kernels", check=False, FASTMIM_KERNELS="auto")
+    done = python("import sys; sys.path.insert(0, '.'); import kernels.loss", check=False, FASTMIM_KERNELS="auto")
     assert "import these kernels as fastmim.kernels" in done.stderr or "No module named 'kernels'" in done.stderr
+
+
+def test_in_the_repository_root_transformers_finds_no_package_of_that_name():
+    python(
+        """
+import sys
+sys.path.insert(0, ".")
+from transformers import ViTMAEForPreTraining
+from transformers.utils import is_kernels_available
+assert not is_kernels_available()
+""",
+        FASTMIM_KERNELS="auto",
+    )
