@@ -135,6 +135,6 @@ if __name__ == "__main__":
         # kernels/ stands beside the package and installs inside it, as fastmim.kernels
         packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
         package_dir={"fastmim.kernels": "kernels"},
-        package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "train/configs/*.toml"]},
+        package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "cuda_first.json", "train/configs/*.toml"]},
         **native(),
     )

@@ -34,6 +34,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "build": _library.build,
         "cuda build": _library.cuda_build,
+        "cuda first": _library.CUDA_FIRST,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "FASTMIM_KERNELS": _library.family,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
@@ -78,6 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
     for name, served in found["ops"].items():
         print(f"{name:<22}" + "".join(f"{served[device]:<14}" for device in DEVICES))
+    if found["cuda first"]:
+        print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
+        for op, sizes in found["cuda first"]["sizes"].items():
+            print(f"  {op:<28} {', '.join('x'.join(map(str, row)) for row in sizes) or 'nothing'}".rstrip())
     print("\nnot served by")
     for family, reason in found["missing"].items():
         print(f"  {family:<10} {reason}")
