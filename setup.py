@@ -52,7 +52,8 @@ def native():
             try:
                 super().build_extensions()
             except (RuntimeError, subprocess.CalledProcessError) as error:
-                sys.exit(f"fastmim: compiling csrc/ failed ({error}); FASTMIM_BUILD_CPP=0 installs without C++ kernels")
+                without = "FASTMIM_BUILD_CPP=0 installs without C++ kernels, FASTMIM_BUILD_CUDA=0 without CUDA's"
+                sys.exit(f"fastmim: compiling csrc/ failed ({error}); {without}")
 
     flags, link = list(FLAGS), ["-fopenmp"]
     if os.environ.get("FASTMIM_SANITIZE") == "1":
