@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastmim import _library, info
+
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 
@@ -121,6 +123,17 @@ def test_kernels_are_compiled_without_torch(source):
     outside = {name for name in names if not Path(name).is_absolute()}
     allowed = {"cuda_runtime.h", "host/device.h"}
     assert all(name in allowed or re.fullmatch(r"[a-z_]+", name) for name in outside), outside
+
+
+@pytest.mark.skipif(_library.cuda_build is None, reason=f"no CUDA C++ kernels: {_library.missing.get('cuda')}")
+def test_what_was_built_is_registered_and_serves_cuda_tensors_alone():
+    assert torch.ops.fastmim_cuda.attention_qkvpacked.default._schema.name == "fastmim_cuda::attention_qkvpacked"
+    assert all(hasattr(torch.ops.fastmim_cuda, op) for op in _library.CUDA_OPS)
+    assert info.collect()["cuda build"]["architectures"]
+    for device in ("cpu", "meta"):
+        qkv = torch.zeros(1, 3, 3, 2, 64, dtype=torch.bfloat16, device=device)
+        with pytest.raises(RuntimeError, match=f"serve CUDA tensors, got one on {device}"):
+            torch.ops.fastmim_cuda.attention_qkvpacked(qkv, None, 1.0)
 
 
 def built(tmp_path: Path, **environment: str) -> tuple[int, list[str]]:
