@@ -56,7 +56,9 @@ def _kernel(op: str, key: str) -> str:
         return order[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
         return "cpp"
-    return "reference" if _library.family in ("auto", "reference") else f"none: {_library.missing[_library.family]}"
+    if _library.family in ("auto", "reference"):
+        return "reference"
+    return f"none: {_library.missing.get(_library.family, f'{_library.family} does not serve it')}"
 
 
 def main(argv: list[str] | None = None) -> None:
