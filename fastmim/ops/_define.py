@@ -47,7 +47,7 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device):
+        if not _autocast(device):
             return kernel(*args)
         with torch.autocast(device, enabled=False):
             return kernel(*args)
@@ -58,9 +58,14 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
     device = tensors[0].device.type
-    if any(t.dtype == torch.float64 for t in tensors) or not torch.is_autocast_enabled(device):
+    if any(t.dtype == torch.float64 for t in tensors) or not _autocast(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def _autocast(device: str) -> bool:
+    """Whether autocast is on; there is none for meta tensors."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def wants_grad(tensor: Tensor) -> bool:
