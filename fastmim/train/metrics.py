@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import replace_text
+from .checkpoints import replace
 
 # what a line must have to be kept by a run that goes on
 STEP = "step"
@@ -23,8 +23,8 @@ class Journal:
         whole = read_lines(self.path)
         self.repeated = max([0, *(line[STEP] - start for line in whole)])
         if self.path.exists():
-            kept = [line for line in whole if line[STEP] <= start]
-            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = "".join(json.dumps(line) + "\n" for line in whole if line[STEP] <= start)
+            replace(self.path, lambda path: path.write_text(kept))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = _board(folder)
 
@@ -37,6 +37,13 @@ class Journal:
             for key, value in line.items():
                 if key != STEP:
                     self.board.add_scalar(key, value, line[STEP])
+
+    def write_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
+        """An update that was skipped, with the numbers of its samples, into `skipped.jsonl`."""
+        line = {STEP: step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
+        path = self.path.with_name("skipped.jsonl")
+        with forgiving(f"{path} lacks step {step}"), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
         """Onto the disk, so that what a checkpoint follows is never lost."""
