@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where accuracies go")
     args = parser.parse_args()
-    fixed = tomllib.loads(SETTINGS.read_text())
+    fixed, about = tomllib.loads(SETTINGS.read_text()), environment("cpu")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         digits = write_digits(Path(folder) / "digits", **fixed["split"])
@@ -92,8 +92,7 @@ def main() -> None:
             found = judge(load_model(run), config.build(), split, **fixed["judging"], seed=seed)
             rows.append({"seed": seed, "losses": losses, "found": found})
             print(f"seed {seed}: {json.dumps(found)}", file=sys.stderr, flush=True)
-    about = environment("cpu")
-    args.json.write_text(json.dumps({"environment": about, "settings": fixed, "rows": rows}, indent=1) + "\n")
+            args.json.write_text(json.dumps({"environment": about, "settings": fixed, "rows": rows}, indent=1) + "\n")
     print(f"{describe(about)}; {len(split.train.labels)} digits to learn from, {len(split.test.labels)} to judge by")
     print(f"{'':<34}{'':<16}{len(rows)} seeds, ± standard deviation")
     for judged_by, features in rows[0]["found"].items():
