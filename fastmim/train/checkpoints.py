@@ -6,6 +6,7 @@ safetensors, the rest is JSON.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -41,7 +42,8 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
     """
     final = folder / f"step-{step:08d}"
     aside = final.with_name(final.name + ASIDE[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    # without its parents: a run's folder that is gone is not made anew
+    folder.mkdir(exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
@@ -184,7 +186,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(dict(tensors), path, {"format": "pt"})
     except SafetensorError as error:
-        raise OSError(f"{path} can't be written: {error}") from error
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{error}", str(path)) from error
 
 
 def _remove(path: Path) -> None:

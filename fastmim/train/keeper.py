@@ -1,5 +1,6 @@
 """What a run has become, saved while it goes on and brought back; all processes of the run take part."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from .processes import Processes
 from .writer import Writer
 
 FORMAT = 1
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Keeper:
@@ -40,7 +42,7 @@ class Keeper:
         self.model, self.optimizer, self.loader = model, optimizer, loader
         self.run = Path(config.output_dir)
         self.folder = self.run / "checkpoints"
-        self.writer = Writer(lambda error: say(f"{error}; training goes on, checkpoints stay as they are"))
+        self.writer = Writer(self._failed)
         self.saved = -1
 
     # ---- saving ------------------------------------------------------------------------------------------------------
@@ -73,6 +75,15 @@ class Keeper:
             checkpoints.prune(folder, config.keep_last, config.keep_every)
 
         self.writer.submit(job)
+
+    def _failed(self, error: OSError) -> None:
+        """Room may come again; a file system that is gone or can't be written would cost all that is still to come."""
+        if error.errno not in FULL:
+            raise OSError(
+                f"{error}: nothing can be saved, so the run stops; once {self.run} is there and can be written, "
+                "the same command goes on from the last checkpoint"
+            ) from error
+        self.say(f"{error}; training goes on, checkpoints stay as they are")
 
     def finish(self) -> Path:
         """Write the final model, and say what it is of; returns where it is."""

@@ -278,7 +278,9 @@ class Trainer:
             self._save()
         path = self.keeper.finish()
         if self.processes.first:
-            metrics.draw_curve(metrics.read_lines(self.journal.path), self.folder / "loss.png")
+            curve = self.folder / "loss.png"
+            with metrics.forgiving(f"{curve} can't be drawn"):
+                metrics.draw_curve(metrics.read_lines(self.journal.path), curve)
             self._say(f"finished: step {self.step}, {path}")
 
     def _say(self, text: str) -> None:

@@ -1,5 +1,6 @@
 """What a run tells: JSON lines, TensorBoard where it is installed, a line of progress, and a curve at the end."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .board import Board
 from .checkpoints import replace
 
 # what a line must have to be kept by a run that goes on
@@ -26,17 +28,18 @@ class Journal:
             kept = "".join(json.dumps(line) + "\n" for line in whole if line[STEP] <= start)
             replace(self.path, lambda path: path.write_text(kept))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.board = _board(folder)
+        self.board = _board(folder / "tensorboard", start)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
         with forgiving(f"{self.path} is behind"):
             # what can't be written now is written with the next line
+            self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for key, value in line.items():
-                if key != STEP:
-                    self.board.add_scalar(key, value, line[STEP])
+        board, self.board = self.board, None
+        if board is not None:
+            with forgiving(f"{board.file.name} ends before step {line[STEP]}"):
+                board.write(line[STEP], {key: value for key, value in line.items() if key != STEP})
+                self.board = board
 
     def write_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
         """An update that was skipped, with the numbers of its samples, into `skipped.jsonl`."""
@@ -55,7 +58,8 @@ class Journal:
         with forgiving(f"{self.path} lacks its last lines"):
             self.file.close()
         if self.board is not None:
-            self.board.close()
+            with forgiving(f"{self.board.file.name} lacks its last steps"):
+                self.board.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -76,13 +80,11 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else None
 
 
-def _board(folder: Path) -> Any:
-    """A TensorBoard writer, or None where it isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder / "tensorboard")
+def _board(folder: Path, start: int) -> Board | None:
+    """None where TensorBoard isn't installed, or the disk is full."""
+    with contextlib.suppress(ImportError), forgiving(f"{folder} can't be written"):
+        return Board(folder, start)
+    return None
 
 
 def say(text: str) -> None:

@@ -13,14 +13,15 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
-
-# what runs import late
-for name in ("matplotlib.figure", "PIL.Image", "safetensors.torch", "torch.utils.tensorboard", "tqdm"):
-    importlib.import_module(name)
 
 from fastmim.train import Config, Trainer
 from fastmim.train.config import read
+
+# what runs import late
+for name in ("matplotlib.figure", "PIL.Image", "safetensors.torch", "tensorboard.summary.writer.record_writer", "tqdm"):
+    importlib.import_module(name)
 
 
 def start(config: Config) -> int:
@@ -35,15 +36,19 @@ def start(config: Config) -> int:
     try:
         Trainer(config).run()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(status)
 
 
-def end(child: int) -> int:
-    """What waitpid says of it: 0 if it finished, the signal if it was killed."""
+def end(child: int, config: Config) -> bool:
+    """Whether it was killed; else it finished."""
     status = os.waitpid(child, 0)[1]
-    assert status in (0, signal.SIGKILL), status
-    return status
+    if status not in (0, signal.SIGKILL):
+        sys.exit(Path(f"{config.output_dir}.log").read_text())
+    return status != 0
 
 
 def main() -> None:
@@ -55,7 +60,7 @@ def main() -> None:
     finished: list[str] = []
     killed = saving = 0
     began = time.monotonic()
-    assert end(start(numbered())) == 0
+    end(start(numbered()), numbered())
     seconds = time.monotonic() - began
     finished.append(numbered().output_dir)
     draw = random.Random(0)
@@ -64,7 +69,7 @@ def main() -> None:
         if killed < kills:
             time.sleep(draw.uniform(0, seconds))
             os.kill(child, signal.SIGKILL)
-        if end(child):
+        if end(child, numbered()):
             killed += 1
             saving += any(path.suffix == ".tmp" for path in Path(numbered().output_dir).glob("checkpoints/*"))
             continue

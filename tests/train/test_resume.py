@@ -53,6 +53,18 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(config, straight, tmp_pat
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
+def test_a_run_that_fails_before_its_first_checkpoint_goes_on_from_step_0(
+    config, straight, tmp_path, monkeypatch, capsys
+):
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        update = Trainer._update
+        patched.setattr(Trainer, "_update", lambda self, batch: update(self, batch) if self.step < 2 else 1 / 0)
+        Trainer(config()).run()
+    Trainer(config()).run()
+    assert "going on from step 0; 2 logged steps are repeated" in capsys.readouterr().err
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
 def test_a_finished_run_stays_finished(config, straight, tmp_path, monkeypatch):
     Trainer(config()).run()
     monkeypatch.setattr(Trainer, "_update", None)
