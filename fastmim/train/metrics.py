@@ -141,30 +141,18 @@ class Progress:
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss over the steps, as a PNG."""
-    from PIL import Image, ImageDraw
-
+    """The loss over the steps, as a PNG; without matplotlib a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        say(f"{path} needs matplotlib: {error}")
+        return
     points = [(line[STEP], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:
         return
-    width, height, margin = 960, 540, 56
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    low, high = min(losses), max(losses)
-    span = high - low or 1.0
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(step: int, loss: float) -> tuple[float, float]:
-        x = margin + (width - 2 * margin) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-        return x, height - margin - (height - 2 * margin) * (loss - low) / span
-
-    for part in range(5):
-        loss = low + span * part / 4
-        y = place(steps[0], loss)[1]
-        draw.line([(margin, y), (width - margin, y)], fill="#dddddd")
-        draw.text((4, y - 6), f"{loss:.4g}", fill="black")
-        step = steps[0] + (steps[-1] - steps[0]) * part // 4
-        draw.text((place(step, low)[0] - 8, height - margin + 8), str(step), fill="black")
-    draw.text((margin, margin // 2), "loss by step", fill="black")
-    draw.line([place(*point) for point in points], fill="#1f77b4", width=2)
-    image.save(path)
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*points), marker="." if len(points) < 50 else None)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)
