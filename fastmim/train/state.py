@@ -36,7 +36,7 @@ def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
 ) -> None:
     """Give the optimiser the moments and steps that `read(name, like)` gives."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for p, state in optimizer.state.items():
         for kind, value in state.items():
             value.copy_(_like(read(f"{kind}/{names[p]}", value), value))

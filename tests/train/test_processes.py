@@ -113,7 +113,8 @@ def test_a_dead_rank_is_started_again_with_all_others(config, tmp_path, rank):
         timeout=400,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "Signal 9 (SIGKILL)" in done.stderr
+    # the first restart succeeds, though torchrun's store remembers the dead
+    assert done.stderr.count("failed (exitcode: ") == 1 and "failed (exitcode: -9)" in done.stderr
     assert "going on from step 4; 2 logged steps are repeated" in done.stderr
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
