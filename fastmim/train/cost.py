@@ -1,4 +1,4 @@
-"""What a step costs in products, and what the machine could do of them."""
+"""How fast a run is: images a second, what they cost in products, and what the machine could do of them."""
 
 import time
 
@@ -7,6 +7,33 @@ import torch
 from ..masking import count_kept, count_predicted
 from ..models.mae import MaskedAutoencoderViT
 from .config import Config
+from .processes import Processes
+
+
+class Meter:
+    """The clock of a run that goes on from `step`; add to `waited` the seconds spent waiting for data."""
+
+    def __init__(self, model: MaskedAutoencoderViT, config: Config, processes: Processes, dtype: torch.dtype) -> None:
+        narrow = dtype if processes.device.type == "cuda" else torch.promote_types(dtype, torch.float32)
+        rate = matmul_rate(processes.device, narrow) * processes.world
+        self.share_of_rate = flops_per_image(model, config) / rate
+        self.batch_size = config.batch_size
+
+    def start(self, step: int) -> None:
+        self.since, self.since_step, self.waited = time.perf_counter(), step, 0.0
+
+    def read(self, step: int, steps: int) -> dict[str, float]:
+        """What a line of metrics says of the steps since the last one, of `steps`."""
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        rate = max(step - self.since_step, 1) * self.batch_size / seconds
+        said = {
+            "images_per_second": rate,
+            "matmul_share": rate * self.share_of_rate,
+            "waiting": self.waited / seconds,
+            "seconds_left": (steps - step) * self.batch_size / rate,
+        }
+        self.start(step)
+        return said
 
 
 def flops_per_image(model: MaskedAutoencoderViT, config: Config) -> float:

@@ -5,7 +5,6 @@ sample), so that a result depends neither on the number of processes nor on thre
 nothing from the device but every `log_every` steps.
 """
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,18 +15,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .. import masking
-from .._version import __version__
-from ..data import Batch, ImageLoader
-from . import checkpoints, cost, metrics, samples, state
-from .config import DTYPES, IDENTITY, Config, ConfigError
+from ..data import Batch
+from . import metrics
+from .config import DTYPES, Config, ConfigError
+from .cost import Meter
+from .feed import open_loader
 from .interruptions import Interrupted, Interruptions
+from .keeper import Keeper
 from .masks import mask_seeds
-from .processes import Processes, accumulating, joined, spread
+from .processes import accumulating, joined, spread
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
-from .writer import Writer
-
-FORMAT = 1
 
 
 class Done(NamedTuple):
@@ -71,7 +69,7 @@ class Trainer:
                 self._finish()
             finally:
                 self.progress.close()
-                self.writer.close()
+                self.keeper.writer.close()
                 if self.processes.first:
                     self.journal.close()
 
@@ -83,7 +81,7 @@ class Trainer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"output_dir {self.folder} can't be made: {error}") from None
-        self.loader = _loader(config, self.processes)
+        self.loader = open_loader(config, self.processes)
         self.steps = config.max_steps or config.epochs * len(self.loader)
 
         torch.manual_seed(config.seed)
@@ -95,91 +93,24 @@ class Trainer:
 
         self.step = self.skipped = self.streak = 0
         self.failed_at = -1
-        self.saved = -1
         self.pending: list[Done] = []
-        self.writer = Writer(lambda error: self._say(f"{error}; training goes on, checkpoints stay as they are"))
-        self._resume()
-        self.progress = metrics.Progress(self.step, self.steps, self.processes.first)
-        self._measure()
-
-    def _measure(self) -> None:
-        """What one second of this device could do."""
-        narrow = self.dtype if self.processes.device.type == "cuda" else torch.promote_types(self.dtype, torch.float32)
-        rate = cost.matmul_rate(self.processes.device, narrow) * self.processes.world
-        self.share_of_rate = cost.flops_per_image(self.model, self.config) / rate
-        self.since, self.since_step, self.waited = time.perf_counter(), self.step, 0.0
-
-    def _resume(self) -> None:
-        """Restore the newest good checkpoint if there is one; else step 0 becomes the first."""
-        folder = self.folder / "checkpoints"
-        path, refused = checkpoints.newest(folder) if self.processes.first else (None, [])
-        path = self.processes.tell(path)
-        for error in refused:
-            self._say(f"checkpoint refused: {error}")
-        if path is not None:
-            self._restore(path)
-        elif refused:
-            self._say("no good checkpoint is left: the run starts again")
-        if self.processes.first:
-            checkpoints.sweep(folder)
-            self.journal = metrics.Journal(self.folder, self.step)
-            if path is not None or refused:
-                self._say(f"going on from step {self.step}; {self.journal.repeated} logged steps are repeated")
-        if path is None:
+        self.keeper = Keeper(config, self.processes, self.model, self.optimizer, self.loader, self._say)
+        self.meter = Meter(self.model, config, self.processes, self.dtype)
+        if not self._resume():
             self._save()
 
-    def _restore(self, path: Path) -> None:
-        """Everything as it was when `path` was written."""
-        from safetensors.torch import load_file
-
-        first = self.processes.first
-        saved = self.processes.tell(checkpoints.read_state(path) if first else None)
-        self._compare(saved, path)
-        world = self.processes.world
-        read = state.reader(load_file(path / "model.safetensors") if first else None, world)
-        state.restore_model(self.model, read)
-        read = state.reader(load_file(path / "optimizer.safetensors") if first else None, world)
-        state.restore_optimizer(self.model, self.optimizer, read)
-        self.step, self.skipped, self.streak = saved["step"], saved["skipped"], saved["streak"]
-        self.saved = self.step
-        self._restore_loader(saved["loaders"])
-        if len(saved["loaders"]) == world:
-            states = None
-            if first:
-                states = load_file(path / "generators.safetensors")
-            states = self.processes.tell(states)
-            mark = f"{self.processes.rank}/"
-            own = {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)}
-            state.restore_generators(own, self.processes.device)
-
-    def _compare(self, saved: dict[str, Any], path: Path) -> None:
-        """The checkpoint is of this run."""
-        if saved.get("format") != FORMAT:
-            raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
-        was, now = saved["config"], self.config.to_dict()
-        changed = {
-            key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
-        }
-        if wrong := [changed[key] for key in IDENTITY if key in changed]:
-            raise ConfigError(
-                f"output_dir {self.folder} holds another run: {'; '.join(wrong)}; choose another output_dir"
-            )
-        if changed:
-            self._say(f"settings changed since {path.name}: {'; '.join(changed.values())}")
-
-    def _restore_loader(self, states: list[dict[str, Any]]) -> None:
-        """Each process its own state; if their number changed, the position in the common order."""
-        own = states[self.processes.rank] if len(states) == self.processes.world else states[0]
-        if len(states) != self.processes.world and any(_moved(one) for one in states):
-            self._say(
-                "another number of processes, and unreadable images were skipped: "
-                f"about {max(map(_moved, states))} images of this epoch come twice or not at all"
-            )
-            own = {**own, "consumed": own["batches"] * own["of"]["batch_size"]}
-        try:
-            self.loader.load_state_dict(own)
-        except ValueError as error:
-            raise ConfigError(f"output_dir {self.folder} holds a run on other data: {error}") from None
+    def _resume(self) -> bool:
+        """Go on from the newest good checkpoint, if there is one; what was told of later steps is taken back."""
+        path = self.keeper.newest()
+        if path is not None:
+            self.step, self.skipped, self.streak = self.keeper.restore(path)
+        if self.processes.first:
+            self.journal = metrics.Journal(self.folder, self.step)
+            if path is not None or self.journal.repeated:
+                self._say(f"going on from step {self.step}; {self.journal.repeated} logged steps are repeated")
+        self.progress = metrics.Progress(self.step, self.steps, self.processes.first)
+        self.meter.start(self.step)
+        return path is not None
 
     # ---- steps -------------------------------------------------------------------------------------------------------
 
@@ -191,7 +122,7 @@ class Trainer:
             if batch is None:
                 batches = iter(self.loader)
                 continue
-            self.waited += time.perf_counter() - asked
+            self.meter.waited += time.perf_counter() - asked
             self._update(batch)
             self.progress.advance()
             last = self.step == self.steps
@@ -282,14 +213,11 @@ class Trainer:
         ids = [number for part in self.processes.gather(entry.ids.tolist()) for number in part]
         self._say(f"step {entry.step} skipped: loss {loss}, norm of the gradient {norm}")
         if self.processes.first:
-            line = {"step": entry.step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
-            path = self.folder / "skipped.jsonl"
-            with metrics.forgiving(f"{path} lacks step {entry.step}"), open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.journal.write_skipped(entry.step, loss, norm, ids)
 
     def _go_back(self, step: int) -> None:
         """To the last good checkpoint; at the same place again it is an error."""
-        self.writer.wait()
+        self.keeper.writer.wait()
         row = f"no finite loss and gradient in {self.streak} steps in a row, up to step {step}"
         if step <= self.failed_at:
             raise RuntimeError(
@@ -298,30 +226,22 @@ class Trainer:
             )
         self.failed_at = step
         self._say(f"{row}: back to the last good checkpoint")
+        self.progress.close()
         if self.processes.first:
             self.journal.close()
-        self._resume()
-        self.progress.close()
-        self.progress = metrics.Progress(self.step, self.steps, self.processes.first)
-        self.since, self.since_step, self.waited = time.perf_counter(), self.step, 0.0
+        if not self._resume():
+            raise RuntimeError(f"{row}, and no good checkpoint to go back to: stopped")
 
     def _log(self, entry: Done, loss: float, norm: float) -> None:
-        now = time.perf_counter()
-        seconds = max(now - self.since, 1e-9)
-        rate = max(entry.step - self.since_step, 1) * self.config.batch_size / seconds
         line = {
             "step": entry.step,
             "epoch": (entry.step - 1) // len(self.loader),
             "loss": loss,
             "lr": entry.lr,
-            "images_per_second": rate,
             "grad_norm": norm,
             "skipped": self.skipped,
-            "matmul_share": rate * self.share_of_rate,
-            "waiting": self.waited / seconds,
-            "seconds_left": (self.steps - entry.step) * self.config.batch_size / rate,
+            **self.meter.read(entry.step, self.steps),
         }
-        self.since, self.since_step, self.waited = now, entry.step, 0.0
         if self.processes.first:
             self.journal.write(line)
             self.progress.show(line)
@@ -340,98 +260,29 @@ class Trainer:
                 folder.mkdir(exist_ok=True)
                 draw_grid(self.model, images, out, folder / f"step-{self.step:08d}.png")
 
-    # ---- saving ------------------------------------------------------------------------------------------------------
+    # ---- the end -----------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Copy everything, and write it while training goes on."""
-        tensors = {
-            "model": state.collect_model(self.model),
-            "optimizer": state.collect_optimizer(self.model, self.optimizer),
-        }
-        generators = self.processes.gather(state.collect_generators(self.processes.device))
-        tensors["generators"] = {f"{rank}/{k}": v for rank, own in enumerate(generators) for k, v in own.items()}
-        loaders = self.processes.gather(self.loader.state_dict())
-        self.saved = self.step
-        if not self.processes.first:
-            return
-        self.journal.flush()
-        saved = {
-            "format": FORMAT,
-            "fastmim": __version__,
-            "step": self.step,
-            "skipped": self.skipped,
-            "streak": self.streak,
-            "loaders": loaders,
-            "config": self.config.to_dict(),
-        }
-        folder, step, config = self.folder / "checkpoints", self.step, self.config
-
-        def job() -> None:
-            checkpoints.write(folder, step, tensors, saved)
-            checkpoints.prune(folder, config.keep_last, config.keep_every)
-
-        self.writer.submit(job)
+        if self.processes.first:
+            self.journal.flush()
+        self.keeper.save(self.step, self.skipped, self.streak)
 
     def _stop(self) -> None:
-        self.writer.wait(strict=True)
+        self.keeper.writer.wait(strict=True)
         self._say(f"interrupted: step {self.step} is saved; the same command goes on from there")
         raise Interrupted(self.interruptions.number or 15)
 
     def _finish(self) -> None:
         """The last checkpoint, the final model and the curve."""
-        if self.saved != self.step:
+        if self.keeper.saved != self.step:
             self._save()
-        self.writer.wait(strict=True)
-        weights = state.collect_model(self.model)
-        if not self.processes.first:
-            return
-        from safetensors.torch import save_file
-
-        final = self.folder / "final"
-        final.mkdir(exist_ok=True)
-        aside = final / "model.safetensors.tmp"
-        save_file(weights, aside, {"format": "pt"})
-        checkpoints.flush(aside)
-        aside.replace(final / "model.safetensors")
-        checkpoints.replace_text(
-            final / "run.json", json.dumps({"config": self.config.to_dict(), "step": self.step}, indent=1)
-        )
-        checkpoints.flush(final)
-        metrics.draw_curve(metrics.read_lines(self.journal.path), self.folder / "loss.png")
-        self._say(f"finished: step {self.step}, {final / 'model.safetensors'}")
+        path = self.keeper.finish()
+        if self.processes.first:
+            curve = self.folder / "loss.png"
+            with metrics.forgiving(f"{curve} can't be drawn"):
+                metrics.draw_curve(metrics.read_lines(self.journal.path), curve)
+            self._say(f"finished: step {self.step}, {path}")
 
     def _say(self, text: str) -> None:
         if self.processes.first:
             metrics.say(text)
-
-
-def _moved(state: dict[str, Any]) -> int:
-    """How many unreadable images a shard had skipped in its epoch."""
-    moved: int = state["consumed"] - state["batches"] * state["of"]["batch_size"]
-    return moved
-
-
-def _loader(config: Config, processes: Processes) -> ImageLoader:
-    """This process's share of every global batch."""
-    folder, source = Path(config.output_dir), Path(config.data)
-    if config.data in samples.NAMES:
-        if processes.first:
-            samples.write(config.data, folder / "data")
-        processes.tell(None)
-        source = folder / "data" / config.data / "train"
-    try:
-        return ImageLoader(
-            source,
-            config.batch_size // processes.world,
-            image_size=config.image_size,
-            scale=config.crop_scale,
-            flip=config.flip,
-            backend=config.backend,
-            device=processes.device,
-            seed=config.seed,
-            shard=(processes.rank, processes.world),
-            num_threads=config.num_threads,
-            quarantine=folder / f"quarantine-{processes.rank}.jsonl",
-        )
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"data {config.data}: {error}") from None

@@ -1,5 +1,6 @@
 """What a run tells: JSON lines, TensorBoard where it is installed, a line of progress, and a curve at the end."""
 
+import contextlib
 import json
 import os
 import sys
@@ -9,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import replace_text
+from .board import Board
+from .checkpoints import replace
 
 # what a line must have to be kept by a run that goes on
 STEP = "step"
@@ -23,20 +25,28 @@ class Journal:
         whole = read_lines(self.path)
         self.repeated = max([0, *(line[STEP] - start for line in whole)])
         if self.path.exists():
-            kept = [line for line in whole if line[STEP] <= start]
-            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            kept = "".join(json.dumps(line) + "\n" for line in whole if line[STEP] <= start)
+            replace(self.path, lambda path: path.write_text(kept))
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.board = _board(folder)
+        self.board = _board(folder / "tensorboard", start)
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
         with forgiving(f"{self.path} is behind"):
             # what can't be written now is written with the next line
+            self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             self.file.flush()
-        if self.board is not None:
-            for key, value in line.items():
-                if key != STEP:
-                    self.board.add_scalar(key, value, line[STEP])
+        board, self.board = self.board, None
+        if board is not None:
+            with forgiving(f"{board.file.name} ends before step {line[STEP]}"):
+                board.write(line[STEP], {key: value for key, value in line.items() if key != STEP})
+                self.board = board
+
+    def write_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
+        """An update that was skipped, with the numbers of its samples, into `skipped.jsonl`."""
+        line = {STEP: step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
+        path = self.path.with_name("skipped.jsonl")
+        with forgiving(f"{path} lacks step {step}"), open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
         """Onto the disk, so that what a checkpoint follows is never lost."""
@@ -48,7 +58,8 @@ class Journal:
         with forgiving(f"{self.path} lacks its last lines"):
             self.file.close()
         if self.board is not None:
-            self.board.close()
+            with forgiving(f"{self.board.file.name} lacks its last steps"):
+                self.board.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -69,13 +80,11 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or abs(value) < float("inf") else None
 
 
-def _board(folder: Path) -> Any:
-    """A TensorBoard writer, or None where it isn't installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder / "tensorboard")
+def _board(folder: Path, start: int) -> Board | None:
+    """None where TensorBoard isn't installed, or the disk is full."""
+    with contextlib.suppress(ImportError), forgiving(f"{folder} can't be written"):
+        return Board(folder, start)
+    return None
 
 
 def say(text: str) -> None:
@@ -132,30 +141,18 @@ class Progress:
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss over the steps, as a PNG."""
-    from PIL import Image, ImageDraw
-
+    """The loss over the steps, as a PNG; without matplotlib a line that says so."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        say(f"{path} needs matplotlib: {error}")
+        return
     points = [(line[STEP], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:
         return
-    width, height, margin = 960, 540, 56
-    steps, losses = [step for step, _ in points], [loss for _, loss in points]
-    low, high = min(losses), max(losses)
-    span = high - low or 1.0
-    image = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(step: int, loss: float) -> tuple[float, float]:
-        x = margin + (width - 2 * margin) * (step - steps[0]) / max(steps[-1] - steps[0], 1)
-        return x, height - margin - (height - 2 * margin) * (loss - low) / span
-
-    for part in range(5):
-        loss = low + span * part / 4
-        y = place(steps[0], loss)[1]
-        draw.line([(margin, y), (width - margin, y)], fill="#dddddd")
-        draw.text((4, y - 6), f"{loss:.4g}", fill="black")
-        step = steps[0] + (steps[-1] - steps[0]) * part // 4
-        draw.text((place(step, low)[0] - 8, height - margin + 8), str(step), fill="black")
-    draw.text((margin, margin // 2), "loss by step", fill="black")
-    draw.line([place(*point) for point in points], fill="#1f77b4", width=2)
-    image.save(path)
+    figure = Figure(figsize=(9.6, 5.4), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*points), marker="." if len(points) < 50 else None)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    figure.savefig(path)

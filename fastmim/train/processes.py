@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config, ConfigError
@@ -75,7 +76,12 @@ def joined(config: Config) -> Iterator[Processes]:
     # hosts agree by gloo, devices exchange gradients
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if started and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        store, *_ = next(rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it starts all again: the dead left their addresses there
+            attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+            store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     elif started:
         # sharded, but alone
         store = dist.HashStore()  # type: ignore[attr-defined]

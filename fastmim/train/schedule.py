@@ -26,4 +26,12 @@ def adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
+    # as its first step would make them: a checkpoint before that is as whole as any other
+    for p in weights:
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer

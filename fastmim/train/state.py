@@ -36,18 +36,10 @@ def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
 ) -> None:
     """Give the optimiser the moments and steps that `read(name, like)` gives."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            fresh = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-            # as torch.optim.AdamW(fused=True) makes them before its first step
-            optimizer.state[p] = {
-                kind: _like(read(f"{kind}/{names[p]}", value), value).to(value) for kind, value in fresh.items()
-            }
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for p, state in optimizer.state.items():
+        for kind, value in state.items():
+            value.copy_(_like(read(f"{kind}/{names[p]}", value), value))
 
 
 def reader(tensors: Mapping[str, Tensor] | None, world: int) -> Callable[[str, Tensor], Tensor]:

@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Writer:
-    """Runs one job at a time; `failed(error)` is told of a disk that is full or gone, and training goes on."""
+    """Runs one job at a time; `failed(error)` is told of one that couldn't write, and may raise."""
 
     def __init__(self, failed: Callable[[OSError], None]) -> None:
         self._pool = ThreadPoolExecutor(1, "fastmim-checkpoint")

@@ -8,12 +8,6 @@ from torchvision_stub import torchvision
 
 
 @pytest.fixture(scope="session")
-def timm() -> ModuleType:
-    with torchvision():
-        return pytest.importorskip("timm")
-
-
-@pytest.fixture(scope="session")
 def lightly_modules(timm) -> ModuleType:
     """lightly.models.modules."""
     with torchvision():

@@ -45,10 +45,14 @@ def command(config: Config, *, processes: int = 1) -> list[str]:
     """The shell command of a run."""
     path = Path(config.output_dir).with_suffix(".toml")
     path.write_text("".join(f"{key} = {json.dumps(v)}\n" for key, v in flat(config.to_dict()) if v is not None))
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [*launch, "fastmim.cli", "pretrain", str(path)]
+    return [*torchrun(processes), "-m", "fastmim.cli", "pretrain", str(path)]
+
+
+def torchrun(processes: int) -> list[str]:
+    """What starts a script, or -m and a module, in so many processes."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
 
 
 def flat(settings: dict) -> list[tuple[str, object]]:

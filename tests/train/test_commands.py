@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plain import Cell, plain_model
 
 from fastmim import cli, load
 from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
@@ -72,18 +73,59 @@ def test_probes_find_what_is_there():
         assert (judge(points[:200], labels[:200], points[200:]) == labels[200:]).double().mean() > 0.95
 
 
-@pytest.mark.parametrize("target, out", [("facebook", "model.pth"), ("huggingface", "folder")])
-def test_export(straight, tmp_path, capsys, target, out):
-    if target == "huggingface":
-        pytest.importorskip("transformers")
-    assert cli.main(["export", str(straight), "--to", target, str(tmp_path / out)]) == 0
-    assert "outputs equal" in capsys.readouterr().out
-    ours, heads = load_model(straight), {"num_heads": 2, "decoder_num_heads": 2} if target == "facebook" else {}
-    theirs = load(tmp_path / out, **heads).state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
-    # nothing is written over
-    assert cli.main(["export", str(straight), "--to", target, str(tmp_path / out)]) == 1
-    assert "is there already" in capsys.readouterr().err
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exported(straight, tmp_path, capsys):
+    """Runs the command; returns what it wrote and the run's own model."""
+
+    def run(target: str, name: str):
+        out = tmp_path / "exports" / name
+        arguments = ["export", str(straight), "--to", target, str(out)]
+        assert cli.main(arguments) == 0
+        assert "outputs equal" in capsys.readouterr().out
+        # nothing is written over
+        assert cli.main(arguments) == 1
+        assert "is there already" in capsys.readouterr().err
+        return out, load_model(straight).eval()
+
+    return run
+
+
+IMAGES, NOISE = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
+
+
+@torch.no_grad()
+def test_facebook_reads_what_is_exported(exported):
+    """benchmarks/peers.py computes as facebookresearch/mae does, on its names."""
+    out, ours = exported("facebook", "model.pth")
+    plain = plain_model(ours)
+    plain.load_state_dict(torch.load(out, weights_only=True)["model"], strict=True)
+    theirs = plain(IMAGES, NOISE, Cell(0.75, 1.0))
+    assert torch.allclose(theirs, ours(IMAGES, noise=NOISE).loss, atol=1e-6)
+
+
+@torch.no_grad()
+def test_transformers_reads_what_is_exported(exported):
+    transformers = pytest.importorskip("transformers")
+    out, ours = exported("huggingface", "folder")
+    theirs, said = transformers.ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not said["missing_keys"] and not said["unexpected_keys"]
+    found, expected = theirs.eval()(IMAGES, noise=NOISE), ours(IMAGES, noise=NOISE)
+    assert torch.allclose(found.loss, expected.loss, atol=1e-6)
+    removed = expected.ids_predict[..., None].expand_as(expected.pred)
+    assert torch.allclose(found.logits.gather(1, removed), expected.pred, atol=1e-5)
+
+
+@torch.no_grad()
+def test_timm_reads_what_is_exported(exported, timm):
+    out, ours = exported("timm", "encoder.safetensors")
+    theirs = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, global_pool="token"
+    )
+    timm.models.load_checkpoint(theirs, str(out), strict=True)
+    assert torch.allclose(theirs.eval().forward_features(IMAGES), ours.forward_features(IMAGES), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """The loop: the curve of the plain PyTorch reference, gradients that aren't finite, and what a run leaves behind."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from cases import TEST_ALL
 from PIL import Image
+from plain import Cell, normalise, plain_model
 from small_run import curve, outcome
 
 from fastmim import masking
@@ -16,24 +16,13 @@ from fastmim.train import Trainer, masks
 from fastmim.train.config import Config, read
 from fastmim.train.schedule import adamw, learning_rate
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-
 
 def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
     """Losses of the plain model of benchmarks/peers.py, on the run's data, masks, schedule and first weights."""
-    sys.path.insert(0, BENCHMARKS)
-    try:
-        from peers import PlainMAE
-        from photographs import normalise
-        from sizes import Cell, Sizes
-    finally:
-        sys.path.remove(BENCHMARKS)
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
     template = config.build()
-    model = PlainMAE(Sizes.of(template))
-    model.load_state_dict(template.state_dict())
-    model.to(dtype)
+    model = plain_model(template).to(dtype)
     optimizer = adamw(model, config)
     loader = ImageLoader(
         data,
@@ -175,7 +164,7 @@ def test_what_a_run_leaves(config, tmp_path, capsys):
         assert grid.size == (3 * 16, 4 * 16)
     with Image.open(run / "loss.png") as drawn:
         # white, grid, axis labels, and the curve's own colour
-        assert (0x1F, 0x77, 0xB4) in {colour for _, colour in drawn.getcolors(1 << 20)}
+        assert (0x1F, 0x77, 0xB4) in {colour for _, colour in drawn.convert("RGB").getcolors(1 << 20)}
     said = capsys.readouterr().out
     assert "step 5/12: loss " in said and "images/s" in said and "of matmul" in said and " left" in said
 

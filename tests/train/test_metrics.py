@@ -1,12 +1,29 @@
 """What a run tells of itself."""
 
+import pytest
 from small_run import curve
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fastmim.train import Trainer
+
+
+def shown(folder):
+    """Steps and losses, as TensorBoard reads them."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars("loss")]
+
 
 def test_tensorboard_shows_what_the_json_lines_say(straight):
-    board = EventAccumulator(str(straight / "tensorboard"))
-    board.Reload()
-    shown = [(event.step, event.value) for event in board.Scalars("loss")]
-    assert [step for step, _ in shown] == [line[0] for line in curve(straight)]
-    assert all(abs(value - line[1]) < 1e-5 for (_, value), line in zip(shown, curve(straight)))
+    found, told = shown(straight), curve(straight)
+    assert [step for step, _ in found] == [line[0] for line in told]
+    assert all(abs(value - line[1]) < 1e-5 for (_, value), line in zip(found, told))
+
+
+def test_tensorboard_takes_back_what_is_repeated(config, straight, tmp_path, monkeypatch):
+    update = Trainer._update
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Trainer, "_update", lambda self, batch: update(self, batch) if self.step < 7 else 1 / 0)
+        Trainer(config()).run()
+    Trainer(config()).run()
+    assert shown(tmp_path / "run") == shown(straight)

@@ -2,13 +2,12 @@
 
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cases import TEST_ALL
 from safetensors.torch import load_file
-from small_run import ENVIRONMENT, SETTINGS, command, curve, outcome
+from small_run import ENVIRONMENT, SETTINGS, command, curve, launch, outcome, torchrun
 
 from fastmim.train import Config, Trainer
 
@@ -50,11 +49,12 @@ def run_until(config: Config, step: int, processes: int) -> str:
     *_, path = command(config)
     script = Path(path).with_suffix(".py")
     script.write_text(STOP)
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [*launcher, str(script), path, str(step)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        [*torchrun(processes), str(script), path, str(step)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"step {step} is saved" in done.stderr or step == config.max_steps
@@ -79,6 +79,44 @@ def test_processes_may_come_and_go(config, exact, tmp_path, parallel, route):
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", exact))
     assert ours.keys() == theirs.keys()
     assert all((ours[name] - theirs[name]).abs().max() < 1e-9 for name in ours)
+
+
+DIE = """
+import os, signal, sys
+from fastmim.train import Trainer
+from fastmim.train.config import read
+update = Trainer._update
+def dying(self, batch):
+    # once, between two checkpoints
+    if self.step == 6 and self.processes.rank == int(sys.argv[2]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        self.keeper.writer.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    update(self, batch)
+Trainer._update = dying
+Trainer(read(sys.argv[1])).run()
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1] if TEST_ALL else [1])
+def test_a_dead_rank_is_started_again_with_all_others(config, tmp_path, rank):
+    """torchrun restarts the job by itself; it ends with the weights of two processes that nobody disturbed."""
+    whole = launch(config("whole"), processes=2)
+    assert "going on" not in whole.stderr
+    *_, path = command(config())
+    script = Path(path).with_suffix(".py")
+    script.write_text(DIE)
+    done = subprocess.run(
+        [*torchrun(2), "--max-restarts", "3", str(script), path, str(rank)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # the first restart succeeds, though torchrun's store remembers the dead
+    assert done.stderr.count("failed (exitcode: ") == 1 and "failed (exitcode: -9)" in done.stderr
+    assert "going on from step 4; 2 logged steps are repeated" in done.stderr
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("micro", [1, 3])

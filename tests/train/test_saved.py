@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 import torch
-from small_run import outcome
+from small_run import command, outcome
 
+from fastmim import cli
 from fastmim.train import Trainer, checkpoints, metrics
+from fastmim.train.board import Board
 
 FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -141,6 +143,59 @@ def test_on_a_full_disk_training_goes_on(config, straight, tmp_path, monkeypatch
     Trainer(config()).run()
     assert "No space left on device; training goes on" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def test_tensorboard_on_a_full_disk_ends_alone(config, straight, tmp_path, monkeypatch, capsys):
+    def full(self, step, scalars):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Board, "write", full)
+    Trainer(config()).run()
+    assert capsys.readouterr().err.count("ends before step 1: [Errno 28]") == 1
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+def gone(trainer):
+    """The folder is not there any more."""
+    trainer.keeper.writer.wait()
+    trainer.folder.rename(trainer.folder.with_name("away"))
+
+
+def read_only(trainer):
+    """The file system can be read, not written: what a file in the place of the folder does, for root too."""
+    trainer.keeper.writer.wait()
+    trainer.keeper.folder.rename(trainer.folder / "kept")
+    trainer.keeper.folder.touch()
+
+
+@pytest.mark.parametrize("vanish, said", [(gone, "No such file or directory"), (read_only, "File exists")])
+def test_a_file_system_that_vanishes_ends_the_run_in_one_line(
+    config, straight, tmp_path, monkeypatch, capsys, vanish, said
+):
+    """After step 6: the save of step 8 fails, which is seen at the next; put back, the run goes on from step 4."""
+    small, update = config(), Trainer._update
+
+    def vanishing(self, batch):
+        update(self, batch)
+        if self.step == 6:
+            vanish(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_update", vanishing)
+        assert cli.main(command(small)[3:]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("fastmim: [Errno ") and said in last
+    assert last.endswith("can be written, the same command goes on from the last checkpoint")
+    run = tmp_path / "run"
+    if vanish is gone:
+        assert not run.exists()
+        (tmp_path / "away").rename(run)
+    else:
+        (run / "checkpoints").unlink()
+        (run / "kept").rename(run / "checkpoints")
+    Trainer(config()).run()
+    assert "going on from step 4; 8 logged steps are repeated" in capsys.readouterr().err
+    assert outcome(run) == outcome(straight)
 
 
 def test_the_last_one_must_be_written(config, monkeypatch):

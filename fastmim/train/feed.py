@@ -1,0 +1,38 @@
+"""What a run trains on."""
+
+from pathlib import Path
+
+from ..data import ImageLoader
+from . import samples
+from .config import Config, ConfigError
+from .processes import Processes
+
+
+def open_loader(config: Config, processes: Processes) -> ImageLoader:
+    """This process's share of every global batch.
+
+    Raises:
+        ConfigError: no images, or fewer than a batch.
+    """
+    folder, source = Path(config.output_dir), Path(config.data)
+    if config.data in samples.NAMES:
+        if processes.first:
+            samples.write(config.data, folder / "data")
+        processes.tell(None)
+        source = folder / "data" / config.data / "train"
+    try:
+        return ImageLoader(
+            source,
+            config.batch_size // processes.world,
+            image_size=config.image_size,
+            scale=config.crop_scale,
+            flip=config.flip,
+            backend=config.backend,
+            device=processes.device,
+            seed=config.seed,
+            shard=(processes.rank, processes.world),
+            num_threads=config.num_threads,
+            quarantine=folder / f"quarantine-{processes.rank}.jsonl",
+        )
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(f"data {config.data}: {error}") from None
