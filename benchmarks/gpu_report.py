@@ -167,7 +167,7 @@ def correctness(report: Report, folder: Path) -> None:
         report.row("correctness", path, partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder))
     report.row("correctness", "device", partial(suite, "tests/gpu", "test", folder))
     if _library.cuda_build is not None:
-        for path in ("attention", "loss", "masking", "patches"):
+        for path in gpu_families.SUITES:
             ours = partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder, FASTMIM_TEST_KERNELS="cuda")
             report.row("correctness", f"{path}, CUDA C++", ours)
         for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") else ():
@@ -373,8 +373,12 @@ def main() -> None:
     for part in args.part:
         runs[part]()
         (args.out / "gpu.md").write_text(page(report.data))
-    if not wrong(report.data) and (first := gpu_families.table(report.data, report.path)):
-        args.table.write_text(json.dumps(first, indent=1) + "\n")
+    if "families" in args.part:
+        first = None if wrong(report.data) else gpu_families.table(report.data, report.path)
+        if first is None:
+            args.table.unlink(missing_ok=True)
+        else:
+            args.table.write_text(json.dumps(first, indent=1) + "\n")
     sys.exit(1 if wrong(report.data) else 0)
 
 
