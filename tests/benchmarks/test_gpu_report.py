@@ -254,8 +254,9 @@ def test_the_sanitizer_is_asked(monkeypatch, tmp_path):
     tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" = memcheck ]\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert gpu_report.sanitized("memcheck") == {"passed": 1, "failed": 0, "failures": []}
-    failed = gpu_report.sanitized("racecheck")
+    assert gpu_report.sanitizer() == str(tool)
+    assert gpu_report.sanitized(str(tool), "memcheck") == {"passed": 1, "failed": 0, "failures": []}
+    failed = gpu_report.sanitized(str(tool), "racecheck")
     assert failed["failed"] == 1 and "gpu_families.py" in failed["failures"][-1]
 
 
