@@ -179,6 +179,8 @@ def correctness(report: Report, folder: Path) -> None:
         for path in gpu_families.SUITES:
             ours = partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder, FASTMIM_TEST_KERNELS="cuda")
             report.row("correctness", f"{path}, CUDA C++", ours)
+        ours = partial(suite, "tests/gpu", "test", folder, FASTMIM_TEST_KERNELS="cuda")
+        report.row("correctness", "device, CUDA C++", ours)
         found = sanitizer()
         for tool in ("memcheck", "racecheck") if found else ():
             report.row("correctness", f"{tool}, CUDA C++", partial(sanitized, found, tool))
