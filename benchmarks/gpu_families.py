@@ -28,6 +28,8 @@ CROSS = ((147, 197, 32), (98, 197, 32))
 # queries, keys and head dimension: each form of the kernels, its edges and ragged ends
 FORMS = ((1, 1, 32), (3, 3, 64), (16, 16, 64), (17, 17, 80), (50, 50, 64), (64, 64, 88), (65, 65, 32), (99, 99, 96))
 FORMS += ((129, 129, 64), (197, 197, 32), (5, 40, 64), (70, 12, 64))
+# of the op suite: those of the ops that have these kernels
+SUITES = ("attention", "loss", "masking", "patches")
 NARROW = (torch.bfloat16, torch.float16)
 # Triton's kernel is asked first unless the other takes less than this share of its time
 MARGIN = 0.97
@@ -167,8 +169,9 @@ def faster(rows: dict[str, dict[str, Any]]) -> dict[str, list[list[int]]]:
 
 
 def table(data: dict[str, Any], results: Path) -> dict[str, Any] | None:
-    """What fastmim/_library.py reads, from a whole report in `results`; None where the kernels were not checked."""
-    if not data.get("families") or not any(name.endswith("CUDA C++") for name in data.get("correctness", {})):
+    """What fastmim/_library.py reads, from a whole report in `results`; None where not all were checked, or wrong."""
+    suites = [data.get("correctness", {}).get(f"{suite}, CUDA C++", {}) for suite in SUITES]
+    if not data.get("families") or not all(row.get("passed") and not row["failed"] for row in suites):
         return None
     found = data["build"]["environment"]
     results = results.resolve()

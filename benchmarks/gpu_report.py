@@ -8,6 +8,7 @@ the CUDA C++ kernels are right and faster than Triton's the table by which they 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -151,10 +152,18 @@ def suite(path: str, select: str, folder: Path, **settings: str) -> dict[str, An
     return {"passed": passed, "failed": len(failed), "failures": failed[:40]}
 
 
-def sanitized(tool: str) -> dict[str, Any]:
+def sanitizer() -> str | None:
+    """compute-sanitizer: on PATH, or that of NVIDIA's package from PyPI."""
+    packages = importlib.util.find_spec("nvidia")
+    places = packages.submodule_search_locations or [] if packages else []
+    bundled = [str(found) for place in places for found in Path(place).glob("cu*/bin/compute-sanitizer")]
+    return next(filter(None, [shutil.which("compute-sanitizer"), *bundled]), None)
+
+
+def sanitized(sanitizer: str, tool: str) -> dict[str, Any]:
     """Every CUDA C++ kernel once, beside the reference, under a tool of compute-sanitizer."""
-    script = str(Path(gpu_families.__file__))
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, script]
+    options = ["--tool", tool, "--kernel-name", "kernel_substring=fastmim", "--error-exitcode", "9"]
+    command = [sanitizer, *options, sys.executable, str(Path(gpu_families.__file__))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
     wrong = done.returncode != 0
     failures = (done.stdout + done.stderr).strip().splitlines()[-20:] if wrong else []
@@ -167,11 +176,14 @@ def correctness(report: Report, folder: Path) -> None:
         report.row("correctness", path, partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder))
     report.row("correctness", "device", partial(suite, "tests/gpu", "test", folder))
     if _library.cuda_build is not None:
-        for path in ("attention", "loss", "masking", "patches"):
+        for path in gpu_families.SUITES:
             ours = partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder, FASTMIM_TEST_KERNELS="cuda")
             report.row("correctness", f"{path}, CUDA C++", ours)
-        for tool in ("memcheck", "racecheck") if shutil.which("compute-sanitizer") else ():
-            report.row("correctness", f"{tool}, CUDA C++", partial(sanitized, tool))
+        ours = partial(suite, "tests/gpu", "test", folder, FASTMIM_TEST_KERNELS="cuda")
+        report.row("correctness", "device, CUDA C++", ours)
+        found = sanitizer()
+        for tool in ("memcheck", "racecheck") if found else ():
+            report.row("correctness", f"{tool}, CUDA C++", partial(sanitized, found, tool))
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -373,8 +385,12 @@ def main() -> None:
     for part in args.part:
         runs[part]()
         (args.out / "gpu.md").write_text(page(report.data))
-    if not wrong(report.data) and (first := gpu_families.table(report.data, report.path)):
-        args.table.write_text(json.dumps(first, indent=1) + "\n")
+    if "families" in args.part:
+        first = None if wrong(report.data) else gpu_families.table(report.data, report.path)
+        if first is None:
+            args.table.unlink(missing_ok=True)
+        else:
+            args.table.write_text(json.dumps(first, indent=1) + "\n")
     sys.exit(1 if wrong(report.data) else 0)
 
 

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if found["cuda first"]:
         print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
         for op, sizes in found["cuda first"]["sizes"].items():
-            print(f"  {op:<28} {', '.join('x'.join(map(str, row)) for row in sizes) or 'nothing'}".rstrip())
+            print(f"  {op:<28} {', '.join('x'.join(map(str, row)) or 'all sizes' for row in sizes)}")
     print("\nnot served by")
     for family, reason in found["missing"].items():
         print(f"  {family:<10} {reason}")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastmim import _library, ops
+from fastmim import _library, info, ops
 
 
 def run(*args: str, cwd: object, **settings: str) -> str:
@@ -35,3 +35,13 @@ def test_json(tmp_path):
     assert all(served.keys() == {"cpu", "cuda"} for served in found["ops"].values())
     assert found["packages"]["torch"] and found["cpu"]["threads"] >= 1
     assert found["missing"].keys() <= {"cpp", "triton", "cuda"}
+
+
+def test_what_was_measured_to_go_first_is_told(monkeypatch, capsys):
+    sizes = {"attention_qkvpacked": [[10, 10, 64], [50, 50, 64]], "pixel_loss": [[]]}
+    table = {"results": "benchmarks/results/gpu.json", "card": "H200", "capability": [9, 0], "sizes": sizes}
+    monkeypatch.setattr(_library, "CUDA_FIRST", table)
+    info.main([])
+    said = capsys.readouterr().out
+    assert "CUDA C++ goes first on H200, as benchmarks/results/gpu.json shows, for" in said
+    assert "10x10x64, 50x50x64" in said and "pixel_loss                   all sizes" in said

@@ -194,7 +194,10 @@ def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
     data = {"families": rows, "build": {"environment": {"card": "H200", "capability": [9, 0]}}}
     results = gpu_families.ROOT / "benchmarks" / "results" / "gpu.json"
     assert gpu_families.table(data, results) is None  # nobody has checked that they are right
-    data["correctness"] = {"attention, CUDA C++": {"passed": 3, "failed": 0}}
+    data["correctness"] = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
+    data["correctness"]["loss, CUDA C++"] = {"error": "no room"}
+    assert gpu_families.table(data, results) is None
+    data["correctness"]["loss, CUDA C++"] = {"passed": 3, "failed": 0}
     table = gpu_families.table(data, results)
     assert table == {
         "results": "benchmarks/results/gpu.json",
@@ -209,6 +212,26 @@ def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
     assert not _library._cuda_first("attention", (q, longer, longer), q.device)
     assert _library._cuda_first("random_masking", (2, 16), q.device)
     assert not _library._cuda_first("pixel_loss", (q,), q.device)
+
+
+def test_the_command_writes_the_table_and_takes_back_one_that_no_longer_holds(pretended_gpu, tmp_path, monkeypatch):
+    checked = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
+    known = {"build": {"environment": {"card": "H200", "capability": [9, 0]}}, "correctness": checked}
+    (tmp_path / "gpu.json").write_text(json.dumps(known))
+    monkeypatch.setattr(gpu_families, "MARGIN", float("inf"))
+    file = tmp_path / "cuda_first.json"
+    command = ["gpu_report", "--part", "families", "--out", str(tmp_path), "--table", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        gpu_report.main()
+    written = json.loads(file.read_text())
+    assert written["sizes"].keys() == set(_library.CUDA_OPS) and written["results"] == str(tmp_path / "gpu.json")
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    data["correctness"]["loss, CUDA C++"]["failed"] = 1
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="1"):
+        gpu_report.main()
+    assert not file.exists()
 
 
 def test_the_check_under_the_sanitizer_sees_what_is_wrong(monkeypatch):
@@ -231,8 +254,9 @@ def test_the_sanitizer_is_asked(monkeypatch, tmp_path):
     tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" = memcheck ]\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert gpu_report.sanitized("memcheck") == {"passed": 1, "failed": 0, "failures": []}
-    failed = gpu_report.sanitized("racecheck")
+    assert gpu_report.sanitizer() == str(tool)
+    assert gpu_report.sanitized(str(tool), "memcheck") == {"passed": 1, "failed": 0, "failures": []}
+    failed = gpu_report.sanitized(str(tool), "racecheck")
     assert failed["failed"] == 1 and "gpu_families.py" in failed["failures"][-1]
 
 
