@@ -1,9 +1,11 @@
 """The one imperative step: build fastmim._C where torch and a C++ compiler are at hand.
 
 FASTMIM_BUILD_CPP=0 leaves it out; without torch in the build environment the package is pure Python. fastmim._CUDA is
-built beside it where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), for TORCH_CUDA_ARCH_LIST.
+built beside it where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), for TORCH_CUDA_ARCH_LIST, by the nvcc
+of CUDA_HOME, of PATH or of NVIDIA's packages from PyPI.
 """
 
+import importlib.util
 import os
 import re
 import shutil
@@ -50,7 +52,8 @@ def native():
             try:
                 super().build_extensions()
             except (RuntimeError, subprocess.CalledProcessError) as error:
-                sys.exit(f"fastmim: compiling csrc/ failed ({error}); FASTMIM_BUILD_CPP=0 installs without C++ kernels")
+                without = "FASTMIM_BUILD_CPP=0 installs without C++ kernels, FASTMIM_BUILD_CUDA=0 without CUDA's"
+                sys.exit(f"fastmim: compiling csrc/ failed ({error}); {without}")
 
     flags, link = list(FLAGS), ["-fopenmp"]
     if os.environ.get("FASTMIM_SANITIZE") == "1":
@@ -62,15 +65,39 @@ def native():
     return {"ext_modules": [module, *cuda()], "cmdclass": {"build_ext": Build}}
 
 
-def toolkit():
-    """Where the CUDA toolkit lies; None without nvcc. Where nvcc is a script that calls another, --dryrun says TOP."""
-    home = os.environ.get("CUDA_HOME")
-    nvcc = (home and shutil.which("nvcc", path=os.path.join(home, "bin"))) or shutil.which("nvcc")
-    if not nvcc:
-        return None
-    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
-    top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
-    return os.path.realpath(top.group(1).strip()) if top else None
+def compilers():
+    """Every nvcc there is, in the order of preference."""
+    if "CUDA_HOME" in os.environ:
+        yield shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
+    yield shutil.which("nvcc")
+    packages = importlib.util.find_spec("nvidia")
+    for place in packages.submodule_search_locations if packages else []:
+        yield from sorted(map(str, Path(place).glob("cu*/bin/nvcc")))
+
+
+def toolkit(version):
+    """Where the toolkit of CUDA `version` lies, and why there is none. Where nvcc is a script, --dryrun says TOP."""
+    found = []
+    for nvcc in filter(None, compilers()):
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.\d+", said)
+        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+        if top and release and release[1] == version.partition(".")[0]:
+            return os.path.realpath(top[1].strip()), None
+        found.append(f"{nvcc} is of CUDA {release[0].split()[1]}" if release else f"{nvcc} does not run")
+    if found:
+        return None, f"torch is built for CUDA {version}, and {', '.join(found)}"
+    return None, "there is no nvcc in CUDA_HOME, on PATH or from PyPI: pip install 'cuda-toolkit[nvcc,nvvm,crt,cudart]'"
+
+
+def architectures(wanted):
+    """Those of a list as TORCH_CUDA_ARCH_LIST that the kernels are written for."""
+    names = wanted.replace(" ", ";").strip(";").split(";")
+    left_out = [name for name in names if re.match(r"[1-7]\.", name)]
+    if left_out:
+        print(f"fastmim: no CUDA C++ kernels for {', '.join(left_out)}: they need 8.0", file=sys.stderr)
+    return ";".join(name for name in names if name and name not in left_out)
 
 
 def cuda():
@@ -81,26 +108,34 @@ def cuda():
     wanted = os.environ.get("FASTMIM_BUILD_CUDA")
     if wanted == "0" or (wanted != "1" and not torch.cuda.is_available()):
         return []
-    home = toolkit()
-    if torch.version.cuda is None or home is None:
-        reason = "this torch is a CPU build" if torch.version.cuda is None else "no nvcc in CUDA_HOME or on PATH"
+    home, reason = toolkit(torch.version.cuda) if torch.version.cuda else (None, "this torch is a CPU build")
+    targets = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
+    if not reason and not targets:
+        reason = "TORCH_CUDA_ARCH_LIST names no architecture that they are written for"
+    if reason:
         if wanted == "1":
             sys.exit(f"fastmim: FASTMIM_BUILD_CUDA=1, but {reason}")
         print(f"fastmim: installing without CUDA C++ kernels: {reason}", file=sys.stderr)
         return []
-    cpp_extension.CUDA_HOME = home
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    cpp_extension.CUDA_HOME, os.environ["TORCH_CUDA_ARCH_LIST"] = home, targets
     sources = sorted(str(path) for path in Path("csrc/cuda").iterdir() if path.suffix in {".cu", ".cpp"})
     headers = sorted(str(path) for path in Path("csrc").rglob("*.h"))
-    name = f'-DFASTMIM_CUDA_ARCHITECTURES="{architectures}"'
-    flags = {"cxx": ["-O2", "-g0", name.replace('"', '\\"')], "nvcc": ["-O3", "-std=c++17"]}
-    return [cpp_extension.CUDAExtension("fastmim._CUDA", sources, depends=headers, extra_compile_args=flags)]
+    flags = {
+        "cxx": ["-O2", "-g0", f'-DFASTMIM_CUDA_ARCHITECTURES="{targets}"'],
+        "nvcc": ["-O3", "-std=c++17"],
+    }
+    module = cpp_extension.CUDAExtension("fastmim._CUDA", sources, depends=headers, extra_compile_args=flags)
+    # the packages from PyPI have the library by its full name alone
+    module.libraries.remove("cudart")
+    module.extra_link_args = [f"-l:libcudart.so.{torch.version.cuda.partition('.')[0]}"]
+    return [module]
 
 
-setup(
-    # kernels/ stands beside the package and installs inside it, as fastmim.kernels
-    packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
-    package_dir={"fastmim.kernels": "kernels"},
-    package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "train/configs/*.toml"]},
-    **native(),
-)
+if __name__ == "__main__":
+    setup(
+        # kernels/ stands beside the package and installs inside it, as fastmim.kernels
+        packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
+        package_dir={"fastmim.kernels": "kernels"},
+        package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "cuda_first.json", "train/configs/*.toml"]},
+        **native(),
+    )

@@ -1,16 +1,19 @@
 """Everything there is to know of one GPU: is it right, and how fast. Needs no network.
 
-    python benchmarks/gpu_report.py [--part build correctness ops steps loader profile] [--out DIR]
+    python benchmarks/gpu_report.py [--part build correctness ops families steps loader profile] [--out DIR]
 
 Each part takes under eight minutes, the most valuable rows first; a row is written as it is finished, and a row that is
-there is not measured again. Exit status 1 where anything is numerically wrong. It writes gpu.json and gpu.md.
+there is not measured again. Exit status 1 where anything is numerically wrong. It writes gpu.json and gpu.md, and where
+the CUDA C++ kernels are right and faster than Triton's the table by which they go first.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -24,18 +27,22 @@ from typing import Any
 # a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gpu_families
 import torch
 from contestants import Batch, Contestant, Setting
 from gpu_loader import loaded
 from gpu_ops import cases, measured, seconds_of
+from gpu_page import page
 from measure import Matmul, Stopwatch, captured, interleave
 from report import commit
 from sizes import Cell, train_flops
 
+from fastmim import _library
 from fastmim.data.decoders import BACKENDS, installed
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("build", "correctness", "ops", "steps", "loader", "profile")
+TABLE = ROOT / "fastmim" / "cuda_first.json"
+PARTS = ("build", "correctness", "ops", "families", "steps", "loader", "profile")
 SECONDS = 8 * 60 - 30
 # tests of the op suite that say something of a device; the rest is about the host
 DEVICE_TESTS = (
@@ -100,7 +107,7 @@ def served() -> dict[str, Any]:
     """What `python -m fastmim.info` says."""
     command = [sys.executable, "-m", "fastmim.info", "--json"]
     found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return {"ops": found["ops"], "missing": found["missing"]}
+    return {"ops": found["ops"], "missing": found["missing"], "CUDA C++": found["cuda build"]}
 
 
 def build(report: Report) -> None:
@@ -112,7 +119,7 @@ def build(report: Report) -> None:
 # ---- correctness -----------------------------------------------------------------------------------------------------
 
 
-def suite(path: str, select: str, folder: Path) -> dict[str, Any]:
+def suite(path: str, select: str, folder: Path, **settings: str) -> dict[str, Any]:
     """Counts of a run of pytest on the device, and the names of what failed."""
     results = folder / "tests.xml"
     command = [
@@ -127,8 +134,10 @@ def suite(path: str, select: str, folder: Path) -> dict[str, Any]:
         "-p",
         "no:cacheprovider",
     ]
-    settings = {"FASTMIM_TEST_DEVICE": "cuda", "FASTMIM_CHECK_IDS": "1", "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+    on_device = {"FASTMIM_TEST_DEVICE": "cuda", "FASTMIM_CHECK_IDS": "1", "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **on_device, **settings}, capture_output=True, text=True
+    )
     if not results.exists():
         raise RuntimeError(done.stdout[-400:] + done.stderr[-400:])
     cases = ElementTree.parse(results).getroot().iter("testcase")
@@ -143,11 +152,38 @@ def suite(path: str, select: str, folder: Path) -> dict[str, Any]:
     return {"passed": passed, "failed": len(failed), "failures": failed[:40]}
 
 
+def sanitizer() -> str | None:
+    """compute-sanitizer: on PATH, or that of NVIDIA's package from PyPI."""
+    packages = importlib.util.find_spec("nvidia")
+    places = packages.submodule_search_locations or [] if packages else []
+    bundled = [str(found) for place in places for found in Path(place).glob("cu*/bin/compute-sanitizer")]
+    return next(filter(None, [shutil.which("compute-sanitizer"), *bundled]), None)
+
+
+def sanitized(sanitizer: str, tool: str) -> dict[str, Any]:
+    """Every CUDA C++ kernel once, beside the reference, under a tool of compute-sanitizer."""
+    options = ["--tool", tool, "--kernel-name", "kernel_substring=fastmim", "--error-exitcode", "9"]
+    command = [sanitizer, *options, sys.executable, str(Path(gpu_families.__file__))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS)
+    wrong = done.returncode != 0
+    failures = (done.stdout + done.stderr).strip().splitlines()[-20:] if wrong else []
+    return {"passed": int(not wrong), "failed": int(wrong), "failures": failures}
+
+
 def correctness(report: Report, folder: Path) -> None:
     report.part("correctness")
     for path in ("attention", "loss", "masking", "patches", "tokens", "norm"):
         report.row("correctness", path, partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder))
     report.row("correctness", "device", partial(suite, "tests/gpu", "test", folder))
+    if _library.cuda_build is not None:
+        for path in gpu_families.SUITES:
+            ours = partial(suite, f"tests/ops/test_{path}.py", DEVICE_TESTS, folder, FASTMIM_TEST_KERNELS="cuda")
+            report.row("correctness", f"{path}, CUDA C++", ours)
+        ours = partial(suite, "tests/gpu", "test", folder, FASTMIM_TEST_KERNELS="cuda")
+        report.row("correctness", "device, CUDA C++", ours)
+        found = sanitizer()
+        for tool in ("memcheck", "racecheck") if found else ():
+            report.row("correctness", f"{tool}, CUDA C++", partial(sanitized, found, tool))
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -172,6 +208,20 @@ def ops(report: Report) -> None:
         return
     for name, make in cases():
         report.row("ops", name, lambda make=make: measured(*make(), rows["ceilings"]))
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+
+
+def families(report: Report) -> None:
+    report.part("families")
+    if _library.cuda_build is None:
+        return
+    for name, make in gpu_families.large():
+        if time.monotonic() > report.deadline:
+            break
+        for op, args in make():
+            report.row("families", f"{op}, {name}", partial(gpu_families.compared, op, args))
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -309,66 +359,6 @@ def profile(report: Report) -> None:
     report.row("profile", f"{PROFILED[0]}, mask 0.75", partial(profiled, *PROFILED))
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------
-
-
-def page(data: dict[str, Any]) -> str:
-    """The rows as Markdown."""
-    lines = ["# On a GPU", ""]
-    lines += [f"- {name}: {value}" for name, value in data.get("build", {}).get("environment", {}).items()]
-    if "correctness" in data:
-        lines += ["", "## Correctness", "", "| suite | passed | failed |", "|---|---|---|"]
-        for name, row in data["correctness"].items():
-            lines.append(f"| {name} | {row.get('passed', '-')} | {row.get('failed', row.get('error'))} |")
-            lines += [f"| | | {failure} |" for failure in row.get("failures", [])]
-    if "ops" in data:
-        top = data["ops"].get("ceilings", {})
-        rates = f"copy {top.get('bytes', 0) / 1e9:.0f} GB/s, bfloat16 matmul {top.get('flops', 0) / 1e12:.0f} TFLOP/s"
-        lines += ["", f"## Ops ({rates})", "", "| op | | µs | GB/s | TFLOP/s | of the floor | times faster than |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for name, row in data["ops"].items():
-            for direction in ("forward", "backward", "both"):
-                figures = row.get(direction, {})
-                if "fastmim" not in figures.get("seconds", {}):
-                    continue
-                ours = figures["seconds"]["fastmim"]
-                others = ", ".join(
-                    f"{form} {seconds / ours:.2f}" for form, seconds in figures["seconds"].items() if form != "fastmim"
-                )
-                rate = " | | "
-                if "share of floor" in figures:
-                    rate = f"{figures['GB/s']:.0f} | {figures['TFLOP/s']:.0f} | {figures['share of floor']:.0%}"
-                lines.append(f"| {name} | {direction} | {1e6 * ours:.1f} | {rate} | {others} |")
-            lines += [f"| {name} | {form} fails: {why} | | | | | |" for form, why in row.get("errors", {}).items()]
-    if "steps" in data:
-        lines += [
-            "",
-            "## Steps",
-            "",
-            "| model | form | batch | images/s | ms | of matmul |",
-            "|---|---|---|---|---|---|",
-        ]
-        for name, row in data["steps"].items():
-            for form, figures in row.items():
-                if isinstance(figures, dict):
-                    cells = (
-                        f"{figures['images/s']:.0f} | {figures['milliseconds']:.1f} | {figures['share of matmul']:.0%}"
-                    )
-                    lines.append(f"| {name} | {form} | {row['batch']} | {cells} |")
-                elif "error" in form:
-                    lines.append(f"| {name} | {figures} | | | | |")
-    if "loader" in data:
-        lines += ["", "## Loader", "", "| backend | images/s | grey levels from Pillow's | |", "|---|---|---|---|"]
-        for name, row in data["loader"].items():
-            rate, off = row.get("images/s", 0.0), row.get("most grey levels off", "-")
-            lines.append(f"| {name} | {rate:.0f} | {off} | {row.get('error', '')} |")
-    for name, row in data.get("profile", {}).items():
-        lines += ["", f"## Profile of {name}", "", "| | ms |", "|---|---|"]
-        for kind, milliseconds in {**row.get("by kind", {}), "gaps": row.get("gaps", 0.0)}.items():
-            lines.append(f"| {kind} | {milliseconds:.2f} |")
-    return "\n".join(lines) + "\n"
-
-
 def wrong(data: dict[str, Any]) -> bool:
     """Whether a result is numerically wrong, or nothing was checked."""
     return any(row.get("failed") or "error" in row for row in data.get("correctness", {}).values())
@@ -378,6 +368,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--table", type=Path, default=TABLE, help="where to write which CUDA C++ kernels go first")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_report: torch sees no CUDA device")
@@ -386,6 +377,7 @@ def main() -> None:
         "build": partial(build, report),
         "correctness": partial(correctness, report, args.out),
         "ops": partial(ops, report),
+        "families": partial(families, report),
         "steps": partial(steps, report),
         "loader": partial(loader, report),
         "profile": partial(profile, report),
@@ -393,6 +385,12 @@ def main() -> None:
     for part in args.part:
         runs[part]()
         (args.out / "gpu.md").write_text(page(report.data))
+    if "families" in args.part:
+        first = None if wrong(report.data) else gpu_families.table(report.data, report.path)
+        if first is None:
+            args.table.unlink(missing_ok=True)
+        else:
+            args.table.write_text(json.dumps(first, indent=1) + "\n")
     sys.exit(1 if wrong(report.data) else 0)
 
 

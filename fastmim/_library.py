@@ -6,8 +6,10 @@
 import functools
 import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,8 +61,10 @@ CUDA_OPS = (
     "pixel_loss",
     "scaled_cosine_loss",
 )
-# those of them that go ahead of Triton's, as a file in benchmarks/results shows that they win; none has been measured
-CUDA_FIRST: tuple[str, ...] = ()
+# Which of them go ahead of Triton's: `sizes` of an op (sizes_of) where `results`, a file of benchmarks/gpu_report.py,
+# show that they win on `card`; followed on devices of its `capability`. None until that has run on a GPU.
+_table = Path(__file__).with_name("cuda_first.json")
+CUDA_FIRST: dict[str, Any] = json.loads(_table.read_text()) if _table.exists() else {}
 
 # facts about the compiled CUDA kernels, None where there are none
 cuda_build: dict[str, str] | None = None
@@ -101,7 +105,20 @@ def families(op: str) -> tuple[str, ...]:
     """The families that are asked on CUDA devices, in order; the next one gets what one leaves unserved."""
     triton = ("triton",) if triton_devices and triton_room(op) else ()
     cuda = ("cuda",) if cuda_build and op in CUDA_OPS else ()
-    return (*cuda, *triton) if op in CUDA_FIRST else (*triton, *cuda)
+    return (*triton, *cuda)
+
+
+def sizes_of(op: str, args: tuple[Any, ...]) -> list[int]:
+    """What decides between families: attention's queries, keys and head dimension; of another op nothing."""
+    if not op.startswith("attention"):
+        return []
+    q, k, *_ = args[1:] if op.endswith("_backward") else args
+    return [q.shape[1], (q if "qkvpacked" in op else k).shape[1], q.shape[-1]]
+
+
+def _cuda_first(op: str, args: tuple[Any, ...], device: torch.device) -> bool:
+    sizes = CUDA_FIRST.get("sizes", {}).get(op)
+    return sizes is not None and _capability(device) == CUDA_FIRST["capability"] and sizes_of(op, args) in sizes
 
 
 def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -115,14 +132,15 @@ def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] |
 
     @functools.cache
     def launchers() -> tuple[Callable[..., Any], ...]:
-        return tuple(_launcher(name, op) for name in order)
+        return tuple(launcher(name, op) for name in order)
 
     def run(*args: Any) -> Any:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        if device.type == "cuda" and not _capable(device):
+        if device.type == "cuda" and _capability(device) < [8, 0]:
             return fallback(*args, reason="needs compute capability 8.0")
         reasons = []
-        for launch in launchers():
+        turned = len(order) > 1 and _cuda_first(op, args, device)
+        for launch in launchers()[:: -1 if turned else 1]:
             try:
                 return launch(*args)
             except (kernels.Unserved, NotImplementedError) as unserved:
@@ -137,7 +155,8 @@ def devices(op: str) -> tuple[str, ...]:
     return triton_devices if "triton" in families(op) else ("cuda",)
 
 
-def _launcher(name: str, op: str) -> Callable[..., Any]:
+def launcher(name: str, op: str) -> Callable[..., Any]:
+    """The kernel of `op` in a family: takes the op's arguments, raises where it doesn't serve them."""
     if name == "triton":
         found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{triton_room(op)}"), op)
         return found
@@ -146,8 +165,8 @@ def _launcher(name: str, op: str) -> Callable[..., Any]:
 
 
 @functools.cache
-def _capable(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _capability(device: torch.device) -> list[int]:
+    return list(torch.cuda.get_device_capability(device))
 
 
 def fallback(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,6 +34,7 @@ def collect() -> dict[str, Any]:
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
         "build": _library.build,
         "cuda build": _library.cuda_build,
+        "cuda first": _library.CUDA_FIRST,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "FASTMIM_KERNELS": _library.family,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
@@ -55,7 +56,9 @@ def _kernel(op: str, key: str) -> str:
         return order[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
         return "cpp"
-    return "reference" if _library.family in ("auto", "reference") else f"none: {_library.missing[_library.family]}"
+    if _library.family in ("auto", "reference"):
+        return "reference"
+    return f"none: {_library.missing.get(_library.family, f'{_library.family} does not serve it')}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,6 +81,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
     for name, served in found["ops"].items():
         print(f"{name:<22}" + "".join(f"{served[device]:<14}" for device in DEVICES))
+    if found["cuda first"]:
+        print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
+        for op, sizes in found["cuda first"]["sizes"].items():
+            print(f"  {op:<28} {', '.join('x'.join(map(str, row)) or 'all sizes' for row in sizes)}")
     print("\nnot served by")
     for family, reason in found["missing"].items():
         print(f"  {family:<10} {reason}")

@@ -2,7 +2,8 @@
 
 With FASTMIM_TEST_KERNELS=triton (and TRITON_INTERPRET=1) the Triton kernels serve CPU tensors in the op suite, by
 Triton's interpreter; what they leave unserved, float64 first of all, goes to the reference. With
-FASTMIM_TEST_KERNELS=cuda the CUDA C++ kernels do so, on the runner in tests/cuda/host.
+FASTMIM_TEST_KERNELS=cuda the CUDA C++ kernels do so, on the runner in tests/cuda/host; with FASTMIM_TEST_DEVICE=cuda
+they serve CUDA tensors themselves, without Triton's.
 """
 
 import importlib
@@ -14,7 +15,7 @@ import torch
 
 pytest.register_assert_rewrite("cases", "contract")
 
-from cases import TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
+from cases import DEVICE, TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
 from runner import runner_library  # noqa: E402
 from torchvision_stub import torchvision  # noqa: E402
 
@@ -65,13 +66,13 @@ def interpreted(room: str, op: str):
     return run
 
 
-def on_runner(op: str):
+def compiled(library, op: str):
     """The CUDA C++ kernel of `op`, or the reference where it says that it does not serve."""
-    kernel, reference = getattr(torch.ops.fastmim_host, op), getattr(torch.ops.fastmim_reference, op)
+    kernel, reference = getattr(library, op), getattr(torch.ops.fastmim_reference, op)
 
     def run(*args):
         try:
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(DEVICE, enabled=False):
                 return kernel(*args)
         except NotImplementedError:
             return reference(*args)
@@ -105,10 +106,12 @@ def served_by():
         convert_bfloat16_as_gpus_do()
         served = {name: interpreted(room, name) for room, names in kernels.OPS.items() for name in names}
     else:
-        torch.ops.load_library(runner_library())
-        served = {name: on_runner(name) for name in _library.CUDA_OPS}
+        if DEVICE == "cpu":
+            torch.ops.load_library(runner_library())
+        built = torch.ops.fastmim_host if DEVICE == "cpu" else torch.ops.fastmim_cuda
+        served = {name: compiled(built, name) for name in _library.CUDA_OPS}
     library = torch.library.Library("fastmim", "IMPL")
     for name, kernel in served.items():
-        library.impl(name, kernel, "CPU", allow_override=True)
+        library.impl(name, kernel, DEVICE.upper(), allow_override=True)
     yield
     library._destroy()

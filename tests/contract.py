@@ -123,6 +123,17 @@ class Contract:
                 args = [value.detach() if isinstance(value, Tensor) else value for value in args]
             torch.library.opcheck(op, args)
 
+    def test_meta_tensors_give_shapes(self):
+        arguments = self.sample()
+        shapes = {
+            name: x.detach().to("meta").requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+            for name, x in arguments.items()
+        }
+        found, expected = run(self.op, shapes), run(self.op, arguments)
+        assert found.keys() == expected.keys()
+        for name, x in found.items():
+            assert x.device.type == "meta" and (x.shape, x.dtype) == (expected[name].shape, expected[name].dtype), name
+
     def check_compiled(self, backend: str, draws: int) -> None:
         torch.compiler.reset()
         compiled = torch.compile(self.op, fullgraph=True, backend=backend)

@@ -1,15 +1,27 @@
 """`python -m fastmim.info`, in words and as JSON."""
 
 import json
+import os
 import subprocess
 import sys
 
-from fastmim import ops
+import pytest
+
+from fastmim import _library, info, ops
 
 
-def run(*args: str, cwd: object) -> str:
-    command = [sys.executable, "-m", "fastmim.info", *args]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=True).stdout
+def run(*args: str, cwd: object, **settings: str) -> str:
+    command, environment = [sys.executable, "-m", "fastmim.info", *args], {**os.environ, **settings}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("family", _library.FAMILIES[1:])
+def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
+    found = json.loads(run("--json", cwd=tmp_path, FASTMIM_KERNELS=family))
+    served = {name for by_device in found["ops"].values() for name in by_device.values()}
+    assert all(name == family or name.startswith("none: ") for name in served)
+    assert family != "reference" or served == {"reference"}
 
 
 def test_every_op_and_device_is_listed(tmp_path):
@@ -23,3 +35,13 @@ def test_json(tmp_path):
     assert all(served.keys() == {"cpu", "cuda"} for served in found["ops"].values())
     assert found["packages"]["torch"] and found["cpu"]["threads"] >= 1
     assert found["missing"].keys() <= {"cpp", "triton", "cuda"}
+
+
+def test_what_was_measured_to_go_first_is_told(monkeypatch, capsys):
+    sizes = {"attention_qkvpacked": [[10, 10, 64], [50, 50, 64]], "pixel_loss": [[]]}
+    table = {"results": "benchmarks/results/gpu.json", "card": "H200", "capability": [9, 0], "sizes": sizes}
+    monkeypatch.setattr(_library, "CUDA_FIRST", table)
+    info.main([])
+    said = capsys.readouterr().out
+    assert "CUDA C++ goes first on H200, as benchmarks/results/gpu.json shows, for" in said
+    assert "10x10x64, 50x50x64" in said and "pixel_loss                   all sizes" in said

@@ -11,10 +11,18 @@
 // maximum, sum and rowsum(p dp) (2 more products), then there is a round for each BLOCK keys.
 // float16 can't hold every ds: it is divided by a factor of its item, at least its largest value / 2^15, where that is
 // over 1. Factors are found behind one barrier more.
-// Shared memory (rows as in attention.h, T of 2 bytes): q, dout (items x padded queries; dq at the end), k, v (items x
-// padded keys; dk, dv once a round is over), p, ds (padded queries x (BLOCK + 8)), largest ds (a float for each 16
-// queries), attended (bytes, a key).
+// Shared memory in order; rows of T (2 bytes) as in attention.h, Sq and Sk padded to multiples of 16:
+//   q          items x Sq rows of D + 8 values; dq at the end
+//   dout       items x Sq rows
+//   k          items x Sk rows; dk once their round is over
+//   v          items x Sk rows; dv likewise
+//   p          items x Sq rows of BLOCK + 8 values
+//   ds         items x Sq rows of BLOCK + 8 values
+//   largest    a float of each 16 queries: their largest ds
+//   attended   a byte of each key
 // Per item: (3 Sq + 4 Sk) D values of memory, 10 Sq Sk D FLOPs (14 where LONG), Sq Sk exponentials (twice where LONG).
+// ViT-L's encoder at 75% masking (batch 256, 16 heads, S = 50, D = 64): 184 MB and 6.6 GFLOP a call, 4096 blocks of 54
+// KiB; its decoder (S = 197, D = 32, LONG): 361 MB and 71 GFLOP, 4096 blocks of 124 KiB, one to a multiprocessor.
 #include "attention.h"
 
 namespace fastmim::cuda {

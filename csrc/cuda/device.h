@@ -1,5 +1,14 @@
 // The thin layer that kernels are written on: who a thread is, memory, barriers, lanes, tensor cores, launches.
 //
+// The words, for a reader new to CUDA. A kernel is one function that very many threads run. 32 threads are a warp: they
+// step together, and a thread's place in its warp is its lane; lanes read each other's registers (from_lane). Up to
+// some hundred threads are a block: it runs on one multiprocessor, whose registers and shared memory (a scratchpad of
+// up to 227 KiB on sm_90, 163 KiB on sm_80) it takes while it runs, so that what a block needs decides how many of them
+// run at once and hide each other's waits. Threads of a block meet at barriers (sync_block); blocks don't meet. Global
+// memory is what tensors lie in: a warp reads it best as neighbouring 16-byte words, a word a lane. Shared memory has
+// 32 banks of 4 bytes: lanes that ask one bank for different words wait for each other. Tensor cores multiply 16x16 by
+// 16x8 tiles whose values are spread over the lanes of a warp as "tensor cores" below says.
+//
 // Kernels touch memory through load, store and copy_async alone and talk to other threads through this file alone, so
 // that a second implementation, tests/cuda/host/device.h, runs the same source on a CPU with every access checked.
 #pragma once

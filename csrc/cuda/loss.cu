@@ -7,9 +7,12 @@
 //
 // Who owns what: a warp owns a row, its lanes every 32nd value, or run of pixels (reader.h). Sums are of lanes in one
 // order, so that they repeat; the rows' losses are summed by the caller.
-// Shared memory: a warp's rows as floats: P of a target (channel fastest, as pred is), or D of pred and D of target.
-// Per row: the pixels, pred and its gradient once; about 10 operations a value. Norms divide by the row's largest
-// magnitude first, so that no square overflows.
+// Shared memory, floats of each of the block's four warps:
+//   pixel      P of the target, channel fastest as pred is
+//   cosine     D of pred, then D of target
+// Per row: the pixels, pred and its gradient once (cosine: both rows and each gradient that is asked for), about 10
+// FLOPs a value. ViT-L at 75% masking (batch 256, 147 patches of 768 uint8, bfloat16 pred): 144 MB and 0.3 GFLOP a call
+// of pixel, 9408 blocks of 12 KiB. Norms divide by the row's largest magnitude first, so that no square overflows.
 #include "reader.h"
 
 namespace fastmim::cuda {

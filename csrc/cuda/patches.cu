@@ -7,9 +7,10 @@
 // Who owns what: in gather a thread owns a run of pixels (reader.h), neighbouring threads neighbouring runs, so that a
 // warp reads several patches (16x16 uint8: 48 runs where channels lie apart, 16 of 48 bytes where they are fastest) and
 // writes rows of the result 16 bytes at a time. In scatter and place a thread owns kWide values that lie side by side,
-// or one where rows aren't aligned. No shared memory.
-// Per call: the pixels and the rows once each; 2 operations a value. An id that is out of range reads NaN and writes
-// nothing.
+// or one where rows aren't aligned. No shared memory: no value is used twice.
+// Per value: a pixel read and a value of the row written (scatter: the other way; place: a token and a position read, a
+// row written), 2 FLOPs. ViT-L at 75% masking (batch 256, 49 patches of 768 uint8, bfloat16 rows): 29 MB and 19 MFLOP a
+// call of gather, 2352 blocks. An id that is out of range reads NaN and writes nothing.
 #include "reader.h"
 
 namespace fastmim::cuda {

@@ -23,7 +23,12 @@ namespace fastmim::cuda {
 // launches go to the tensor's device while this lives, and to its current stream
 struct Place {
   explicit Place(const at::Tensor& tensor)
-      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream()) {}
+      : guard(of(tensor)), stream(c10::cuda::getCurrentCUDAStream(tensor.device().index()).stream()) {}
+
+  static at::Device of(const at::Tensor& tensor) {
+    TORCH_CHECK(tensor.is_cuda(), "the CUDA C++ kernels serve CUDA tensors, got one on ", tensor.device());
+    return tensor.device();
+  }
 
   c10::cuda::CUDAGuard guard;
   Stream stream;

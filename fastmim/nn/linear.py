@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..ops._define import autocast_dtype, sum_rows
+from ..ops._define import autocast_dtype, sum_rows, without_autocast
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -99,7 +99,7 @@ class _Products:
         return x if self.operands is None else x.to(self.operands)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with torch.autocast(self.device, enabled=False):
+        with without_autocast(self.device):
             bias = None if bias is None else self.operand(bias)
             out = F.linear(self.operand(x), self.operand(weight), bias)
             return out if self.narrow is None else out.to(self.narrow)
@@ -136,7 +136,7 @@ class _Linears(torch.autograd.Function):
         operand = ctx.products.operand
         x, dx = operand(x), None
         found: list[Tensor | None] = []
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             for index, (grad, weight, bias_dtype) in enumerate(zip(grads, weights, ctx.bias_dtypes)):
                 grad = operand(grad)
                 if ctx.needs_input_grad[0]:
@@ -172,7 +172,7 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         *norm, weight = ctx.saved_tensors
         operand = ctx.products.operand
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             grad = operand(grad)
             dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(
                 grad @ operand(weight), grad_total, *norm
@@ -195,7 +195,7 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, first_bias, weight = ctx.saved_tensors
         operand = ctx.products.operand
-        with torch.autocast(grad.device.type, enabled=False):
+        with without_autocast(grad.device.type):
             grad = operand(grad)
             dx, dbias, hidden = torch.ops.fastmim.bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
             linear = _parameter_gradients(grad, operand(hidden), weight, ctx.bias_dtype, ctx.needs_input_grad[2:])

@@ -1,5 +1,6 @@
 """One way to define an op: schema, reference, fake, gradient."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,9 +48,7 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return kernel(*args)
-        with torch.autocast(device, enabled=False):
+        with without_autocast(device):
             return kernel(*args)
 
     return run
@@ -58,9 +57,19 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
     device = tensors[0].device.type
-    if any(t.dtype == torch.float64 for t in tensors) or not torch.is_autocast_enabled(device):
+    if any(t.dtype == torch.float64 for t in tensors) or not _autocast(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast is off inside."""
+    return torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext()
+
+
+def _autocast(device: str) -> bool:
+    """Whether autocast is on; there is none for meta tensors."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def wants_grad(tensor: Tensor) -> bool:

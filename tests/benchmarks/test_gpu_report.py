@@ -13,11 +13,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import gpu_families
 import gpu_loader
 import gpu_ops
 import gpu_report
 import measure
+from runner import runner_library
 from torch.overrides import TorchFunctionMode
+
+from fastmim import _library
 
 
 class OnTheCPU(TorchFunctionMode):
@@ -78,6 +82,11 @@ def pretended_gpu(monkeypatch):
     for name, value in dict(STEPS=steps, PROFILED=("tiny", 2), COPIED=1 << 10, ROUNDS=1, STEPS_A_VISIT=1).items():
         monkeypatch.setattr(gpu_report, name, value)
     monkeypatch.setattr(measure.Matmul, "ROWS", {"cuda": 64})
+    few = dict(BYTES=1e4, HEADS=2, BATCHES=(2,), LENGTHS=(3,), HEAD_DIMS=(32,), CROSS=((2, 3, 32),), ROUNDS=1)
+    for name, value in few.items():
+        monkeypatch.setattr(gpu_families, name, value)
+    monkeypatch.setattr(_library, "cuda_build", {"torch": "x"})
+    monkeypatch.setattr(_library, "launcher", lambda family, op: getattr(torch.ops.fastmim_reference, op))
     with OnTheCPU():
         yield
 
@@ -86,6 +95,7 @@ def test_the_report_runs_to_its_end(pretended_gpu, tmp_path):
     """Every row of ops, steps and profile is measured, and no form fails but those that a CPU does not have."""
     report = gpu_report.Report(tmp_path)
     gpu_report.ops(report)
+    gpu_report.families(report)
     gpu_report.steps(report)
     gpu_report.profile(report)
     failed = {
@@ -93,9 +103,11 @@ def test_the_report_runs_to_its_end(pretended_gpu, tmp_path):
         for part, rows in report.data.items()
         for row, figures in rows.items()
         for form, why in {**figures, **figures.get("errors", {})}.items()
-        if isinstance(why, str) and form not in ("xformers", "sdpa cudnn", "sdpa efficient")
+        if isinstance(why, str) and form not in ("op", "xformers", "sdpa cudnn", "sdpa efficient")
     }
     assert not failed
+    assert all(row["apart"] == 0 and len(row["seconds"]) == 2 for row in report.data["families"].values())
+    assert {row["op"] for row in report.data["families"].values()} == set(_library.CUDA_OPS)
     assert len(report.data["ops"]) > 30 and len(report.data["steps"]) == 2 and report.data["profile"]
     assert "tiny, mask 0.75" in gpu_report.page(report.data)
 
@@ -142,6 +154,10 @@ def test_page():
                 "errors": {"sdpa cudnn": "no"},
             },
         },
+        "families": {
+            "attention, S 3": {"op": "attention", "sizes": [3, 3, 64], "seconds": {"cuda": 1e-5, "triton": 2e-5}},
+            "attention, S 5": {"op": "attention", "sizes": [5, 5, 64], "seconds": {"triton": 2e-5}, "cuda": "too long"},
+        },
         "steps": {"base": {"batch": 256, "fastmim, eager": figures}},
         "loader": {"dali": {"images/s": 9000.0, "most grey levels off": 3}, "pillow": {"error": "no room"}},
         "profile": {"large": {"by kind": {"matmul": 20.0}, "gaps": 1.0}},
@@ -152,10 +168,96 @@ def test_page():
         "test_x: differs",
         "| 3000 | 2 | 75% | sdpa flash 2.00 |",
         "7000",
+        "| attention, S 3 | 10.0 | 20.0 | 2.00 |",
+        "too long",
         "sdpa cudnn",
         "20.00",
     ):
         assert words in page, words
+
+
+def row(op, sizes, cuda, triton):
+    return {"op": op, "sizes": sizes, "seconds": {"cuda": cuda, "triton": triton}}
+
+
+def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
+    """And _library reads it."""
+    rows = {
+        "a": row("attention", [3, 3, 32], 1.0, 2.0),
+        "b": row("attention", [5, 5, 32], 1.0, 1.02),  # not by enough
+        "c": row("pixel_loss", [], 1.0, 2.0),
+        "d": row("pixel_loss", [], 2.0, 1.0),  # at another batch size
+        "e": row("random_masking", [], 1.0, 2.0),
+        "f": {"op": "gather_patches", "sizes": [], "seconds": {"cuda": 1.0}, "triton": "not served"},
+        "g": {"error": "no room"},
+    }
+    data = {"families": rows, "build": {"environment": {"card": "H200", "capability": [9, 0]}}}
+    results = gpu_families.ROOT / "benchmarks" / "results" / "gpu.json"
+    assert gpu_families.table(data, results) is None  # nobody has checked that they are right
+    data["correctness"] = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
+    data["correctness"]["loss, CUDA C++"] = {"error": "no room"}
+    assert gpu_families.table(data, results) is None
+    data["correctness"]["loss, CUDA C++"] = {"passed": 3, "failed": 0}
+    table = gpu_families.table(data, results)
+    assert table == {
+        "results": "benchmarks/results/gpu.json",
+        "card": "H200",
+        "capability": [9, 0],
+        "sizes": {"attention": [[3, 3, 32]], "random_masking": [[]]},
+    }
+    monkeypatch.setattr(_library, "CUDA_FIRST", json.loads(json.dumps(table)))
+    monkeypatch.setattr(_library, "_capability", lambda device: [9, 0])
+    q, longer = torch.zeros(1, 3, 2, 32), torch.zeros(1, 5, 2, 32)
+    assert _library._cuda_first("attention", (q, q, q), q.device)
+    assert not _library._cuda_first("attention", (q, longer, longer), q.device)
+    assert _library._cuda_first("random_masking", (2, 16), q.device)
+    assert not _library._cuda_first("pixel_loss", (q,), q.device)
+
+
+def test_the_command_writes_the_table_and_takes_back_one_that_no_longer_holds(pretended_gpu, tmp_path, monkeypatch):
+    checked = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
+    known = {"build": {"environment": {"card": "H200", "capability": [9, 0]}}, "correctness": checked}
+    (tmp_path / "gpu.json").write_text(json.dumps(known))
+    monkeypatch.setattr(gpu_families, "MARGIN", float("inf"))
+    file = tmp_path / "cuda_first.json"
+    command = ["gpu_report", "--part", "families", "--out", str(tmp_path), "--table", str(file)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        gpu_report.main()
+    written = json.loads(file.read_text())
+    assert written["sizes"].keys() == set(_library.CUDA_OPS) and written["results"] == str(tmp_path / "gpu.json")
+    data = json.loads((tmp_path / "gpu.json").read_text())
+    data["correctness"]["loss, CUDA C++"]["failed"] = 1
+    (tmp_path / "gpu.json").write_text(json.dumps(data))
+    with pytest.raises(SystemExit, match="1"):
+        gpu_report.main()
+    assert not file.exists()
+
+
+def test_the_check_under_the_sanitizer_sees_what_is_wrong(monkeypatch):
+    """On the runner: each kernel passes, a kernel that is off is named."""
+    torch.ops.load_library(runner_library())
+    monkeypatch.setattr(gpu_families, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_families, "FORMS", ((3, 3, 32), (5, 17, 32)))
+    assert not gpu_families.wrong(torch.ops.fastmim_host)
+
+    def off(op):
+        kernel = getattr(torch.ops.fastmim_host, op)
+        return (lambda *args: kernel(*args) * 1.1) if op == "gather_patches" else kernel
+
+    found = gpu_families.wrong(SimpleNamespace(**{op: off(op) for op in _library.CUDA_OPS}))
+    assert len(found) == 3 and all(line.startswith("gather_patches of [(2, 3, 64, 64)") for line in found)
+
+
+def test_the_sanitizer_is_asked(monkeypatch, tmp_path):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" = memcheck ]\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_report.sanitizer() == str(tool)
+    assert gpu_report.sanitized(str(tool), "memcheck") == {"passed": 1, "failed": 0, "failures": []}
+    failed = gpu_report.sanitized(str(tool), "racecheck")
+    assert failed["failed"] == 1 and "gpu_families.py" in failed["failures"][-1]
 
 
 def test_every_case_can_be_made():

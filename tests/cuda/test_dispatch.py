@@ -24,15 +24,33 @@ def both(monkeypatch):
 
     monkeypatch.setattr(_library, "triton_devices", ("cuda",))
     monkeypatch.setattr(_library, "cuda_build", {"torch": "x"})
-    monkeypatch.setattr(_library, "_launcher", launcher)
+    monkeypatch.setattr(_library, "launcher", launcher)
+    monkeypatch.setattr(_library, "CUDA_FIRST", {})
     return calls
 
 
 def test_triton_goes_first_unless_a_result_says_otherwise(both, monkeypatch):
     assert _library.families("attention") == ("triton", "cuda")
     assert _library.families("attention_varlen") == ("triton",)
-    monkeypatch.setattr(_library, "CUDA_FIRST", ("attention",))
-    assert _library.families("attention") == ("cuda", "triton")
+    kernel = _library.device_kernel("gather_patches", None)
+    on_cpu = torch.zeros(1)
+    assert kernel(on_cpu) == "cuda" and both == ["triton", "cuda"]
+    monkeypatch.setattr(_library, "_capability", lambda device: [9, 0])
+    monkeypatch.setattr(_library, "CUDA_FIRST", {"capability": [9, 0], "sizes": {"gather_patches": [[]]}})
+    assert kernel(on_cpu) == "cuda" and both == ["triton", "cuda", "cuda"]
+    # another card has not been measured
+    monkeypatch.setattr(_library, "_capability", lambda device: [8, 0])
+    assert kernel(on_cpu) == "cuda" and both[3:] == ["triton", "cuda"]
+
+
+def test_sizes_decide_for_attention():
+    q, k = torch.zeros(2, 5, 3, 32), torch.zeros(2, 7, 3, 32)
+    qkv = torch.zeros(2, 5, 3, 4, 32)
+    assert _library.sizes_of("attention", (q, k, k, None)) == [5, 7, 32]
+    assert _library.sizes_of("attention_backward", (q, q, k, k, None)) == [5, 7, 32]
+    assert _library.sizes_of("attention_qkvpacked", (qkv, None)) == [5, 5, 32]
+    assert _library.sizes_of("attention_qkvpacked_backward", (qkv[:, :, 0], qkv, None)) == [5, 5, 32]
+    assert _library.sizes_of("random_masking", (2, 16)) == []
 
 
 def test_without_triton_cuda_serves_its_devices(both, monkeypatch):

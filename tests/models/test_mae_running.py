@@ -138,3 +138,13 @@ def test_a_compiled_step_copies_nothing_to_the_device():
     torch.compile(lambda x: model(x).loss, fullgraph=True, backend=backend)(images).backward()
     (graph,) = graphs
     assert not [n for n in graph.nodes if n.op == "get_attr" or n.target in (torch.tensor, torch.as_tensor)]
+
+
+def test_meta_tensors_have_shapes():
+    """A step without values, for whoever counts parameters, FLOPs or memory."""
+    with torch.device("meta"):
+        model = build()
+    out = model(torch.empty(2, 3, 32, 32, device="meta"), decode_ratio=0.5)
+    assert out.pred.shape == (2, 6, 192) and out.pred.is_meta
+    out.loss.backward()
+    assert all(p.grad.shape == p.shape for p in model.parameters() if p.requires_grad)

@@ -32,8 +32,17 @@ def config(photos, tmp_path):
     return make
 
 
-@pytest.fixture(scope="session")
-def straight(photos, tmp_path_factory) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Runs here and runs in processes of their own are compared bit for bit: each has one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def straight(one_thread, photos, tmp_path_factory) -> Path:
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("straight")
     Trainer({"data": str(photos), "output_dir": str(folder), **SETTINGS}).run()
