@@ -55,3 +55,7 @@ def test_it_runs_and_finds_nothing_in_noise(noise, tmp_path, monkeypatch, capsys
 def test_other_digits_are_refused(noise, tmp_path):
     with pytest.raises(ValueError, match="other digits"):
         learning.write_digits(tmp_path, **tomllib.loads(learning.SETTINGS.read_text())["split"])
+
+
+def test_the_results_are_of_the_protocol():
+    assert json.loads(learning.RESULTS.read_text())["settings"] == tomllib.loads(learning.SETTINGS.read_text())
