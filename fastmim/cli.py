@@ -105,7 +105,11 @@ def _check_data(args: argparse.Namespace) -> int:
 def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a TOML file, or the name of one that comes with fastmim")
     parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="replaces what CONFIG says: data=FOLDER output_dir=FOLDER"
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="replaces what CONFIG says: data=FOLDER output_dir=FOLDER",
     )
 
 

@@ -168,6 +168,8 @@ class Config:
         for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss")):
             if option in self.model_options:
                 raise ConfigError(f"model_options must not hold {option}: {key} is a key of its own")
+        if "norm_layer" in self.model_options:
+            raise ConfigError("model_options must not hold norm_layer, which no text can name")
         if self.model_options.get("in_chans", 3) != 3:
             raise ConfigError(
                 f"model_options.in_chans must be 3, that of the loader; got {self.model_options['in_chans']}"

@@ -1,6 +1,7 @@
 """The processes of a run: one, or those that torchrun started; torch's own engine carries what is between them."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ def spread(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
                 block.compile(mode=mode)
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        # its output is a view, into which nobody writes
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return model
     if compiled:
         model.compile(mode=mode)

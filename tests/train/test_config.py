@@ -1,12 +1,14 @@
 """Settings: what is shipped is the published recipe, and what can't be served says so in one line."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from small_run import ENVIRONMENT, SETTINGS
+from small_run import ENVIRONMENT, SETTINGS, command
 
+from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
 
@@ -132,3 +134,44 @@ def test_the_command_says_it_on_one_line(tmp_path):
         assert done.returncode == 1
         assert done.stderr.startswith("fastmim: ") and done.stderr.count("\n") == 1
         assert str(tmp_path) in done.stderr
+
+
+@pytest.fixture
+def places(photos, straight, tmp_path):
+    """What newcomers point at."""
+    for name in ("empty", "text", "bad", "few"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "read.me").write_text("no picture")
+    for number in range(8):
+        (tmp_path / "bad" / f"{number}.jpg").write_bytes(b"no picture")
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.copy(path, tmp_path / "few")
+    (tmp_path / "file").touch()
+    return {"here": tmp_path, "photos": photos, "straight": straight}
+
+
+MISTAKES = [
+    ("data={here}/nowhere", "source must be a folder"),
+    ("data={here}/empty", "holds no file that ends in"),
+    ("data={here}/text", "holds no file that ends in"),
+    ("data={here}/bad", "samples can't be read, and at most 10% may be"),
+    ("data={here}/few", "must be at most the 2 images"),
+    ("data={photos}/00.png", "source must be a folder"),
+    ("batch_size=64", "must be at most the 18 images"),
+    ("output_dir={here}/file", "can't be made"),
+    ("output_dir={here}/file/run", "can't be made"),
+    ("output_dir={straight} model=small", "holds another run: model was"),
+    ("learning_rate=1", "unknown key 'learning_rate'"),
+    ("batch_size=many", "batch_size must be int, got str 'many'"),
+    ("model_options.norm_layer=rms", "model_options must not hold norm_layer"),
+]
+
+
+@pytest.mark.parametrize("settings, said", MISTAKES)
+def test_mistakes_of_newcomers_are_one_clear_line(places, tmp_path, capsys, settings, said):
+    small = Config.of({"data": str(places["photos"]), "output_dir": str(tmp_path / "run"), **SETTINGS})
+    path = command(small)[-1]
+    assert cli.main(["pretrain", path, *settings.format(**places).split()]) == 1
+    # that some pictures are skipped comes first
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipping ")]
+    assert len(lines) == 1 and lines[0].startswith("fastmim: ") and said in lines[0]

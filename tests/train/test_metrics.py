@@ -1,7 +1,9 @@
 """What a run tells of itself."""
 
+import sys
+
 import pytest
-from small_run import curve
+from small_run import curve, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastmim.train import Trainer
@@ -27,3 +29,11 @@ def test_tensorboard_takes_back_what_is_repeated(config, straight, tmp_path, mon
         Trainer(config()).run()
     Trainer(config()).run()
     assert shown(tmp_path / "run") == shown(straight)
+
+
+def test_without_matplotlib_a_run_ends_well(config, straight, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    Trainer(config()).run()
+    assert "loss.png needs matplotlib" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "loss.png").exists()
+    assert outcome(tmp_path / "run") == outcome(straight)

@@ -125,9 +125,9 @@ def test_accumulation_is_exact(config, exact, tmp_path, micro):
     assert near(curve(tmp_path / "run"), curve(exact))
 
 
-@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_sharded_run_alone_is_the_plain_run(config, straight, tmp_path):
-    Trainer(config(parallel="fsdp")).run()
+    done = launch(config(parallel="fsdp"))
+    assert "Warning" not in done.stderr
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
