@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -96,8 +97,6 @@ class Dali(Decoder):
         return self._pipeline
 
     def _build(self, room: int) -> Any:
-        from nvidia.dali import Pipeline, fn, types
-
         def given(name: str, dtype: Any, ndim: int) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 

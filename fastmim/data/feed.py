@@ -3,6 +3,7 @@
 It knows nothing of the loader that started it, so that a loop that is left lets go of its threads.
 """
 
+import atexit
 import os
 import queue
 import threading
@@ -66,6 +67,8 @@ class Feed:
         self._ready: queue.Queue[Made | BaseException | None] = queue.Queue(READY)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastmim-feed", daemon=True)
+        # before what the decoder registered when it was made: DALI shuts down all pipelines at exit
+        atexit.register(self.stop)
         self._thread.start()
 
     def get(self) -> Made | None:
@@ -87,6 +90,7 @@ class Feed:
 
     def stop(self) -> None:
         """End all threads; what they have made is dropped."""
+        atexit.unregister(self.stop)
         self._stopped.set()
         if os.getpid() == self.pid and threading.current_thread() is not self._thread:
             self._thread.join()
