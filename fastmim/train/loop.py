@@ -1,8 +1,8 @@
 """The pretraining loop.
 
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
-sample), so that a result depends neither on the number of processes nor on threads nor on restarts. The host reads
-nothing from the device but every `log_every` steps.
+sample), so that a result does not depend on restarts, and on the number of processes or of PyTorch's threads only by
+rounding. The host reads nothing from the device but every `log_every` steps.
 """
 
 import time

@@ -196,6 +196,20 @@ def test_a_program_that_ends_in_the_middle_ends(photographs, backend):
     assert done.stdout == "done\n" and not done.returncode and not done.stderr
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads_end_before_what_was_registered_earlier_is_done_at_exit(photographs, backend):
+    """DALI registers the end of its pipelines when it is imported."""
+    code = (
+        "import atexit, sys, threading; from fastmim.data import ImageLoader\n"
+        "alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == 'fastmim-feed']\n"
+        "atexit.register(lambda: print(alive()))\n"
+        f"iterator = iter(ImageLoader(sys.argv[1], 2, image_size=32, backend={backend!r}))\n"
+        "next(iterator); print(alive())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, photographs], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['fastmim-feed']\n[]\n", done.stderr
+
+
 def test_what_goes_wrong_in_the_background_arrives(photographs, monkeypatch):
     loader = load(photographs)
 
