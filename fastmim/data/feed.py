@@ -9,7 +9,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,7 +186,10 @@ class Feed:
         """Of the next `count` samples those that can be read, and their crops."""
         good: list[int] = []
         prepared: list[Any] = []
-        for sample, future in [self._next() for _ in range(count)]:
+        taken = [self._next() for _ in range(count)]
+        # once for all, so that no thread of the pool waits while each result is looked at
+        wait([future for _, future in taken])
+        for sample, future in taken:
             try:
                 prepared.append(future.result())
                 good.append(sample)

@@ -4,6 +4,7 @@ Pillow decides what is readable on every backend; the others serve the plain JPE
 """
 
 import io
+import threading
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ MAX_PIXELS = 178_956_970
 ORIENTATION = 0x0112
 # elements below which PyTorch doesn't hand an op to its own threads, which would be threads of threads here
 SERIAL = 32768
+
+_memory = threading.local()
 
 
 class Unreadable(Exception):
@@ -98,15 +101,25 @@ def resize(picture: Any, crop: Crop, size: tuple[int, int]) -> Pixels:
     """
     right, bottom = crop.left + crop.width, crop.top + crop.height
     if isinstance(picture, np.ndarray):
-        # a copy, as PyTorch warns of memory that can't be written to
-        box = np.array(picture[crop.top : bottom, crop.left : right], order="C")
+        box = picture[crop.top : bottom, crop.left : right]
     else:
-        box = np.array(picture.crop((crop.left, crop.top, right, bottom)))
-    # the batch axis is PyTorch's: with numpy's strides for it the channels would be taken apart
-    image = torch.from_numpy(box)[None].permute(0, 3, 1, 2)
+        box = np.asarray(picture.crop((crop.left, crop.top, right, bottom)))
+    # a copy in any case, as PyTorch warns of memory that can't be written to; the batch axis is PyTorch's: with numpy's
+    # strides for it the channels would be taken apart
+    pixels = _scratch(box.size)
+    np.copyto(pixels.numpy().reshape(box.shape), box)
+    image = pixels.view(1, *box.shape).permute(0, 3, 1, 2)
     resized = F.interpolate(image, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
     if not crop.flip:
         out: Pixels = resized.numpy()
         return out
     rows = max(1, (SERIAL - 1) // resized[0].numel())
     return np.concatenate([part.flip(1).numpy() for part in resized.split(rows)])
+
+
+def _scratch(size: int) -> torch.Tensor:
+    """uint8 (size,), which the next call in this thread overwrites: fresh memory is a good part of a copy's time."""
+    if len(getattr(_memory, "pixels", b"")) < size:
+        _memory.pixels = torch.empty(size, dtype=torch.uint8)
+    pixels: torch.Tensor = _memory.pixels
+    return pixels[:size]

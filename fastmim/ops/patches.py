@@ -230,7 +230,7 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[2]:
         # cut again: the images are alive anyway, the patch matrix need not be
         patches = _gather_patches(images.detach(), ids, patch_size, mean, std, ctx.dtype)
-        dweight = (tokens.flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
+        dweight = _summed(tokens.flatten(0, 1), patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
     if ctx.needs_input_grad[3]:
         dbias = sum_rows(tokens, bias_dtype)
     if ctx.needs_input_grad[4]:
@@ -238,6 +238,18 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[5]:
         dprefix = reference.wide(prefix).sum(0).to(prefix_dtype)
     return dimages, None, dweight, dbias, dpos, dprefix, None, None, None
+
+
+def _summed(grad: Tensor, patches: Tensor) -> Tensor:
+    """gradᵀ patches (D, P) of rows (N, D) and (N, P).
+
+    A BLAS sums float32 products of few columns in one chain of N, which loses digits; these are cut into chains of 16.
+    """
+    width, whole = grad.shape[1], len(grad) // 16 * 16
+    if width >= 32 or grad.dtype.itemsize == 2:
+        return grad.T @ patches
+    pieces = grad[:whole].reshape(-1, 16, width).mT @ patches[:whole].reshape(-1, 16, patches.shape[1])
+    return pieces.sum(0) + grad[whole:].T @ patches[whole:]
 
 
 _embed_patches = define(
