@@ -184,10 +184,12 @@ def attention_calls() -> Iterator[Call]:
         shape = f"decoder, S {queries} to {keys}, head {dim}"
         yield Call("attention", shape, (q, k, v, None, None, dim**-0.5))
         yield Call("attention_backward", shape, (grad, q, k, v, None, None, dim**-0.5, False))
-    q, k, v, grad = (empty(BATCH, 50, 12, 64) for _ in range(4))
-    bias = empty(1, 12, 50, 50)
-    yield Call("attention", "S 50, head 64, bias", (q, k, v, None, bias, 0.125))
-    yield Call("attention_backward", "S 50, head 64, bias", (grad, q, k, v, None, bias, 0.125, True))
+    for length, dim, masked in ((20, 64, True), (50, 64, False), (50, 80, True), (197, 64, False), (197, 80, True)):
+        q, k, v, grad = (empty(BATCH, length, 12, dim) for _ in range(4))
+        mask = empty(BATCH, length, dtype=torch.bool) if masked else None
+        bias, shape = empty(1, 12, length, length), f"S {length}, head {dim}, bias" + ", key mask" * masked
+        yield Call("attention", shape, (q, k, v, mask, bias, dim**-0.5))
+        yield Call("attention_backward", shape, (grad, q, k, v, mask, bias, dim**-0.5, True))
 
     q, k, v = empty(50 * BATCH, 3, 12, 64).unbind(1)
     grad, starts = empty(50 * BATCH, 12, 64), empty(BATCH + 1, dtype=torch.int32)
@@ -213,6 +215,7 @@ def loss_calls() -> Iterator[Call]:
         pred, target, weight = empty(BATCH, 147, width), empty(BATCH, 147, width), single(BATCH, 147)
         args = (pred, target, 2.0, weight, 1, True, False)
         yield Call("scaled_cosine_loss", f"width {width}", args)
+    yield Call("scale_gradient_", "147 patches of 768", (empty(BATCH, 147, 768), single()))
 
 
 def norm_calls() -> Iterator[Call]:

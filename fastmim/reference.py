@@ -409,6 +409,13 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
+    """grad *= upstream, a scalar; nothing is touched where that is 1."""
+    if upstream.device.type == "cpu" and upstream == 1:  # elsewhere a look at it would wait for the device
+        return
+    grad.mul_(upstream)
+
+
 def _row_scale(weight: Tensor | None, like: Tensor, reduction: int) -> Tensor:
     """What each row's loss is multiplied by, of the shape of `like`; 0 where all weights are 0."""
     rows = torch.ones_like(like) if weight is None else weight.to(like.dtype).expand_as(like)

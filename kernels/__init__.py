@@ -24,7 +24,7 @@ OPS = {
         "attention_varlen",
         "attention_varlen_backward",
     ),
-    "loss": ("pixel_loss", "scaled_cosine_loss"),
+    "loss": ("pixel_loss", "scaled_cosine_loss", "scale_gradient_"),
     "norm": ("add_layer_norm", "add_layer_norm_backward", "bias_gelu", "bias_gelu_backward"),
 }
 

@@ -74,33 +74,37 @@ def _has_large_tiles(q: Tensor) -> bool:
     return q.device.type != "cpu" and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
-def _tile_limits(q: Tensor) -> tuple[int, int]:
+def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
     """How long a sequence a tile takes, forward and backward: what its registers hold without spilling."""
     if INTERPRETED:
         return 128, 64
     if q.dtype == torch.float32:
         return 32, 32
     dim = q.shape[-1]
+    if biased:
+        return 128 if _has_large_tiles(q) else 64, 64 if dim <= 64 else 0
     if _has_large_tiles(q):
         return 128, 128
     return 128 if dim <= 80 else 64, 128 if dim <= 32 else 64
 
 
-def _tile(q: Tensor, queries: int, keys: int, several: bool) -> tuple[int, dict[str, int]]:
+def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tuple[int, dict[str, int]]:
     """How many sequences a tile holds, and its sizes."""
     most = PACKED_ROWS // 2 if q.dtype == torch.float32 and not INTERPRETED else PACKED_ROWS
     group = max(most // max(queries, keys), 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
     warps = max(rows, columns) // 16
-    if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96):
+    if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96) or (biased and group > 1):
         warps = max(2 * warps, 8)
     return group, dict(BQ=rows, BK=columns, PACKED=group > 1, num_warps=min(warps, 8))
 
 
-def _blocks(q: Tensor) -> dict[str, int]:
+def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
     """The sizes of blocks where a tile does not take a sequence."""
     if INTERPRETED:
         return dict(BQ=256, BK=128)
+    if biased and q.dtype != torch.float32:
+        return dict(BQ=32, BK=32, num_warps=8)
     size = 32 if q.dtype == torch.float32 else 64
     # what spills nothing, by the table of compiled kernels
     return dict(BQ=size, BK=size, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
@@ -141,13 +145,13 @@ def _forward(
     strides = (*_strides(unit, q, k, v, out), *_mask_strides(key_mask, bias, (batch, heads, queries, keys)))
     tensors = (q, k, v, out, key_mask, bias, cu_q, cu_k)
     with on_device(q):
-        if max(most_queries, most_keys) <= _tile_limits(q)[0]:
-            group, tile = _tile(q, most_queries, most_keys, ragged is None)
+        if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[0]:
+            group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *tensors, *strides, batch, heads, queries, keys, group, scale, **_columns_of(q, unit), **tile
             )
         else:
-            blocks = _blocks(q)
+            blocks = _blocks(q, bias is not None)
             tiles = triton.cdiv(most_queries, blocks["BQ"])
             loop_forward_kernel[(tiles * batch * heads,)](
                 *tensors, *strides, tiles, heads, queries, keys, scale, **_columns_of(q, unit), **blocks
@@ -181,8 +185,8 @@ def _backward(
     unit = _unit(grad, q, k, v, dq, dk)
     masks = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
     with on_device(q):
-        if max(most_queries, most_keys) <= _tile_limits(q)[1]:
-            group, tile = _tile(q, most_queries, most_keys, ragged is None)
+        if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[1]:
+            group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
                 *(grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k),
                 *_strides(unit, grad, q, k, v, dq, dk),
@@ -194,7 +198,7 @@ def _backward(
             return
         rows = queries * heads * (batch if ragged is None else 1)
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
-        blocks = _blocks(q)
+        blocks = _blocks(q, bias is not None)
         tiles = triton.cdiv(most_queries, blocks["BQ"])
         loop_backward_queries_kernel[(tiles * batch * heads,)](
             *(grad, q, k, v, dq, top, inverse, mean, key_mask, bias, score_grad, cu_q, cu_k),

@@ -23,6 +23,8 @@ from ._launch import (
 # values that one program holds at a time; the interpreter runs programs one by one, so it is given larger ones
 _TILE = 16384 if INTERPRETED else 2048
 _WIDEST = 8192
+# values that one program of the backward pass scales
+_SCALED = 65536 if INTERPRETED else 8192
 
 _NORM_PATCH, _NORM_CHANNEL = tl.constexpr(1), tl.constexpr(2)
 _REDUCE_NONE, _REDUCE_MEAN = 0, 1
@@ -290,3 +292,27 @@ def scaled_cosine_loss(
                 ROWS=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
     return losses if reduction == _REDUCE_NONE else losses.sum(), dpred, dtarget
+
+
+# ---- the gradient that was made, times the one that arrives ----------------------------------------------------------
+
+
+@triton.jit
+def _scale_gradient_kernel(grad, upstream, count, BLOCK: tl.constexpr):
+    """One program: `BLOCK` values; nothing is read or written where the factor is 1."""
+    factor = tl.load(upstream).to(tl.float32)
+    if factor != 1.0:
+        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(grad + place, mask=place < count).to(tl.float32)
+        tl.store(grad + place, (value * factor).to(grad.dtype.element_ty), mask=place < count)
+
+
+def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
+    """grad *= upstream, a scalar, without waiting to see it."""
+    refuse_float64(grad, upstream)
+    if not grad.is_contiguous() or upstream.device != grad.device:
+        raise Unserved("a gradient that no loss made is served by the reference")
+    count = grad.numel()
+    if count:
+        with on_device(grad):
+            _scale_gradient_kernel[(triton.cdiv(count, _SCALED),)](grad, upstream, count, BLOCK=_SCALED, num_warps=8)

@@ -126,8 +126,25 @@ def _wide_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient made in the forward pass, times the one that arrives."""
-    return (grad * upstream).to(dtype)
+    """The gradient made in the forward pass, times the one that arrives: in place where nobody reads it again."""
+    # a compiler traces tensors of another kind, vmap keeps several upstream gradients in one
+    plain = type(grad) is Tensor and torch._C._dispatch_keys(grad) == torch._C._dispatch_keys(upstream)
+    if not plain or grad.dtype != dtype or upstream.dim() or _graph_is_kept():
+        return (grad * upstream).to(dtype)
+    _scale_gradient_(grad, upstream)
+    return grad
+
+
+# whether this backward pass leaves its graph for another one
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+_scale_gradient_ = define(
+    "scale_gradient_",
+    "(Tensor(a!) grad, Tensor upstream) -> ()",
+    reference.scale_gradient_,
+    lambda grad, upstream: None,
+)
 
 
 # ---- pixel_loss ------------------------------------------------------------------------------------------------------

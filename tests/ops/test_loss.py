@@ -13,6 +13,7 @@ from cases import (
     NARROW,
     PICTURES,
     WIDTHS,
+    bits,
     check_close,
     check_op,
     cut,
@@ -343,3 +344,61 @@ class TestScaledCosineLoss(Differentiable):
     )
     def test_fuzz(self, **case):
         self.check(**case)
+
+
+class TestUpstreamGradient:
+    """What arrives in the backward pass scales what the forward pass made, once."""
+
+    @pytest.fixture(params=["pixel_loss", "scaled_cosine_loss"])
+    def made(self, request):
+        """The loss, and the prediction that it is of."""
+        test = TestPixelLoss() if request.param == "pixel_loss" else TestScaledCosineLoss()
+        arguments = test.sample(**({} if request.param == "pixel_loss" else dict(reduction="mean")))
+        return test.op(**arguments), arguments["pred"]
+
+    def test_each_pass_over_a_kept_graph_gives_its_own(self, made):
+        loss, pred = made
+        grads = [torch.autograd.grad(loss * factor, pred, retain_graph=True)[0] for factor in (1.0, 3.0, 0.0, 1.0)]
+        assert grads[0].any() and torch.equal(grads[3], grads[0]) and not grads[2].any()
+        torch.testing.assert_close(grads[1], 3 * grads[0])
+        (last,) = torch.autograd.grad(loss * 5.0, pred)
+        assert torch.equal(grads[3], grads[0])  # what was given out stays
+        torch.testing.assert_close(last, 5 * grads[0])
+
+    def test_leaves_accumulate(self, made):
+        loss, pred = made
+        (grad,) = torch.autograd.grad(loss, pred, retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        loss.backward()
+        torch.testing.assert_close(pred.grad, 3 * grad)
+
+    def test_without_a_second_pass_nothing_is_copied(self, made):
+        loss, pred = made
+        node, kept = loss.grad_fn, []
+        kept += [saved.data_ptr() for saved in node.saved_tensors]
+        (grad,) = torch.autograd.grad(loss * 0.5, pred)
+        assert grad.data_ptr() in kept
+
+    def test_many_at_once(self, made):
+        loss, pred = made
+        (one,) = torch.autograd.grad(loss, pred, retain_graph=True)
+        (many,) = torch.autograd.grad(loss, pred, torch.tensor([1.0, 2.0, -3.0]), is_grads_batched=True)
+        torch.testing.assert_close(many, torch.stack([one, 2 * one, -3 * one]))
+
+    @pytest.mark.parametrize("factor", [1.0, -2.5, 0.0, math.inf, math.nan])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_scale_gradient(self, dtype, factor):
+        """As PyTorch's product; a factor of 1 leaves every bit, even of a NaN."""
+        grad, upstream = randn(3, 7, 65).to(dtype), torch.tensor(factor)
+        grad[0, 0, :3] = torch.tensor([math.nan, math.inf, -0.0])
+        expected = grad.clone() if factor == 1 else grad * upstream
+        torch.ops.fastmim.scale_gradient_(grad, upstream)
+        assert (
+            torch.equal(bits(grad), bits(expected))
+            if factor == 1
+            else torch.equal(grad.nan_to_num(), expected.nan_to_num())
+        )
+
+    def test_opcheck(self):
+        torch.library.opcheck(torch.ops.fastmim.scale_gradient_.default, (randn(5, 3), torch.tensor(2.0)))
