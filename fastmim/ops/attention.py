@@ -51,7 +51,7 @@ def attention(
         q: (B, Sq, H, D) floating, any strides, read in place.
         k, v: (B, Sk, H, D).
         key_mask: (B, Sk) bool, True = attend. A query whose keys are all masked gives 0.
-        bias: floating, broadcastable to (B, H, Sq, Sk), with a gradient.
+        bias: floating, broadcastable to (B, H, Sq, Sk), with a gradient: zero where all keys of a row share a bias.
         scale: default D^-1/2.
 
     Returns:
@@ -202,9 +202,14 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    need_bias_grad = ctx.needs_input_grad[4]
+    bias = ctx.saved_tensors[4]
+    # a softmax doesn't see what all keys of a row have in common
+    unseen = bias is not None and (bias.dim() == 0 or bias.shape[-1] == 1)
+    need_bias_grad = ctx.needs_input_grad[4] and not unseen
     dq, dk, dv, dbias = _attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, need_bias_grad)
-    return dq, dk, dv, None, dbias if need_bias_grad else None, None
+    if ctx.needs_input_grad[4] and unseen:
+        dbias = torch.zeros_like(bias)
+    return dq, dk, dv, None, dbias if ctx.needs_input_grad[4] else None, None
 
 
 _attention = define(
