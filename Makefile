@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
+# a process of tests on each CPU, a thread in each process
+TEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
 .PHONY: throughput test interpret runner test-all test-oldest gpu-report sanitize lint clean
 
@@ -11,21 +13,21 @@ throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
 
 test: .venv/ready lint
-	.venv/bin/python -m pytest -n auto $(ARGS)
+	$(TEST) $(ARGS)
 	$(MAKE) interpret
 	$(MAKE) runner
 
 # the op suite on the Triton kernels, in Triton's interpreter
 interpret: .venv/ready
-	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 .venv/bin/python -m pytest -n auto tests/ops $(ARGS)
+	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops $(ARGS)
 
 # the op suite on the CUDA C++ kernels, run on the CPU by tests/cuda/host
 runner: .venv/ready
-	FASTMIM_TEST_KERNELS=cuda .venv/bin/python -m pytest -n auto \
+	FASTMIM_TEST_KERNELS=cuda $(TEST) \
 	$(addprefix tests/ops/test_,masking.py patches.py attention.py loss.py) -k "not compile and not 2_31 and not threads" $(ARGS)
 
 test-all: .venv/ready lint
-	FASTMIM_TEST_ALL=1 .venv/bin/python -m pytest -n auto $(ARGS)
+	FASTMIM_TEST_ALL=1 $(TEST) $(ARGS)
 
 # everything there is to know of one GPU, into benchmarks/results; needs no network once .venv is there
 gpu-report: .venv/ready

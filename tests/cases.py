@@ -4,8 +4,9 @@ import itertools
 import math
 import os
 import random
+import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -243,32 +244,76 @@ def ulp(value: float, dtype: torch.dtype) -> float:
     return info.eps * max(2.0 ** math.floor(math.log2(value)) if value else 0, info.smallest_normal)
 
 
-def check_close(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
-    """The error of `ours` is at most twice eager's plus 2 ulp of the largest exact value. Integers are equal."""
+class Errors(NamedTuple):
+    """The largest errors of a result, and the distance between numbers at its largest value."""
+
+    ours: float
+    eager: float
+    step: float
+
+    @property
+    def allowed(self) -> float:
+        return 2 * self.eager + 2 * self.step
+
+
+def errors(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> Errors:
+    """Against `exact` in float64; 0 for integers, which must be equal."""
     assert ours.shape == exact.shape, name
     if not ours.is_floating_point():
         assert torch.equal(ours, exact), name
-        return
+        return Errors(0, 0, 0)
     if ours.numel() == 0:
-        return
+        return Errors(0, 0, 0)
     error = float((ours.double() - exact).abs().max())
     theirs = (eager.double() - exact).abs()
     theirs = float(theirs[theirs.isfinite()].max()) if theirs.isfinite().any() else 0.0  # overflow grants nothing
-    allowed = 2 * theirs + 2 * ulp(float(exact.abs().max()), ours.dtype)
-    assert error <= allowed, f"{name}: error {error:.3g} > {allowed:.3g}, eager's is {theirs:.3g}"
+    return Errors(error, theirs, ulp(float(exact.abs().max()), ours.dtype))
 
 
-def check_op(
+def check_errors(found: Errors, name: str = "result") -> None:
+    """Ours is at most twice eager's plus 2 ulp of the largest exact value."""
+    assert found.ours <= found.allowed, (
+        f"{name}: error {found.ours:.3g} > {found.allowed:.3g}, eager's is {found.eager:.3g}"
+    )
+
+
+def check_draws(draws: Sequence[Errors], name: str = "result") -> None:
+    """`check_errors` of the median over draws of one case; and no draw stands out.
+
+    The largest of few errors is a matter of chance: of kernels as accurate as eager some draw in a hundred is over
+    twice eager's. One that is less than half as accurate is over it in the median, one that is wrong now and then in
+    its worst draw.
+    """
+    for found in draws:
+        most = 2 * max(other.allowed for other in draws)
+        assert found.ours <= most, f"{name}, one of {len(draws)} draws: error {found.ours:.3g} > {most:.3g}"
+    check_errors(Errors(*map(statistics.median, zip(*draws))), f"{name}, median of {len(draws)} draws")
+
+
+def check_close(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
+    """`check_errors` of one result."""
+    check_errors(errors(ours, eager, exact, name), name)
+
+
+def op_errors(
     op: Callable[..., Any], eager: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous"
-) -> None:
-    """`op` is as close to itself in float64 as `check_close` asks, forward and backward, and writes no argument."""
+) -> dict[str, Errors]:
+    """Of each result and gradient of `op`, against itself in float64; it writes no argument."""
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     ours, exact = run(op, arguments, layout), run(op, widened(arguments), layout)
     check_same_bits({name: arguments[name].detach() for name in before}, before)
     theirs = run(eager, arguments, layout)
     assert ours.keys() == exact.keys() == theirs.keys()
     for name in ours:
-        check_close(ours[name], theirs[name], exact[name], name)
         if theirs[name].dtype == torch.float64 and theirs[name].isfinite().all():
             # a wrong formula would grant any error
             torch.testing.assert_close(theirs[name], exact[name], rtol=1e-9, atol=1e-9)
+    return {name: errors(ours[name], theirs[name], exact[name], name) for name in ours}
+
+
+def check_op(
+    op: Callable[..., Any], eager: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous"
+) -> None:
+    """`op` is as close to itself in float64 as `check_errors` asks, forward and backward, and writes no argument."""
+    for name, found in op_errors(op, eager, arguments, layout).items():
+        check_errors(found, name)

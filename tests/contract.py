@@ -10,15 +10,18 @@ from cases import (
     LAYOUTS,
     NARROW,
     TEST_ALL,
+    Errors,
     bits,
     cases,
     check_close,
+    check_draws,
     check_op,
     check_same_bits,
     group_label,
     grouped,
     label,
     leaves_of,
+    op_errors,
     prepare,
     run,
     widened,
@@ -80,18 +83,23 @@ class Contract:
     # ---- values ----
 
     def test_close_to_float64(self, case):
-        # Eager's error is a draw of chance, and so is ours: where they are equally good, one case in some hundreds is
-        # over twice eager's. Among the hundred thousands of the full product such a case is drawn again; a wrong kernel
-        # stays wrong.
-        draws = 3 if TEST_ALL else 1
         for row in case:
-            for draw in range(draws):
-                try:
-                    self.check(**row)
-                    break
-                except Exception as error:
-                    if draw == draws - 1:
-                        raise AssertionError(label(row)) from error
+            try:
+                self.check_row(**row)
+            except Exception as error:
+                raise AssertionError(label(row)) from error
+
+    def check_row(self, dtype: torch.dtype, layout: str, **sizes: Any) -> None:
+        """As `check`; in the full product a case that is over the bound is judged by fifteen draws."""
+
+        def draw() -> dict[str, Errors]:
+            return op_errors(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
+
+        first = draw()
+        over = any(not found.ours <= found.allowed for found in first.values())
+        draws = [first, *(draw() for _ in range(14))] if over and TEST_ALL else [first]
+        for name in first:
+            check_draws([found[name] for found in draws], name)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty_batch(self, dtype):

@@ -4,7 +4,19 @@ import itertools
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, LENGTHS, WIDTHS, check_close, check_same_bits, covering, lay, ulp
+from cases import (
+    DTYPES,
+    LAYOUTS,
+    LENGTHS,
+    WIDTHS,
+    Errors,
+    check_close,
+    check_draws,
+    check_same_bits,
+    covering,
+    lay,
+    ulp,
+)
 
 
 def test_covering():
@@ -38,6 +50,18 @@ def test_close_is_twice_eager_and_two_ulp():
             check_close(torch.tensor([1.0, -3.0, wrong]), torch.full((3,), wrong), exact)
     with pytest.raises(AssertionError):
         check_close(ours[:2], exact, exact)
+
+
+def test_draws_are_judged_by_their_median_and_their_worst():
+    draws = [Errors(error, 1, 0) for error in (0.5, 0.9, 1.1, 1.5, 2.9)]
+    check_draws(draws)  # one is over, as chance has it
+    with pytest.raises(AssertionError, match=r"median of 4 draws: error 2\.2 > 2"):
+        check_draws([Errors(error, 1, 0) for error in (1.5, 2.1, 2.3, 2.9)])
+    for wrong in (4.1, float("nan"), float("inf")):
+        with pytest.raises(AssertionError, match="one of 5 draws"):
+            check_draws([*draws[:4], Errors(wrong, 1, 0)])
+    with pytest.raises(AssertionError, match="median of 1 draws"):
+        check_draws(draws[-1:])
 
 
 def test_bits_tell_zeros_and_nans_apart():

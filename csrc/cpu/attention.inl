@@ -8,27 +8,39 @@
 
 constexpr int64_t kRows = 66;
 
-// C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL
+constexpr int kTileRows = FASTMIM_VL == 16 ? 6 : 4;
+constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
+// terms that are summed before they are added to those before them: long chains of floats lose digits
+constexpr int64_t kTerms = 64;
+
+// C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL.
+// A narrow C leaves registers for several sums of each of its values.
 template <int MR, int NV>
 FASTMIM_HD void tile(int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
                      int64_t ldc, bool add) {
-  Vec acc[MR][NV];
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) acc[m][n] = add ? load(c + m * ldc + n * VL) : Vec{};
-  for (int64_t k = 0; k < K; ++k) {
+  constexpr int kSums = kTileVecs / NV;
+  Vec acc[kSums][MR][NV] = {};
+  const auto step = [&](int64_t k, int s) {
     Vec row[NV];
     for (int n = 0; n < NV; ++n) row[n] = load(b + k * ldb + n * VL);
     for (int m = 0; m < MR; ++m) {
       const Vec left = splat(a[m * am + k * ak]);
-      for (int n = 0; n < NV; ++n) acc[m][n] += left * row[n];
+      for (int n = 0; n < NV; ++n) acc[s][m][n] += left * row[n];
+    }
+  };
+  int64_t k = 0;
+  for (; k + kSums <= K; k += kSums)
+    for (int s = 0; s < kSums; ++s) step(k + s, s);
+  for (; k < K; ++k) step(k, 0);
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NV; ++n) {
+      Vec sum = acc[0][m][n];
+      for (int s = 1; s < kSums; ++s) sum += acc[s][m][n];
+      float* to = c + m * ldc + n * VL;
+      store(to, add ? load(to) + sum : sum);
     }
   }
-  for (int m = 0; m < MR; ++m)
-    for (int n = 0; n < NV; ++n) store(c + m * ldc + n * VL, acc[m][n]);
 }
-
-constexpr int kTileRows = FASTMIM_VL == 16 ? 6 : 4;
-constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 
 // the last rows of a panel, fewer than kTileRows
 template <int MR, int NV>
@@ -44,9 +56,16 @@ FASTMIM_HD void remainder(int64_t rows, int64_t K, const float* a, int64_t am, i
 template <int NV>
 static void panel(int64_t M, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
                   int64_t ldc, bool add) {
-  int64_t m = 0;
-  for (; m + kTileRows <= M; m += kTileRows) tile<kTileRows, NV>(K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
-  remainder<kTileRows - 1, NV>(M - m, K, a + m * am, am, ak, b, ldb, c + m * ldc, ldc, add);
+  const int64_t pieces = K > kTerms ? (K + kTerms - 1) / kTerms : 1;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t from = piece * K / pieces, terms = (piece + 1) * K / pieces - from;
+    const float *left = a + from * ak, *right = b + from * ldb;
+    const bool more = add || piece > 0;
+    int64_t m = 0;
+    for (; m + kTileRows <= M; m += kTileRows)
+      tile<kTileRows, NV>(terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
+    remainder<kTileRows - 1, NV>(M - m, terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
+  }
 }
 
 static void matmul(int64_t M, int64_t N, int64_t K, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb,
