@@ -1,0 +1,106 @@
+"""Models that accelerate() knows, each with what a test does to it."""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from forked_mae import PlainMAE
+from torch import Tensor, nn
+
+import fastmim
+from fastmim.interop.accelerated.swap import Fast
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = dict(
+    image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+    decoder_hidden_size=16, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=40,
+    norm_pix_loss=True,
+)  # fmt: skip
+
+
+@dataclass
+class Case:
+    """A model and how to run it: a scalar to minimise first, then all else that it returns."""
+
+    model: nn.Module
+    images: Tensor
+    noise: Tensor
+    family: str
+
+    def run(self, model: nn.Module, images: Tensor | None = None) -> tuple[Any, ...]:
+        dtype = next(model.parameters()).dtype
+        images = self.images.to(dtype) if images is None else images
+        torch.manual_seed(7)
+        if self.family == "ViTMAEForPreTraining":
+            out = model(images, noise=self.noise)
+            return out.loss, out.logits, out.mask, out.ids_restore
+        if self.family == "ViTMAEModel":
+            out = model(images)
+            return score(out.last_hidden_state), out.last_hidden_state, out.mask, out.ids_restore
+        if self.family == "ViTModel":
+            out = model(images)
+            return score(out.last_hidden_state), out.last_hidden_state, out.pooler_output
+        if self.family == "lightly":
+            keep = torch.cat([torch.zeros(len(images), 1, dtype=torch.long), 1 + self.noise.argsort(1)[:, :5]], 1)
+            out = model.encode(images, idx_keep=keep)
+            return score(out), out
+        if self.family == "timm":
+            out = model(images)
+            return score(out), out
+        return model(images, 0.7)
+
+
+def score(out: Tensor) -> Tensor:
+    """A scalar that a final layer norm doesn't make constant."""
+    return (out.square() * torch.linspace(0, 1, out.numel(), dtype=out.dtype).view_as(out)).mean()
+
+
+def build(family: str, request: pytest.FixtureRequest, **changes: Any) -> Case:
+    """A float32 model whose parameters are away from their initial values."""
+    torch.manual_seed(0)
+    if family.startswith("ViT"):
+        kind = getattr(transformers, family)
+        names = transformers.ViTConfig().to_dict().keys() if family == "ViTModel" else {*SIZES, *changes}
+        config = "ViTConfig" if family == "ViTModel" else "ViTMAEConfig"
+        settings = {key: value for key, value in {**SIZES, **changes}.items() if key in names}
+        model = kind(getattr(transformers, config)(**settings))
+    elif family == "plain":
+        model = PlainMAE(**changes)
+    else:
+        timm = request.getfixturevalue("timm")
+        sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+        model = timm.models.VisionTransformer(**{**sizes, **changes})
+        if family == "lightly":
+            model = request.getfixturevalue("lightly_modules").MaskedVisionTransformerTIMM(model)
+        if family == "timm blocks":
+            layers = timm.models.vision_transformer
+            model = PlainMAE(block=partial(layers.Block, qkv_bias=True), patch_embed=layers.PatchEmbed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return Case(model, torch.randn(3, 3, 32, 32), torch.rand(3, 16), family)
+
+
+def accelerated(model: nn.Module, **how: Any) -> nn.Module:
+    """A copy, accelerated."""
+    model = copy.deepcopy(model)
+    fastmim.accelerate(model, **how)
+    return model
+
+
+def gradients(case: Case, model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    case.run(model)[0].backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {path: type(module) for path, module in model.named_modules()}
+
+
+def fast(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, Fast)]
