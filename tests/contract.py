@@ -1,6 +1,7 @@
 """What each op owes, whatever kernel serves it. A test class names its op, a plain formula and its arguments."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -28,6 +29,7 @@ from cases import (
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 Bad = tuple[dict[str, Any], type[Exception], str]
 
@@ -217,6 +219,12 @@ class Differentiable(Contract):
             grads = torch.autograd.grad(output.square().sum(), values, create_graph=True)
             with pytest.raises(RuntimeError, match="once_differentiable"):
                 sum(grad.sum() for grad in grads).backward()
+
+    def test_within_a_checkpoint(self):
+        """What is saved is read once: a checkpoint makes it again for one reading."""
+        arguments = self.sample()
+        checkpointed = partial(checkpoint, self.op, use_reentrant=False)
+        check_same_bits(run(checkpointed, arguments), run(self.op, arguments))
 
     def test_gradients_asked_for_one_by_one(self):
         """As where others, or none, need one."""

@@ -202,11 +202,11 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    bias = ctx.saved_tensors[4]
+    *tensors, bias = ctx.saved_tensors
     # a softmax doesn't see what all keys of a row have in common
     unseen = bias is not None and (bias.dim() == 0 or bias.shape[-1] == 1)
     need_bias_grad = ctx.needs_input_grad[4] and not unseen
-    dq, dk, dv, dbias = _attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, need_bias_grad)
+    dq, dk, dv, dbias = _attention_backward_op(grad, *tensors, bias, ctx.scale, need_bias_grad)
     if ctx.needs_input_grad[4] and unseen:
         dbias = torch.zeros_like(bias)
     return dq, dk, dv, None, dbias if ctx.needs_input_grad[4] else None, None
