@@ -254,13 +254,14 @@ class Differentiable(Contract):
         arguments |= {name: arguments[name].clamp(-2, 2) * scale for name, scale in extreme.items()}
         check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
 
-    def test_nan_stays_in_its_sample(self):
+    @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+    def test_nan_stays_in_its_sample(self, dtype):
         arguments = self.arguments()
-        clean = run(self.op, prepare(arguments, torch.float32, "contiguous", self.leaves))
+        clean = run(self.op, prepare(arguments, dtype, "contiguous", self.leaves))
         for name in self.batched:
             poisoned = {**arguments, name: arguments[name].clone()}
             poisoned[name][1] = float("nan")
-            results = run(self.op, prepare(poisoned, torch.float32, "contiguous", self.leaves))
+            results = run(self.op, prepare(poisoned, dtype, "contiguous", self.leaves))
             assert results["output 0"][1].isnan().any()
             for what in [what for what in clean if what.startswith("output") or what.split()[-1] in self.batched]:
                 kept = torch.arange(len(clean[what])) != 1

@@ -45,7 +45,7 @@ def digest(isa: str) -> list[float]:
 
 def test_instruction_sets_agree():
     """Narrower sets, which other processors run, give the same results."""
-    sets = ["portable", "avx2", "avx512"]
+    sets = ["portable", "avx2", "avx512", "avx512_bf16"]
     able = sets[: sets.index(_library.build["isa"]) + 1]
     results = [digest(isa) for isa in able]
     assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)

@@ -9,9 +9,14 @@ namespace FASTMIM_ISA {
 //
 #include "patches.inl"
 //
+#include "product.inl"
+//
+#include "attention_item.inl"
+//
 #include "attention.inl"
 #include "loss.inl"
 #include "norm.inl"
+#include "tokens.inl"
 
 }  // namespace FASTMIM_ISA
 }  // namespace fastmim::cpu

@@ -16,6 +16,7 @@ const Kernels& choose() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     able.push_back(&avx512_kernels);
+    if (const Kernels* bf16 = avx512_bf16_kernels()) able.push_back(bf16);
   }
 #endif
   const char* wanted = std::getenv("FASTMIM_ISA");

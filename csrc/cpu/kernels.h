@@ -122,6 +122,9 @@ struct Kernels {
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 
+// avx512's, but for attention of bf16; null where the processor or the compiler has no AVX512-BF16
+const Kernels* avx512_bf16_kernels();
+
 // the fastest set this processor has; FASTMIM_ISA names a lower one
 const Kernels& kernels();
 

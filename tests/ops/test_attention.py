@@ -80,9 +80,10 @@ class TestAttentionQkvpacked(Differentiable):
             ops.attention_qkvpacked(qkv, **arguments), ops.attention(*qkv.unbind(2), **arguments)
         )
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_masked_keys_and_values_do_not_leak(self, value):
-        arguments = self.sample(length=17, width=32)
+    def test_masked_keys_and_values_do_not_leak(self, value, dtype):
+        arguments = self.sample(dtype, length=17, width=32)
         clean = run(self.op, arguments)
         hidden = ~arguments["key_mask"]
         with torch.no_grad():
@@ -91,8 +92,9 @@ class TestAttentionQkvpacked(Differentiable):
         assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
         assert (results["gradient of qkv"][:, :, 1:].transpose(1, 2)[hidden[:, None].expand(-1, 2, -1)] == 0).all()
 
-    def test_all_keys_masked(self):
-        arguments = self.sample() | dict(key_mask=torch.zeros(3, 5, dtype=torch.bool))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_all_keys_masked(self, dtype):
+        arguments = self.sample(dtype) | dict(key_mask=torch.zeros(3, 5, dtype=torch.bool))
         assert all((value == 0).all() for value in run(self.op, arguments).values())
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,9 +186,10 @@ class TestAttention(Differentiable):
     def test_output_is_contiguous(self):
         assert self.op(**self.sample(layout="transposed")).is_contiguous()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_masked_keys_and_values_do_not_leak(self, value):
-        arguments = self.sample(length=17, keys=49, width=32)
+    def test_masked_keys_and_values_do_not_leak(self, value, dtype):
+        arguments = self.sample(dtype, length=17, keys=49, width=32)
         clean = run(self.op, arguments)
         hidden = ~arguments["key_mask"]
         with torch.no_grad():
@@ -196,13 +199,14 @@ class TestAttention(Differentiable):
         assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
         assert (results["gradient of k"][hidden] == 0).all() and (results["gradient of v"][hidden] == 0).all()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("how", ["key_mask", "bias"])
-    def test_all_keys_masked(self, how):
+    def test_all_keys_masked(self, how, dtype):
         """By either means the output is 0, and so is every gradient."""
         hidden = dict(
             key_mask=torch.zeros(3, 4, dtype=torch.bool), bias=torch.full((4,), -math.inf, requires_grad=True)
         )
-        arguments = self.sample(mask="none") | {how: hidden[how]}
+        arguments = self.sample(dtype, mask="none") | {how: hidden[how]}
         assert all((value == 0).all() for value in run(self.op, arguments).values())
 
     def test_bias_of_minus_infinity_hides(self):
@@ -214,9 +218,23 @@ class TestAttention(Differentiable):
         for name in ours:
             torch.testing.assert_close(ours[name], theirs[name])
 
-    def test_no_keys(self):
-        results = run(self.op, self.sample(keys=0))
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_keys(self, dtype):
+        results = run(self.op, self.sample(dtype, keys=0))
         assert all((value == 0).all() for value in results.values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_query_that_is_not_finite_stays_in_its_row(self, value, dtype):
+        arguments = self.sample(dtype, length=69, keys=19, width=33)
+        clean = run(self.op, arguments)
+        with torch.no_grad():
+            arguments["q"][:, 67] = value
+        results = run(self.op, arguments)
+        kept = torch.arange(69) != 67
+        for name in ("output 0", "gradient of q"):
+            assert torch.equal(bits(results[name][:, kept]), bits(clean[name][:, kept]))
+            assert results[name][:, 67].isnan().all()
 
     @given(
         dtype=st.sampled_from(DTYPES),
@@ -310,8 +328,9 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
         assert (results["output 0"][2:4] == 0).all() and (results["gradient of q"][2:4] == 0).all()
         assert (results["output 0"][4] != 0).all()
 
-    def test_nan_stays_in_its_sample(self):
-        arguments = self.sample()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_nan_stays_in_its_sample(self, dtype):
+        arguments = self.sample(dtype)
         clean = run(self.op, arguments)
         with torch.no_grad():
             for name in self.leaves:

@@ -1,0 +1,118 @@
+// Attention on one (sequence, head) after another, all of it in cache.
+//
+//   forward    P = softmax(scale Q Kᵀ + bias)    O = P V
+//   backward   dP = dO Vᵀ    dS = P (dP - rowsum(P dP))    dQ = scale dS K    dK = scale dSᵀ Q    dV = Pᵀ dO
+//
+// Neither O nor the softmax's statistics are needed by the backward pass. Queries are taken kRows at a time; K and V
+// stay in scratch, transposed where a product wants them so.
+
+constexpr int64_t kRows = 66;
+
+// Scratch of one thread for one (sequence, head) after another, and what does not depend on how it multiplies.
+struct AttentionItem {
+  const Attention& args;
+  const int64_t dim = padded(args.dim), keys = padded(args.keys);
+  Scratch memory;
+  // a block's P, dP and O or dQ, and an item's dK and dV
+  float *p, *dp, *out, *dk, *dv, *key_bias;
+  int64_t sequence = 0, head = 0;
+
+  AttentionItem(const Attention& a, bool backward) : args(a) {
+    p = memory.take(kRows * keys);
+    key_bias = memory.take(keys);
+    out = memory.take(kRows * dim);
+    dp = dk = dv = nullptr;
+    if (backward) {
+      dp = memory.take(kRows * keys);
+      dk = memory.take(keys * dim);
+      dv = memory.take(keys * dim);
+    }
+  }
+
+  void* row(const View& view, int64_t position) const {
+    return at(view, sequence * view.stride[0] + position * view.stride[1] + head * view.stride[2]);
+  }
+
+  bool attends(int64_t key) const {
+    return args.key_mask == nullptr ||
+           args.key_mask[sequence * args.key_mask_stride[0] + key * args.key_mask_stride[1]];
+  }
+
+  // rows start..start+count at every `ld`th value, padded with zeros up to there; rows past the end of the padding too
+  template <typename T>
+  void read(const View& view, int64_t start, int64_t count, int64_t upto, T* to, int64_t ld, bool masked) const {
+    for (int64_t i = 0; i < upto; ++i) {
+      T* row_to = to + i * ld;
+      const bool real = i < count && !(masked && !attends(start + i));
+      if (real) load_row(view.type, row(view, start + i), view.stride[3], row_to, args.dim);
+      for (int64_t d = real ? args.dim : 0; d < ld; ++d) row_to[d] = T{};
+    }
+  }
+
+  void write(const View& view, int64_t start, int64_t count, const float* from) const {
+    for (int64_t i = 0; i < count; ++i)
+      store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
+  }
+
+  // asks for a row of the next item while this one is worked on: heads lie far apart for the hardware to guess
+  void prefetch(const View& view, int64_t item, int64_t rows) const {
+    const int64_t size = view.type == Type::f32 ? 4 : 2;
+    for (int64_t i = 0; i < rows; ++i) {
+      const char* line = static_cast<const char*>(
+          at(view, item / args.heads * view.stride[0] + i * view.stride[1] + item % args.heads * view.stride[2]));
+      for (int64_t byte = 0; byte < args.dim * size; byte += 64) __builtin_prefetch(line + byte);
+    }
+  }
+
+  // turns to an item: which of its keys are seen
+  void turn_to(int64_t item, int64_t end) {
+    sequence = item / args.heads, head = item % args.heads;
+    if (item + 1 < end) {
+      prefetch(args.k, item + 1, args.keys);
+      prefetch(args.v, item + 1, args.keys);
+      prefetch(args.q, item + 1, args.queries);
+      if (args.grad.data != nullptr) prefetch(args.grad, item + 1, args.queries);
+    }
+    for (int64_t j = 0; j < keys; ++j) key_bias[j] = j < args.keys && attends(j) ? 0.0f : -__builtin_inff();
+  }
+
+  // in place of a query's scores, e^(score + bias - the largest); returns their sum, 0 without any key
+  float exponentials(int64_t query, float* line) const {
+    if (args.bias != nullptr) {
+      const int64_t* stride = args.bias_stride;
+      const float* bias = args.bias + sequence * stride[0] + head * stride[1] + query * stride[2];
+      for (int64_t j = 0; j < args.keys; ++j) line[j] += bias[j * stride[3]];
+    }
+    Vec top = splat(-__builtin_inff());
+    for (int64_t j = 0; j < keys; j += VL) {
+      const Vec hidden = load(key_bias + j), score = hidden < 0.0f ? hidden : load(line + j);
+      store(line + j, score);
+      top = larger(score, top);
+    }
+    float highest = largest_in(top);
+    if (highest == -__builtin_inff()) highest = 0;
+    Vec total{};
+    for (int64_t j = 0; j < keys; j += VL) {
+      const Vec e = exponential(load(line + j) - highest);
+      store(line + j, e);
+      total += e;
+    }
+    return sum_of(total);
+  }
+
+  // P of a query in place of its exponentials, dS in place of dP
+  void slopes(float* line, float* slope, float inverse) const {
+    Vec mean{};
+    for (int64_t j = 0; j < keys; j += VL) {
+      const Vec probability = load(line + j) * inverse;
+      store(line + j, probability);
+      mean += probability * load(slope + j);
+    }
+    const float shift = sum_of(mean);
+    for (int64_t j = 0; j < keys; j += VL) store(slope + j, load(line + j) * (load(slope + j) - shift));
+  }
+};
+
+FASTMIM_HD float inverse_of(float sum) {
+  return sum == 0 ? 0 : 1 / sum;
+}

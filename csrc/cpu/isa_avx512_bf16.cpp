@@ -1,0 +1,64 @@
+// The kernels for avx512_bf16. Headers come before the pragma: what they define is shared by all instruction sets.
+// Clang has no such pragma, and without it no such instructions.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "kernels.h"
+
+#if defined(__x86_64__) && !defined(__clang__)
+#include <immintrin.h>
+
+namespace fastmim::cpu {
+
+namespace avx512_bf16 {
+static void attention(const Attention& args, int64_t begin, int64_t end);
+static void attention_backward(const Attention& args, int64_t begin, int64_t end);
+}  // namespace avx512_bf16
+
+const Kernels* avx512_bf16_kernels() {
+#if !defined(FASTMIM_EMULATE_BF16)
+  if (!__builtin_cpu_supports("avx512bf16")) return nullptr;
+#endif
+  static const Kernels set = [] {
+    Kernels same = avx512_kernels;
+    same.name = "avx512_bf16";
+    same.attention = avx512_bf16::attention, same.attention_backward = avx512_bf16::attention_backward;
+    return same;
+  }();
+  return &set;
+}
+
+}  // namespace fastmim::cpu
+
+#if defined(FASTMIM_EMULATE_BF16)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#else
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+#define FASTMIM_VL 16
+
+namespace fastmim::cpu {
+namespace avx512_bf16 {
+
+#include "vector.inl"
+//
+#include "pairs.inl"
+//
+#include "product.inl"
+//
+#include "attention_item.inl"
+//
+#include "attention_pairs.inl"
+
+}  // namespace avx512_bf16
+}  // namespace fastmim::cpu
+#else
+namespace fastmim::cpu {
+const Kernels* avx512_bf16_kernels() {
+  return nullptr;
+}
+}  // namespace fastmim::cpu
+#endif
