@@ -1,5 +1,5 @@
-// The kernels for avx512_bf16, which are avx512's but for attention. Headers come before the pragma: what they define is
-// shared by all instruction sets. Clang has no such pragma, and without it no such instructions.
+// The kernels for avx512_bf16, which are avx512's but for attention. Headers come before the pragma: what they define
+// is shared by all instruction sets. Clang has no such pragma, and without it no such instructions.
 #include <cstdlib>
 #include <new>
 #include <utility>
