@@ -1,7 +1,5 @@
-// The kernels for avx512_bf16. Headers come before the pragma: what they define is shared by all instruction sets.
-// Clang has no such pragma, and without it no such instructions.
-#include <algorithm>
-#include <cmath>
+// The kernels for avx512_bf16, which are avx512's but for attention. Headers come before the pragma: what they define
+// is shared by all instruction sets. Clang has no such pragma, and without it no such instructions.
 #include <cstdlib>
 #include <new>
 #include <utility>
@@ -18,6 +16,7 @@ static void attention(const Attention& args, int64_t begin, int64_t end);
 static void attention_backward(const Attention& args, int64_t begin, int64_t end);
 }  // namespace avx512_bf16
 
+// before the pragma: it runs on any processor
 const Kernels* avx512_bf16_kernels() {
 #if !defined(FASTMIM_EMULATE_BF16)
   if (!__builtin_cpu_supports("avx512bf16")) return nullptr;
@@ -33,11 +32,7 @@ const Kernels* avx512_bf16_kernels() {
 
 }  // namespace fastmim::cpu
 
-#if defined(FASTMIM_EMULATE_BF16)
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#else
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
 #define FASTMIM_VL 16
 
 namespace fastmim::cpu {
@@ -56,9 +51,7 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 }  // namespace fastmim::cpu
 #else
-namespace fastmim::cpu {
-const Kernels* avx512_bf16_kernels() {
+const fastmim::cpu::Kernels* fastmim::cpu::avx512_bf16_kernels() {
   return nullptr;
 }
-}  // namespace fastmim::cpu
 #endif

@@ -224,6 +224,11 @@ class TestAttention(Differentiable):
         assert all((value == 0).all() for value in results.values())
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_no_queries(self, dtype):
+        results = run(self.op, self.sample(dtype, length=0, bias="none"))
+        assert all((value == 0).all() for value in results.values())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_query_that_is_not_finite_stays_in_its_row(self, value, dtype):
         arguments = self.sample(dtype, length=69, keys=19, width=33)
