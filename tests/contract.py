@@ -92,15 +92,20 @@ class Contract:
                 raise AssertionError(label(row)) from error
 
     def check_row(self, dtype: torch.dtype, layout: str, **sizes: Any) -> None:
-        """As `check`; in the full product a case that is over the bound is judged by fifteen draws."""
+        """As `check`; in the full product a case that is over the bound must be within it in one of three draws, and in
+        the median of fifteen."""
 
         def draw() -> dict[str, Errors]:
             return op_errors(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
 
-        first = draw()
-        over = any(not found.ours <= found.allowed for found in first.values())
-        draws = [first, *(draw() for _ in range(14))] if over and TEST_ALL else [first]
-        for name in first:
+        def within(found: dict[str, Errors]) -> bool:
+            return all(error.ours <= error.allowed for error in found.values())
+
+        draws = [draw()]
+        if TEST_ALL and not within(draws[0]):
+            draws += [draw() for _ in range(14)]
+            assert any(map(within, draws[:3])), f"over twice eager's error in three draws: {draws[:3]}"
+        for name in draws[0]:
             check_draws([found[name] for found in draws], name)
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
