@@ -43,15 +43,14 @@ def assert_parity(case: Case, upstream: Tensor | None) -> None:
 @pytest.fixture(scope="module")
 def ceiling() -> dict[str, float]:
     """Bytes/s of a large copy and, by dtype, FLOP/s of a large matmul."""
-    timeit = Timer
     source = torch.empty(1 << 26, device=DEVICE)
     target = torch.empty_like(source)
-    copy = timeit("t.copy_(s)", globals={"t": target, "s": source}).blocked_autorange(min_run_time=0.5).median
+    copy = Timer("t.copy_(s)", globals={"t": target, "s": source}).blocked_autorange(min_run_time=0.5).median
     rates = {"bytes": 2 * nbytes(source) / copy}
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.randn(2, 1024, 1024, device=DEVICE).to(dtype)
         rates[str(dtype)] = (
-            2 * 1024**3 / timeit("a @ b", globals={"a": a, "b": b}).blocked_autorange(min_run_time=0.5).median
+            2 * 1024**3 / Timer("a @ b", globals={"a": a, "b": b}).blocked_autorange(min_run_time=0.5).median
         )
     return rates
 

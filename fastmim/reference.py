@@ -250,9 +250,14 @@ def embed_patches(
 # ---- attention -------------------------------------------------------------------------------------------------------
 
 
+def _heads_first(x: Tensor) -> Tensor:
+    """(B, S, H, D) as (B, H, S, D), contiguous: sums, and so bits, do not depend on the layout of x."""
+    return wide(x).transpose(1, 2).contiguous()
+
+
 def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
     """softmax(scale q kᵀ + bias) over the unmasked keys, (B, H, Sq, Sk); 0 for a query without any."""
-    scores = (wide(q).transpose(1, 2) * scale) @ wide(k).permute(0, 2, 3, 1)
+    scores = (_heads_first(q) * scale) @ _heads_first(k).mT
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
     if key_mask is not None:
@@ -263,13 +268,14 @@ def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor |
 
 
 def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Keys or values (B, Sk, H, D) with zeros where masked, so that what lies there can't leak."""
-    return wide(x) if key_mask is None else wide(x).masked_fill(~key_mask[..., None, None], 0)
+    """Keys or values (B, H, Sk, D) with zeros where masked, so that what lies there can't leak."""
+    x = _heads_first(x)
+    return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
     p = _probabilities(q, k, key_mask, bias, scale)
-    return (p @ _attended(v, key_mask).transpose(1, 2)).transpose(1, 2).to(q.dtype).contiguous()
+    return (p @ _attended(v, key_mask)).transpose(1, 2).to(q.dtype).contiguous()
 
 
 def attention_backward(
@@ -284,12 +290,14 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (empty unless asked for), from q, k, v alone."""
     p = _probabilities(q, k, key_mask, bias, scale)
-    g, keys, values = wide(grad).transpose(1, 2), _attended(k, key_mask), _attended(v, key_mask)
-    dp = g @ values.permute(0, 2, 3, 1)
+    g, keys, values = _heads_first(grad), _attended(k, key_mask), _attended(v, key_mask)
+    dp = g @ values.mT
+    dp = dp - (p * dp).sum(-1, keepdim=True)
+    # again: rows of p sum to 1 only up to rounding
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-    dq = (ds @ keys.transpose(1, 2)) * scale
-    dk = (ds.transpose(2, 3) @ wide(q).transpose(1, 2)) * scale
-    dv = p.transpose(2, 3) @ g
+    dq = (ds @ keys) * scale
+    dk = (ds.mT @ _heads_first(q)) * scale
+    dv = p.mT @ g
     dq, dk, dv = (d.transpose(1, 2).to(x.dtype).contiguous() for d, x in ((dq, q), (dk, k), (dv, v)))
     if bias is None or not need_bias_grad:
         return dq, dk, dv, ds.new_empty(0)

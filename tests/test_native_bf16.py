@@ -17,6 +17,8 @@ from fastmim import _library
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "bf16-emulated"
 COMPILER = os.environ.get("CXX", "c++").split()[0]
+# with what is installed beside the interpreter, where an environment that is not activated has its ninja
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
 # Builds attention with the emulated instruction and registers it, in a process that has no other compiled kernels.
 LOAD = """
@@ -63,7 +65,7 @@ def why_not() -> str | None:
         return f"no C++ compiler ({COMPILER}) on PATH"
     if "clang" in subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout:
         return "clang does not build these kernels"
-    return None if shutil.which("ninja") else "no ninja on PATH"
+    return None if shutil.which("ninja", path=PATH) else "no ninja"
 
 
 reason = why_not()
@@ -76,7 +78,7 @@ def run(code: str, *args: str, isa: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.append('')\n{LOAD}{code}", str(BUILD), *args],
         cwd=ROOT,
-        env={**inherited, "FASTMIM_KERNELS": "reference", "FASTMIM_ISA": isa},
+        env={**inherited, "PATH": PATH, "FASTMIM_KERNELS": "reference", "FASTMIM_ISA": isa},
         capture_output=True,
         text=True,
     )

@@ -4,10 +4,10 @@ namespace fastmim::cpu {
 
 namespace {
 
-constexpr int64_t kMaxDim = 128, kMaxKeys = 1024;
+constexpr int64_t kMaxKeys = 1024;
 
 bool served(const Tensor& q, const Tensor& k) {
-  return cpu::served(q) && q.size(-1) <= kMaxDim && k.size(1) <= kMaxKeys;
+  return cpu::served(q) && k.size(1) <= kMaxKeys;
 }
 
 // what both directions need; q, k, v are (B, S, H, D) views, the results contiguous
@@ -98,8 +98,7 @@ Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const
   return out;
 }
 
-// ---- ragged: one call per sequence's worth of (sequence, head) items, lengths from cu_seqlens
-// ------------------------
+// ---- ragged: a call for the heads of each sequence, lengths from cu_seqlens -----------------------------------------
 
 std::vector<int64_t> offsets(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
   const Tensor cu = cu_seqlens.to(at::kLong).contiguous();
@@ -143,7 +142,7 @@ void each_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const std:
 
 Tensor attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                         const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
-  if (!cpu::served(q) || q.size(2) > kMaxDim || max_seqlen_k > kMaxKeys) {
+  if (!cpu::served(q) || max_seqlen_k > kMaxKeys) {
     return reference<decltype(attention_varlen)>("attention_varlen")
         .call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }
@@ -161,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
                                                              const Tensor& v, const Tensor& cu_seqlens_q,
                                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                                              int64_t max_seqlen_k, double scale) {
-  if (!cpu::served(q) || q.size(2) > kMaxDim || max_seqlen_k > kMaxKeys) {
+  if (!cpu::served(q) || max_seqlen_k > kMaxKeys) {
     return reference<decltype(attention_varlen_backward)>("attention_varlen_backward")
         .call(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }

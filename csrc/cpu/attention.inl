@@ -19,23 +19,23 @@ struct FloatItem : AttentionItem {
     transpose(k, dim, kt, keys, keys, dim);
   }
 
-  // p = e^(scores - row maximum) of queries start..start+rows, and one over each row's sum
-  void scores(int64_t start, int64_t rows, float* inverse) {
+  // p = e^(scores - row maximum) of queries start..start+rows, and each row's sum
+  void scores(int64_t start, int64_t rows, float* sums) {
     read(args.q, start, rows, rows, q, dim, false);
     for (int64_t i = 0; i < rows * dim; ++i) q[i] *= args.scale;
     matmul(rows, keys, args.dim, q, dim, 1, kt, keys, p, keys, false);
-    for (int64_t i = 0; i < rows; ++i) inverse[i] = inverse_of(exponentials(start + i, p + i * keys));
+    for (int64_t i = 0; i < rows; ++i) sums[i] = divisor_of(exponentials(start + i, p + i * keys));
   }
 
   void forward(int64_t item, int64_t end) {
     open(item, end);
-    float inverse[kRows];
+    float sums[kRows];
     for (int64_t start = 0; start < args.queries; start += kRows) {
       const int64_t rows = args.queries - start < kRows ? args.queries - start : kRows;
-      scores(start, rows, inverse);
+      scores(start, rows, sums);
       matmul(rows, dim, args.keys, p, keys, 1, v, dim, out, dim, false);
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t d = 0; d < dim; ++d) out[i * dim + d] *= inverse[i];
+        for (int64_t d = 0; d < dim; ++d) out[i * dim + d] /= sums[i];
       write(args.out, start, rows, out);
     }
   }
@@ -43,16 +43,16 @@ struct FloatItem : AttentionItem {
   void backward(int64_t item, int64_t end) {
     open(item, end);
     transpose(v, dim, vt, keys, keys, dim);
-    float inverse[kRows];
+    float sums[kRows];
     if (args.queries == 0) {
       for (int64_t i = 0; i < keys * dim; ++i) dk[i] = dv[i] = 0;
     }
     for (int64_t start = 0; start < args.queries; start += kRows) {
       const int64_t rows = args.queries - start < kRows ? args.queries - start : kRows;
-      scores(start, rows, inverse);
+      scores(start, rows, sums);
       read(args.grad, start, rows, rows, g, dim, false);
       matmul(rows, keys, args.dim, g, dim, 1, vt, keys, dp, keys, false);
-      for (int64_t i = 0; i < rows; ++i) slopes(p + i * keys, dp + i * keys, inverse[i]);
+      for (int64_t i = 0; i < rows; ++i) slopes(p + i * keys, dp + i * keys, sums[i]);
       // q holds scale Q already
       matmul(args.keys, dim, rows, dp, 1, keys, q, dim, dk, dim, start > 0);
       matmul(args.keys, dim, rows, p, 1, keys, g, dim, dv, dim, start > 0);

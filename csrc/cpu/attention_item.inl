@@ -100,19 +100,23 @@ struct AttentionItem {
     return sum_of(total);
   }
 
-  // P of a query in place of its exponentials, dS in place of dP
-  void slopes(float* line, float* slope, float inverse) const {
-    Vec mean{};
+  // P of a query in place of its exponentials, dS in place of dP. Rows of P sum to 1 only up to rounding, so that the
+  // mean of dP is taken again of what is left of it: equal dP leave 0.
+  void slopes(float* line, float* slope, float sum) const {
+    Vec mean{}, left{};
     for (int64_t j = 0; j < keys; j += VL) {
-      const Vec probability = load(line + j) * inverse;
+      const Vec probability = load(line + j) / sum;
       store(line + j, probability);
       mean += probability * load(slope + j);
     }
     const float shift = sum_of(mean);
-    for (int64_t j = 0; j < keys; j += VL) store(slope + j, load(line + j) * (load(slope + j) - shift));
+    for (int64_t j = 0; j < keys; j += VL) left += load(line + j) * (load(slope + j) - shift);
+    const float both = shift + sum_of(left);
+    for (int64_t j = 0; j < keys; j += VL) store(slope + j, load(line + j) * (load(slope + j) - both));
   }
 };
 
-FASTMIM_HD float inverse_of(float sum) {
-  return sum == 0 ? 0 : 1 / sum;
+// what exponentials are divided by: without any key they are 0
+FASTMIM_HD float divisor_of(float sum) {
+  return sum == 0 ? 1 : sum;
 }

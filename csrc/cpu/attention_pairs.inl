@@ -55,14 +55,14 @@ struct PairItem : AttentionItem {
     matmul(args.keys, dim, even / 2, left, 1, keys, right, dim, to, dim, start > 0);
   }
 
-  // p = e^(scores - row maximum) of a block, and one over each row's sum
-  void scores(int64_t start, int64_t count, float* inverse) const {
+  // p = e^(scores - row maximum) of a block, and each row's sum
+  void scores(int64_t start, int64_t count, float* sums) const {
     read_queries(args.q, start, count, q);
     by_keys(count, q, kt, p);
     for (int64_t i = 0; i < count; ++i) {
       float* line = p + i * keys;
       for (int64_t j = 0; j < keys; ++j) line[j] *= args.scale;
-      inverse[i] = inverse_of(exponentials(start + i, line));
+      sums[i] = divisor_of(exponentials(start + i, line));
     }
   }
 
@@ -76,15 +76,15 @@ struct PairItem : AttentionItem {
     transpose(along(rows), width, kt, keys, keys, width);
     read_keys(args.v);
     zip(rows, 2 * width, keys, dim, zipped);
-    float inverse[kRows];
+    float sums[kRows];
     for (int64_t start = 0; start < args.queries; start += kRows) {
       const int64_t count = args.queries - start < kRows ? args.queries - start : kRows;
-      scores(start, count, inverse);
+      scores(start, count, sums);
       // before they are normalised: the largest, 1, is exact
       round(count, p);
       by_weights(count);
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t d = 0; d < dim; ++d) out[i * dim + d] *= inverse[i];
+        for (int64_t d = 0; d < dim; ++d) out[i * dim + d] /= sums[i];
       write(args.out, start, count, out);
     }
   }
@@ -99,13 +99,13 @@ struct PairItem : AttentionItem {
     if (args.queries == 0) {
       for (int64_t i = 0; i < keys * dim; ++i) dk[i] = dv[i] = 0;
     }
-    float inverse[kRows];
+    float sums[kRows];
     for (int64_t start = 0; start < args.queries; start += kRows) {
       const int64_t count = args.queries - start < kRows ? args.queries - start : kRows;
-      scores(start, count, inverse);
+      scores(start, count, sums);
       read_queries(args.grad, start, count, g);
       by_keys(count, g, vt, dp);
-      for (int64_t i = 0; i < count; ++i) slopes(p + i * keys, dp + i * keys, inverse[i]);
+      for (int64_t i = 0; i < count; ++i) slopes(p + i * keys, dp + i * keys, sums[i]);
       by_queries(start, count, dp, q, dk);
       by_queries(start, count, p, g, dv);
       round(count, dp);

@@ -5,16 +5,20 @@ constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 // terms that are summed before they are added to those before them: long chains of floats lose digits
 constexpr int64_t kTerms = 64;
 
+// sums of each of its values that a tile has registers for: short chains are exacter, and wait less for one another
+constexpr int sums_of(int values) {
+  return kTileRows * kTileVecs / values < 8 ? kTileRows * kTileVecs / values : 8;
+}
+
 FASTMIM_HD Vec add_product(Vec sum, Vec left, Vec right) {
   return sum + left * right;
 }
 
 // C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL.
-// A narrow C leaves registers for several sums of each of its values.
 template <int MR, int NV, typename T>
 FASTMIM_HD void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc,
                      bool add) {
-  constexpr int kSums = kTileVecs / NV;
+  constexpr int kSums = sums_of(MR * NV);
   Vec acc[kSums][MR][NV] = {};
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     decltype(load(b)) row[NV];

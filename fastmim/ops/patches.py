@@ -225,12 +225,12 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     prefix, tokens = grad.tensor_split([ctx.num_prefix_tokens], dim=1)
     dimages = dweight = dbias = dpos = dprefix = None
     if ctx.needs_input_grad[0]:
-        dpatches = tokens @ weight.flatten(1).to(ctx.dtype)
+        dpatches = _product(tokens.flatten(0, 1), weight.flatten(1).to(ctx.dtype)).unflatten(0, ids.shape)
         dimages = _gather_patches_backward(dpatches, ids, patch_size, std, images.shape, images.dtype)
     if ctx.needs_input_grad[2]:
         # cut again: the images are alive anyway, the patch matrix need not be
         patches = _gather_patches(images.detach(), ids, patch_size, mean, std, ctx.dtype)
-        dweight = _summed(tokens.flatten(0, 1), patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
+        dweight = _product(tokens.flatten(0, 1).T, patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
     if ctx.needs_input_grad[3]:
         dbias = sum_rows(tokens, bias_dtype)
     if ctx.needs_input_grad[4]:
@@ -240,16 +240,17 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dimages, None, dweight, dbias, dpos, dprefix, None, None, None
 
 
-def _summed(grad: Tensor, patches: Tensor) -> Tensor:
-    """gradᵀ patches (D, P) of rows (N, D) and (N, P).
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left (M, K) right (K, N).
 
-    A BLAS sums float32 products of few columns in one chain of N, which loses digits; these are cut into chains of 16.
+    A BLAS sums float32 products of few rows in one chain of K, which loses digits; these are cut into chains of 16.
     """
-    width, whole = grad.shape[1], len(grad) // 16 * 16
-    if width >= 32 or grad.dtype.itemsize == 2:
-        return grad.T @ patches
-    pieces = grad[:whole].reshape(-1, 16, width).mT @ patches[:whole].reshape(-1, 16, patches.shape[1])
-    return pieces.sum(0) + grad[whole:].T @ patches[whole:]
+    (rows, terms), columns = left.shape, right.shape[1]
+    if rows >= 32 or left.dtype.itemsize == 2:
+        return left @ right
+    chains, whole = terms // 16, terms // 16 * 16
+    pieces = left[:, :whole].reshape(rows, chains, 16).transpose(0, 1) @ right[:whole].reshape(chains, 16, columns)
+    return pieces.sum(0) + left[:, whole:] @ right[whole:]
 
 
 _embed_patches = define(
