@@ -143,8 +143,8 @@ def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] |
         for launch in launchers()[:: -1 if turned else 1]:
             try:
                 return launch(*args)
-            except (kernels.Unserved, NotImplementedError) as unserved:
-                reasons.append(str(unserved).partition("\n")[0])
+            except kernels.Unserved as unserved:
+                reasons.append(str(unserved))
         return fallback(*args, reason="; ".join(reasons))
 
     return run
@@ -160,8 +160,22 @@ def launcher(name: str, op: str) -> Callable[..., Any]:
     if name == "triton":
         found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{triton_room(op)}"), op)
         return found
-    compiled: Callable[..., Any] = getattr(torch.ops.fastmim_cuda, op)
-    return compiled
+    return raising_unserved(getattr(torch.ops.fastmim_cuda, op))
+
+
+def raising_unserved(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of csrc/cuda that says what it doesn't serve as Triton's do; any other NotImplementedError is torch's."""
+
+    def launch(*args: Any) -> Any:
+        try:
+            return compiled(*args)
+        except NotImplementedError as error:
+            _, ours, reason = str(error).partition("not served: ")
+            if not ours:
+                raise
+            raise kernels.Unserved(reason.partition("\n")[0]) from error
+
+    return launch
 
 
 @functools.cache

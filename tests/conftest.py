@@ -68,13 +68,13 @@ def interpreted(room: str, op: str):
 
 def compiled(library, op: str):
     """The CUDA C++ kernel of `op`, or the reference where it says that it does not serve."""
-    kernel, reference = getattr(library, op), getattr(torch.ops.fastmim_reference, op)
+    kernel, reference = _library.raising_unserved(getattr(library, op)), getattr(torch.ops.fastmim_reference, op)
 
     def run(*args):
         try:
             with torch.autocast(DEVICE, enabled=False):
                 return kernel(*args)
-        except NotImplementedError:
+        except kernels.Unserved:
             return reference(*args)
 
     return run

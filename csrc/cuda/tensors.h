@@ -48,9 +48,10 @@ namespace fastmim::cuda {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// what kernels do not serve: the caller goes to the next family, and tells the reason where there is none
+// what kernels do not serve: the caller, who knows it by its first words, goes to the next family, and tells the reason
+// where there is none
 [[noreturn]] inline void unserved(const std::string& reason) {
-  C10_THROW_ERROR(NotImplementedError, reason);
+  C10_THROW_ERROR(NotImplementedError, "not served: " + reason);
 }
 
 inline void check_served(const char* reason) {

@@ -17,10 +17,10 @@ def both(monkeypatch):
             if name == "triton":
                 raise kernels.Unserved("triton does not want it")
             if x.numel() > 1:
-                raise NotImplementedError("cuda does not want it\nsecond line")
+                raise NotImplementedError("not served: cuda does not want it\nsecond line")
             return name
 
-        return launch
+        return launch if name == "triton" else _library.raising_unserved(launch)
 
     monkeypatch.setattr(_library, "triton_devices", ("cuda",))
     monkeypatch.setattr(_library, "cuda_build", {"torch": "x"})
@@ -65,3 +65,10 @@ def test_what_one_leaves_the_next_takes_and_the_reference_gets_all_reasons(both)
     assert kernel(torch.zeros(1)) == "cuda" and both == ["triton", "cuda"] and not said
     kernel(torch.zeros(2))
     assert said == ["triton does not want it; cuda does not want it"]
+
+
+def test_an_error_of_torch_is_not_taken_for_one_of_them():
+    library = torch.library.Library("fastmim_dispatch_test", "FRAGMENT")
+    library.define("nothing(Tensor x) -> Tensor")
+    with pytest.raises(NotImplementedError, match="Could not run"):
+        _library.raising_unserved(torch.ops.fastmim_dispatch_test.nothing)(torch.zeros(1))
