@@ -164,7 +164,7 @@ def launcher(name: str, op: str) -> Callable[..., Any]:
 
 
 def raising_unserved(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel of csrc/cuda that says what it doesn't serve as Triton's do; any other NotImplementedError is torch's."""
+    """A kernel of csrc/cuda that says what it leaves to others as Triton's do; other errors stay torch's."""
 
     def launch(*args: Any) -> Any:
         try:
