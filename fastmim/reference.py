@@ -239,7 +239,9 @@ def embed_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
-    tokens = F.linear(patches, weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype))
+    # contiguous: sums, and so bits, do not depend on the layout of the weight
+    weight = weight.flatten(1).to(dtype).contiguous()
+    tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
         tokens = wide(tokens) + _positions(pos_embed, ids, "ids")
     if prefix is not None:
