@@ -5,20 +5,18 @@ constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 // terms that are summed before they are added to those before them: long chains of floats lose digits
 constexpr int64_t kTerms = 64;
 
-// sums of each of its values that a tile has registers for: short chains are exacter, and wait less for one another
-constexpr int sums_of(int values) {
-  return kTileRows * kTileVecs / values < 8 ? kTileRows * kTileVecs / values : 8;
-}
-
 FASTMIM_HD Vec add_product(Vec sum, Vec left, Vec right) {
   return sum + left * right;
 }
 
 // C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL.
-template <int MR, int NV, typename T>
+// A small C leaves registers for several sums of each of its values: short chains are exacter, and wait less for one
+// another. Their number depends on the rows of the tile and on the widest tile of C, W: values of a row of C are summed
+// in one order, and what is equal stays equal.
+template <int MR, int NV, int W, typename T>
 FASTMIM_HD void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc,
                      bool add) {
-  constexpr int kSums = sums_of(MR * NV);
+  constexpr int kRoom = kTileRows * kTileVecs / (MR * W), kSums = kRoom < 8 ? kRoom : 8;
   Vec acc[kSums][MR][NV] = {};
   const auto step = [&](int64_t k, int s) __attribute__((always_inline)) {
     decltype(load(b)) row[NV];
@@ -43,17 +41,17 @@ FASTMIM_HD void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, 
 }
 
 // the last rows of a panel, fewer than kTileRows
-template <int MR, int NV, typename T>
+template <int MR, int NV, int W, typename T>
 FASTMIM_HD void remainder(int64_t rows, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb,
                           float* c, int64_t ldc, bool add) {
   if (rows == MR) {
-    tile<MR, NV>(K, a, am, ak, b, ldb, c, ldc, add);
+    tile<MR, NV, W>(K, a, am, ak, b, ldb, c, ldc, add);
   } else if constexpr (MR > 1) {
-    remainder<MR - 1, NV>(rows, K, a, am, ak, b, ldb, c, ldc, add);
+    remainder<MR - 1, NV, W>(rows, K, a, am, ak, b, ldb, c, ldc, add);
   }
 }
 
-template <int NV, typename T>
+template <int NV, int W, typename T>
 static void panel(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, float* c,
                   int64_t ldc, bool add) {
   const int64_t pieces = K > kTerms ? (K + kTerms - 1) / kTerms : 1;
@@ -63,20 +61,34 @@ static void panel(int64_t M, int64_t K, const T* a, int64_t am, int64_t ak, cons
     const bool more = add || piece > 0;
     int64_t m = 0;
     for (; m + kTileRows <= M; m += kTileRows)
-      tile<kTileRows, NV>(terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
-    remainder<kTileRows - 1, NV>(M - m, terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
+      tile<kTileRows, NV, W>(terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
+    remainder<kTileRows - 1, NV, W>(M - m, terms, left + m * am, am, ak, right, ldb, c + m * ldc, ldc, more);
+  }
+}
+
+template <int W, typename T>
+static void panels(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb,
+                   float* c, int64_t ldc, bool add) {
+  int64_t n = 0;
+  for (; n + W * VL <= N; n += W * VL) panel<W, W>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
+  if constexpr (W == 4) {
+    for (; n + 2 * VL <= N; n += 2 * VL) panel<2, W>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
+  }
+  if constexpr (W > 1) {
+    for (; n < N; n += VL) panel<1, W>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
   }
 }
 
 template <typename T>
 static void matmul(int64_t M, int64_t N, int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb,
                    float* c, int64_t ldc, bool add) {
-  int64_t n = 0;
-  for (; n + kTileVecs * VL <= N; n += kTileVecs * VL) panel<kTileVecs>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
-  if constexpr (kTileVecs == 4) {
-    for (; n + 2 * VL <= N; n += 2 * VL) panel<2>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
+  if (N >= kTileVecs * VL) {
+    panels<kTileVecs>(M, N, K, a, am, ak, b, ldb, c, ldc, add);
+  } else if (N >= 2 * VL) {
+    panels<2>(M, N, K, a, am, ak, b, ldb, c, ldc, add);
+  } else {
+    panels<1>(M, N, K, a, am, ak, b, ldb, c, ldc, add);
   }
-  for (; n < N; n += VL) panel<1>(M, K, a, am, ak, b + n, ldb, c + n, ldc, add);
 }
 
 template <int S, typename V, int... C>
