@@ -43,11 +43,15 @@ def digest(isa: str) -> list[float]:
     return [float(value) for value in values]
 
 
+def able() -> list[str]:
+    """The instruction sets of this processor."""
+    sets = ["portable", "avx2", "avx512", "avx512_bf16"]
+    return sets[: sets.index(_library.build["isa"]) + 1]
+
+
 def test_instruction_sets_agree():
     """Narrower sets, which other processors run, give the same results."""
-    sets = ["portable", "avx2", "avx512", "avx512_bf16"]
-    able = sets[: sets.index(_library.build["isa"]) + 1]
-    results = [digest(isa) for isa in able]
+    results = [digest(isa) for isa in able()]
     assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
 
 
@@ -80,3 +84,24 @@ import fastmim
 """
     done = run(code)
     assert "fastmim._C was built for another torch" in done.stderr and "torch_of_yesterday" in done.stderr
+
+
+EQUAL_KEYS = """
+import torch
+from fastmim import ops
+torch.manual_seed(0)
+for queries, keys, width in ((3, 3, 33), (65, 65, 192), (7, 130, 64), (50, 81, 16)):
+    q, grad = torch.randn(2, 1, queries, 2, width)
+    k, v = torch.randn(2, 1, 1, 2, width).expand(2, 1, keys, 2, width)
+    q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
+    ops.attention(q, k, v, scale=0.3).backward(grad)
+    print(q.grad.abs().max().item(), k.grad.abs().max().item())
+"""
+
+
+def test_equal_keys_have_equal_scores_and_no_gradient():
+    """Whichever tiles they lie in: dS of equal dP is exactly 0."""
+    for isa in able():
+        done = run(EQUAL_KEYS, FASTMIM_ISA=isa)
+        assert done.returncode == 0, done.stderr
+        assert {float(value) for value in done.stdout.split()} == {0.0}, isa

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from cases import draw_ids, draw_images, randn
+from cases import draw_ids, draw_images, lay, randn
 from torch.nn import functional as F
 
 from fastmim import reference
@@ -453,3 +453,18 @@ def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
     assert torch.equal((reference.gather_tokens_backward(tokens[:, :4], ids, 7) != 0).all(-1), written)
     dimages = reference.gather_patches_backward(randn(2, 4, 12), ids, [2, 2], None, [2, 3, 2, 14], torch.float64)
     assert torch.equal((dimages.unflatten(3, (7, 2)) != 0).all((1, 2, 4)), written)
+
+
+@pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
+def test_bits_do_not_depend_on_layouts(layout):
+    """Of what is given to a matrix product: other layouts would be summed in other orders."""
+    q, k, v, grad = (randn(1, 65, 2, 3) for _ in range(4))
+    laid = [lay(x, layout) for x in (grad, q, k, v)]
+    assert torch.equal(reference.attention(*laid[1:], None, None, 0.3), reference.attention(q, k, v, None, None, 0.3))
+    expected = reference.attention_backward(grad, q, k, v, None, None, 0.3, False)
+    found = reference.attention_backward(*laid, None, None, 0.3, False)
+    assert all(map(torch.equal, found, expected))
+    images, weight, ids = randn(1, 3, 16, 32), randn(64, 3, 16, 16), torch.arange(2)[None]
+    rest = (None, None, None, None, None, torch.float64)
+    expected = reference.embed_patches(images, ids, weight, *rest)
+    assert torch.equal(reference.embed_patches(images, ids, lay(weight, layout), *rest), expected)
