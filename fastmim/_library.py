@@ -1,14 +1,18 @@
 """Which kernels this installation has, which family is asked for, and why the others are missing.
 
-`FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one family for the process.
+`FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one family for the process: a
+public op raises at the call where the family's kernel does not serve its arguments. The reference serves what no caller
+asks for by name (gradients and other inner steps, see `fallback`) and the ops that the family has no kernel of.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +95,8 @@ elif importlib.util.find_spec("triton") is None:
 elif torch.version.hip:
     missing["triton"] = "the kernels are written for NVIDIA GPUs, this torch is built for ROCm"
 else:
-    # the interpreter is for proofs: it serves CPU tensors only where it is asked for
-    interpreted = family == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    # the interpreter is for proofs: it serves CPU tensors only where it is asked for, in words that Triton understands
+    interpreted = family == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     triton_devices = ("cuda", "cpu") if interpreted else ("cuda",)
 
 
@@ -183,13 +187,59 @@ def _capability(device: torch.device) -> list[int]:
     return list(torch.cuda.get_device_capability(device))
 
 
-def fallback(op: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    """What serves `op` where no kernel does: on another device, or for inputs that the device's kernel leaves to it."""
-    if family in ("auto", "reference"):
+# whether the reference serves here what a forced family does not
+_reference_serves = contextvars.ContextVar("_reference_serves", default=False)
+
+
+@contextlib.contextmanager
+def reference_serves() -> Iterator[None]:
+    """Let the reference serve what a forced family does not: for comparisons that fastmim makes for itself."""
+    token = _reference_serves.set(True)
+    try:
+        yield
+    finally:
+        _reference_serves.reset(token)
+
+
+def fallback(op: str, reference: Callable[..., Any], *, internal: bool = False) -> Callable[..., Any]:
+    """Return what serves `op` where no kernel does: on another device, or for inputs that the device's kernel leaves.
+
+    That is the reference, but a forced family refuses unless `op` is `internal`: nobody asked for such an op by name,
+    and most of them are called in a backward pass, too late to refuse.
+    """
+    if family in ("auto", "reference") or internal:
         return lambda *args, reason="": reference(*args)
 
-    def refuse(*args: object, reason: str = "") -> None:
-        reason = reason or missing.get(family, f"its {family} kernel does not serve this device, dtype or size")
-        raise RuntimeError(f"FASTMIM_KERNELS={family} can't serve fastmim::{op}: {reason}")
+    def serve(*args: Any, reason: str = "") -> Any:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        reason = reason or why_not(tensors[0].device.type) or _unserved(op, tensors)
+        if reason and not _reference_serves.get():
+            raise RuntimeError(f"FASTMIM_KERNELS={family} can't serve fastmim::{op}: {reason}")
+        return reference(*args)
 
-    return refuse
+    return serve
+
+
+def _unserved(op: str, tensors: list[torch.Tensor]) -> str:
+    """Return why the forced family leaves an op on a device that it serves; empty where it has no kernel of the op."""
+    if has_no_kernel(op):
+        return ""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "float64 is served by the reference"
+    return f"its {family} kernel does not serve this dtype or size"
+
+
+def has_no_kernel(op: str) -> bool:
+    """Return whether the forced family has no kernel of a public op at all; the reference serves it on its devices."""
+    return family == "cuda" and op not in CUDA_OPS
+
+
+def why_not(device: str) -> str:
+    """Return why the forced family serves no tensor on a type of device; empty where it does."""
+    if family in missing:
+        return missing[family]
+    served = {"cpp": ("cpu",), "triton": triton_devices, "cuda": ("cuda",)}.get(family, (device,))
+    if device in served:
+        return ""
+    hint = " (on the CPU with TRITON_INTERPRET=1)" if family == "triton" else ""
+    return f"{family} serves tensors on {' and '.join(served)} devices{hint}, not on {device}"

@@ -56,9 +56,8 @@ def _kernel(op: str, key: str) -> str:
         return order[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
         return "cpp"
-    if _library.family in ("auto", "reference"):
-        return "reference"
-    return f"none: {_library.missing.get(_library.family, f'{_library.family} does not serve it')}"
+    refused = _library.why_not(key.lower())
+    return f"none: {refused}" if refused else "reference"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
     for name, served in found["ops"].items():
-        print(f"{name:<22}" + "".join(f"{served[device]:<14}" for device in DEVICES))
+        print(f"{name:<22}" + "".join(f"{served[device].partition(':')[0]:<14}" for device in DEVICES))
+    if found["FASTMIM_KERNELS"] not in ("auto", "reference"):
+        print("\nwhere the forced family serves no op:")
+        for device in DEVICES:
+            print(f"  {device:<10} {_library.why_not(device) or 'served'}")
+        print("calls of ops that it does not serve raise; gradients that it leaves go to the reference")
     if found["cuda first"]:
         print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
         for op, sizes in found["cuda first"]["sizes"].items():

@@ -20,14 +20,16 @@ def define(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
     twice: bool = False,
+    internal: bool = False,
 ) -> Callable[..., Any]:
     """Define `fastmim::name`, served by `reference` on every device that no kernel is registered for.
 
-    `backward` is a formula over ops; its own derivative raises unless `twice`.
+    `backward` is a formula over ops; its own derivative raises unless `twice`. An `internal` op is a step of others:
+    where a forced family leaves it, the reference serves it.
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    fallback = _library.fallback(name, _in_own_precision(reference))
+    fallback = _library.fallback(name, _in_own_precision(reference), internal=internal)
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
     kernel = _library.device_kernel(name, fallback)
     if kernel is not None:

@@ -190,6 +190,7 @@ _attention_qkvpacked_backward = define(
     "(Tensor grad, Tensor qkv, Tensor? key_mask, float scale) -> Tensor",
     reference.attention_qkvpacked_backward,
     lambda grad, qkv, key_mask, scale: qkv.new_empty(qkv.shape),
+    internal=True,
 )
 
 
@@ -230,6 +231,7 @@ _attention_backward_op = define(
         *(x.new_empty(x.shape) for x in (q, k, v)),
         bias.new_empty(bias.shape) if need_bias_grad else reference.wide(q.new_empty(0)),
     ),
+    internal=True,
 )
 
 
@@ -262,4 +264,5 @@ _attention_varlen_backward = define(
     " SymInt max_seqlen_k, float scale) -> (Tensor, Tensor, Tensor)",
     reference.attention_varlen_backward,
     lambda grad, q, k, v, *_: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    internal=True,
 )

@@ -144,6 +144,7 @@ _scale_gradient_ = define(
     "(Tensor(a!) grad, Tensor upstream) -> ()",
     reference.scale_gradient_,
     lambda grad, upstream: None,
+    internal=True,
 )
 
 

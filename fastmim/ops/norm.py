@@ -113,6 +113,7 @@ _add_layer_norm_backward = define(
         mean.new_empty(weight.shape),
         grad_normed.new_empty(0 if bias is None else total.shape),
     ),
+    internal=True,
 )
 
 
@@ -147,4 +148,5 @@ _bias_gelu_backward = define(
         reference.wide(x.new_empty(bias.shape)),
         x.new_empty(x.shape if again else 0),
     ),
+    internal=True,
 )

@@ -190,6 +190,7 @@ _gather_patches_backward = define(
     "(Tensor grad, Tensor ids, SymInt[] patch_size, Tensor? std, SymInt[] shape, ScalarType dtype) -> Tensor",
     reference.gather_patches_backward,
     lambda grad, ids, patch_size, std, shape, dtype: grad.new_empty(shape, dtype=dtype),
+    internal=True,
 )
 
 

@@ -166,6 +166,7 @@ _gather_tokens_backward = define(
     backward=_scatter_backward,
     setup_context=_scatter_setup,
     twice=True,
+    internal=True,
 )
 
 sum_by_position = define(
@@ -173,6 +174,7 @@ sum_by_position = define(
     "(Tensor rows, Tensor ids, SymInt num_positions) -> Tensor",
     reference.sum_by_position,
     lambda rows, ids, num_positions: reference.wide(rows.new_empty(num_positions, rows.shape[2])),
+    internal=True,
 )
 
 
@@ -253,4 +255,5 @@ _unshuffle_backward_op = define(
         grad.new_empty(grad.shape[0], num_prefix_tokens + len_keep, grad.shape[2]),
         reference.wide(grad.new_empty(grad.shape[2])),
     ),
+    internal=True,
 )

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._library import reference_serves
 from ...nn.linear import untouched
 from .swap import Fast, fast_class
 
@@ -143,10 +144,14 @@ def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
 
 @contextmanager
 def _asking(twin: nn.Module) -> Iterator[None]:
-    """Nothing that is computed inside leaves a trace: no gradient, no random number drawn, no autocast."""
+    """Nothing that is computed inside leaves a trace: no gradient, no random number drawn, no autocast.
+
+    The reference serves float64, whatever family is forced.
+    """
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     with (
         torch.no_grad(),
+        reference_serves(),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
         device,
