@@ -8,10 +8,10 @@ import torch
 import fastmim
 
 torch.manual_seed(0)
-model = timm.create_model("vit_tiny_patch16_224", img_size=64, patch_size=8, num_classes=4, depth=3)
-images, labels = torch.randn(32, 3, 64, 64), torch.arange(32) % 4
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=4, depth=3)
+images, labels = torch.randn(32, 3, 32, 32), torch.arange(32) % 4
 for index, label in enumerate(labels):
-    images[index, :, 16 * label : 16 * (label + 1)] += 1  # the label is where it is bright
+    images[index, :, 8 * label : 8 * (label + 1)] += 1  # the label is where it is bright
 
 before = copy.deepcopy(model)
 print(fastmim.accelerate(model))  # the one line

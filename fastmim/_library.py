@@ -95,9 +95,9 @@ elif importlib.util.find_spec("triton") is None:
 elif torch.version.hip:
     missing["triton"] = "the kernels are written for NVIDIA GPUs, this torch is built for ROCm"
 else:
-    # the interpreter is for proofs: it serves CPU tensors only where it is asked for, in words that Triton understands
-    interpreted = family == "triton" and os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-    triton_devices = ("cuda", "cpu") if interpreted else ("cuda",)
+    # the interpreter is for proofs: it serves CPU tensors only where it is asked for, by a word that Triton knows
+    interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+    triton_devices = ("cuda", "cpu") if interpreted and family == "triton" else ("cuda",)
 
 
 def triton_room(op: str) -> str | None:

@@ -1,5 +1,6 @@
-"""The examples run as a user runs them, and do what they say."""
+"""The examples run as a user runs them, do what they say, and train on every family of kernels."""
 
+import os
 import re
 import runpy
 import subprocess
@@ -7,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from torchvision_stub import torchvision
+
+from fastmim import _library
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -68,3 +72,29 @@ def test_accelerate_timm(capsys):
     said = capsys.readouterr().out
     losses_fall(said)
     assert "9 modules accelerated" in said
+
+
+# ---- FASTMIM_KERNELS -------------------------------------------------------------------------------------------------
+
+# each value, and whether its tensors are on a GPU
+ON_DEVICE = [(family, True) for family in ("auto", "reference", "triton", "cuda")]
+VALUES = [*((family, False) for family in ("auto", "reference", "cpp", "triton")), *ON_DEVICE]
+
+
+@pytest.mark.parametrize("family, on_device", VALUES, ids=lambda value: "gpu" if value is True else value or "cpu")
+def test_everything_takes_a_step_with_forced_kernels(family, on_device, tmp_path):
+    if on_device and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if family in _library.missing:
+        pytest.skip(_library.missing[family])
+    settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTMIM_", "TRITON_"))}
+    settings["FASTMIM_KERNELS"] = family
+    if not on_device:
+        settings["CUDA_VISIBLE_DEVICES"] = ""
+    if family == "triton" and not on_device:
+        settings["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, str(Path(__file__).with_name("one_step.py")), "cuda" if on_device else "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    names = {path.name for path in EXAMPLES.glob("*.py")} | {"README.md", "quickstart_cpu"}
+    assert names <= set(done.stdout.splitlines())
