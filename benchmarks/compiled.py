@@ -15,7 +15,7 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,37 +291,57 @@ def machine(architecture: int) -> Iterator[None]:
         yield
 
 
-def identity(value: Any) -> Any:
-    """What Triton compiles anew for: dtypes and alignment, but of whole numbers no more than these."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.storage_offset() * value.element_size() % 16 == 0
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
-    return float if isinstance(value, float) else value
+class Pointer:
+    """A meta tensor as Triton sees tensors: a dtype and an address, as if storage began at 0."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.dtype, self.address = tensor.dtype, tensor.storage_offset() * tensor.element_size()
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+# the key that Triton compiles a kernel by
+Key = tuple[Any, ...]
+Record = Callable[[JITFunction, Key, tuple[Any, ...], dict[str, Any]], None]
+
+
+@contextlib.contextmanager
+def launches(architecture: int, record: Record) -> Iterator[None]:
+    """Launches inside, on meta tensors, are recorded as on a GPU of this architecture, and run nothing."""
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        args = tuple(Pointer(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        bind = kernel.device_caches[driver.active.get_current_device()][-1]
+        _, specialization, remaining = bind(*args, **options)
+        record(kernel, (*specialization, *sorted(remaining.items())), args, options)
+
+    with machine(architecture), mock.patch.object(JITFunction, "run", run):
+        yield
+
+
+def launcher(op: str) -> Callable[..., Any]:
+    """The Triton launcher of `op`."""
+    rooms = {op: room for room, ops in fastmim.kernels.OPS.items() for op in ops}
+    found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{rooms[op]}"), op)
+    return found
 
 
 def captured(architecture: int) -> list[Launch]:
     """The launches of all calls, without those that Triton compiles once."""
-    rooms = {op: room for room, ops in fastmim.kernels.OPS.items() for op in ops}
     found: dict[Any, Launch] = {}
     current: list[Call] = []
 
-    def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        names = dict(zip(kernel.arg_names, args)) | options
-        constants = {param.name for param in kernel.params if param.is_constexpr}
-        key = tuple(
-            (name, value if name in constants or name not in kernel.arg_names else identity(value))
-            for name, value in sorted(names.items())
-        )
+    def record(kernel: JITFunction, key: Key, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         launch = found.setdefault((kernel, key), Launch(kernel, args, options, architecture, []))
         if current[0] not in launch.calls:
             launch.calls.append(current[0])
 
-    with machine(architecture), mock.patch.object(JITFunction, "run", record):
+    with launches(architecture, record):
         for call in calls():
             current[:] = [call]
             before = sum(len(launch.calls) for launch in found.values())
-            getattr(importlib.import_module(f"fastmim.kernels.{rooms[call.op]}"), call.op)(*call.args)
+            launcher(call.op)(*call.args)
             assert sum(len(launch.calls) for launch in found.values()) > before, f"{call.op} launches no kernel"
     return list(found.values())
 

@@ -1,8 +1,11 @@
 """What launchers share: the device they launch on, block sizes, and the checks on values."""
 
 import contextlib
+import inspect
 import itertools
+import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +23,31 @@ if __package__ != "fastmim.kernels":
 # kernels run in Triton's interpreter, on CPU tensors, when TRITON_INTERPRET=1 at import
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
+
+
+# Arguments that change from call to call with the batch, the mask or the size of images. Triton would compile a kernel
+# again where one of them is 1 or becomes a multiple of 16; it still does at 2^31, where they take 64 bits.
+_COUNTS = frozenset(
+    "batch rows inner count length limit positions patches grid_h grid_w prefix num_visible num_predict predicted "
+    "len_keep len_predict heads queries keys group tiles share".split()
+)
+# Strides between rows depend on counts too: `unit_of` tells a kernel how the rows are aligned.
+_ROW_STRIDES = "_batch", "_row", "_head", "_outer", "_inner"
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile what is launched by `triton.jit`, once for all counts and strides between rows.
+
+    Widths, strides along a row (named `_value`) and those of images (`stride_`) are specialised: they make loads wide.
+    """
+    names = [name for name in inspect.signature(function).parameters if name in _COUNTS or name.endswith(_ROW_STRIDES)]
+    return triton.jit(function, do_not_specialize=names)
+
+
+def unit_of(*tensors: Tensor | None) -> int:
+    """The largest of 1, 2, 4 and 8 that divides the strides between the rows of all tensors."""
+    strides = (s for x in tensors if x is not None for n, s in zip(x.shape[:-1], x.stride()) if n > 1)
+    return math.gcd(8, *strides)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -71,9 +99,10 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def row_offset(row, inner, outer_stride, inner_stride):
-    """Where row `row` of an (outer, inner, D) tensor begins, in elements."""
-    return (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+def row_offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
+    """Offset of row `row` of an (outer, inner, D) tensor, in elements: a multiple of UNIT."""
+    offset = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
+    return tl.multiple_of(offset, UNIT)
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:

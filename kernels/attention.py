@@ -4,6 +4,7 @@ Two forms. A tile holds whole sequences of one head, as many as fit, under a blo
 once, and the backward pass needs neither the output nor the softmax's statistics. Longer sequences go block by block.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import triton
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64
+from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, unit_of
 from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_kernel, loop_forward_kernel
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
 
@@ -57,16 +58,15 @@ def _strides(unit: int, *tensors: Tensor) -> list[int]:
     return [stride // unit for x in tensors for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
 
 
-def _unit(*tensors: Tensor) -> int:
-    return 8 if all(stride % 8 == 0 for x in tensors for stride in x.stride()[:-1]) else 1
-
-
-def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) -> list[int]:
-    """The strides of key_mask, and those of bias as if it had its full shape."""
-    return [
-        *((0, 0) if key_mask is None else key_mask.stride()),
-        *((0, 0, 0, 0) if bias is None else bias.expand(full).stride()),
-    ]
+def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) -> tuple[list[int], int]:
+    """The strides of key_mask and those of bias as if it had its full shape, and the unit of the bias's."""
+    masks = [0, 0] if key_mask is None else list(key_mask.stride())
+    if bias is None:
+        return [*masks, 0, 0, 0, 0], 1
+    # the keys of a row of the bias are masked, which is as wide as their number is aligned
+    unit = math.gcd(full[-1], unit_of(bias))
+    *between, along = bias.expand(full).stride()
+    return [*masks, *(stride // unit for stride in between), along], unit
 
 
 def _has_large_tiles(q: Tensor) -> bool:
@@ -119,11 +119,13 @@ def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, 
     return cu_q.shape[0] - 1, heads, queries, keys, max(most_queries, 1), max(most_keys, 1)
 
 
-def _columns_of(q: Tensor, unit: int) -> dict[str, Any]:
+def _columns_of(q: Tensor, unit: int, bias_unit: int) -> dict[str, Any]:
     """Constants of every kernel; Triton's interpreter multiplies matrices of bfloat16 wrongly."""
     dim = q.shape[-1]
     low, high = _columns(dim)
-    return dict(D=dim, D0=low, D1=high, UNIT=unit, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
+    return dict(
+        D=dim, D0=low, D1=high, UNIT=unit, BIAS_UNIT=bias_unit, UPCAST=INTERPRETED and q.dtype == torch.bfloat16
+    )
 
 
 def _forward(
@@ -141,20 +143,22 @@ def _forward(
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
     q, k, v = _readable(q, most_queries), _readable(k, most_keys), _readable(v, most_keys)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
-    unit = _unit(q, k, v, out)
-    strides = (*_strides(unit, q, k, v, out), *_mask_strides(key_mask, bias, (batch, heads, queries, keys)))
+    unit = unit_of(q, k, v, out)
+    masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
+    strides = (*_strides(unit, q, k, v, out), *masks)
+    columns = _columns_of(q, unit, bias_unit)
     tensors = (q, k, v, out, key_mask, bias, cu_q, cu_k)
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[0]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
-                *tensors, *strides, batch, heads, queries, keys, group, scale, **_columns_of(q, unit), **tile
+                *tensors, *strides, batch, heads, queries, keys, group, scale, **columns, **tile
             )
         else:
             blocks = _blocks(q, bias is not None)
             tiles = triton.cdiv(most_queries, blocks["BQ"])
             loop_forward_kernel[(tiles * batch * heads,)](
-                *tensors, *strides, tiles, heads, queries, keys, scale, **_columns_of(q, unit), **blocks
+                *tensors, *strides, tiles, heads, queries, keys, scale, **columns, **blocks
             )
     return out
 
@@ -182,8 +186,9 @@ def _backward(
     grad, q = _readable(grad, most_queries), _readable(q, most_queries)
     k, v = _readable(k, most_keys), _readable(v, most_keys)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
-    unit = _unit(grad, q, k, v, dq, dk)
-    masks = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
+    unit = unit_of(grad, q, k, v, dq, dk)
+    masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
+    columns = _columns_of(q, unit, bias_unit)
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[1]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
@@ -192,11 +197,12 @@ def _backward(
                 *_strides(unit, grad, q, k, v, dq, dk),
                 *masks,
                 *(batch, heads, queries, keys, group, scale),
-                **_columns_of(q, unit),
+                **columns,
                 **tile,
             )
             return
-        rows = queries * heads * (batch if ragged is None else 1)
+        # each from a boundary of 16 bytes
+        rows = triton.cdiv(queries * heads * (batch if ragged is None else 1), 4) * 4
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
         blocks = _blocks(q, bias is not None)
         tiles = triton.cdiv(most_queries, blocks["BQ"])
@@ -205,7 +211,7 @@ def _backward(
             *_strides(unit, grad, q, k, v, dq),
             *masks,
             *(tiles, heads, queries, keys, scale),
-            **_columns_of(q, unit),
+            **columns,
             **blocks,
             num_stages=2,
         )
@@ -216,7 +222,7 @@ def _backward(
             *_strides(unit, grad, q, k, v, dk),
             *masks,
             *(tiles, heads, queries, keys, scale),
-            **_columns_of(q, unit),
+            **columns,
             **blocks,
         )
 

@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from ._launch import kernel
 from .attention_rows import (
     INFINITY,
     LOG2E,
+    aligned,
     attends_to,
     load_rows,
     offsets_of,
@@ -37,19 +39,20 @@ def _raise(top, scores):
     return highest, shift, tl.exp2(top - shift)
 
 
-@triton.jit
+@kernel
 def loop_forward_kernel(
     q, k, v, out, key_mask, bias, cu_q, cu_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
     mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program: BQ queries of one sequence and head, over its keys BK at a time with a running maximum and sum."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
     row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
+    keys = aligned(keys, BIAS_UNIT)
     q_first, queries = span(cu_q, entry, queries)
     k_first, keys = span(cu_k, entry, keys)
     q += offsets_of(entry, q_first, head, q_batch, q_row, q_head, UNIT)
@@ -61,7 +64,8 @@ def loop_forward_kernel(
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
-        bias += entry * bias_batch + head * bias_head
+        bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
+        bias_row *= BIAS_UNIT
 
     is_query = row < queries
     q_low, q_high = load_rows(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
@@ -87,14 +91,14 @@ def loop_forward_kernel(
     store_rows(out, row * out_row * UNIT, is_query, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
 
-@triton.jit
+@kernel
 def loop_backward_queries_kernel(
     grad, q, k, v, dq, top_of, inverse_of, mean_of, key_mask, bias, score_grad, cu_q, cu_k,
     grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dq_batch, dq_row, dq_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program: dq of BQ queries of one sequence and head; over its keys twice.
 
@@ -103,6 +107,7 @@ def loop_backward_queries_kernel(
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
     row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
+    keys = aligned(keys, BIAS_UNIT)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
     if score_grad is not None:
@@ -120,7 +125,8 @@ def loop_backward_queries_kernel(
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
-        bias += entry * bias_batch + head * bias_head
+        bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
+        bias_row *= BIAS_UNIT
 
     is_query = row < queries
     q_low, q_high = load_rows(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
@@ -166,14 +172,14 @@ def loop_backward_queries_kernel(
     store_rows(dq, row * dq_row * UNIT, is_query, low * scale, high * scale, D, D0, D1)
 
 
-@triton.jit
+@kernel
 def loop_backward_keys_kernel(
     grad, q, k, v, dk, dv, top_of, inverse_of, mean_of, key_mask, bias, cu_q, cu_k,
     grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dk_batch, dk_row, dk_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """A program: dk and dv of BK keys of one sequence and head, over its queries BQ at a time."""
     item = tl.program_id(0) // tiles
@@ -181,6 +187,7 @@ def loop_backward_keys_kernel(
     column = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
+    keys = aligned(keys, BIAS_UNIT)
     q_first, queries = span(cu_q, entry, queries)
     k_first, keys = span(cu_k, entry, keys)
     statistics += q_first
@@ -195,7 +202,8 @@ def loop_backward_keys_kernel(
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
-        bias += entry * bias_batch + head * bias_head
+        bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
+        bias_row *= BIAS_UNIT
 
     is_key = column < keys
     attends = attends_to(key_mask, column * mask_key, is_key)

@@ -83,6 +83,12 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 
 @triton.jit
+def aligned(count, UNIT: tl.constexpr):
+    """A multiple of UNIT, known to the compiler as one."""
+    return count // UNIT * UNIT if UNIT > 1 else count
+
+
+@triton.jit
 def span(cu_seqlens, sequence, total):
     """First row and length of a sequence, within the `total` rows whatever cu_seqlens holds; without it, all rows."""
     if cu_seqlens is None:

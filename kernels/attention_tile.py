@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
+from ._launch import kernel
 from .attention_rows import (
     INFINITY,
     LOG2E,
+    aligned,
     attends_to,
     load_rows,
     offsets_of,
@@ -53,14 +55,14 @@ def _tile_softmax(scores, allowed):
     return weights, 1.0 / tl.where(total == 0.0, 1.0, total)
 
 
-@triton.jit
+@kernel
 def tile_forward_kernel(
     q, k, v, out, key_mask, bias, cu_q, cu_k,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
     mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
     batch, heads, queries, keys, group, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
+    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A program: `group` sequences of a head, BQ query rows by BK key rows.
 
@@ -68,6 +70,7 @@ def tile_forward_kernel(
     """
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
+    keys = aligned(keys, BIAS_UNIT)
     q_first, queries = span(cu_q, tile, queries)
     k_first, keys = span(cu_k, tile, keys)
     q_sequence, q_entry, q_place, is_query = _tile_rows(tile, group, batch, queries, BQ, PACKED)
@@ -85,7 +88,7 @@ def tile_forward_kernel(
     if PACKED:
         v_low, v_high, mark = _set_aside(v_low, v_high, D1)
         scores += mark[None, :]
-    bias_rows = q_entry * bias_batch + head * bias_head + q_place * bias_row
+    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
     scores = with_bias(scores, bias, bias_rows, k_place * bias_key, allowed & is_query[:, None])
     weights, inverse = _tile_softmax(scores, allowed)
     low, high = zeros(BQ, D0, D1)
@@ -94,7 +97,7 @@ def tile_forward_kernel(
     store_rows(out, to, is_query, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
 
-@triton.jit
+@kernel
 def tile_backward_kernel(
     grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k,
     grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
@@ -102,7 +105,7 @@ def tile_backward_kernel(
     bias_batch, bias_head, bias_row, bias_key,
     batch, heads, queries, keys, group, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
+    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """A program: all gradients of `group` sequences of a head, from one softmax made anew.
 
@@ -110,6 +113,7 @@ def tile_backward_kernel(
     """
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
+    keys = aligned(keys, BIAS_UNIT)
     q_first, queries = span(cu_q, tile, queries)
     k_first, keys = span(cu_k, tile, keys)
     q_sequence, q_entry, q_place, is_query = _tile_rows(tile, group, batch, queries, BQ, PACKED)
@@ -136,7 +140,7 @@ def tile_backward_kernel(
     scores = over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
     if PACKED:
         scores += row_mark[:, None] + key_mark[None, :]
-    bias_rows = q_entry * bias_batch + head * bias_head + q_place * bias_row
+    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
     scores = with_bias(scores, bias, bias_rows, k_place * bias_key, allowed & is_query[:, None])
     weights, inverse = _tile_softmax(scores, allowed)
     weights = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])  # the sum may be NaN, and 0 NaN is

@@ -14,10 +14,12 @@ from ._launch import (
     as_rows,
     check_ids,
     check_std,
+    kernel,
     on_device,
     power_of_2,
     refuse_float64,
     row_offset,
+    unit_of,
 )
 
 # values that one program holds at a time; the interpreter runs programs one by one, so it is given larger ones
@@ -30,9 +32,9 @@ _NORM_PATCH, _NORM_CHANNEL = tl.constexpr(1), tl.constexpr(2)
 _REDUCE_NONE, _REDUCE_MEAN = 0, 1
 
 
-def _tile(rows: int, block: int) -> tuple[int, int]:
+def _tile(block: int) -> tuple[int, int]:
     """Rows and warps of a program whose rows take `block` lanes."""
-    return min(max(_TILE // block, 1), power_of_2(rows)), min(max(block // 512, 4), 16)
+    return max(_TILE // block, 1), min(max(block // 512, 4), 16)
 
 
 def _gradient_for(x: Tensor, wanted: bool) -> Tensor:
@@ -57,18 +59,18 @@ def _row_scale(weight, weight_offset, weight_total, is_row, share):
 # ---- pixel_loss ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _pixel_loss_kernel(
     pred, pred_batch, pred_row, pred_value,
-    images, image_batch, stride_c, stride_t, stride_h, stride_w,
-    ids, ids_batch, ids_row,
-    weight, weight_batch, weight_row, weight_total,
-    mean, mean_channel,
-    std, std_channel,
+    images, stride_b, stride_c, stride_t, stride_h, stride_w,
+    ids, ids_batch, ids_value,
+    weight, weight_batch, weight_value, weight_total,
+    mean, mean_value,
+    std, std_value,
     losses, grad,
     rows, predicted, patches, grid_h, grid_w, share,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, NEED_GRAD: tl.constexpr,
+    UNIT: tl.constexpr, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, NEED_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` patches, each a row of `BLOCK` lanes, channel fastest.
@@ -84,9 +86,9 @@ def _pixel_loss_kernel(
     batch, number = (row // predicted).to(tl.int64), (row % predicted).to(tl.int64)
 
     # where each patch begins, and where its values lie from there
-    patch = tl.load(ids + batch * ids_batch + number * ids_row, mask=is_row, other=-1).to(tl.int64)
+    patch = tl.load(ids + batch * ids_batch + number * ids_value, mask=is_row, other=-1).to(tl.int64)
     known = (patch >= 0) & (patch < patches)
-    start = batch * image_batch + patch % grid_w * PW * stride_w
+    start = batch * stride_b + patch % grid_w * PW * stride_w
     start += patch // grid_w % grid_h * PH * stride_h + patch // grid_w // grid_h * PT * stride_t
     lane = value.to(tl.int64) if WIDE else value
     if INTERLEAVED:
@@ -102,9 +104,9 @@ def _pixel_loss_kernel(
     if images.dtype.element_ty == tl.uint8:
         target = target / 255.0
     if mean is not None:
-        target -= tl.load(mean + channel * mean_channel).to(tl.float32)[None, :]
+        target -= tl.load(mean + channel * mean_value).to(tl.float32)[None, :]
     if std is not None:
-        target = target / tl.load(std + channel * std_channel).to(tl.float32)[None, :]
+        target = target / tl.load(std + channel * std_value).to(tl.float32)[None, :]
     target = tl.where(known[:, None], target, float("nan"))
 
     if NORM == _NORM_PATCH:
@@ -125,10 +127,10 @@ def _pixel_loss_kernel(
             target = tl.where(own, part / (tl.sqrt(var) + 1e-6)[:, None], target)
 
     mask = is_row[:, None] & is_value[None, :]
-    offset = (batch * pred_batch + number * pred_row)[:, None] + value[None, :] * pred_value
+    offset = tl.multiple_of(batch * pred_batch + number * pred_row, UNIT)[:, None] + value[None, :] * pred_value
     error = tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32) - target
     error = tl.where(mask, error, 0.0)
-    scale = _row_scale(weight, batch * weight_batch + number * weight_row, weight_total, is_row, share)
+    scale = _row_scale(weight, batch * weight_batch + number * weight_value, weight_total, is_row, share)
     tl.store(losses + row, tl.sum(error * error, axis=1) / VALUES * scale, mask=is_row)
     if NEED_GRAD:
         out = error * (scale * (2.0 / VALUES))[:, None]
@@ -170,7 +172,8 @@ def pixel_loss(
     interleaved = strides[2] == channels and (channel_stride == 1 or channels == 1)
     losses = pred.new_empty(rows, dtype=torch.float32)
     block = power_of_2(values)
-    tile, warps = _tile(rows, block)
+    tile, warps = _tile(block)
+    unit = unit_of(pred)
     with on_device(pred):
         _pixel_loss_kernel[(triton.cdiv(rows, tile),)](
             pred, *pred.stride(),
@@ -182,7 +185,7 @@ def pixel_loss(
             std, 0 if std is None else std.stride(0),
             losses, grad,
             rows, ids.shape[1], patches, *grid[-2:], 1 / rows,
-            NORM=norm_pix, CHANNELS=channels, PT=patch[0], PH=patch[1], PW=patch[2],
+            UNIT=unit, NORM=norm_pix, CHANNELS=channels, PT=patch[0], PH=patch[1], PW=patch[2],
             INTERLEAVED=interleaved, WIDE=span >= 2**31, NEED_GRAD=need_grad,
             ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
@@ -211,14 +214,14 @@ def _cosine_gradient(slope, cosine, own, other, size, norm, LARGEST: tl.constexp
     return tl.where(out < -LARGEST, -LARGEST, out)
 
 
-@triton.jit
+@kernel
 def _scaled_cosine_loss_kernel(
     pred, pred_outer, pred_inner, pred_value,
     target, target_outer, target_inner, target_value,
-    weight, weight_row, weight_total,
+    weight, weight_value, weight_total,
     losses, dpred, dtarget,
     rows, inner, width, gamma, share,
-    LARGEST_PRED: tl.constexpr, LARGEST_TARGET: tl.constexpr,
+    UNIT: tl.constexpr, LARGEST_PRED: tl.constexpr, LARGEST_TARGET: tl.constexpr,
     NEED_PRED_GRAD: tl.constexpr, NEED_TARGET_GRAD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -230,9 +233,9 @@ def _scaled_cosine_loss_kernel(
     value = tl.arange(0, BLOCK)
     is_row = row < rows
     mask = is_row[:, None] & (value < width)[None, :]
-    offset = row_offset(row, inner, pred_outer, pred_inner)[:, None] + value[None, :] * pred_value
+    offset = row_offset(row, inner, pred_outer, pred_inner, UNIT)[:, None] + value[None, :] * pred_value
     x, x_size, x_norm = _direction(tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32))
-    offset = row_offset(row, inner, target_outer, target_inner)[:, None] + value[None, :] * target_value
+    offset = row_offset(row, inner, target_outer, target_inner, UNIT)[:, None] + value[None, :] * target_value
     y, y_size, y_norm = _direction(tl.load(target + offset, mask=mask, other=0.0).to(tl.float32))
 
     cosine = tl.sum(x * y, axis=1)
@@ -241,7 +244,7 @@ def _scaled_cosine_loss_kernel(
     # error^(gamma - 1); log2(0) is -inf, and 2^-inf is 0
     power = tl.where(gamma == 2.0, error, tl.exp2((gamma - 1.0) * tl.log2(error)))
     power = tl.where(gamma == 1.0, 1.0, power)
-    scale = _row_scale(weight, row.to(tl.int64) * weight_row, weight_total, is_row, share)
+    scale = _row_scale(weight, row.to(tl.int64) * weight_value, weight_total, is_row, share)
     tl.store(losses + row, power * error * scale, mask=is_row)
 
     slope = -gamma * power * scale
@@ -278,7 +281,8 @@ def scaled_cosine_loss(
         mean = reduction == _REDUCE_MEAN
         weights = None if weight is None else weight.reshape(-1)
         block = power_of_2(width)
-        tile, warps = _tile(rows, block)
+        tile, warps = _tile(block)
+        unit = unit_of(x, y)
         with on_device(pred):
             _scaled_cosine_loss_kernel[(triton.cdiv(rows, tile),)](
                 x, *x.stride(),
@@ -287,7 +291,7 @@ def scaled_cosine_loss(
                 weights.sum(dtype=torch.float32) if weights is not None and mean else None,
                 losses, dpred, dtarget,
                 rows, x.shape[1], width, float(gamma), 1 / rows if mean else 1.0,
-                LARGEST_PRED=torch.finfo(pred.dtype).max, LARGEST_TARGET=torch.finfo(target.dtype).max,
+                UNIT=unit, LARGEST_PRED=torch.finfo(pred.dtype).max, LARGEST_TARGET=torch.finfo(target.dtype).max,
                 NEED_PRED_GRAD=need_pred_grad, NEED_TARGET_GRAD=need_target_grad,
                 ROWS=tile, BLOCK=block, num_warps=warps,
             )  # fmt: skip
@@ -297,14 +301,15 @@ def scaled_cosine_loss(
 # ---- the gradient that was made, times the one that arrives ----------------------------------------------------------
 
 
-@triton.jit
-def _scale_gradient_kernel(grad, upstream, count, BLOCK: tl.constexpr):
-    """One program: `BLOCK` values; nothing is read or written where the factor is 1."""
+@kernel
+def _scale_gradient_kernel(grad, upstream, count, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """One program: `BLOCK` of the `count` times UNIT values; nothing is read or written where the factor is 1."""
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1.0:
         place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(grad + place, mask=place < count).to(tl.float32)
-        tl.store(grad + place, (value * factor).to(grad.dtype.element_ty), mask=place < count)
+        inside = place < count.to(tl.int64) * UNIT
+        value = tl.load(grad + place, mask=inside).to(tl.float32)
+        tl.store(grad + place, (value * factor).to(grad.dtype.element_ty), mask=inside)
 
 
 def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
@@ -314,5 +319,8 @@ def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
         raise Unserved("a gradient that no loss made is served by the reference")
     count = grad.numel()
     if count:
+        unit = math.gcd(8, grad.shape[-1]) if grad.dim() else 1
         with on_device(grad):
-            _scale_gradient_kernel[(triton.cdiv(count, _SCALED),)](grad, upstream, count, BLOCK=_SCALED, num_warps=8)
+            _scale_gradient_kernel[(triton.cdiv(count, _SCALED),)](
+                grad, upstream, count // unit, UNIT=unit, BLOCK=_SCALED, num_warps=8
+            )

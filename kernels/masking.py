@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, check_noise, on_device, power_of_2, refuse_float64
+from ._launch import INTERPRETED, check_noise, kernel, on_device, power_of_2, refuse_float64
 
 # tokens that a program ranks, and keys (counters of four) that it compares them with at a time; a step costs the
 # interpreter milliseconds, however many it compares
@@ -48,10 +48,10 @@ def noise_order(noise, token, length, stride):
     return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
-@triton.jit
+@kernel
 def _random_masking_kernel(
     noise, seeds, ids_keep, ids_predict, ids_restore, length, len_keep, len_predict,
-    noise_b, noise_l, seeds_b, BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    noise_batch, noise_value, seeds_value, BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One program ranks a block of one image's tokens among all its tokens, and writes all three ids of them.
 
@@ -62,13 +62,13 @@ def _random_masking_kernel(
     token = tl.program_id(0) % blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     rank = tl.zeros([BLOCK_TOKENS], tl.int32)
     if noise is not None:
-        own = keys_of(noise_order(noise + b * noise_b, token, length, noise_l), token, length)[:, None]
+        own = keys_of(noise_order(noise + b * noise_batch, token, length, noise_value), token, length)[:, None]
         for start in range(0, length, BLOCK_KEYS):
             other = start + tl.arange(0, BLOCK_KEYS)
-            keys = keys_of(noise_order(noise + b * noise_b, other, length, noise_l), other, length)
+            keys = keys_of(noise_order(noise + b * noise_batch, other, length, noise_value), other, length)
             rank += tl.sum((keys[None, :] < own).to(tl.int32), axis=1)
     else:
-        seed = tl.load(seeds + b * seeds_b)
+        seed = tl.load(seeds + b * seeds_value)
         w0, w1, w2, w3 = philox(seed, token // 4)
         word = token % 4
         own = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))

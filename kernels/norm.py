@@ -6,7 +6,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, as_rows, on_device, power_of_2, refuse_float64, row_offset
+from ._launch import (
+    INTERPRETED,
+    as_rows,
+    kernel,
+    on_device,
+    power_of_2,
+    refuse_float64,
+    row_offset,
+    unit_of,
+)
 
 # values that one program holds at a time; the interpreter runs programs one by one, so it is given larger ones
 _TILE = 16384 if INTERPRETED else 2048
@@ -16,9 +25,9 @@ _PARTIALS = 512
 _PARTIAL_ROWS = 64
 
 
-def _tile(rows: int, block: int, most: int = 1024) -> tuple[int, int]:
+def _tile(block: int, most: int = 1024) -> tuple[int, int]:
     """Rows, up to `most`, and warps of a program whose rows take `block` lanes."""
-    return min(max(_TILE // block, 1), most, power_of_2(rows)), min(max(block // 512, 4), 16)
+    return min(max(_TILE // block, 1), most), min(max(block // 512, 4), 16)
 
 
 def _check_width(width: int) -> None:
@@ -31,7 +40,7 @@ def _check_width(width: int) -> None:
 # ---- add_layer_norm --------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _add_layer_norm_kernel(
     x, x_outer, x_inner, x_value,
     residual, residual_outer, residual_inner, residual_value,
@@ -39,7 +48,7 @@ def _add_layer_norm_kernel(
     bias, bias_value,
     normed, total, mean, rstd,
     rows, inner, width, eps,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` rows; each is added, stored, and normalised as it was stored.
 
@@ -49,8 +58,9 @@ def _add_layer_norm_kernel(
     value = tl.arange(0, BLOCK)
     is_row, is_value = row < rows, value < width
     mask = is_row[:, None] & is_value[None, :]
-    x_offset = row_offset(row, inner, x_outer, x_inner)[:, None] + value[None, :] * x_value
-    residual_offset = row_offset(row, inner, residual_outer, residual_inner)[:, None] + value[None, :] * residual_value
+    x_offset = row_offset(row, inner, x_outer, x_inner, UNIT)[:, None] + value[None, :] * x_value
+    residual_offset = row_offset(row, inner, residual_outer, residual_inner, UNIT)
+    residual_offset = residual_offset[:, None] + value[None, :] * residual_value
     out_offset = row.to(tl.int64)[:, None] * width + value[None, :]
 
     a = tl.load(x + x_offset, mask=mask, other=0.0).to(tl.float32)
@@ -89,7 +99,8 @@ def add_layer_norm(
         return normed, total, mean, rstd
     x, residual = as_rows(x), as_rows(residual)
     block = power_of_2(width)
-    tile, warps = _tile(rows, block)
+    tile, warps = _tile(block)
+    unit = unit_of(x, residual)
     with on_device(x):
         _add_layer_norm_kernel[(triton.cdiv(rows, tile),)](
             x, *x.stride(),
@@ -98,12 +109,12 @@ def add_layer_norm(
             bias, bias.stride(0),
             normed, total, mean, rstd,
             rows, x.shape[1], width, eps,
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            UNIT=unit, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return normed, total, mean, rstd
 
 
-@triton.jit
+@kernel
 def _add_layer_norm_backward_kernel(
     grad_normed, normed_outer, normed_inner, normed_value,
     grad_sum, sum_outer, sum_inner, sum_value,
@@ -113,7 +124,7 @@ def _add_layer_norm_backward_kernel(
     bias, bias_value,
     dtotal, again, partials,
     rows, inner, width,
-    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: every n-th block of `ROWS` rows, n programs in all.
 
@@ -131,9 +142,9 @@ def _add_layer_norm_backward_kernel(
         row = block * ROWS + tl.arange(0, ROWS)
         is_row = row < rows
         mask = is_row[:, None] & is_value[None, :]
-        offset = row_offset(row, inner, normed_outer, normed_inner)[:, None] + value[None, :] * normed_value
+        offset = row_offset(row, inner, normed_outer, normed_inner, UNIT)[:, None] + value[None, :] * normed_value
         grad = tl.load(grad_normed + offset, mask=mask, other=0.0).to(tl.float32)
-        offset = row_offset(row, inner, total_outer, total_inner)[:, None] + value[None, :] * total_value
+        offset = row_offset(row, inner, total_outer, total_inner, UNIT)[:, None] + value[None, :] * total_value
         sums = tl.load(total + offset, mask=mask, other=0.0).to(tl.float32)
         center = tl.load(mean + row, mask=is_row, other=0.0)
         # one value has no deviation: its gradient is exactly 0, whatever the products below are rounded to
@@ -145,7 +156,7 @@ def _add_layer_norm_backward_kernel(
         weighted = grad * w[None, :]
         shift = tl.sum(weighted, axis=1) / width
         slope = tl.sum(weighted * normed, axis=1) / width
-        offset = row_offset(row, inner, sum_outer, sum_inner)[:, None] + value[None, :] * sum_value
+        offset = row_offset(row, inner, sum_outer, sum_inner, UNIT)[:, None] + value[None, :] * sum_value
         through = tl.load(grad_sum + offset, mask=mask, other=0.0).to(tl.float32)
         out = (weighted - shift[:, None] - normed * slope[:, None]) * scale[:, None] + through
         offset = row.to(tl.int64)[:, None] * width + value[None, :]
@@ -180,9 +191,10 @@ def add_layer_norm_backward(
     shift = weight if bias is None else bias
     grad_normed, grad_sum, total = as_rows(grad_normed), as_rows(grad_sum), as_rows(total)
     block = power_of_2(width)
-    tile, warps = _tile(rows, block, _PARTIAL_ROWS)
+    tile, warps = _tile(block, _PARTIAL_ROWS)
     programs = min(triton.cdiv(rows, tile), _PARTIALS)
     partials = weight.new_empty(programs, 2, width, dtype=torch.float32)
+    unit = unit_of(grad_normed, grad_sum, total)
     with on_device(total):
         _add_layer_norm_backward_kernel[(programs,)](
             grad_normed, *grad_normed.stride(),
@@ -193,7 +205,7 @@ def add_layer_norm_backward(
             shift, shift.stride(0),
             dtotal, again, partials,
             rows, total.shape[1], width,
-            AGAIN=bias is not None, ROWS=tile, BLOCK=block, num_warps=warps,
+            UNIT=unit, AGAIN=bias is not None, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dtotal, partials[:, 0].sum(0), partials[:, 1].sum(0), again
 
@@ -201,13 +213,13 @@ def add_layer_norm_backward(
 # ---- bias_gelu -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _bias_gelu_kernel(
     x, x_outer, x_inner, x_value,
     bias, bias_value,
     out,
     rows, inner, width,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK` columns of `ROWS` rows.
 
@@ -217,7 +229,7 @@ def _bias_gelu_kernel(
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_value = value < width
     mask = (row < rows)[:, None] & is_value[None, :]
-    offset = row_offset(row, inner, x_outer, x_inner)[:, None] + value[None, :] * x_value
+    offset = row_offset(row, inner, x_outer, x_inner, UNIT)[:, None] + value[None, :] * x_value
     b = tl.load(bias + value * bias_value, mask=is_value, other=0.0).to(tl.float32)
     u = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) + b[None, :]
     result = u * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
@@ -240,23 +252,24 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     width = x.shape[-1]
     rows = x.numel() // width
     block = _columns(width)
-    tile, warps = _tile(rows, block)
+    tile, warps = _tile(block)
+    unit = unit_of(x)
     with on_device(x):
         _bias_gelu_kernel[(triton.cdiv(rows, tile), triton.cdiv(width, block))](
             x, *x.stride(), bias, bias.stride(0), out, rows, x.shape[1], width,
-            ROWS=tile, BLOCK=block, num_warps=warps,
+            UNIT=unit, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@kernel
 def _bias_gelu_backward_kernel(
     grad, grad_outer, grad_inner, grad_value,
     x, x_outer, x_inner, x_value,
     bias, bias_value,
     dx, again, partials,
     rows, inner, width,
-    AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    UNIT: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: `BLOCK` columns of every n-th block of `ROWS` rows, n programs along the rows.
 
@@ -270,9 +283,9 @@ def _bias_gelu_backward_kernel(
     for block in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & is_value[None, :]
-        offset = row_offset(row, inner, x_outer, x_inner)[:, None] + value[None, :] * x_value
+        offset = row_offset(row, inner, x_outer, x_inner, UNIT)[:, None] + value[None, :] * x_value
         u = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32) + b[None, :]
-        offset = row_offset(row, inner, grad_outer, grad_inner)[:, None] + value[None, :] * grad_value
+        offset = row_offset(row, inner, grad_outer, grad_inner, UNIT)[:, None] + value[None, :] * grad_value
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
         bell = tl.exp(-0.5 * u * u) * 0.3989422804014327
         phi = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
@@ -295,14 +308,15 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = Fals
     width = x.shape[-1]
     rows = x.numel() // width
     block = _columns(width)
-    tile, warps = _tile(rows, block, _PARTIAL_ROWS)
+    tile, warps = _tile(block, _PARTIAL_ROWS)
     columns = triton.cdiv(width, block)
     programs = min(triton.cdiv(rows, tile), _PARTIALS)
     partials = bias.new_empty(programs, width, dtype=torch.float32)
+    unit = unit_of(grad, x)
     with on_device(x):
         _bias_gelu_backward_kernel[(programs, columns)](
             grad, *grad.stride(), x, *x.stride(), bias, bias.stride(0), dx, value, partials,
             rows, x.shape[1], width,
-            AGAIN=again, ROWS=tile, BLOCK=block, num_warps=warps,
+            UNIT=unit, AGAIN=again, ROWS=tile, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return dx, partials.sum(0), value

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_ids, check_std, on_device, refuse_float64
-from .tokens import id_block, places_of, refuse_rows, tiles
+from ._launch import check_ids, check_std, kernel, on_device, refuse_float64, unit_of
+from .tokens import ID_BLOCK, places_of, refuse_rows, tiles
 
 
 def image_strides(images: Tensor) -> tuple[int, ...]:
@@ -45,10 +45,10 @@ def value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT: tl.constexp
 # ---- gather_patches and its transpose --------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _gather_kernel(
     images, ids, mean, std, out, rows, count, patches, grid_h, grid_w,
-    stride_b, stride_c, stride_t, stride_h, stride_w, ids_b, ids_k, mean_c, std_c,
+    stride_b, stride_c, stride_t, stride_h, stride_w, ids_batch, ids_value, mean_value, std_value,
     VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _gather_kernel(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     value = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     b = (row // count).to(tl.int64)
-    id = tl.load(ids + b * ids_b + (row % count).to(tl.int64) * ids_k, mask=row < rows, other=-1)
+    id = tl.load(ids + b * ids_batch + (row % count).to(tl.int64) * ids_value, mask=row < rows, other=-1)
     there = (id >= 0) & (id < patches)
     id = tl.where(there, id, 0).to(tl.int32)
     start = b * stride_b + patch_starts(id, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW)
@@ -70,9 +70,9 @@ def _gather_kernel(
         pixel = tl.math.div_rn(pixel, 255.0)
     channel = (value // (PT * PH * PW)).to(tl.int64)
     if mean is not None:
-        pixel -= tl.load(mean + channel * mean_c, mask=value < VALUES, other=0.0).to(tl.float32)[None, :]
+        pixel -= tl.load(mean + channel * mean_value, mask=value < VALUES, other=0.0).to(tl.float32)[None, :]
     if std is not None:
-        deviation = tl.load(std + channel * std_c, mask=value < VALUES, other=1.0).to(tl.float32)
+        deviation = tl.load(std + channel * std_value, mask=value < VALUES, other=1.0).to(tl.float32)
         pixel = tl.math.div_rn(pixel, tl.broadcast_to(deviation[None, :], pixel.shape))
     pixel = tl.where(there[:, None], pixel, float("nan"))
     tl.store(out + row.to(tl.int64)[:, None] * VALUES + value[None, :], pixel.to(out.dtype.element_ty), mask=inside)
@@ -109,11 +109,11 @@ def gather_patches(
     return out
 
 
-@triton.jit
+@kernel
 def _scatter_kernel(
     grad, ids, std, images, count, patches, grid_h, grid_w,
-    stride_b, stride_c, stride_t, stride_h, stride_w, grad_b, grad_k, grad_p, ids_b, ids_k, std_c,
-    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    stride_b, stride_c, stride_t, stride_h, stride_w, grad_batch, grad_row, grad_value, ids_batch, ids_value, std_value,
+    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of one image's patches, some of their values: each the row of `grad` that names it.
@@ -124,12 +124,13 @@ def _scatter_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     id = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     value = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    place = places_of(id, ids + b * ids_b, count, ids_k, BLOCK_IDS)
-    source = grad + b * grad_b + place.to(tl.int64)[:, None] * grad_k + value.to(tl.int64)[None, :] * grad_p
+    place = places_of(id, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
+    source = tl.multiple_of(b * grad_batch + place.to(tl.int64) * grad_row, UNIT)
+    source = grad + source[:, None] + value.to(tl.int64)[None, :] * grad_value
     pixel = tl.load(source, mask=(place >= 0)[:, None] & (value < VALUES)[None, :], other=0.0).to(tl.float32)
     if std is not None:
         channel = (value // (PT * PH * PW)).to(tl.int64)
-        deviation = tl.load(std + channel * std_c, mask=value < VALUES, other=1.0).to(tl.float32)
+        deviation = tl.load(std + channel * std_value, mask=value < VALUES, other=1.0).to(tl.float32)
         pixel = tl.math.div_rn(pixel, tl.broadcast_to(deviation[None, :], pixel.shape))
     start = b * stride_b + patch_starts(id, grid_h, grid_w, stride_t, stride_h, stride_w, PT, PH, PW)
     offset = value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
@@ -150,11 +151,12 @@ def gather_patches_backward(
     if images.numel() == 0:
         return images
     tile_grid, blocks = tiles(patches, values, batch)
+    unit = unit_of(grad)
     with on_device(grad):
         _scatter_kernel[tile_grid](
-            grad, ids, std, images, ids.shape[1], patches, *grid[1:], *image_strides(images), *grad.stride(),
-            *ids.stride(), 0 if std is None else std.stride(0), values, *patch,
-            **blocks, BLOCK_IDS=id_block(ids.shape[1]), num_warps=8,
+            grad, ids, std, images, ids.shape[1], patches, *grid[1:], *image_strides(images),
+            *grad.stride(), *ids.stride(), 0 if std is None else std.stride(0), values, *patch,
+            UNIT=unit, **blocks, BLOCK_IDS=ID_BLOCK, num_warps=8,
         )  # fmt: skip
     return images
 
@@ -162,31 +164,32 @@ def gather_patches_backward(
 # ---- embed_patches ---------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _place_kernel(
-    tokens, ids, pos_embed, prefix, out, rows, count, num_prefix, patches, width,
-    ids_b, ids_k, pos_l, pos_d, prefix_n, prefix_d, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    tokens, ids, pos_embed, head, out, rows, count, prefix, patches, width,
+    ids_batch, ids_value, pos_row, pos_value, head_row, head_value, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of embedded tokens (rows of B·(N+K)), some of their columns.
 
-    A token gets the position of its patch; a row of the prefix is copied.
+    A token gets the position of its patch; the first `prefix` rows of an image are copied from `head`.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    b = (row // (num_prefix + count)).to(tl.int64)
-    k = (row % (num_prefix + count)).to(tl.int64) - num_prefix
+    b = (row // (prefix + count)).to(tl.int64)
+    k = (row % (prefix + count)).to(tl.int64) - prefix
     inside = (row < rows)[:, None] & (column < width)[None, :]
     is_token = inside & (k >= 0)[:, None]
     step = column.to(tl.int64)[None, :]
     value = tl.load(tokens + (b * count + k)[:, None] * width + step, mask=is_token, other=0.0).to(tl.float32)
     if pos_embed is not None:
-        id = tl.load(ids + b * ids_b + k * ids_k, mask=(row < rows) & (k >= 0), other=-1)
+        id = tl.load(ids + b * ids_batch + k * ids_value, mask=(row < rows) & (k >= 0), other=-1)
         there = (id >= 0) & (id < patches)
-        pos = pos_embed + (id * pos_l)[:, None] + step * pos_d
+        pos = pos_embed + tl.multiple_of(id * pos_row, UNIT)[:, None] + step * pos_value
         value += tl.load(pos, mask=is_token & there[:, None], other=0.0).to(tl.float32)
-    if prefix is not None:
-        head = prefix + ((num_prefix + k) * prefix_n)[:, None] + step * prefix_d
-        value = tl.where((k < 0)[:, None], tl.load(head, mask=inside & (k < 0)[:, None]).to(tl.float32), value)
+    if head is not None:
+        first = head + tl.multiple_of((prefix + k) * head_row, UNIT)[:, None] + step * head_value
+        value = tl.where((k < 0)[:, None], tl.load(first, mask=inside & (k < 0)[:, None]).to(tl.float32), value)
     tl.store(out + row.to(tl.int64)[:, None] * width + step, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -217,10 +220,12 @@ def embed_patches(
         return out
     tile_grid, blocks = tiles(rows, width)
     num_patches = math.prod(patch_grid(images.shape, list(weight.shape[2:]))[1])
+    unit = unit_of(pos_embed, prefix)
     with on_device(images):
         _place_kernel[tile_grid](
             tokens, ids, pos_embed, prefix, out, rows, count, num_prefix, num_patches, width, *ids.stride(),
-            *((0, 0) if pos_embed is None else pos_embed.stride()), *((0, 0) if prefix is None else prefix.stride()),
-            **blocks,
+            *((0, 0) if pos_embed is None else pos_embed.stride()),
+            *((0, 0) if prefix is None else prefix.stride()),
+            UNIT=unit, **blocks,
         )  # fmt: skip
     return out

@@ -6,21 +6,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, check_ids, on_device, power_of_2, refuse_float64
+from ._launch import INTERPRETED, check_ids, kernel, on_device, power_of_2, refuse_float64, unit_of
 
 # values of a program's tile; a program costs the interpreter milliseconds, however large its tile
 TILE = 2**14 if INTERPRETED else 2**12
+# ids that a program compares at a time, where it looks for the row that names a token
+ID_BLOCK = 256 if INTERPRETED else 64
 
 
-def tile(rows: int, width: int) -> tuple[int, int]:
+def tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
     columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
-    return min(power_of_2(rows), TILE // columns), columns
-
-
-def id_block(count: int) -> int:
-    """Ids that a program compares at a time, where it looks for the row that names a token."""
-    return min(power_of_2(count), 256)
+    return TILE // columns, columns
 
 
 def refuse_rows(*counts: int) -> None:
@@ -32,7 +29,7 @@ def refuse_rows(*counts: int) -> None:
 def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid and the block sizes of a kernel over so many rows of each image, or over all rows as one image's."""
     refuse_rows(images * rows)
-    block_rows, block_width = tile(rows, width)
+    block_rows, block_width = tile(width)
     grid = images * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)
     return grid, dict(BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
 
@@ -51,9 +48,10 @@ def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _gather_kernel(
-    tokens, ids, out, rows, count, limit, width, tokens_b, tokens_l, tokens_d, ids_b, ids_k,
+    tokens, ids, out, rows, count, limit, width,
+    tokens_batch, tokens_row, tokens_value, ids_batch, ids_value, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program copies a block of chosen tokens (rows of B·K), some of their columns.
@@ -63,9 +61,10 @@ def _gather_kernel(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     b = (row // count).to(tl.int64)
-    token = tl.load(ids + b * ids_b + (row % count).to(tl.int64) * ids_k, mask=row < rows, other=-1)
+    token = tl.load(ids + b * ids_batch + (row % count).to(tl.int64) * ids_value, mask=row < rows, other=-1)
     there = (token >= 0) & (token < limit)
-    source = tokens + (b * tokens_b + token * tokens_l)[:, None] + column.to(tl.int64)[None, :] * tokens_d
+    source = tl.multiple_of(b * tokens_batch + token * tokens_row, UNIT)
+    source = tokens + source[:, None] + column.to(tl.int64)[None, :] * tokens_value
     value = tl.load(source, mask=there[:, None] & (column < width)[None, :], other=float("nan"))
     target = out + row.to(tl.int64)[:, None] * width + column[None, :]
     tl.store(target, value, mask=(row < rows)[:, None] & (column < width)[None, :])
@@ -81,17 +80,19 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
         return out
     rows = batch * count
     grid, blocks = tiles(rows, width)
+    unit = unit_of(tokens)
     with on_device(tokens):
         _gather_kernel[grid](
             tokens, ids, out, rows, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
-            **blocks,
+            UNIT=unit, **blocks,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@kernel
 def _scatter_kernel(
-    grad, ids, out, count, rows, prefix, width, grad_b, grad_k, grad_d, ids_b, ids_k,
+    grad, ids, out, count, rows, prefix, width,
+    grad_batch, grad_row, grad_value, ids_batch, ids_value, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of one image's rows, some of their columns: each the row of `grad` that names it.
@@ -102,10 +103,11 @@ def _scatter_kernel(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    place = places_of(row - prefix, ids + b * ids_b, count, ids_k, BLOCK_IDS)
+    place = places_of(row - prefix, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
     named = (row < prefix) | (place >= 0)
     source_row = tl.where(row < prefix, row, prefix + place).to(tl.int64)
-    source = grad + b * grad_b + source_row[:, None] * grad_k + column.to(tl.int64)[None, :] * grad_d
+    source = tl.multiple_of(b * grad_batch + source_row * grad_row, UNIT)
+    source = grad + source[:, None] + column.to(tl.int64)[None, :] * grad_value
     inside = (row < rows)[:, None] & (column < width)[None, :]
     value = tl.load(source, mask=inside & named[:, None], other=0.0)
     tl.store(out + (b * rows + row)[:, None] * width + column[None, :], value, mask=inside)
@@ -118,10 +120,11 @@ def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
     if out.numel() == 0:
         return out
     grid, blocks = tiles(rows, width, batch)
+    unit = unit_of(grad)
     with on_device(grad):
         _scatter_kernel[grid](
             grad, ids, out, ids.shape[1], rows, prefix, width, *grad.stride(), *ids.stride(),
-            **blocks, BLOCK_IDS=id_block(ids.shape[1]),
+            UNIT=unit, **blocks, BLOCK_IDS=ID_BLOCK,
         )  # fmt: skip
     return out
 
@@ -136,9 +139,10 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
 # ---- sum_by_position -------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@kernel
 def _sum_kernel(
-    rows, ids, partial, batch, share, count, positions, width, rows_b, rows_k, rows_d, ids_b, ids_k,
+    tokens, ids, partial, batch, share, count, positions, width,
+    tokens_batch, tokens_row, tokens_value, ids_batch, ids_value, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """One program sums a block of positions, some of their columns, over its share of the batch, image by image."""
@@ -149,8 +153,9 @@ def _sum_kernel(
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for image in range(part * share, tl.minimum(part * share + share, batch)):
         b = tl.cast(image, tl.int64)
-        place = places_of(position, ids + b * ids_b, count, ids_k, BLOCK_IDS)
-        source = rows + b * rows_b + place.to(tl.int64)[:, None] * rows_k + column.to(tl.int64)[None, :] * rows_d
+        place = places_of(position, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
+        source = tl.multiple_of(b * tokens_batch + place.to(tl.int64) * tokens_row, UNIT)
+        source = tokens + source[:, None] + column.to(tl.int64)[None, :] * tokens_value
         value = tl.load(source, mask=(place >= 0)[:, None] & (column < width)[None, :], other=0.0)
         total += value.to(tl.float32)
     target = partial + (part.to(tl.int64) * positions + position)[:, None] * width + column[None, :]
@@ -165,16 +170,17 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     if rows.numel() == 0 or num_positions == 0:
         return rows.new_zeros(num_positions, width, dtype=torch.float32)
     refuse_rows(batch * max(count, num_positions))
-    block_rows, block_width = tile(num_positions, width)
+    block_rows, block_width = tile(width)
     blocks, columns = triton.cdiv(num_positions, block_rows), triton.cdiv(width, block_width)
     # enough shares of the batch for about a thousand programs
     share = max(8, triton.cdiv(batch * blocks * columns, 1024))
     parts = triton.cdiv(batch, share)
     partial = rows.new_empty(parts, num_positions, width, dtype=torch.float32)
+    unit = unit_of(rows)
     with on_device(rows):
         _sum_kernel[(parts * blocks, columns)](
             rows, ids, partial, batch, share, count, num_positions, width, *rows.stride(), *ids.stride(),
-            BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=id_block(ids.shape[1]),
+            UNIT=unit, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=ID_BLOCK,
         )  # fmt: skip
     return partial.sum(0) if parts > 1 else partial[0]
 
@@ -184,27 +190,28 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
 
 @triton.jit
 def _assemble(
-    out, row, rows, width, visible, seen, is_visible, mask_token, mask_d, position, there, pos_embed, pos_l, pos_d,
-    visible_d, BLOCK_WIDTH: tl.constexpr,
+    out, row, rows, width, visible, seen, visible_value, is_visible, mask_token, mask_value,
+    pos_embed, position, pos_row, pos_value, there, UNIT: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Writes out[row] = visible[seen] (where not `is_visible`, the mask token) + pos_embed[position]; else NaN."""
+    """Write out[row] = visible row `seen` (where not `is_visible`, the mask token) + pos_embed[position]; else NaN."""
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     inside = (row < rows)[:, None] & (column < width)[None, :]
     step = column.to(tl.int64)
-    source = visible + seen[:, None] + step[None, :] * visible_d
+    source = visible + seen[:, None] + step[None, :] * visible_value
     value = tl.load(source, mask=inside & (is_visible & there)[:, None], other=0.0).to(tl.float32)
-    token = tl.load(mask_token + step * mask_d, mask=column < width, other=0.0).to(tl.float32)
-    pos = pos_embed + (position * pos_l)[:, None] + step[None, :] * pos_d
+    token = tl.load(mask_token + step * mask_value, mask=column < width, other=0.0).to(tl.float32)
+    pos = pos_embed + tl.multiple_of(position * pos_row, UNIT)[:, None] + step[None, :] * pos_value
     pos = tl.load(pos, mask=inside & there[:, None], other=0.0).to(tl.float32)
     value = tl.where(is_visible[:, None], value, token[None, :]) + pos
     value = tl.where(there[:, None], value, float("nan"))
     tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def _decoder_kernel(
     visible, ids_keep, ids_predict, mask_token, pos_embed, out, rows, num_visible, num_predict, prefix, patches, width,
-    visible_b, visible_l, visible_d, keep_b, keep_k, predict_b, predict_k, mask_d, pos_l, pos_d,
+    visible_batch, visible_row, visible_value, keep_batch, keep_value, predict_batch, predict_value, mask_value,
+    pos_row, pos_value, UNIT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of decoder tokens (rows of B·(N+K+M)), some of their columns.
@@ -216,15 +223,17 @@ def _decoder_kernel(
     r = (row % (num_visible + num_predict)).to(tl.int64)
     is_visible = r < num_visible
     kept = is_visible & (r >= prefix) & (row < rows)
-    kept_id = tl.load(ids_keep + b * keep_b + (r - prefix) * keep_k, mask=kept, other=0)
+    kept_id = tl.load(ids_keep + b * keep_batch + (r - prefix) * keep_value, mask=kept, other=0)
     predicted = (r >= num_visible) & (row < rows)
-    predicted_id = tl.load(ids_predict + b * predict_b + (r - num_visible) * predict_k, mask=predicted, other=0)
+    predicted_id = ids_predict + b * predict_batch + (r - num_visible) * predict_value
+    predicted_id = tl.load(predicted_id, mask=predicted, other=0)
     id = tl.where(is_visible, kept_id, predicted_id)
     there = (r < prefix) | ((id >= 0) & (id < patches))
     position = tl.where(r < prefix, r, prefix + id)
+    seen = tl.multiple_of(b * visible_batch + r * visible_row, UNIT)
     _assemble(
-        out, row, rows, width, visible, b * visible_b + r * visible_l, is_visible, mask_token, mask_d, position, there,
-        pos_embed, pos_l, pos_d, visible_d, BLOCK_WIDTH,
+        out, row, rows, width, visible, seen, visible_value, is_visible,
+        mask_token, mask_value, pos_embed, position, pos_row, pos_value, there, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
 
 
@@ -248,21 +257,22 @@ def decoder_tokens(
         return out
     rows = batch * (seen + predicted)
     grid, blocks = tiles(rows, width)
+    unit = unit_of(visible, pos_embed)
     with on_device(visible):
         _decoder_kernel[grid](
             visible, ids_keep, ids_predict, mask_token, pos_embed, out,
             rows, seen, predicted, num_prefix_tokens, patches, width,
-            *visible.stride(), *ids_keep.stride(), *ids_predict.stride(), *mask_token.stride(), *pos_embed.stride(),
-            **blocks,
+            *visible.stride(), *ids_keep.stride(), *ids_predict.stride(), *mask_token.stride(),
+            *pos_embed.stride(), UNIT=unit, **blocks,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@kernel
 def _unshuffle_kernel(
     visible, ids_restore, mask_token, pos_embed, out, rows, num_visible, prefix, length, width,
-    visible_b, visible_l, visible_d, ids_b, ids_l, mask_d, pos_l, pos_d,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    visible_batch, visible_row, visible_value, ids_batch, ids_value, mask_value, pos_row, pos_value,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program writes a block of tokens in grid order (rows of B·(N+L)), some of their columns.
 
@@ -271,12 +281,13 @@ def _unshuffle_kernel(
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b = (row // (prefix + length)).to(tl.int64)
     r = (row % (prefix + length)).to(tl.int64)
-    rank = tl.load(ids_restore + b * ids_b + (r - prefix) * ids_l, mask=(r >= prefix) & (row < rows), other=0)
+    rank = tl.load(ids_restore + b * ids_batch + (r - prefix) * ids_value, mask=(r >= prefix) & (row < rows), other=0)
     there = (r < prefix) | ((rank >= 0) & (rank < length))
     place = tl.where(r < prefix, r, prefix + rank)
+    seen = tl.multiple_of(b * visible_batch + place * visible_row, UNIT)
     _assemble(
-        out, row, rows, width, visible, b * visible_b + place * visible_l, place < num_visible, mask_token, mask_d, r,
-        there, pos_embed, pos_l, pos_d, visible_d, BLOCK_WIDTH,
+        out, row, rows, width, visible, seen, visible_value, place < num_visible,
+        mask_token, mask_value, pos_embed, r, pos_row, pos_value, there, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
 
 
@@ -293,19 +304,21 @@ def unshuffle(
         return out
     rows = batch * (num_prefix_tokens + length)
     grid, blocks = tiles(rows, width)
+    unit = unit_of(visible, pos_embed)
     with on_device(visible):
         _unshuffle_kernel[grid](
             visible, ids_restore, mask_token, pos_embed, out, rows, seen, num_prefix_tokens, length, width,
             *visible.stride(), *ids_restore.stride(), *mask_token.stride(), *pos_embed.stride(),
-            **blocks,
+            UNIT=unit, **blocks,
         )  # fmt: skip
     return out
 
 
-@triton.jit
+@kernel
 def _mask_token_kernel(
     grad, ids_restore, partial, rows, share, length, len_keep, prefix, width,
-    grad_b, grad_l, grad_d, ids_b, ids_l, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    grad_batch, grad_row, grad_value, ids_batch, ids_value, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One program sums those of its share of patches (rows of B·L) that held the mask token, some of their columns."""
     part = tl.program_id(0)
@@ -315,8 +328,9 @@ def _mask_token_kernel(
     for start in range(part * share, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         b, r = (row // length).to(tl.int64), (row % length).to(tl.int64)
-        rank = tl.load(ids_restore + b * ids_b + r * ids_l, mask=row < last, other=-1)
-        source = grad + (b * grad_b + (prefix + r) * grad_l)[:, None] + column.to(tl.int64)[None, :] * grad_d
+        rank = tl.load(ids_restore + b * ids_batch + r * ids_value, mask=row < last, other=-1)
+        source = tl.multiple_of(b * grad_batch + (prefix + r) * grad_row, UNIT)
+        source = grad + source[:, None] + column.to(tl.int64)[None, :] * grad_value
         value = tl.load(source, mask=(rank >= len_keep)[:, None] & (column < width)[None, :], other=0.0)
         total += value.to(tl.float32)
     tl.store(partial + part.to(tl.int64) * width + column, tl.sum(total, axis=0), mask=column < width)
@@ -333,13 +347,14 @@ def unshuffle_backward(
     if rows * width == 0:
         return dvisible, grad.new_zeros(width, dtype=torch.float32)
     refuse_rows(rows)
-    block_rows, block_width = tile(rows, width)
+    block_rows, block_width = tile(width)
     share = triton.cdiv(max(64, triton.cdiv(rows, 1024)), block_rows) * block_rows
     parts = triton.cdiv(rows, share)
     partial = grad.new_empty(parts, width, dtype=torch.float32)
+    unit = unit_of(grad)
     with on_device(grad):
         _mask_token_kernel[(parts, triton.cdiv(width, block_width))](
             grad, ids_restore, partial, rows, share, length, len_keep, num_prefix_tokens, width,
-            *grad.stride(), *ids_restore.stride(), BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            *grad.stride(), *ids_restore.stride(), UNIT=unit, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
         )  # fmt: skip
     return dvisible, partial.sum(0)
