@@ -12,6 +12,7 @@ from cases import (
     LAYOUTS,
     NARROW,
     TEST_ALL,
+    TEST_TRITON,
     Errors,
     bits,
     cases,
@@ -362,3 +363,20 @@ class Indexed(ChecksValues, Differentiable):
         arguments = self.sample()
         narrow = arguments | {name: arguments[name].int() for name in self.limits}
         check_same_bits(run(self.op, narrow), run(self.op, arguments))
+
+    @pytest.mark.skipif(not (TEST_TRITON or DEVICE != "cpu"), reason="kernels of the CPU look at ids")
+    def test_unchecked_ids_stay_in_their_sample(self, monkeypatch):
+        """An id that nobody checked reads NaN and writes nothing elsewhere, forward and backward."""
+        if DEVICE == "cpu":
+            monkeypatch.setattr("fastmim.reference._checked", lambda x: False)
+            for room in ("tokens", "patches", "loss"):
+                monkeypatch.setattr(f"fastmim.kernels.{room}.check_ids", lambda *arguments: None)
+        arguments = self.sample()
+        clean = run(self.op, arguments)
+        for name, limit in self.limits.items():
+            for value in (limit, -1, 2**32, -(2**63)):
+                found = run(self.op, arguments | {name: set_first(value)(arguments[name])})
+                assert found["output 0"].isnan().any()
+                for what in ("output 0", *(f"gradient of {leaf}" for leaf in self.batched)):
+                    if found[what].dim():
+                        assert torch.equal(bits(found[what][1:]), bits(clean[what][1:])), what

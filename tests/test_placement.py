@@ -20,12 +20,12 @@ def here(*shape):
         lambda: here(3).masked_fill(torch.zeros(3, dtype=torch.bool), 0),
         lambda: here(3).tensor_split(here(2).long()),
         lambda: take(here(2, 3, 4), torch.zeros(2, 1, dtype=torch.int64)),
-        lambda: reference.pixel_loss(here(1, 1, 4), here(1, 1, 2, 2), here(1, 1).long(), [2, 2], 0, torch.ones(1, 1), None, None, True),
+        lambda: reference.add_layer_norm(here(2, 4), here(2, 4), torch.ones(4), here(4), 1e-6),
         lambda: torch.equal(here(3), torch.zeros(3)),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_of_the_cpu_beside_one_of_the_device_is_refused(misplaced):
-    with pytest.raises(RuntimeError, match="device|cpu"), placement(), values_are_unknown():
+    with pytest.raises(RuntimeError, match=r"device|cpu"), placement(), values_are_unknown():
         misplaced()
 
 

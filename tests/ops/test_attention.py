@@ -198,6 +198,18 @@ class TestAttention(Differentiable):
     def mixed(self):
         return ("bias",)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "queries, keys, width",
+        # of each form of a device's kernels, and its edges: fractions of a tile, a whole one, several
+        [(1, 1, 32), (16, 16, 64), (17, 17, 80), (32, 32, 96), (64, 64, 88), (65, 65, 80), (128, 128, 32)]
+        + [(129, 129, 64), (5, 40, 64), (70, 12, 64), (147, 197, 32)]
+        if ON_DEVICE
+        else [],
+    )
+    def test_every_form(self, queries, keys, width, dtype):
+        self.check(dtype, "contiguous", length=queries, keys=keys, width=width, mask="none", bias="none")
+
     def test_strided_views_of_one_projection(self):
         """q, k and v as a model cuts them."""
         qkv = torch.randn(2, 5, 3 * 2 * HEAD_WIDTH).to(DEVICE)
