@@ -13,15 +13,21 @@ import torch
 from torch import Tensor
 
 TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
-# where op tests put their tensors; cuda: benchmarks/gpu_report.py runs those that say something of a device
+# where op tests put their tensors: cpu, cuda or meta; given, only tests that concern a device run (see conftest.py)
 DEVICE = os.environ.get("FASTMIM_TEST_DEVICE", "cpu")
-TEST_TRITON = os.environ.get("FASTMIM_TEST_KERNELS") == "triton"
+ON_DEVICE = "FASTMIM_TEST_DEVICE" in os.environ
+TEST_TRITON = os.environ.get("FASTMIM_TEST_KERNELS", "triton" if ON_DEVICE else "") == "triton"
 TEST_CUDA = os.environ.get("FASTMIM_TEST_KERNELS") == "cuda"
 
 # float64 is always the reference's
 DTYPES = (torch.float32, torch.bfloat16, torch.float16) + (() if TEST_TRITON or TEST_CUDA else (torch.float64,))
+if DEVICE == "meta":
+    DTYPES = DTYPES[1:2]
 NARROW = (torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 32, 48, 63, 64, 65, 72, 80, 88, 127, 192, 384, 768, 1023, 1280)
+# of an attention head; on a device those that its kernels serve
+HEAD_WIDTHS = (8, 32, 48, 64, 72, 80, 88, 96, 128) if ON_DEVICE else WIDTHS
+HEAD_WIDTH = 8 if ON_DEVICE else 7
 LENGTHS = (1, 2, 3, 5, 17, 49, 50, 65, 196, 197, 257)
 KEEPS = (1, 2, "all")
 BATCHES = (1, 5)  # and 0, which has a test of its own: it would waste the case's dtype and layout
@@ -121,8 +127,9 @@ def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tenso
     """Whole images as a data loader hands them over, computed in `dtype`."""
     pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
     channels = (-1, *[1] * (images.dim() - 2))
-    pixels = pixels if mean is None else pixels - torch.as_tensor(mean).to(dtype).reshape(channels)
-    return pixels if std is None else pixels / torch.as_tensor(std).to(dtype).reshape(channels)
+    mean, std = (None if stat is None else torch.as_tensor(stat, device=images.device) for stat in (mean, std))
+    pixels = pixels if mean is None else pixels - mean.to(dtype).reshape(channels)
+    return pixels if std is None else pixels / std.to(dtype).reshape(channels)
 
 
 def draw_images(batch: int, channels: int, sizes: Sequence[int], pixels: str) -> Tensor:
@@ -148,13 +155,20 @@ def randn(*shape: Any) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
+def generator(seed: int) -> torch.Generator:
+    """One that draws where op tests put their tensors."""
+    return torch.Generator("cpu" if DEVICE == "meta" else DEVICE).manual_seed(seed)
+
+
 def draw_ids(batch: int, limit: int, keep: int | str) -> Tensor:
     """(batch, keep) distinct ids of each row; "all" keeps all."""
     return torch.rand(batch, limit).argsort(1)[:, : limit if keep == "all" else min(keep, limit)].contiguous()
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that take no memory until they are touched."""
+    """Zeros that take no memory of a CPU until they are touched."""
+    if DEVICE != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
     stored = {1: np.uint8, 2: np.int16}[dtype.itemsize]
     return torch.from_numpy(np.zeros(shape, stored)).view(dtype)
 

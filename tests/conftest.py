@@ -1,13 +1,35 @@
 """What every test gets: a fixed seed, and memory that reads NaN until it is written.
 
-With FASTMIM_TEST_KERNELS=triton (and TRITON_INTERPRET=1) the Triton kernels serve CPU tensors in the op suite, by
-Triton's interpreter; what they leave unserved, float64 first of all, goes to the reference. With
-FASTMIM_TEST_KERNELS=cuda the CUDA C++ kernels do so, on the runner in tests/cuda/host; with FASTMIM_TEST_DEVICE=cuda
-they serve CUDA tensors themselves, without Triton's.
+Which kernels the op suite (tests/ops) meets:
+
+    FASTMIM_TEST_KERNELS=triton   the Triton kernels, with TRITON_INTERPRET=1 those of Triton's interpreter
+    FASTMIM_TEST_KERNELS=cuda     the CUDA C++ kernels, on the CPU those of the runner in tests/cuda/host
+    neither                       what serves CPU tensors
+
+What a kernel leaves unserved, float64 first of all, goes to the reference.
+
+Where FASTMIM_TEST_DEVICE is given, the op suite is that of a device: float64, torch.compile, bad input and whatever
+else says nothing of its kernels (`contract.host`) are left out, sizes are those that its kernels serve, the kernels
+are Triton's unless FASTMIM_TEST_KERNELS=cuda, and a test fails where Triton's kernels leave a call to the reference;
+where those of CUDA C++ do, which serve less, it is skipped.
+
+    FASTMIM_TEST_DEVICE=cuda pytest -n 14 tests/ops                      on a GPU
+    FASTMIM_TEST_DEVICE=cpu TRITON_INTERPRET=1 pytest tests/ops          a rehearsal in Triton's interpreter
+    FASTMIM_TEST_DEVICE=cpu FASTMIM_TEST_KERNELS=cuda pytest tests/ops   a rehearsal on the runner
+    FASTMIM_TEST_DEVICE=meta pytest tests/ops                            without values: which tensor is on which device
+
+FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device.
 """
 
 import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+# read when cuBLAS starts: its sums are the same each time, as deterministic mode demands
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
 import pytest
@@ -15,7 +37,8 @@ import torch
 
 pytest.register_assert_rewrite("cases", "contract")
 
-from cases import DEVICE, TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
+from cases import DEVICE, ON_DEVICE, TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
+from placement import placement, values_are_unknown  # noqa: E402
 from runner import runner_library  # noqa: E402
 from torchvision_stub import torchvision  # noqa: E402
 
@@ -24,7 +47,39 @@ from fastmim import _library, kernels  # noqa: E402
 hypothesis.settings.register_profile(
     "fastmim", deadline=None, derandomize=True, max_examples=200 if TEST_ALL else 12, print_blob=False
 )
-hypothesis.settings.load_profile("fastmim")
+# each further example is compiled: few of them, and none to make a failure smaller
+hypothesis.settings.register_profile(
+    "device",
+    hypothesis.settings.get_profile("fastmim"),
+    max_examples=4,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+    report_multiple_bugs=False,
+)
+hypothesis.settings.load_profile("device" if ON_DEVICE else "fastmim")
+
+
+OPS = Path(__file__).parent / "ops"
+# tests that are nothing without values, or nothing new
+NEEDS_VALUES = "test_opcheck", "test_fuzz", "test_same_bits", "test_copies", "test_extreme", "test_parallel_rows"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "host: says nothing of a device's kernels")
+
+
+def says_something(item: pytest.Item) -> bool:
+    """Return whether a test of the op suite concerns the device."""
+    if item.get_closest_marker("host") or (DEVICE == "meta" and item.name.startswith(NEEDS_VALUES)):
+        return False
+    op = getattr(item.cls, "op", None)
+    return not TEST_CUDA or op is None or op.__name__ in _library.CUDA_OPS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if ON_DEVICE:
+        left_out = [item for item in items if OPS in item.path.parents and not says_something(item)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,9 +94,34 @@ def unwritten_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def formulas_in_full_precision():
+    """On a GPU plain formulas use no TF32, and convolutions are not cuDNN's, which doesn't serve every size."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.enabled = False
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def values(request: pytest.FixtureRequest):
+    """There are none on the meta device."""
+    if DEVICE != "meta" or OPS not in request.path.parents:
+        yield
+        return
+    with placement():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function):
+    if DEVICE != "meta" or OPS not in pyfuncitem.path.parents:
+        return (yield)
+    with values_are_unknown():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -51,31 +131,19 @@ def timm() -> ModuleType:
         return pytest.importorskip("timm")
 
 
-def interpreted(room: str, op: str):
-    """The Triton kernel of `op`, or the reference where it says that it does not serve."""
-    launcher = getattr(importlib.import_module(f"fastmim.kernels.{room}"), op)
+def serving(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel of `op`, or the reference where that does not serve; on a device this is for float64 alone."""
     reference = getattr(torch.ops.fastmim_reference, op)
 
-    def run(*args):
-        try:
-            with torch.autocast("cpu", enabled=False):
-                return launcher(*args)
-        except kernels.Unserved:
-            return reference(*args)
-
-    return run
-
-
-def compiled(library, op: str):
-    """The CUDA C++ kernel of `op`, or the reference where it says that it does not serve."""
-    kernel, reference = _library.raising_unserved(getattr(library, op)), getattr(torch.ops.fastmim_reference, op)
-
-    def run(*args):
+    def run(*args: Any) -> Any:
         try:
             with torch.autocast(DEVICE, enabled=False):
-                return kernel(*args)
-        except kernels.Unserved:
-            return reference(*args)
+                return launch(*args)
+        except kernels.Unserved as unserved:
+            wide = any(torch.float64 in (arg, getattr(arg, "dtype", None)) for arg in args)
+            if ON_DEVICE and not wide:
+                (pytest.skip if TEST_CUDA else pytest.fail)(f"{op} is not served: {unserved}")
+        return reference(*args)
 
     return run
 
@@ -99,19 +167,20 @@ def convert_bfloat16_as_gpus_do():
 @pytest.fixture(autouse=True, scope="session")
 def served_by():
     """The family under test."""
-    if not (TEST_TRITON or TEST_CUDA):
+    if DEVICE == "meta" or not (TEST_TRITON or TEST_CUDA):
         yield
         return
     if TEST_TRITON:
-        convert_bfloat16_as_gpus_do()
-        served = {name: interpreted(room, name) for room, names in kernels.OPS.items() for name in names}
+        if DEVICE == "cpu":
+            convert_bfloat16_as_gpus_do()
+        served = {op: _library.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
     else:
         if DEVICE == "cpu":
             torch.ops.load_library(runner_library())
         built = torch.ops.fastmim_host if DEVICE == "cpu" else torch.ops.fastmim_cuda
-        served = {name: compiled(built, name) for name in _library.CUDA_OPS}
+        served = {op: _library.raising_unserved(getattr(built, op)) for op in _library.CUDA_OPS}
     library = torch.library.Library("fastmim", "IMPL")
-    for name, kernel in served.items():
-        library.impl(name, kernel, DEVICE.upper(), allow_override=True)
+    for op, launch in served.items():
+        library.impl(op, serving(op, launch), DEVICE.upper(), allow_override=True)
     yield
     library._destroy()

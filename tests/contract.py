@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from cases import (
+    DEVICE,
     DTYPES,
     LAYOUTS,
     NARROW,
     TEST_ALL,
+    TEST_TRITON,
     Errors,
     bits,
     cases,
@@ -32,6 +34,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 Bad = tuple[dict[str, Any], type[Exception], str]
+# a test that says nothing of a device's kernels: left out where FASTMIM_TEST_DEVICE is given
+host = pytest.mark.host
+
+
+def autocast() -> torch.autocast:
+    """bfloat16 where op tests put their tensors; there is none for meta tensors."""
+    return torch.autocast("cpu" if DEVICE == "meta" else DEVICE, torch.bfloat16)
 
 
 class Recorder(TorchDispatchMode):
@@ -60,6 +69,8 @@ class Contract:
     batched: ClassVar[Sequence[str]] = ()
     tiny: ClassVar[dict[str, Any]] = {}
     large: ClassVar[dict[str, Any]] = {}
+    # sizes of samples at which kernels take another form
+    forms: ClassVar[Sequence[dict[str, Any]]] = ({},)
     extremes: ClassVar[Sequence[dict[str, float]]] = ()
     bad: ClassVar[Sequence[Bad]] = ()
 
@@ -70,10 +81,12 @@ class Contract:
         check_op(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`case`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
+        """`case`, `form`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
         if "case" in metafunc.fixturenames:
             rows = cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists)
             metafunc.parametrize("case", grouped(rows) if TEST_ALL else [[row] for row in rows], ids=group_label)
+        if "form" in metafunc.fixturenames:
+            metafunc.parametrize("form", self.forms, ids=lambda form: label(form) or "small")
         tables = {"extreme": self.extremes, "refused": self.bad, "refused_value": self.bad_values()}
         for name, rows in tables.items():
             if name in metafunc.fixturenames:
@@ -138,6 +151,7 @@ class Contract:
                 args = [value.detach() if isinstance(value, Tensor) else value for value in args]
             torch.library.opcheck(op, args)
 
+    @host
     def test_meta_tensors_give_shapes(self):
         arguments = self.sample()
         shapes = {
@@ -157,6 +171,7 @@ class Contract:
             with torch._dynamo.config.patch(error_on_recompile=draw > 0):
                 check_same_bits(run(compiled, arguments), run(self.op, arguments))
 
+    @host
     def test_compiles_once_for_all_values(self):
         self.check_compiled("aot_eager", draws=2)
 
@@ -168,15 +183,17 @@ class Contract:
         arguments = self.sample()
         with torch.no_grad():
             arguments |= {name: new(arguments[name]) if callable(new) else new for name, new in change.items()}
-        tensors = [x.detach() for x in arguments.values() if isinstance(x, Tensor) and x.device.type == "cpu"]
+        tensors = [x.detach() for x in arguments.values() if isinstance(x, Tensor) and x.device.type != "meta"]
         before = [x.clone() for x in tensors]
         with pytest.raises(error, match=words):
             op(**arguments)
         assert all(torch.equal(bits(now), bits(then)) for now, then in zip(tensors, before))
 
+    @host
     def test_bad_input(self, refused):
         self.refuse(self.op, refused)
 
+    @host
     def test_wrong_type_or_dtype(self):
         for name, value in self.sample().items():
             if isinstance(value, Tensor):
@@ -188,9 +205,11 @@ class Contract:
 class ChecksValues(Contract):
     """An op whose kernel looks at values, `bad_values()`, and so refuses them under torch.compile as well."""
 
+    @host
     def test_bad_value(self, refused_value):
         self.refuse(self.op, refused_value)
 
+    @host
     def test_bad_value_under_compile(self, refused_value):
         torch.compiler.reset()
         self.refuse(torch.compile(self.op, fullgraph=True, backend="aot_eager"), refused_value)
@@ -210,10 +229,12 @@ class Differentiable(Contract):
         leaves = leaves_of(arguments)
         return lambda *values: self.op(**{**arguments, **dict(zip(leaves, values))}), [arguments[n] for n in leaves]
 
+    @host
     def test_gradcheck(self):
         function, values = self.small()
         torch.autograd.gradcheck(function, values)
 
+    @host
     def test_second_derivative(self):
         function, values = self.small()
         if self.twice:
@@ -254,14 +275,14 @@ class Differentiable(Contract):
         return ()
 
     @pytest.mark.parametrize("dtype", NARROW, ids=str)
-    def test_extreme_magnitudes(self, extreme, dtype):
-        arguments = self.arguments()
+    def test_extreme_magnitudes(self, extreme, dtype, form):
+        arguments = self.arguments(**form)
         arguments |= {name: arguments[name].clamp(-2, 2) * scale for name, scale in extreme.items()}
         check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
 
     @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-    def test_nan_stays_in_its_sample(self, dtype):
-        arguments = self.arguments()
+    def test_nan_stays_in_its_sample(self, dtype, form):
+        arguments = self.arguments(**form)
         clean = run(self.op, prepare(arguments, dtype, "contiguous", self.leaves))
         for name in self.batched:
             poisoned = {**arguments, name: arguments[name].clone()}
@@ -269,7 +290,7 @@ class Differentiable(Contract):
             results = run(self.op, prepare(poisoned, dtype, "contiguous", self.leaves))
             assert results["output 0"][1].isnan().any()
             for what in [what for what in clean if what.startswith("output") or what.split()[-1] in self.batched]:
-                kept = torch.arange(len(clean[what])) != 1
+                kept = [sample for sample in range(len(clean[what])) if sample != 1]
                 assert torch.equal(bits(results[what][kept]), bits(clean[what][kept])), (name, what)
 
     def test_autocast(self):
@@ -278,7 +299,7 @@ class Differentiable(Contract):
         single = prepare(arguments, torch.float32, "contiguous", self.leaves)
         by_hand = single | {n: single[n].detach().bfloat16().requires_grad_(n in self.leaves) for n in self.cast}
         expected = run(self.op, by_hand)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             found = run(self.op, single)
             double = run(self.op, prepare(arguments, torch.float64, "contiguous", self.leaves))
         outputs = [name for name in found if name.startswith("output")]
@@ -293,6 +314,7 @@ class Differentiable(Contract):
             assert found[gradient].dtype == torch.float32
             assert torch.equal(found[gradient], expected[gradient].float()), gradient
 
+    @host
     def test_mixed_devices(self):
         arguments = self.sample()
         tensors = [name for name, value in arguments.items() if isinstance(value, Tensor)]
@@ -331,6 +353,7 @@ class Indexed(ChecksValues, Differentiable):
             rows.append(({name: lambda x: set_first(int(x[0, -1]))(x)}, ValueError, f"{name} must not repeat an id"))
         return rows
 
+    @host
     def test_ids_of_wrong_shape(self):
         for name in self.limits:
             self.refuse(self.op, ({name: lambda x: x[0]}, ValueError, rf"{name} must have shape .*; got \("))
@@ -340,3 +363,20 @@ class Indexed(ChecksValues, Differentiable):
         arguments = self.sample()
         narrow = arguments | {name: arguments[name].int() for name in self.limits}
         check_same_bits(run(self.op, narrow), run(self.op, arguments))
+
+    @pytest.mark.skipif(not (TEST_TRITON or DEVICE != "cpu"), reason="kernels of the CPU look at ids")
+    def test_unchecked_ids_stay_in_their_sample(self, monkeypatch):
+        """An id that nobody checked reads NaN and writes nothing elsewhere, forward and backward."""
+        if DEVICE == "cpu":
+            monkeypatch.setattr("fastmim.reference._checked", lambda x: False)
+            for room in ("tokens", "patches", "loss"):
+                monkeypatch.setattr(f"fastmim.kernels.{room}.check_ids", lambda *arguments: None)
+        arguments = self.sample()
+        clean = run(self.op, arguments)
+        for name, limit in self.limits.items():
+            for value in (limit, -1, 2**32, -(2**63)):
+                found = run(self.op, arguments | {name: set_first(value)(arguments[name])})
+                assert found["output 0"].isnan().any()
+                for what in ("output 0", *(f"gradient of {leaf}" for leaf in self.batched)):
+                    if found[what].dim():
+                        assert torch.equal(bits(found[what][1:]), bits(clean[what][1:])), what

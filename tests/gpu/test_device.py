@@ -1,5 +1,10 @@
-"""What only a GPU can show: equal repeats, streams, captured steps, calls too large for a grid or for 32 bits."""
+"""What a device alone can show: equal repeats, streams, captured steps, calls too large for a grid or for 32 bits.
 
+On a machine without a GPU, all that needs none runs on the CPU, on fewer repeats and smaller sizes.
+"""
+
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -7,17 +12,21 @@ import pytest
 import torch
 
 import fastmim
-from fastmim import ops
+from fastmim import masking, ops
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from measure import captured
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_GPU = DEVICE == "cuda"
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+
+assert not (ON_GPU and os.environ.get("FASTMIM_CHECK_IDS") == "1"), "FASTMIM_CHECK_IDS=1 reads values: no graph may"
 
 
 def packed(batch, length, heads=4, dim=64, dtype=torch.bfloat16):
-    return torch.randn(batch, length, 3, heads, dim, device="cuda").to(dtype).requires_grad_()
+    return torch.randn(batch, length, 3, heads, dim, device=DEVICE).to(dtype).requires_grad_()
 
 
 def with_gradient(qkv):
@@ -25,33 +34,71 @@ def with_gradient(qkv):
     return out.detach(), *torch.autograd.grad(out, qkv, torch.ones_like(out))
 
 
-@pytest.mark.parametrize("length", [3, 10, 50, 65, 99, 197])
-def test_250_equal_repeats(length):
-    qkv = packed(64, length)
-    first = with_gradient(qkv)
-    for _ in range(250):
-        assert all(map(torch.equal, with_gradient(qkv), first))
-
-
 def small_model():
+    """Heads of 64 columns in the encoder, of 32 in the decoder."""
     torch.manual_seed(0)
-    return fastmim.mae_vit_tiny_patch16(img_size=64, norm_pix_loss=True).cuda()
+    return fastmim.MaskedAutoencoderViT(64, 16, 3, 128, 2, 2, 64, 1, 2, norm_pix_loss=True).to(DEVICE)
 
 
 def pictures(batch=8):
-    return torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, device="cuda")
+    return torch.randint(0, 256, (batch, 3, 64, 64), dtype=torch.uint8, device=DEVICE)
+
+
+def loss_of(model, images, noise, dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype):
+        return model(images, noise=noise).loss
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def adam(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=ON_GPU)
+
+
+def test_unwritten_memory_is_nan():
+    """What no kernel wrote would show in every test here."""
+    assert torch.empty(1000, device=DEVICE, dtype=torch.bfloat16).isnan().all()
+
+
+# ---- the same each time ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [3, 10, 50, 65, 99, 197])
+def test_equal_repeats(length):
+    qkv = packed(64 if ON_GPU else 2, length)
+    first = with_gradient(qkv)
+    for _ in range(250 if ON_GPU else 2):
+        assert all(map(torch.equal, with_gradient(qkv), first))
 
 
 def test_training_step_repeats():
-    images, noise, model = pictures(), torch.rand(8, 16, device="cuda"), small_model()
-    grads = []
-    for _ in range(20):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(images, noise=noise).loss
-        grads.append(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+    images, noise, model = pictures(), torch.rand(8, 16, device=DEVICE), small_model()
+    grads = [torch.autograd.grad(loss_of(model, images, noise), trained(model)) for _ in range(20 if ON_GPU else 2)]
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other))
 
 
+def test_masks_are_those_of_the_cpu():
+    seeds = torch.randint(-(2**63), 2**63 - 1, (64,))
+    for patches in (1, 16, 196, 257, 1568):
+        here = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds)
+        there = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds.to(DEVICE))
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
+
+    def drawn(seeds):
+        predict = masking.running_cell(64, (8, 14, 14), 0.5, seeds=seeds)
+        tube = masking.tube(64, (8, 14, 14), 0.9, seeds=seeds)
+        sources = masking.random(64, 196, 0.75, decode_ratio=0.5, seeds=seeds), tube
+        return predict, *(ids for mask in sources for ids in (mask.ids_keep, mask.ids_predict, mask.ids_restore))
+
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(drawn(seeds), drawn(seeds.to(DEVICE))))
+
+
+# ---- streams ---------------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
 def test_another_stream():
     """Work of a stream that isn't the default one is ordered after what made its input."""
     stream, qkv = torch.cuda.Stream(), packed(256, 50)
@@ -66,14 +113,38 @@ def test_another_stream():
     assert torch.equal(found, expected)
 
 
+@needs_gpu
+def test_two_streams_at_once():
+    """Kernels share no memory between calls."""
+    model, streams = small_model(), (torch.cuda.Stream(), torch.cuda.Stream())
+    inputs = [(packed(256, length), pictures(), torch.rand(8, 16, device=DEVICE)) for length in (50, 197)]
+
+    def work(qkv, images, noise):
+        return *with_gradient(qkv), *torch.autograd.grad(loss_of(model, images, noise), trained(model))
+
+    expected, found = [work(*given) for given in inputs], []
+    torch.cuda.synchronize()
+    for _ in range(10):
+        for given, stream in zip(inputs, streams):
+            with torch.cuda.stream(stream):
+                found.append(work(*given))
+    torch.cuda.synchronize()
+    for i, results in enumerate(found):
+        assert all(map(torch.equal, results, expected[i % 2]))
+
+
+# ---- captured steps --------------------------------------------------------------------------------------------------
+
+
+@needs_gpu
 def test_a_captured_step_draws_new_masks():
     """Replays train as eager steps do, on fresh images and masks."""
     model, images = small_model(), pictures()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True)
-    seen = torch.zeros(8, 4, dtype=torch.int64, device="cuda")
+    optimizer = adam(model)
+    seen = torch.zeros(8, 4, dtype=torch.int64, device=DEVICE)
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             out = model(images)
         out.loss.backward()
         optimizer.step()
@@ -91,26 +162,150 @@ def test_a_captured_step_draws_new_masks():
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_70_000_sequences():
-    qkv = packed(70_000, 10, heads=2, dim=32)
+@needs_gpu
+def test_a_captured_step_trains_as_an_eager_one():
+    """On batches that another stream copies from pinned memory while the step before runs."""
+    batches = [(pictures().cpu().pin_memory(), torch.rand(8, 16).pin_memory()) for _ in range(12)]
+
+    def losses(graphed):
+        model = small_model()
+        optimizer, copies = adam(model), torch.cuda.Stream()
+        images, noise = (x.to(DEVICE) for x in batches[0])
+
+        def step():
+            loss = loss_of(model, images, noise)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+            return loss.detach()
+
+        if graphed:
+            graph, loss = captured(step)
+        else:
+            for _ in range(3):  # as the capture does to warm up
+                step()
+        found = []
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                arrived = [x.to(DEVICE, non_blocking=True) for x in batch]
+            torch.cuda.current_stream().wait_stream(copies)
+            for static, new in zip((images, noise), arrived):
+                static.copy_(new)
+                new.record_stream(torch.cuda.current_stream())
+            if graphed:
+                graph.replay()
+                found.append(loss.clone())
+            else:
+                found.append(step())
+        return torch.stack(found)
+
+    torch.testing.assert_close(losses(graphed=True), losses(graphed=False), rtol=1e-3, atol=0)
+
+
+# ---- compiled, in float16 --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_gpu)])
+def test_compiles_once_for_ragged_last_batches(backend):
+    torch.compiler.reset()
+    model = small_model()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def grads(run, images, noise):
+        loss = loss_of(run, images, noise)
+        return loss.detach(), torch.autograd.grad(loss, trained(model))
+
+    for batch in (8, 5):  # the second size is where the batch becomes symbolic
+        grads(compiled, pictures(batch), torch.rand(batch, 16, device=DEVICE))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (7, 3):
+            given = pictures(batch), torch.rand(batch, 16, device=DEVICE)
+            (ours, ours_grads), (theirs, theirs_grads) = grads(compiled, *given), grads(model, *given)
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
+            for a, b in zip(ours_grads, theirs_grads):
+                assert (a - b).norm() <= 0.05 * b.norm()
+
+
+def test_float16_with_a_scaled_loss():
+    """Gradients neither vanish nor overflow; a step whose scaled gradients do is skipped, and the scale halved."""
+    model, images, noise = small_model(), pictures(), torch.rand(8, 16, device=DEVICE)
+    exact = torch.autograd.grad(model(images, noise=noise).loss, trained(model))
+    optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.amp.GradScaler(DEVICE)
+    scaler.scale(loss_of(model, images, noise, torch.float16)).backward()
+    scaler.unscale_(optimizer)
+    for parameter, grad in zip(trained(model), exact):
+        assert (parameter.grad - grad).norm() <= 0.02 * grad.norm()
+    scaler.update()
+    losses = []
+    for step in range(6):
+        optimizer.zero_grad()
+        loss = loss_of(model, images, noise, torch.float16)
+        before, scale = [p.detach().clone() for p in trained(model)], scaler.get_scale()
+        scaler.scale(loss * (float("inf") if step == 2 else 1)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped = all(map(torch.equal, before, trained(model)))
+        assert skipped == (step == 2) and scaler.get_scale() == (scale / 2 if step == 2 else scale)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+# ---- large calls -----------------------------------------------------------------------------------------------------
+
+
+def test_more_sequences_than_a_grid_had():
+    """Parts of them, of whole tiles, are as they are alone."""
+    tiles = 60  # of so many sequences: a multiple of what a tile of any kernel holds
+    batch = 1167 * tiles if ON_GPU else 4 * tiles
+    qkv = packed(batch, 10, heads=8, dim=32)
     out, grad = with_gradient(qkv)
-    for part in (slice(0, 8), slice(65_532, 65_540), slice(-8, None)):
+    for start in (0, batch // 2 // tiles * tiles, batch - tiles):
+        part = slice(start, start + tiles)
         again = qkv[part].detach().requires_grad_()
         assert all(map(torch.equal, (out[part], grad[part]), with_gradient(again)))
 
 
+@needs_gpu
 def test_over_2_31_elements():
-    qkv = torch.zeros(220_000, 50, 3, 1, 64, device="cuda", dtype=torch.bfloat16)
-    qkv[-1] = torch.randn(50, 3, 1, 64, device="cuda")
+    qkv = torch.zeros(220_000, 50, 3, 1, 64, device=DEVICE, dtype=torch.bfloat16)
+    qkv[-1] = torch.randn(50, 3, 1, 64, device=DEVICE)
     assert qkv.numel() > 2**31
-    out = ops.attention_qkvpacked(qkv)
-    assert torch.equal(out[-1], ops.attention_qkvpacked(qkv[-1:])[0])
-    assert not out[:-1].any()
+    out = ops.attention_qkvpacked(qkv.requires_grad_())
+    (grad,) = torch.autograd.grad(out, qkv, (out != 0).to(out.dtype))
+    alone = qkv[-1:].detach().requires_grad_()
+    expected = with_gradient(alone)
+    assert torch.equal(out[-1:], expected[0]) and not out[:-1].any()
+    assert torch.equal(grad[-1:], expected[1]) and not grad[:-1].any()
 
 
-def test_masks_are_those_of_the_cpu():
-    seeds = torch.randint(-(2**63), 2**63 - 1, (64,))
-    for patches in (1, 16, 196, 257, 1568):
-        here = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds)
-        there = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds.cuda())
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
+# ---- values that only the CPU looks at -------------------------------------------------------------------------------
+
+CHECKED = """
+import torch
+from fastmim import ops
+tokens, images, ids = torch.rand(2, 7, 8), torch.rand(2, 3, 4, 4), torch.tensor([[0, 1], [2, 3]])
+cu = torch.tensor([0, 3, 14])
+bad = (
+    lambda to: ops.gather_tokens(to(tokens), to(ids + 4)),
+    lambda to: ops.gather_tokens(to(tokens), to(ids // 2)),
+    lambda to: ops.gather_patches(to(images), to(ids), 2, std=to(torch.tensor([1.0, 0.0, 1.0]))),
+    lambda to: ops.random_masking(2, 7, 2, noise=to(tokens[..., 0] / 0 * 0)),
+    lambda to: ops.attention_varlen(*[to(tokens.view(14, 1, 8))] * 3, to(cu + 1), to(cu), 11, 11),
+)
+for call in bad:
+    try:
+        call(lambda x: x.to("{device}"))
+    except ValueError as error:
+        print(error)
+    else:
+        raise SystemExit("no error")
+"""
+
+
+def test_bad_values_are_found_where_that_is_asked_for():
+    """With FASTMIM_CHECK_IDS=1, which is read at import."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTMIM_")}
+    command = [sys.executable, "-c", CHECKED.format(device=DEVICE)]
+    done = subprocess.run(command, env=inherited | {"FASTMIM_CHECK_IDS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 5

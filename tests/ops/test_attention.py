@@ -4,8 +4,22 @@ import math
 
 import pytest
 import torch
-from cases import BATCHES, DTYPES, LAYOUTS, LENGTHS, WIDTHS, bits, check_op, randn, run
-from contract import ChecksValues, Differentiable
+from cases import (
+    BATCHES,
+    DEVICE,
+    DTYPES,
+    HEAD_WIDTH,
+    HEAD_WIDTHS,
+    LAYOUTS,
+    LENGTHS,
+    ON_DEVICE,
+    TEST_CUDA,
+    bits,
+    check_op,
+    randn,
+    run,
+)
+from contract import ChecksValues, Differentiable, host
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,16 +55,22 @@ def draw_key_mask(kind, batch, length):
 
 
 KEY_MASKS = ("none", "some", "a sample without")
+# the CUDA C++ kernels leave those to others
+BIASES = ("none",) if ON_DEVICE and TEST_CUDA else ("none", "full", "rows", "keys", "scalar")
+FUZZED_WIDTHS = st.integers(1, 16).map(lambda words: 8 * words) if ON_DEVICE else st.integers(1, 130)
+# a sequence that fills a tile of a device's kernel, and one that no tile holds
+FORMS = (dict(), dict(length=50, width=64), dict(length=197, width=64)) if ON_DEVICE else (dict(),)
 
 
 class TestAttentionQkvpacked(Differentiable):
     op = staticmethod(ops.attention_qkvpacked)
-    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    lists = dict(batch=BATCHES, length=LENGTHS, width=HEAD_WIDTHS)
     options = dict(heads=(1, 2, 3), mask=KEY_MASKS, scale=(None, 0.3))
     leaves = batched = cast = ("qkv",)
     tiny = dict(batch=2, length=3, width=3)
     autocast_dtypes = (torch.bfloat16,)
     large = dict(batch=5, length=197, width=64)
+    forms = FORMS
     extremes = (dict(qkv=1e4), dict(qkv=1e-7))
     bad = (
         *BAD_SCALE,
@@ -66,7 +86,7 @@ class TestAttentionQkvpacked(Differentiable):
     def eager(qkv, key_mask=None, scale=None):
         return plain(*qkv.unbind(2), key_mask=key_mask, scale=scale)
 
-    def arguments(self, batch=3, length=5, width=7, heads=2, mask="some", scale=None):
+    def arguments(self, batch=3, length=5, width=HEAD_WIDTH, heads=2, mask="some", scale=None):
         qkv = randn(batch, length, 3, heads, width)
         return dict(qkv=qkv, scale=scale, **draw_key_mask(mask, batch, length))
 
@@ -94,7 +114,7 @@ class TestAttentionQkvpacked(Differentiable):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_all_keys_masked(self, dtype):
-        arguments = self.sample(dtype) | dict(key_mask=torch.zeros(3, 5, dtype=torch.bool))
+        arguments = self.sample(dtype) | dict(key_mask=torch.zeros(3, 5, dtype=torch.bool, device=DEVICE))
         assert all((value == 0).all() for value in run(self.op, arguments).values())
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,11 +122,12 @@ class TestAttentionQkvpacked(Differentiable):
         """Scores far beyond what exp can take; a softmax that doesn't subtract the largest overflows."""
         arguments = self.sample(dtype, mask="none", scale=1.0, width=8)
         with torch.no_grad():
-            arguments["qkv"][:, :, :2] = 100 * torch.eye(5, 8, dtype=dtype)[:, None, None]
+            arguments["qkv"][:, :, :2] = 100 * torch.eye(5, 8, dtype=dtype, device=DEVICE)[:, None, None]
         results = run(self.op, arguments)
         assert torch.equal(results["output 0"], arguments["qkv"][:, :, 2])
         assert all(value.isfinite().all() for value in results.values())
 
+    @host
     def test_compiles_with_inductor(self):
         self.check_compiled("inductor", draws=1)
 
@@ -115,7 +136,7 @@ class TestAttentionQkvpacked(Differentiable):
         layout=st.sampled_from(LAYOUTS),
         batch=st.integers(0, 4),
         length=st.integers(0, 70),
-        width=st.integers(1, 130),
+        width=FUZZED_WIDTHS,
         heads=st.integers(1, 4),
         mask=st.sampled_from(KEY_MASKS),
         scale=st.none() | st.floats(-2, 2),
@@ -126,12 +147,12 @@ class TestAttentionQkvpacked(Differentiable):
 
 class TestAttention(Differentiable):
     op = staticmethod(ops.attention)
-    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    lists = dict(batch=BATCHES, length=LENGTHS, width=HEAD_WIDTHS)
     options = dict(
         keys=("self", 1, 7, 49, 130),
         heads=(1, 2, 3),
         mask=KEY_MASKS,
-        bias=("none", "full", "rows", "keys", "scalar"),
+        bias=BIASES,
         scale=(None, 0.3),
     )
     leaves = ("q", "k", "v", "bias")
@@ -139,6 +160,7 @@ class TestAttention(Differentiable):
     tiny = dict(batch=2, length=3, width=3)
     autocast_dtypes = (torch.bfloat16,)
     large = dict(batch=5, length=197, width=64, keys=50)
+    forms = FORMS
     extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7), dict(q=1, k=1, v=1, bias=1.5e4))
     bad = (
         *BAD_SCALE,
@@ -161,7 +183,7 @@ class TestAttention(Differentiable):
 
     eager = staticmethod(plain)
 
-    def arguments(self, batch=3, length=5, keys=4, width=7, heads=2, mask="some", bias="full", scale=None):
+    def arguments(self, batch=3, length=5, keys=4, width=HEAD_WIDTH, heads=2, mask="some", bias="full", scale=None):
         keys = length if keys == "self" else keys
         shapes = dict(full=(batch, heads, length, keys), rows=(heads, length, 1), keys=(batch, 1, 1, keys), scalar=())
         return dict(
@@ -176,10 +198,22 @@ class TestAttention(Differentiable):
     def mixed(self):
         return ("bias",)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize(
+        "queries, keys, width",
+        # of each form of a device's kernels, and its edges: fractions of a tile, a whole one, several
+        [(1, 1, 32), (16, 16, 64), (17, 17, 80), (32, 32, 96), (64, 64, 88), (65, 65, 80), (128, 128, 32)]
+        + [(129, 129, 64), (5, 40, 64), (70, 12, 64), (147, 197, 32)]
+        if ON_DEVICE
+        else [],
+    )
+    def test_every_form(self, queries, keys, width, dtype):
+        self.check(dtype, "contiguous", length=queries, keys=keys, width=width, mask="none", bias="none")
+
     def test_strided_views_of_one_projection(self):
         """q, k and v as a model cuts them."""
-        qkv = torch.randn(2, 5, 3 * 14)
-        q, k, v = (part.requires_grad_() for part in qkv.view(2, 5, 3, 2, 7).unbind(2))
+        qkv = torch.randn(2, 5, 3 * 2 * HEAD_WIDTH).to(DEVICE)
+        q, k, v = (part.requires_grad_() for part in qkv.view(2, 5, 3, 2, HEAD_WIDTH).unbind(2))
         assert not q.is_contiguous()
         check_op(self.op, self.eager, dict(q=q, k=k, v=v))
 
@@ -204,7 +238,8 @@ class TestAttention(Differentiable):
     def test_all_keys_masked(self, how, dtype):
         """By either means the output is 0, and so is every gradient."""
         hidden = dict(
-            key_mask=torch.zeros(3, 4, dtype=torch.bool), bias=torch.full((4,), -math.inf, requires_grad=True)
+            key_mask=torch.zeros(3, 4, dtype=torch.bool, device=DEVICE),
+            bias=torch.full((4,), -math.inf, device=DEVICE, requires_grad=True),
         )
         arguments = self.sample(dtype, mask="none") | {how: hidden[how]}
         assert all((value == 0).all() for value in run(self.op, arguments).values())
@@ -231,12 +266,12 @@ class TestAttention(Differentiable):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_query_that_is_not_finite_stays_in_its_row(self, value, dtype):
-        arguments = self.sample(dtype, length=69, keys=19, width=33)
+        arguments = self.sample(dtype, length=69, keys=19, width=40 if ON_DEVICE else 33)
         clean = run(self.op, arguments)
         with torch.no_grad():
             arguments["q"][:, 67] = value
         results = run(self.op, arguments)
-        kept = torch.arange(69) != 67
+        kept = [row for row in range(69) if row != 67]
         for name in ("output 0", "gradient of q"):
             assert torch.equal(bits(results[name][:, kept]), bits(clean[name][:, kept]))
             assert results[name][:, 67].isnan().all()
@@ -247,10 +282,10 @@ class TestAttention(Differentiable):
         batch=st.integers(0, 4),
         length=st.integers(0, 70),
         keys=st.integers(0, 70),
-        width=st.integers(1, 130),
+        width=FUZZED_WIDTHS,
         heads=st.integers(1, 4),
         mask=st.sampled_from(KEY_MASKS),
-        bias=st.sampled_from(("none", "full", "rows", "keys", "scalar")),
+        bias=st.sampled_from(BIASES),
         scale=st.none() | st.floats(-2, 2),
     )
     def test_fuzz(self, **case):
@@ -259,12 +294,13 @@ class TestAttention(Differentiable):
 
 class TestAttentionVarlen(ChecksValues, Differentiable):
     op = staticmethod(ops.attention_varlen)
-    lists = dict(lengths=((1,), (2, 3, 1), (17, 0, 5), (49, 50), (65, 196, 3), (197, 257)), width=WIDTHS)
+    lists = dict(lengths=((1,), (2, 3, 1), (17, 0, 5), (49, 50), (65, 196, 3), (197, 257)), width=HEAD_WIDTHS)
     options = dict(heads=(1, 2, 3), cross=(False, True), integers=(torch.int32, torch.int64), scale=(None, 0.3))
     leaves = cast = ("q", "k", "v")
     tiny = dict(width=3)
     autocast_dtypes = (torch.bfloat16,)
     large = dict(lengths=(50, 197, 3, 65), width=64)
+    forms = (dict(), dict(lengths=(50, 3), width=64), dict(lengths=(50, 197, 3), width=64)) if ON_DEVICE else (dict(),)
     extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7))
     bad = (
         *BAD_SCALE,
@@ -282,10 +318,11 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
     @staticmethod
     def eager(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None):
         """One sequence after another."""
-        parts = [x.tensor_split(cu[1:-1].long()) for x, cu in ((q, cu_seqlens_q), (k, cu_seqlens_k), (v, cu_seqlens_k))]
+        ends = [cu[1:-1].tolist() for cu in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)]
+        parts = [x.tensor_split(places) for x, places in zip((q, k, v), ends)]
         return torch.cat([plain(*(part[None] for part in row), scale=scale)[0] for row in zip(*parts)])
 
-    def arguments(self, lengths=(2, 3, 1), width=7, heads=2, cross=True, integers=torch.int32, scale=None):
+    def arguments(self, lengths=(2, 3, 1), width=HEAD_WIDTH, heads=2, cross=True, integers=torch.int32, scale=None):
         keys = lengths[::-1] if cross else lengths
         cu_q, cu_k = (torch.tensor([0, *sizes]).cumsum(0).to(integers) for sizes in (lengths, keys))
         return dict(
@@ -321,14 +358,14 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
         """No sequence at all, and one without a row."""
         for lengths in ((), (0,)):
             arguments = self.sample(dtype, lengths=(0,)) | dict(max_seqlen_k=0)
-            cu = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+            cu = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=DEVICE)
             results = run(self.op, arguments | dict(cu_seqlens_q=cu, cu_seqlens_k=cu))
-            assert all(value.shape == (0, 2, 7) and value.dtype == dtype for value in results.values())
+            assert all(value.shape == (0, 2, HEAD_WIDTH) and value.dtype == dtype for value in results.values())
 
     def test_queries_without_keys(self):
         """Give 0, and so their gradients."""
         arguments = self.sample(lengths=(2, 0, 3), cross=False)
-        arguments["cu_seqlens_q"] = torch.tensor([0, 2, 4, 5], dtype=torch.int32)
+        arguments["cu_seqlens_q"] = torch.tensor([0, 2, 4, 5], dtype=torch.int32, device=DEVICE)
         results = run(self.op, arguments)
         assert (results["output 0"][2:4] == 0).all() and (results["gradient of q"][2:4] == 0).all()
         assert (results["output 0"][4] != 0).all()

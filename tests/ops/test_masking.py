@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from cases import BATCHES, DTYPES, KEEPS, LAYOUTS, LENGTHS, check_same_bits, randn, run
-from contract import ChecksValues
+from cases import BATCHES, DEVICE, DTYPES, KEEPS, LAYOUTS, LENGTHS, check_same_bits, generator, randn, run
+from contract import ChecksValues, host
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ class TestRandomMasking(ChecksValues):
 
     def bad_values(self):
         def put_nan(noise):
-            return torch.where(torch.arange(7) == 6, math.nan, noise)
+            return torch.where(torch.arange(7, device=noise.device) == 6, math.nan, noise)
 
         return [(dict(noise=put_nan), ValueError, "noise.* must not hold NaN")]
 
@@ -68,7 +68,7 @@ class TestRandomMasking(ChecksValues):
         check_same_bits(ours, run(self.eager, arguments))
         assert all(ids.is_contiguous() and ids.dtype == torch.int64 for ids in ours.values())
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_transposed_noise(self, dtype):
         self.check(dtype, "transposed", batch=5, length=2, keep=1, predict=0)
 
@@ -85,54 +85,56 @@ class TestRandomMasking(ChecksValues):
         """How many noises are smaller, equal ones by index; -0 equals 0, infinity and subnormals have their places."""
         values = [0.0, -0.0, 1.0, -math.inf, 1e-45, math.inf, 1.0, -1e-45, 0.0, math.inf, -1.0, 1e-40]
         rank = [sum((v, i) < (values[j], j) for i, v in enumerate(values)) for j in range(len(values))]
-        _, _, ids_restore = ops.random_masking(1, len(values), 3, noise=torch.tensor([values]))
+        _, _, ids_restore = ops.random_masking(1, len(values), 3, noise=torch.tensor([values], device=DEVICE))
         assert ids_restore.tolist() == [rank]
 
     def test_equal_noise(self):
-        ids_keep, ids_predict, ids_restore = ops.random_masking(2, 50, 10, noise=torch.full((2, 50), 0.25))
-        assert torch.equal(torch.cat([ids_keep, ids_predict], dim=1), torch.arange(50).expand(2, -1))
-        assert torch.equal(ids_restore, torch.arange(50).expand(2, -1))
+        ids_keep, ids_predict, ids_restore = ops.random_masking(
+            2, 50, 10, noise=torch.full((2, 50), 0.25, device=DEVICE)
+        )
+        in_order = torch.arange(50, device=DEVICE).expand(2, -1)
+        assert torch.equal(torch.cat([ids_keep, ids_predict], dim=1), in_order)
+        assert torch.equal(ids_restore, in_order)
 
     @pytest.mark.parametrize("length", LENGTHS)
     def test_seeds_are_philox_keys(self, length):
-        by_seeds = ops.random_masking(len(SEEDS), length, 1, seeds=SEEDS)
-        noise = reference.philox(SEEDS, length)  # up to 2^32: exact in float64 only
+        by_seeds = ops.random_masking(len(SEEDS), length, 1, seeds=SEEDS.to(DEVICE))
+        noise = reference.philox(SEEDS, length).to(DEVICE)  # up to 2^32: exact in float64 only
         by_noise = ops.random_masking(len(SEEDS), length, 1, noise=noise.double())
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(by_seeds, by_noise))
 
     def test_rows_depend_on_their_seed_alone(self):
-        whole = ops.random_masking(7, 65, 9, seeds=SEEDS)
+        seeds = SEEDS.to(DEVICE)
+        whole = ops.random_masking(7, 65, 9, seeds=seeds)
         for row in range(7):
-            alone = ops.random_masking(1, 65, 9, seeds=SEEDS[row : row + 1])
+            alone = ops.random_masking(1, 65, 9, seeds=seeds[row : row + 1])
             assert all(torch.equal(ids[0], ids_of_all[row]) for ids, ids_of_all in zip(alone, whole))
 
     def test_strided_seeds(self):
-        seeds = torch.stack([SEEDS, SEEDS + 1], dim=1)[:, 0]
+        seeds = torch.stack([SEEDS, SEEDS + 1], dim=1).to(DEVICE)[:, 0]
         strided, dense = (ops.random_masking(7, 65, 9, seeds=s) for s in (seeds, seeds.contiguous()))
         assert all(torch.equal(a, b) for a, b in zip(strided, dense))
 
     def test_generator_draws_the_seeds(self):
-        draws = [
-            ops.random_masking(4, 50, 10, generator=generator)[2]
-            for generator in (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3))
-        ]
+        draws = [ops.random_masking(4, 50, 10, generator=generator(3))[2] for _ in range(2)]
         assert torch.equal(*draws)
-        generator = torch.Generator().manual_seed(3)
-        assert not torch.equal(*(ops.random_masking(4, 50, 10, generator=generator)[2] for _ in range(2)))
+        drawn_twice = generator(3)
+        assert not torch.equal(*(ops.random_masking(4, 50, 10, generator=drawn_twice)[2] for _ in range(2)))
 
     def test_default_generator_is_that_of_torch(self):
         draws = []
         for _ in range(2):
             torch.manual_seed(5)
-            draws.append(ops.random_masking(4, 50, 10)[2])
+            draws.append(ops.random_masking(4, 50, 10, device=DEVICE)[2])
         assert torch.equal(*draws)
-        assert not torch.equal(draws[1], ops.random_masking(4, 50, 10)[2])
+        assert not torch.equal(draws[1], ops.random_masking(4, 50, 10, device=DEVICE)[2])
 
     def test_noise_that_requires_grad_gets_none(self):
         assert not any(
-            ids.requires_grad for ids in ops.random_masking(3, 7, 2, noise=torch.rand(3, 7).requires_grad_())
+            ids.requires_grad for ids in ops.random_masking(3, 7, 2, noise=torch.rand(3, 7).to(DEVICE).requires_grad_())
         )
 
+    @host
     @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
     def test_compiled_masks_are_drawn_anew(self, backend):
         torch.compiler.reset()
@@ -142,6 +144,7 @@ class TestRandomMasking(ChecksValues):
         for ids_restore in (first, second):
             assert torch.equal(ids_restore.sort(1).values, torch.arange(50).expand(4, -1))
 
+    @host
     def test_compiles_with_seeds(self):
         torch.compiler.reset()
         compiled = torch.compile(ops.random_masking, fullgraph=True, backend="aot_eager")

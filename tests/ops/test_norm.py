@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import BATCHES, LENGTHS, WIDTHS, check_op, randn
-from contract import Differentiable
+from cases import BATCHES, DEVICE, LENGTHS, WIDTHS, check_op, randn
+from contract import Differentiable, host
 from torch.nn import functional as F
 
 from fastmim import ops
@@ -47,7 +47,7 @@ class TestAddLayerNorm(Differentiable):
 
     @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 2, 5), (0, 5)])
     def test_any_number_of_axes(self, shape):
-        rows = {name: torch.randn(shape, requires_grad=True) for name in ("x", "residual")}
+        rows = {name: torch.randn(shape).to(DEVICE).requires_grad_() for name in ("x", "residual")}
         check_op(self.op, self.eager, self.sample() | rows)
 
     @pytest.mark.parametrize("used", [0, 1])
@@ -69,6 +69,7 @@ class TestAddLayerNorm(Differentiable):
             arguments["residual"] += 1000
         check_op(self.op, self.eager, arguments)
 
+    @host
     def test_compiles_with_inductor(self):
         self.check_compiled("inductor", draws=1)
 
@@ -98,4 +99,4 @@ class TestBiasGelu(Differentiable):
 
     @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 2, 5), (0, 5)])
     def test_any_number_of_axes(self, shape):
-        check_op(self.op, self.eager, self.sample() | dict(x=torch.randn(shape, requires_grad=True)))
+        check_op(self.op, self.eager, self.sample() | dict(x=torch.randn(shape).to(DEVICE).requires_grad_()))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import (
     BATCHES,
+    DEVICE,
     DTYPES,
     KEEPS,
     LAYOUTS,
@@ -24,7 +25,7 @@ from cases import (
     take,
     widened,
 )
-from contract import Indexed
+from contract import Indexed, autocast, host
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -46,7 +47,11 @@ BAD_IMAGES = (
     (dict(std=["1", "1", "1"]), TypeError, "std must be a sequence of numbers or a 1-D tensor, got"),
 )
 BAD_STD = tuple(
-    (dict(std=torch.tensor([1.0, value, 1.0])), ValueError, rf"std must be positive, got {value:g} for channel 1")
+    (
+        dict(std=lambda std, value=value: std.new_tensor([1.0, value, 1.0])),
+        ValueError,
+        rf"std must be positive, got {value:g} for channel 1",
+    )
     for value in (0.0, -1.0, math.nan)
 )
 BAD_PATCHES = (
@@ -98,17 +103,19 @@ class TestGatherPatches(Indexed):
 
     def test_uint8_is_divided_by_255_exactly(self):
         """The nearest number to v / 255 for each v, in torch's default dtype."""
-        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-        patch = ops.gather_patches(images, torch.tensor([[0]]), 16)
-        assert torch.equal(patch.flatten(), torch.arange(256) / 255) and patch.dtype == torch.float32
+        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).to(DEVICE)
+        patch = ops.gather_patches(images, torch.tensor([[0]], device=DEVICE), 16)
+        # divided on the CPU: on a GPU PyTorch multiplies by the rounded 1 / 255
+        nearest = (torch.arange(256) / 255).to(DEVICE)
+        assert torch.equal(patch.flatten(), nearest) and patch.dtype == torch.float32
 
     def test_no_ids(self):
-        results = run(self.op, self.sample() | dict(ids=torch.empty(2, 0, dtype=torch.int64)))
+        results = run(self.op, self.sample() | dict(ids=torch.empty(2, 0, dtype=torch.int64, device=DEVICE)))
         assert results["output 0"].shape == (2, 0, 18)
-        assert torch.equal(results["gradient of images"], torch.zeros(2, 3, 6, 9))
+        assert torch.equal(results["gradient of images"], torch.zeros(2, 3, 6, 9, device=DEVICE))
 
     def test_one_int_is_the_patch_of_each_axis(self):
-        images, ids = draw_images(2, 3, (2, 4, 6), "uint8"), draw_ids(2, 6, 3)
+        images, ids = draw_images(2, 3, (2, 4, 6), "uint8").to(DEVICE), draw_ids(2, 6, 3).to(DEVICE)
         assert torch.equal(ops.gather_patches(images, ids, 2), ops.gather_patches(images, ids, [2, 2, 2]))
 
     def test_reads_only_the_chosen_patches(self):
@@ -126,16 +133,18 @@ class TestGatherPatches(Indexed):
         assert images.numel() > 2**31
         side = images.shape[-1] // 16
         images[1, 0, -16:, -16:] = torch.arange(256).view(16, 16)
-        patches = ops.gather_patches(images, torch.tensor([[0, 7], [side**2 - 1, 3]]), 16)
+        patches = ops.gather_patches(images, torch.tensor([[0, 7], [side**2 - 1, 3]], device=DEVICE), 16)
         expected = torch.zeros(2, 2, 256)
         expected[1, 0] = torch.arange(256) / (255 if dtype == torch.uint8 else 1)
-        assert torch.equal(patches, expected.to(patches.dtype))
+        assert torch.equal(patches, expected.to(patches))
 
     def test_over_2_31_elements_by_strides(self):
-        images = randn(1, 3, 1, 1).float().expand(2**10, 3, 2**10, 2**10)
-        patches = ops.gather_patches(images, torch.tensor([[2**12 - 1, 5]]).expand(2**10, -1), 16)
+        images = randn(1, 3, 1, 1).float().to(DEVICE).expand(2**10, 3, 2**10, 2**10)
+        ids = torch.tensor([[2**12 - 1, 5]], device=DEVICE).expand(2**10, -1)
+        patches = ops.gather_patches(images, ids, 16)
         assert torch.equal(patches, images[:, :, 0, 0].repeat_interleave(256, dim=1)[:, None].expand(-1, 2, -1))
 
+    @host
     def test_compiles_with_inductor(self):
         self.check_compiled("inductor", draws=1)
 
@@ -218,14 +227,14 @@ class TestEmbedPatches(Indexed):
     def test_uint8_computes_in_the_dtype_of_the_weight(self):
         arguments = self.sample(torch.bfloat16, pixels="uint8")
         assert self.op(**arguments).dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             assert self.op(**self.sample(pixels="uint8")).dtype == torch.bfloat16
 
     def test_over_2_31_elements(self):
         images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=torch.uint8)
         images[1, 0, -16:, -16:] = torch.arange(256).view(16, 16)
         last = (images.shape[-1] // 16) ** 2 - 1
-        weight = torch.zeros(2, 1, 16, 16)
+        weight = torch.zeros(2, 1, 16, 16, device=DEVICE)
         weight[0, 0, 0, 1], weight[1, 0, 15, 15] = 255, 1
-        tokens = ops.embed_patches(images, torch.tensor([[0, 7], [last, 3]]), weight)
-        assert torch.equal(tokens, torch.tensor([[[0.0, 0], [0, 0]], [[1, 1], [0, 0]]]))
+        tokens = ops.embed_patches(images, torch.tensor([[0, 7], [last, 3]], device=DEVICE), weight)
+        assert torch.equal(tokens, weight.new_tensor([[[0, 0], [0, 0]], [[1, 1], [0, 0]]]))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import (
     BATCHES,
+    DEVICE,
     DTYPES,
     KEEPS,
     LAYOUTS,
@@ -17,7 +18,7 @@ from cases import (
     run,
     take,
 )
-from contract import Indexed
+from contract import Indexed, host
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,24 +58,25 @@ class TestGatherTokens(Indexed):
         assert torch.equal(copied, take(bits(arguments["tokens"].detach()), arguments["ids"]))
 
     def test_no_ids(self):
-        results = run(self.op, self.sample() | dict(ids=torch.empty(3, 0, dtype=torch.int64)))
+        results = run(self.op, self.sample() | dict(ids=torch.empty(3, 0, dtype=torch.int64, device=DEVICE)))
         assert results["output 0"].shape == (3, 0, 5)
-        assert torch.equal(results["gradient of tokens"], torch.zeros(3, 7, 5))
+        assert torch.equal(results["gradient of tokens"], torch.zeros(3, 7, 5, device=DEVICE))
 
     def test_over_2_31_elements(self):
         tokens = lazy_zeros(2, 2**20 + 1, 1031, dtype=torch.bfloat16)
         tokens[0, 1], tokens[1, -1] = 1, torch.arange(1031)
         assert tokens.numel() > 2**31
-        rows = ops.gather_tokens(tokens, torch.tensor([[1, 5], [2**20, 0]]))
-        expected = torch.zeros(2, 2, 1031, dtype=torch.bfloat16)
+        rows = ops.gather_tokens(tokens, torch.tensor([[1, 5], [2**20, 0]], device=DEVICE))
+        expected = torch.zeros(2, 2, 1031, dtype=torch.bfloat16, device=DEVICE)
         expected[0, 0], expected[1, 0] = 1, torch.arange(1031)
         assert torch.equal(rows, expected)
 
     def test_over_2_31_elements_by_strides(self):
-        tokens = randn(1, 1, 1031).float().expand(2, 2**20 + 1, -1)
-        rows = ops.gather_tokens(tokens, torch.tensor([[1, 5], [2**20, 0]]))
+        tokens = randn(1, 1, 1031).float().to(DEVICE).expand(2, 2**20 + 1, -1)
+        rows = ops.gather_tokens(tokens, torch.tensor([[1, 5], [2**20, 0]], device=DEVICE))
         assert torch.equal(rows, tokens[:, :2])
 
+    @host
     def test_compiles_with_inductor(self):
         self.check_compiled("inductor", draws=1)
 
@@ -136,8 +138,8 @@ class TestDecoderTokens(Indexed):
 
     def test_over_2_31_elements_by_strides(self):
         arguments = self.sample(width=1031)
-        arguments["pos_embed"] = randn(1, 1031).float().expand(2**21 + 1, -1)
-        ids = torch.tensor([[2**21 - 1, 0, 3, 4]] * 3)
+        arguments["pos_embed"] = randn(1, 1031).float().to(DEVICE).expand(2**21 + 1, -1)
+        ids = torch.tensor([[2**21 - 1, 0, 3, 4]] * 3, device=DEVICE)
         tokens = ops.decoder_tokens(**arguments | dict(ids_keep=ids, ids_predict=ids))
         visible, mask_token, pos = (arguments[name] for name in self.leaves)
         assert torch.equal(tokens, torch.cat([visible, mask_token.expand(3, 4, -1)], dim=1) + pos[0])
