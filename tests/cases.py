@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import random
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
 # where op tests put their tensors: cpu, cuda or meta; given, only tests that concern a device run (see conftest.py)
@@ -270,6 +273,13 @@ class Errors(NamedTuple):
         return 2 * self.eager + 2 * self.step
 
 
+def largest_error(found: Tensor, exact: Tensor) -> float:
+    """Of the values where it is finite: overflow grants nothing."""
+    error = (found.double() - exact).abs()
+    error = error[error.isfinite()]
+    return float(error.max()) if error.numel() else 0.0
+
+
 def errors(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> Errors:
     """Against `exact` in float64; 0 for integers, which must be equal."""
     assert ours.shape == exact.shape, name
@@ -279,13 +289,11 @@ def errors(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> 
     if ours.numel() == 0:
         return Errors(0, 0, 0)
     error = float((ours.double() - exact).abs().max())
-    theirs = (eager.double() - exact).abs()
-    theirs = float(theirs[theirs.isfinite()].max()) if theirs.isfinite().any() else 0.0  # overflow grants nothing
-    return Errors(error, theirs, ulp(float(exact.abs().max()), ours.dtype))
+    return Errors(error, largest_error(eager, exact), ulp(float(exact.abs().max()), ours.dtype))
 
 
 def check_errors(found: Errors, name: str = "result") -> None:
-    """Ours is at most twice eager's plus 2 ulp of the largest exact value."""
+    """Check that ours is at most twice eager's plus 2 ulp of the largest exact value."""
     assert found.ours <= found.allowed, (
         f"{name}: error {found.ours:.3g} > {found.allowed:.3g}, eager's is {found.eager:.3g}"
     )
@@ -304,15 +312,69 @@ def check_draws(draws: Sequence[Errors], name: str = "result") -> None:
     check_errors(Errors(*map(statistics.median, zip(*draws))), f"{name}, median of {len(draws)} draws")
 
 
-def check_close(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> None:
-    """`check_errors` of one result."""
-    check_errors(errors(ours, eager, exact, name), name)
+# operators that move values and round none
+MOVING = re.compile(
+    "alias|arange|cat|clone|constant_pad|_?copy|_to_copy|detach|empty|expand|fill|full|gather|index|lift|masked_fill|neg|"
+    "new_|one|scatter|select|slice|stack|where|zero"
+)
+
+
+class RandomRounding(TorchDispatchMode):
+    """Monte Carlo arithmetic: each operator's exact result, times 1 + u xi, is rounded to the operator's dtype.
+
+    u is the unit roundoff of that dtype, xi uniform in [-1, 1]. A result that eager rounds to without an error, such as
+    a softmax over one key, is perturbed as any other, by no BLAS and no instruction set.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        native = func(*args, **kwargs)
+        if func.is_view or func._schema.is_mutable or MOVING.match(func._schema.name.split("::")[1]):
+            return native
+        exact = func(*tree_map(self.widen, args), **tree_map(self.widen, kwargs))
+        for rounded, value in zip(tree_leaves(native), tree_leaves(exact)):
+            if isinstance(rounded, Tensor) and rounded.is_floating_point():
+                xi = torch.rand(value.shape, generator=self.generator, dtype=torch.float64).to(value.device) * 2 - 1
+                rounded.copy_(value.double() * (1 + torch.finfo(rounded.dtype).eps / 2 * xi))
+        return native
+
+    @staticmethod
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.double()
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+
+def rounding_noise(
+    eager: Callable[..., Any], arguments: dict[str, Any], layout: str, exact: dict[str, Tensor]
+) -> dict[str, float]:
+    """The error of each result of `eager` under random rounding, a third of the mean of five runs.
+
+    A third, because random rounding errs two to three times as much as rounding to nearest does: this is no more than
+    eager's error where that is no accident.
+    """
+    runs = []
+    for seed in range(5):
+        with RandomRounding(seed):
+            runs.append(run(eager, arguments, layout))
+    return {name: statistics.fmean(largest_error(found[name], exact[name]) for found in runs) / 3 for name in exact}
 
 
 def op_errors(
-    op: Callable[..., Any], eager: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous"
+    op: Callable[..., Any],
+    eager: Callable[..., Any],
+    arguments: dict[str, Any],
+    layout: str = "contiguous",
+    noise: bool = False,
 ) -> dict[str, Errors]:
-    """Of each result and gradient of `op`, against itself in float64; it writes no argument."""
+    """Of each result and gradient of `op`, against itself in float64; it writes no argument.
+
+    With `noise`, eager's error counts as no less than its rounding noise: it may be 0 by accident.
+    """
     before = {name: value.clone() for name, value in arguments.items() if isinstance(value, Tensor)}
     ours, exact = run(op, arguments, layout), run(op, widened(arguments), layout)
     check_same_bits({name: arguments[name].detach() for name in before}, before)
@@ -322,12 +384,41 @@ def op_errors(
         if theirs[name].dtype == torch.float64 and theirs[name].isfinite().all():
             # a wrong formula would grant any error
             torch.testing.assert_close(theirs[name], exact[name], rtol=1e-9, atol=1e-9)
-    return {name: errors(ours[name], theirs[name], exact[name], name) for name in ours}
+    found = {name: errors(ours[name], theirs[name], exact[name], name) for name in ours}
+    if noise:
+        least = rounding_noise(eager, arguments, layout, exact)
+        found = {name: error._replace(eager=max(error.eager, least[name])) for name, error in found.items()}
+    return found
+
+
+def rescaled(arguments: dict[str, Any], draw: random.Random) -> dict[str, Any]:
+    """Another draw of the same case: each floating tensor times a factor in [3/4, 1), in the layout that it has."""
+    made = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            whole = value.detach().new_empty(0).set_(value.untyped_storage()) * draw.uniform(0.75, 1)
+            whole = whole.as_strided(value.size(), value.stride(), value.storage_offset())
+            value = whole.requires_grad_(value.requires_grad)
+        made[name] = value
+    return made
+
+
+def check_redrawn(measure: Callable[[dict[str, Any], bool], dict[str, Errors]], arguments: dict[str, Any]) -> None:
+    """`check_errors` of each of `measure(arguments, False)`, the errors of some results.
+
+    Where one is over its bound, `check_draws` judges fifteen draws of the case, `measure(..., True)`, in which eager's
+    error counts as no less than its rounding noise.
+    """
+    if all(found.ours <= found.allowed for found in measure(arguments, False).values()):
+        return
+    draw = random.Random(0)
+    draws = [measure(case, True) for case in (arguments, *(rescaled(arguments, draw) for _ in range(14)))]
+    for name in draws[0]:
+        check_draws([found[name] for found in draws], name)
 
 
 def check_op(
     op: Callable[..., Any], eager: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous"
 ) -> None:
-    """`op` is as close to itself in float64 as `check_errors` asks, forward and backward, and writes no argument."""
-    for name, found in op_errors(op, eager, arguments, layout).items():
-        check_errors(found, name)
+    """Check that `op` is as close to itself in float64 as `check_redrawn` asks, forward and backward."""
+    check_redrawn(lambda arguments, noise: op_errors(op, eager, arguments, layout, noise), arguments)

@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -164,6 +165,22 @@ def convert_bfloat16_as_gpus_do():
     interpreter._convert_float = exact
 
 
+def multiply_without_blas():
+    """Triton's interpreter calls a BLAS, whose order of summation depends on the CPU and on which factor is first.
+
+    Here, as in a thread of a GPU, products are added to the accumulator one after another.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        total = d.data.copy()
+        for i in range(a.data.shape[-1]):
+            total += np.multiply(a.data[..., i, None], b.data[..., i, None, :], dtype=total.dtype)
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 @pytest.fixture(autouse=True, scope="session")
 def served_by():
     """The family under test."""
@@ -173,6 +190,7 @@ def served_by():
     if TEST_TRITON:
         if DEVICE == "cpu":
             convert_bfloat16_as_gpus_do()
+            multiply_without_blas()
         served = {op: _library.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
     else:
         if DEVICE == "cpu":

@@ -1,6 +1,8 @@
 """The tools of the op tests can fail."""
 
 import itertools
+import random
+import statistics
 
 import pytest
 import torch
@@ -10,13 +12,23 @@ from cases import (
     LENGTHS,
     WIDTHS,
     Errors,
-    check_close,
     check_draws,
+    check_errors,
+    check_op,
     check_same_bits,
     covering,
+    errors,
     lay,
+    op_errors,
+    prepare,
+    randn,
+    rescaled,
+    rounding_noise,
+    run,
     ulp,
+    widened,
 )
+from ops.test_attention import plain
 
 
 def test_covering():
@@ -40,16 +52,16 @@ def test_close_is_twice_eager_and_two_ulp():
     step = ulp(3.0, torch.float32)
     ours = exact.float()
     ours[1] += 2 * step
-    check_close(ours, exact.float(), exact)
+    check_errors(errors(ours, exact.float(), exact))
     ours[1] += step
     with pytest.raises(AssertionError, match="error"):
-        check_close(ours, exact.float(), exact)
-    check_close(ours, exact + torch.tensor([0, 0, step], dtype=torch.float64), exact)
+        check_errors(errors(ours, exact.float(), exact))
+    check_errors(errors(ours, exact + torch.tensor([0, 0, step], dtype=torch.float64), exact))
     for wrong in (float("nan"), float("inf")):
         with pytest.raises(AssertionError, match="error"):
-            check_close(torch.tensor([1.0, -3.0, wrong]), torch.full((3,), wrong), exact)
+            check_errors(errors(torch.tensor([1.0, -3.0, wrong]), torch.full((3,), wrong), exact))
     with pytest.raises(AssertionError):
-        check_close(ours[:2], exact, exact)
+        errors(ours[:2], exact, exact)
 
 
 def test_draws_are_judged_by_their_median_and_their_worst():
@@ -62,6 +74,111 @@ def test_draws_are_judged_by_their_median_and_their_worst():
             check_draws([*draws[:4], Errors(wrong, 1, 0)])
     with pytest.raises(AssertionError, match="median of 1 draws"):
         check_draws(draws[-1:])
+
+
+class Off(torch.autograd.Function):
+    """The identity, but for an error in the gradient of what is not float64."""
+
+    @staticmethod
+    def forward(ctx, x, error):
+        ctx.error = error
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad if grad.dtype == torch.float64 else grad + ctx.error(grad)), None
+
+
+def attend(q, k, v, error=torch.zeros_like):
+    return plain(q, Off.apply(k, error), v)
+
+
+def keys_of(kind):
+    """Arguments of attention whose gradient of the keys is 0 in eager by accident, or for equal keys nearly so."""
+    q, k, v = randn(2, 17, 1, 64), randn(2, 1, 1, 64), randn(2, 1, 1, 64)
+    return dict(q=q, k=k, v=v) if kind == "one key" else dict(q=q, k=k.expand(-1, 4, -1, -1), v=v.expand(-1, 4, -1, -1))
+
+
+@pytest.mark.parametrize(
+    "kind, layout", [("one key", "contiguous"), ("one key", "expanded gradient"), ("equal keys", "contiguous")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_errors_that_are_zero_by_accident(dtype, kind, layout):
+    """Eager's error grants no less than its rounding noise, and a little more is an error."""
+    arguments = prepare(keys_of(kind), dtype, "contiguous", ("q", "k", "v"))
+    exact = run(plain, widened(arguments), layout)
+    noise = rounding_noise(plain, arguments, layout, exact)["gradient of k"]
+    eager = op_errors(attend, plain, arguments, layout)["gradient of k"].eager
+    assert eager < noise / 4
+
+    def check(error):
+        check_op(lambda q, k, v: attend(q, k, v, error), plain, arguments, layout)
+
+    check(lambda grad: noise)
+    for wrong in (4 * noise, float("nan")):
+        with pytest.raises(AssertionError, match=r"gradient of k, .* draws"):
+            check(lambda grad, wrong=wrong: wrong)
+    with pytest.raises(AssertionError, match=r"gradient of k, .* draws"):
+        check(lambda grad: torch.where(torch.arange(64) == 9, 4 * noise, 0).to(grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_missing_term_is_an_error(dtype):
+    """A softmax whose gradient isn't taken from its mean."""
+
+    class Weights(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, scores):
+            ctx.save_for_backward(scores.softmax(-1))
+            return scores.softmax(-1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            (weights,) = ctx.saved_tensors
+            mean = (weights * grad).sum(-1, keepdim=True)
+            return weights * (grad - mean if grad.dtype == torch.float64 else grad)
+
+    for keys in (1, 17):
+        arguments = prepare(dict(scores=randn(3, 5, keys)), dtype, "contiguous", ("scores",))
+        with pytest.raises(AssertionError, match="gradient of scores"):
+            check_op(Weights.apply, lambda scores: scores.softmax(-1), arguments)
+
+
+def test_rounding_noise_is_that_of_each_operators_dtype():
+    """Of a formula that computes in float32 what comes in bfloat16; and what only moves values has none."""
+
+    def noise(formula):
+        arguments = prepare(dict(x=randn(50, 64)), torch.bfloat16, "contiguous", ())
+        return rounding_noise(formula, arguments, "contiguous", run(formula, widened(arguments)))["output 0"]
+
+    narrow, wide = noise(lambda x: x.exp()), noise(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)).exp())
+    assert 2**-8 < narrow < 2**-3 and 2**-24 < wide < 2**-19
+    assert noise(lambda x: torch.cat([x.t()[1:], x.t()]).clone()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rounding_noise_grants_no_more_than_eager(dtype):
+    """Where eager's error is no accident, in the median of some draws."""
+    ratios = []
+    for _ in range(7):
+        draw = {name: randn(3, 50, 2, 64) for name in ("q", "k", "v")}
+        arguments = prepare(draw, dtype, "contiguous", ("q", "k", "v"))
+        eager = op_errors(plain, plain, arguments)
+        noise = rounding_noise(plain, arguments, "contiguous", run(plain, widened(arguments)))
+        ratios.append([noise[name] / eager[name].eager for name in noise])
+    for ratio in map(statistics.median, zip(*ratios, strict=True)):
+        assert 0.1 < ratio < 1.1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_draws_keep_their_layout(layout):
+    arguments = prepare(dict(x=randn(3, 4, 5), ids=torch.arange(6).view(2, 3)), torch.float16, layout, ("x",))
+    found = rescaled(arguments, random.Random(0))
+    assert found["ids"] is arguments["ids"] and found["x"].requires_grad and found["x"].dtype == torch.float16
+    assert found["x"].stride() == arguments["x"].stride()
+    assert found["x"].storage_offset() == arguments["x"].storage_offset()
+    ratio = (found["x"] / arguments["x"]).detach()
+    assert 0.74 < ratio.min() <= ratio.max() < 1 and ratio.max() - ratio.min() < 2e-3
 
 
 def test_bits_tell_zeros_and_nans_apart():

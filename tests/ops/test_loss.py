@@ -15,12 +15,13 @@ from cases import (
     PICTURES,
     WIDTHS,
     bits,
-    check_close,
+    check_errors,
     check_op,
     cut,
     draw_ids,
     draw_images,
     draw_stats,
+    errors,
     lazy_zeros,
     normalized,
     randn,
@@ -183,7 +184,7 @@ class TestPixelLoss(Indexed):
         (grad,) = torch.autograd.grad(self.op(**arguments) * scale, leaf)
         double = widened(arguments)
         (exact,) = torch.autograd.grad(self.op(**double) * scale, double["pred"])
-        check_close(grad, exact.half(), exact)
+        check_errors(errors(grad, exact.half(), exact))
 
     @pytest.mark.parametrize("norm_pix", [True, "channel"])
     def test_deviation_of_one_value(self, norm_pix):
