@@ -7,15 +7,20 @@ export PYTHONSAFEPATH = 1
 # a process of tests on each CPU, a thread in each process
 TEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
 
-.PHONY: throughput test interpret runner test-all test-oldest gpu-report sanitize lint clean
+.PHONY: throughput test placement interpret runner test-all test-oldest gpu-report sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
 
 test: .venv/ready lint
 	$(TEST) $(ARGS)
+	$(MAKE) placement
 	$(MAKE) interpret
 	$(MAKE) runner
+
+# the op suite of a device on tensors without values: none of the CPU beside one of the device
+placement: .venv/ready
+	FASTMIM_TEST_DEVICE=meta $(TEST) tests/ops $(ARGS)
 
 # the op suite on the Triton kernels, in Triton's interpreter
 interpret: .venv/ready

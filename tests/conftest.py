@@ -18,7 +18,8 @@ where those of CUDA C++ do, which serve less, it is skipped.
     FASTMIM_TEST_DEVICE=cpu FASTMIM_TEST_KERNELS=cuda pytest tests/ops   a rehearsal on the runner
     FASTMIM_TEST_DEVICE=meta pytest tests/ops                            without values: which tensor is on which device
 
-FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device.
+FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device. Nor does tests/gpu need any of them: it
+finds the GPU by itself, and fastmim chooses the kernels.
 """
 
 import importlib
@@ -195,6 +196,8 @@ def served_by():
     else:
         if DEVICE == "cpu":
             torch.ops.load_library(runner_library())
+        elif _library.cuda_build is None:
+            pytest.fail(_library.missing["cuda"])
         built = torch.ops.fastmim_host if DEVICE == "cpu" else torch.ops.fastmim_cuda
         served = {op: _library.raising_unserved(getattr(built, op)) for op in _library.CUDA_OPS}
     library = torch.library.Library("fastmim", "IMPL")

@@ -38,6 +38,8 @@ class Values(TorchFunctionMode):
             return [1] * len(args[0])
         if func is torch.equal:
             return args[0].shape == torch.eq(*args).shape == args[1].shape
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype == torch.bool:
+            return args[0].flatten(0, args[1].dim() - 1)  # all are selected
         return func(*args, **(kwargs or {}))
 
 

@@ -20,8 +20,17 @@ def run(*args: str, cwd: object, **settings: str) -> str:
 def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
     found = json.loads(run("--json", cwd=tmp_path, FASTMIM_KERNELS=family))
     served = {name for by_device in found["ops"].values() for name in by_device.values()}
-    assert all(name == family or name.startswith("none: ") for name in served)
+    # the reference serves what cuda has no kernel of
+    allowed = {family, "reference"} if family == "cuda" else {family}
+    assert all(name in allowed or name.startswith("none: ") for name in served)
     assert family != "reference" or served == {"reference"}
+
+
+def test_a_forced_family_says_once_why_it_serves_no_tensor_of_a_device(tmp_path):
+    pytest.importorskip("triton")
+    said = run(cwd=tmp_path, FASTMIM_KERNELS="triton", TRITON_INTERPRET="0")
+    assert next(line for line in said.splitlines() if line.startswith("bias_gelu")).split()[1:] == ["none", "triton"]
+    assert said.count("triton serves tensors on cuda devices (on the CPU with TRITON_INTERPRET=1), not on cpu") == 1
 
 
 def test_every_op_and_device_is_listed(tmp_path):

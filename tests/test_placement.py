@@ -50,7 +50,8 @@ def test_a_test_runs_on_where_it_reads_values_and_ends_where_it_can_not():
     with placement(), values_are_unknown():
         seen.append(float(here(3).sum()))
         assert torch.equal(here(3), here(3)) and here(3).sum() and here(2).long().tolist() == [1, 1]
-        here(3)[here(3) > 0]
+        assert here(2, 3)[here(2, 3) > 0].shape == (6,)
+        here(3).nonzero()
         seen.append("never")
     assert seen == [1.0]
     with pytest.raises(RuntimeError, match="wrong"), placement(), values_are_unknown():

@@ -12,6 +12,7 @@ from cases import (
     HEAD_WIDTHS,
     LAYOUTS,
     LENGTHS,
+    NARROW,
     ON_DEVICE,
     TEST_CUDA,
     bits,
@@ -198,7 +199,7 @@ class TestAttention(Differentiable):
     def mixed(self):
         return ("bias",)
 
-    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("dtype", NARROW, ids=str)
     @pytest.mark.parametrize(
         "queries, keys, width",
         # of each form of a device's kernels, and its edges: fractions of a tile, a whole one, several
