@@ -5,9 +5,19 @@ TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
 # a process of tests on each CPU, a thread in each process
-TEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto
+THREADS = 1
+TEST = OMP_NUM_THREADS=$(THREADS) .venv/bin/python -m pytest -n auto
 
-.PHONY: throughput test placement interpret runner test-all test-oldest gpu-report sanitize lint clean
+# what makes a processor act like one without vector instructions beyond SSE, and like one without AVX-512
+sse = ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \
+	FASTMIM_ISA=portable
+avx2 = ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell \
+	FASTMIM_ISA=avx2
+CPUS = sse $(if $(shell grep -sl avx2 /proc/cpuinfo),avx2)
+NUMERICAL = tests/ops tests/nn tests/models tests/interop tests/train/test_loop.py \
+	$(addprefix tests/test_,cases.py masking.py native.py native_bf16.py reference.py)
+
+.PHONY: throughput test placement interpret runner test-cpus numerical test-all test-oldest gpu-report sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -22,14 +32,27 @@ test: .venv/ready lint
 placement: .venv/ready
 	FASTMIM_TEST_DEVICE=meta $(TEST) tests/ops $(ARGS)
 
+# what other kernels don't change: the op as the compiler sees it, derivatives in float64, which are the reference's
+ELSEWHERE = not compile and not threads and not gradcheck and not second_derivative
+
 # the op suite on the Triton kernels, in Triton's interpreter
 interpret: .venv/ready
-	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops $(ARGS)
+	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops -k "$(ELSEWHERE)" $(ARGS)
 
 # the op suite on the CUDA C++ kernels, run on the CPU by tests/cuda/host
 runner: .venv/ready
 	FASTMIM_TEST_KERNELS=cuda $(TEST) \
-	$(addprefix tests/ops/test_,masking.py patches.py attention.py loss.py) -k "not compile and not 2_31 and not threads" $(ARGS)
+	$(addprefix tests/ops/test_,masking.py patches.py attention.py loss.py) -k "$(ELSEWHERE) and not 2_31" $(ARGS)
+
+# the suites that compute, as lesser processors run them, with one thread and with two
+test-cpus: .venv/ready
+	$(MAKE) numerical THREADS=2
+	$(foreach cpu,$(CPUS),$(foreach threads,1 2, \
+	env $($(cpu)) TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor/$(cpu) $(MAKE) numerical THREADS=$(threads) &&)) true
+
+numerical: .venv/ready
+	$(TEST) $(NUMERICAL) $(ARGS)
+	$(MAKE) interpret
 
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 $(TEST) $(ARGS)

@@ -80,13 +80,21 @@ class Contract:
         check_op(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`case`, `form`, `extreme`, `refused` and `refused_value` are rows of the class's tables."""
+        """`case`, `form`, `extreme`, `refused` and `refused_...` are rows of the class's tables."""
         if "case" in metafunc.fixturenames:
             rows = cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists)
             metafunc.parametrize("case", grouped(rows) if TEST_ALL else [[row] for row in rows], ids=group_label)
         if "form" in metafunc.fixturenames:
             metafunc.parametrize("form", self.forms, ids=lambda form: label(form) or "small")
-        tables = {"extreme": self.extremes, "refused": self.bad, "refused_value": self.bad_values()}
+        values = self.bad_values()
+        first = {tuple(change): (change, *rest) for change, *rest in reversed(values)}  # of each argument
+        compiled = values if TEST_ALL else list(first.values())[::-1]
+        tables = {
+            "extreme": self.extremes,
+            "refused": self.bad,
+            "refused_value": values,
+            "refused_when_compiled": compiled,
+        }
         for name, rows in tables.items():
             if name in metafunc.fixturenames:
                 metafunc.parametrize(name, rows, ids=lambda row: "-".join(row if isinstance(row, dict) else row[0]))
@@ -192,9 +200,9 @@ class ChecksValues(Contract):
         self.refuse(self.op, refused_value)
 
     @host
-    def test_bad_value_under_compile(self, refused_value):
+    def test_bad_value_under_compile(self, refused_when_compiled):
         torch.compiler.reset()
-        self.refuse(torch.compile(self.op, fullgraph=True, backend="aot_eager"), refused_value)
+        self.refuse(torch.compile(self.op, fullgraph=True, backend="aot_eager"), refused_when_compiled)
 
 
 class Differentiable(Contract):

@@ -70,11 +70,13 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
 template <typename Place>
 Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows,
                 const Place& place) {
-  const Tensor tokens = visible.contiguous(), mask = mask_token.contiguous(), pos = pos_embed.contiguous();
+  const Tensor tokens = visible.contiguous(), mask = mask_token.contiguous();
+  // few rows of a long table are read: it is not copied where its rows are dense
+  const Tensor pos = pos_embed.stride(1) == 1 ? pos_embed : pos_embed.contiguous();
   const int64_t seen = visible.size(1), width = visible.size(2);
   Tensor out = at::empty({visible.size(0), rows, width}, visible.options());
-  const auto row_of = [width](const Tensor& table, int64_t row) {
-    return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * width * table.element_size();
+  const auto row_of = [](const Tensor& table, int64_t row, int64_t stride) {
+    return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * stride * table.element_size();
   };
   const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()),
              pos_type = type_of(pos.scalar_type());
@@ -82,9 +84,9 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
     for (int64_t i = begin; i < end; ++i) {
       const auto [from, position] = place(i / rows, i % rows);
       const bool is_visible = from < seen;
-      const void* value = is_visible ? row_of(tokens, i / rows * seen + from) : mask.const_data_ptr();
-      kernels().add_row(is_visible ? type : mask_type, value, pos_type, row_of(pos, position), type, row_of(out, i),
-                        width);
+      const void* value = is_visible ? row_of(tokens, i / rows * seen + from, width) : mask.const_data_ptr();
+      kernels().add_row(is_visible ? type : mask_type, value, pos_type, row_of(pos, position, pos.stride(0)), type,
+                        row_of(out, i, width), width);
     }
   });
   return out;

@@ -1,12 +1,14 @@
 """Models that accelerate() knows, each with what a test does to it."""
 
 import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from cases import Errors, check_draws
 from forked_mae import PlainMAE
 from torch import Tensor, nn
 
@@ -83,6 +85,25 @@ def build(family: str, request: pytest.FixtureRequest, **changes: Any) -> Case:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return Case(model, torch.randn(3, 3, 32, 32), torch.rand(3, 16), family)
+
+
+def redrawn(case: Case, count: int = 5) -> Iterator[Case]:
+    """The case, and others like it: weights a little apart, other images and noise."""
+    yield case
+    for seed in range(1, count):
+        torch.manual_seed(seed)
+        model = copy.deepcopy(case.model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + torch.randn_like(parameter) / 64)
+        yield Case(model, torch.randn_like(case.images), torch.rand_like(case.noise), case.family)
+
+
+def check_near(case: Case, measure: Callable[[Case], dict[str, Errors]]) -> None:
+    """`check_draws` of each error that `measure` finds in five draws of the case."""
+    draws = [measure(draw) for draw in redrawn(case)]
+    for name in draws[0]:
+        check_draws([found[name] for found in draws], name)
 
 
 def accelerated(model: nn.Module, **how: Any) -> nn.Module:

@@ -1,37 +1,53 @@
 """accelerate() changes nothing that a model computes."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
-from families import Case, accelerated, gradients
+from cases import Errors
+from families import Case, accelerated, check_near, gradients
 from torch import Tensor, nn
 
 import fastmim
 
 
+def distance(found: Tensor, exact: Tensor) -> float:
+    return (found - exact).norm().item()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_results_agree(case, training):
-    case.model.train(training)
-    expected, found = case.run(case.model), case.run(accelerated(case.model))
-    assert abs(found[0] - expected[0]) <= 1e-6 * abs(expected[0])
-    for a, b in zip(found[1:], expected[1:], strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if a.is_floating_point():
-            assert (a - b).abs().max() <= 3e-6 * b.abs().max()
-        else:
-            assert torch.equal(a, b)
+    """To 1e-6 in what is minimised and 3e-6 in all else."""
+
+    def measure(case: Case) -> dict[str, Errors]:
+        case.model.train(training)
+        expected, found = case.run(case.model), case.run(accelerated(case.model))
+        apart = {}
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            if a.is_floating_point():
+                allowed = (3e-6 if i else 1e-6) * b.abs().max().item()
+                apart[f"output {i}"] = Errors((a - b).abs().max().item(), 0, allowed / 2)
+            else:
+                assert torch.equal(a, b)
+        return apart
+
+    check_near(case, measure)
 
 
 def test_gradients_are_as_near_to_float64(case):
-    exact = gradients(case, copy.deepcopy(case.model).double())
-    plain, found = gradients(case, case.model), gradients(case, accelerated(case.model))
-    assert found.keys() == plain.keys() == exact.keys()
-    largest = max(value.norm() for value in exact.values())
-    for name, value in exact.items():
-        floor = 1e-7 * largest
-        assert (found[name] - value).norm() <= 2 * (plain[name] - value).norm() + floor, name
+    def measure(case: Case) -> dict[str, Errors]:
+        exact = gradients(case, copy.deepcopy(case.model).double())
+        plain, found = gradients(case, case.model), gradients(case, accelerated(case.model))
+        assert found.keys() == plain.keys() == exact.keys()
+        floor = 1e-7 * max(value.norm().item() for value in exact.values())
+        return {
+            name: Errors(distance(found[name], x), distance(plain[name], x), floor / 2) for name, x in exact.items()
+        }
+
+    check_near(case, measure)
 
 
 def test_float64_agrees_exactly_but_for_rounding(case):
@@ -83,30 +99,41 @@ def curve(case: Case, model: nn.Module, steps: int) -> Tensor:
 
 @pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "plain"], indirect=True)
 def test_a_hundred_steps(case):
+    """In float64; in float32 twenty, before rounding grows to chaos: as near to float64 as the model itself."""
     exact = curve(case, copy.deepcopy(case.model).double(), 100)
     assert (curve(case, accelerated(copy.deepcopy(case.model).double()), 100) - exact).abs().max() <= 1e-8
-    plain = (curve(case, copy.deepcopy(case.model), 100) - exact).abs().max()
-    assert (curve(case, accelerated(case.model), 100) - exact).abs().max() <= 2 * plain
+
+    def measure(case: Case) -> dict[str, Errors]:
+        exact, plain, found = (
+            curve(case, model, 20)
+            for model in (copy.deepcopy(case.model).double(), copy.deepcopy(case.model), accelerated(case.model))
+        )
+        return dict(losses=Errors(*((losses - exact).abs().max().item() for losses in (found, plain)), 0))
+
+    check_near(case, measure)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_models(case, dtype):
     """Of a model in a narrow dtype, results are at most twice as far from float64 as before."""
-    exact = case.run(copy.deepcopy(case.model).to(dtype).double(), case.images.to(dtype).double())[1]
-    model = copy.deepcopy(case.model).to(dtype)
-    plain, found = case.run(model)[1], case.run(accelerated(model))[1]
-    assert found.dtype == plain.dtype
-    assert (found - exact).norm() <= 2 * (plain - exact).norm()
+
+    def measure(case: Case) -> dict[str, Errors]:
+        exact = case.run(copy.deepcopy(case.model).to(dtype).double(), case.images.to(dtype).double())[1]
+        model = copy.deepcopy(case.model).to(dtype)
+        plain, found = case.run(model)[1], case.run(accelerated(model))[1]
+        assert found.dtype == plain.dtype
+        return dict(result=Errors(distance(found, exact), distance(plain, exact), 0))
+
+    check_near(case, measure)
 
 
 def test_autocast(case):
-    exact = gradients(case, copy.deepcopy(case.model).double())
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, found = case.run(case.model), case.run(accelerated(case.model))
-        assert [value.dtype for value in found] == [value.dtype for value in expected]
-        plain, found = gradients(case, case.model), gradients(case, accelerated(case.model))
+    def measure(case: Case) -> dict[str, Errors]:
+        exact = gradients(case, copy.deepcopy(case.model).double())
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, found = case.run(case.model), case.run(accelerated(case.model))
+            assert [value.dtype for value in found] == [value.dtype for value in expected]
+            runs = gradients(case, accelerated(case.model)), gradients(case, case.model)
+        return dict(gradients=Errors(*(math.hypot(*(distance(g[n], x) for n, x in exact.items())) for g in runs), 0))
 
-    def error(got):
-        return sum((got[name] - value).norm() ** 2 for name, value in exact.items()).sqrt()
-
-    assert error(found) <= 2 * error(plain)
+    check_near(case, measure)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
+from cases import Errors, check_draws
 from plain_mae import build, gradients, overlapping, pictures
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -42,8 +43,9 @@ def test_compiled_equals_eager_and_is_compiled_once(case, backend):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
     with autocast:
         compiled(*draw(case)[:1], **draw(case)[1]).loss.backward()
+    draws = []
     with autocast, torch._dynamo.config.patch(error_on_recompile=True):
-        for seed in range(2):
+        for seed in range(5 if case == "autocast" else 2):
             images, arguments = draw(case)
             results = []
             for run in (compiled, model):
@@ -54,14 +56,19 @@ def test_compiled_equals_eager_and_is_compiled_once(case, backend):
                 for ours, theirs in zip(*map(pytree.tree_leaves, results)):
                     assert (ours - theirs).double().norm() <= 1e-5 * theirs.double().norm()
                 continue
-            # each rounds in its own places: eager is no further from float32 than what the compiler captured
             with torch.autocast("cpu", enabled=False):
                 torch.manual_seed(seed)
                 out = model(images, **arguments)
                 exact = pytree.tree_leaves(out), gradients(out.loss, model)
+            sizes = []
             for captured, eager, truth in zip(*map(pytree.tree_leaves, (*results, exact))):
-                far, near, size = (x.double().norm() for x in (captured - truth, eager - truth, truth))
-                assert far <= 3e-2 * size and near <= far + 1e-3 * size
+                far, near, size = (x.double().norm().item() for x in (captured - truth, eager - truth, truth))
+                assert far <= 3e-2 * size
+                sizes.append(Errors(near, far, 5e-4 * size))
+            draws.append(sizes)
+    # each rounds in its own places: eager is about as near to float32 as what the compiler captured
+    for found in zip(*draws):
+        check_draws(found)
 
 
 def test_export(tmp_path):

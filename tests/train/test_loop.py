@@ -1,14 +1,16 @@
 """The loop: the curve of the plain PyTorch reference, gradients that aren't finite, and what a run leaves behind."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from cases import TEST_ALL
+from cases import TEST_ALL, Errors, check_draws
 from PIL import Image
 from plain import Cell, normalise, plain_model
 from small_run import curve, outcome
+from torch import Tensor
 
 from fastmim import masking
 from fastmim.data import ImageLoader
@@ -51,25 +53,36 @@ def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
             losses.append(loss.item())
 
 
+def quickstart(folder: Path, *settings: str) -> tuple[Tensor, list[Tensor]]:
+    """Losses of a run in a dtype, and of the plain model in that dtype and in float64."""
+    always = ["log_every=1", "backend=pillow", "reconstruct_every=0", f"output_dir={folder}"]
+    config = read("quickstart_cpu", [*always, *settings])
+    Trainer(config).run()
+    ours, data = [line[1] for line in curve(folder)], folder / "data" / "digits" / "train"
+    plain = {
+        dtype: plain_curve(dataclasses.replace(config, dtype=dtype), len(ours), data)
+        for dtype in (config.dtype, "float64")
+    }
+    return torch.tensor(ours, dtype=torch.float64), [torch.tensor(x, dtype=torch.float64) for x in plain.values()]
+
+
 def test_the_quickstart_is_the_plain_reference(tmp_path):
-    """200 steps (in make test 20) agree to 1e-8 in float64; in float32 they stay as near as the plain model does."""
+    """200 steps (in make test 20) agree to 1e-8 in float64."""
     steps = 200 if TEST_ALL else 20
-    settings = [f"max_steps={steps}", "log_every=1", "backend=pillow", "reconstruct_every=0", "batch_size=32"]
-    curves = {}
-    for dtype in ("float64", "float32"):
-        small = read("quickstart_cpu", [*settings, f"dtype={dtype}", f"output_dir={tmp_path / dtype}"])
-        Trainer(small).run()
-        ours = [line[1] for line in curve(tmp_path / dtype)]
-        plain = plain_curve(small, steps, tmp_path / dtype / "data" / "digits" / "train")
-        assert len(ours) == len(plain) == steps
-        curves[dtype] = torch.tensor(ours, dtype=torch.float64), torch.tensor(plain, dtype=torch.float64)
-    ours, plain = curves["float64"]
-    print("float64, apart by at most", (ours - plain).abs().max().item())
-    assert (ours - plain).abs().max().item() < 1e-8
+    ours, [plain] = quickstart(tmp_path, "dtype=float64", "batch_size=16", f"max_steps={steps}")
+    assert len(ours) == len(plain) == steps
+    assert (ours - plain).abs().max() < 1e-8
     assert ours[-1] < ours[0] - 0.05
-    ours, plain = ((single - curves["float64"][1]).abs().max() for single in curves["float32"])
-    print("float32 from float64: ours", ours.item(), "plain", plain.item())
-    assert ours.item() <= 2 * plain.item()
+
+
+def test_the_quickstart_in_float32_is_as_near_to_float64_as_the_plain_reference(tmp_path):
+    """By `check_draws`, over the first steps: later, rounding may grow to chaos."""
+    draws = []
+    for seed in range(3):
+        settings = f"seed={seed}", "dtype=float32", "batch_size=8", "max_steps=6"
+        ours, [plain, exact] = quickstart(tmp_path / str(seed), *settings)
+        draws.append(Errors(*((losses - exact).abs().max().item() for losses in (ours, plain)), 0))
+    check_draws(draws)
 
 
 # ---- keys ------------------------------------------------------------------------------------------------------------
