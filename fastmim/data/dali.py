@@ -1,5 +1,7 @@
 """NVIDIA DALI decodes plain JPEGs, only the part that the crops need; on a GPU it resizes and mirrors too.
 
+Where regions can't be decoded (regions.py) it decodes them whole.
+
 DALI is handed its crops and draws nothing. On a CPU the decoded part is resized as on every backend: DALI's own cubic
 filter is up to 8 grey levels off at sharp edges. What is no plain JPEG goes to Pillow.
 
@@ -23,7 +25,7 @@ from .transfer import Link, Row
 
 
 class Job(NamedTuple):
-    """A plain JPEG, its crops, and the box around them that is decoded."""
+    """A plain JPEG, its crops, and the box that is decoded: that around them, or the whole picture."""
 
     data: bytes
     crops: list[Crop]
@@ -33,8 +35,11 @@ class Job(NamedTuple):
 class Dali(Decoder):
     """A pipeline that is built when it is needed, and again after a file that it can't decode: such a file kills it."""
 
-    def __init__(self, crops: Crops, device: torch.device, threads: int, link: Link | None = None) -> None:
+    def __init__(
+        self, crops: Crops, device: torch.device, threads: int, link: Link | None = None, *, regions: bool = True
+    ) -> None:
         super().__init__(crops)
+        self.regions = regions
         # a link copies crops out of DALI's memory; without one they are resized out of it
         self.device, self.threads, self.link = device, threads, link
         # DALI's memory that copies are queued from, and the event behind them
@@ -48,7 +53,7 @@ class Dali(Decoder):
         size = jpeg.plain_size(data)
         if size:
             crops = self.crops.of(draws, *size)
-            return Job(data, crops, _around(crops))
+            return Job(data, crops, _around(crops) if self.regions else Crop(0, 0, *size, False))
         return self._resized(pictures.decode(data), draws)
 
     def _cut(self, picture: Any, crops: list[Crop]) -> list[Pixels]:
@@ -103,9 +108,12 @@ class Dali(Decoder):
         pipeline = Pipeline(room, self.threads, self.device.index, prefetch_queue_depth=1)
         with pipeline:
             data = given("data", types.UINT8, 1)
-            start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
             where = "mixed" if self.device.type == "cuda" else "cpu"
-            pixels = fn.decoders.image_slice(data, start, shape, axes=(0, 1), device=where)
+            if self.regions:
+                start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
+                pixels = fn.decoders.image_slice(data, start, shape, axes=(0, 1), device=where)
+            else:
+                pixels = fn.decoders.image(data, device=where)
             if self.link is None:
                 pipeline.set_outputs(pixels)
                 return self._ready(pipeline)
@@ -131,8 +139,9 @@ class Dali(Decoder):
             pipeline.feed_input(name, [np.array(value, dtype) for value in values])
 
         pipeline.feed_input("data", [np.frombuffer(job.data, np.uint8) for job in jobs])
-        feed("start", [(job.box.top, job.box.left) for job in jobs])
-        feed("shape", [(job.box.height, job.box.width) for job in jobs])
+        if self.regions:
+            feed("start", [(job.box.top, job.box.left) for job in jobs])
+            feed("shape", [(job.box.height, job.box.width) for job in jobs])
         inside = [[_inside(crop, job.box) for crop in job.crops] for job in jobs]
         if self.link is None:
             (out,) = pipeline.run()
@@ -142,7 +151,7 @@ class Dali(Decoder):
             feed(f"shape{repeat}", [(crop.height, crop.width) for crop in crops])
             feed(f"first{repeat}", [(crop.height, self.crops.size[1]) for crop in crops], np.float32)
             feed(f"flip{repeat}", [crop.flip for crop in crops])
-        self._release()
+        self.release()
         # run() returns when the pixels are there
         outputs = pipeline.run()
         # handed over on the stream of copies
@@ -150,14 +159,14 @@ class Dali(Decoder):
         self._read = outputs, self.link.mark()
         return list(copies.unflatten(0, (self.crops.repeats, len(jobs))).unbind(1))
 
-    def _release(self) -> None:
-        """Let DALI have its memory again."""
+    def release(self) -> None:
+        """Wait until crops are copied, and let DALI have its memory again."""
         if self.link is not None and self._read is not None:
             self.link.wait(self._read[1])
         self._read = None
 
     def close_pipeline(self) -> None:
-        self._release()
+        self.release()
         self._pipeline = None
 
     def close(self) -> None:

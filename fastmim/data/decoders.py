@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import jpeg, pictures
+from . import jpeg, pictures, regions
 from .crops import Crops
 from .philox import Floats
 from .pictures import Pixels
@@ -107,5 +107,7 @@ def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Deco
     if backend == "dali":
         from .dali import Dali
 
-        return Dali(crops, device, threads, None if device.type == "cpu" else link_to(device))
+        if device.type == "cpu":
+            return Dali(crops, device, threads)
+        return Dali(crops, device, threads, link_to(device), regions=regions.usable(device))
     return HERE[backend](crops)
