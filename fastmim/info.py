@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, _library, ops
+from .data import regions
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 PACKAGES = (
@@ -36,6 +37,7 @@ def collect() -> dict[str, Any]:
         "cuda build": _library.cuda_build,
         "cuda first": _library.CUDA_FIRST,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
+        "regions": regions.remembered(),
         "FASTMIM_KERNELS": _library.family,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
         "missing": dict(_library.missing),
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     if found["cuda build"]:
         print("CUDA C++   " + ", ".join(f"{name} {value}" for name, value in found["cuda build"].items()))
     print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
+    for card, how in found["regions"].items() or [("DALI's decoding of regions of JPEGs", "not probed yet")]:
+        print(f"regions    {card}: {how}")
     print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
     for name, served in found["ops"].items():

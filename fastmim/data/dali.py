@@ -1,5 +1,7 @@
 """NVIDIA DALI decodes plain JPEGs, only the part that the crops need; on a GPU it resizes and mirrors too.
 
+Where regions can't be decoded (regions.py) it decodes them whole.
+
 DALI is handed its crops and draws nothing. On a CPU the decoded part is resized as on every backend: DALI's own cubic
 filter is up to 8 grey levels off at sharp edges. What is no plain JPEG goes to Pillow.
 
@@ -12,7 +14,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from . import jpeg, pictures
@@ -20,10 +21,11 @@ from .crops import Crop, Crops
 from .decoders import Decoder
 from .philox import Floats
 from .pictures import Pixels, Unreadable
+from .transfer import Link, Row
 
 
 class Job(NamedTuple):
-    """A plain JPEG, its crops, and the box around them that is decoded."""
+    """A plain JPEG, its crops, and the box that is decoded: that around them, or the whole picture."""
 
     data: bytes
     crops: list[Crop]
@@ -33,9 +35,15 @@ class Job(NamedTuple):
 class Dali(Decoder):
     """A pipeline that is built when it is needed, and again after a file that it can't decode: such a file kills it."""
 
-    def __init__(self, crops: Crops, device: torch.device, threads: int) -> None:
-        super().__init__(crops, device)
-        self.threads = threads
+    def __init__(
+        self, crops: Crops, device: torch.device, threads: int, link: Link | None = None, *, regions: bool = True
+    ) -> None:
+        super().__init__(crops)
+        self.regions = regions
+        # a link copies crops out of DALI's memory; without one they are resized out of it
+        self.device, self.threads, self.link = device, threads, link
+        # DALI's memory that copies are queued from, and the event behind them
+        self._read: tuple[Any, Any] | None = None
         self._pool = ThreadPoolExecutor(threads, "fastmim-dali")
         self._pipeline: Any = None
         self._room = 0
@@ -45,34 +53,31 @@ class Dali(Decoder):
         size = jpeg.plain_size(data)
         if size:
             crops = self.crops.of(draws, *size)
-            return Job(data, crops, _around(crops))
+            return Job(data, crops, _around(crops) if self.regions else Crop(0, 0, *size, False))
         return self._resized(pictures.decode(data), draws)
 
     def _cut(self, picture: Any, crops: list[Crop]) -> list[Pixels]:
         return [pictures.resize(picture, crop, self.crops.size) for crop in crops]
 
-    def finish(self, prepared: list[Job | list[Pixels]]) -> tuple[Tensor, dict[int, str]]:
+    def finish(self, prepared: list[Job | list[Pixels]]) -> tuple[list[Row], dict[int, str]]:
         jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}
-        ready = {place: item for place, item in enumerate(prepared) if not isinstance(item, Job)}
+        rows: dict[int, Row] = {place: item for place, item in enumerate(prepared) if not isinstance(item, Job)}
         decoded = dict(zip(jobs, self._decode(list(jobs.values()))))
         bad = {}
-        for place, item in decoded.items():
-            if item is None:
-                try:
-                    ready[place] = self._cut(pictures.decode(jobs[place].data), jobs[place].crops)
-                except Unreadable as error:
-                    bad[place] = str(error)
-        if len(jobs) > 1 and not bad and all(item is None for item in decoded.values()):
+        for place, crops in decoded.items():
+            if crops is not None:
+                rows[place] = crops
+                continue
+            try:
+                rows[place] = self._cut(pictures.decode(jobs[place].data), jobs[place].crops)
+            except Unreadable as error:
+                bad[place] = str(error)
+        if len(jobs) > 1 and not bad and all(crops is None for crops in decoded.values()):
             raise RuntimeError("DALI decodes none of a batch of files that Pillow reads: is its installation whole?")
-        if self.device.type == "cuda":
-            return self._gather_on_gpu(len(prepared), decoded, ready), bad
-        whole = [place for place, item in decoded.items() if item is not None]
-        inside = {place: [_inside(crop, jobs[place].box) for crop in jobs[place].crops] for place in whole}
-        ready |= zip(whole, self._pool.map(lambda place: self._cut(decoded[place], inside[place]), whole))
-        return super().finish([ready[place] for place in range(len(prepared)) if place not in bad])[0], bad
+        return [rows[place] for place in range(len(prepared)) if place not in bad], bad
 
-    def _decode(self, jobs: list[Job]) -> list[Any]:
-        """Pixels of each job's box, on a GPU its crops (repeats, H, W, 3); None of what DALI can't decode.
+    def _decode(self, jobs: list[Job]) -> list[Row | None]:
+        """The crops of each job, None of what DALI can't decode: copies, for the next run may take DALI's memory.
 
         A pipeline doesn't survive a bad file nor always name it, so the halves are tried apart.
         """
@@ -100,14 +105,16 @@ class Dali(Decoder):
         def given(name: str, dtype: Any, ndim: int) -> Any:
             return fn.external_source(name=name, dtype=dtype, ndim=ndim)
 
-        gpu = self.device.type == "cuda"
-        number = self.device.index if self.device.index is not None else torch.cuda.current_device() if gpu else None
-        pipeline = Pipeline(room, self.threads, number, prefetch_queue_depth=1)
+        pipeline = Pipeline(room, self.threads, self.device.index, prefetch_queue_depth=1)
         with pipeline:
             data = given("data", types.UINT8, 1)
-            start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
-            pixels = fn.decoders.image_slice(data, start, shape, axes=(0, 1), device="mixed" if gpu else "cpu")
-            if not gpu:
+            where = "mixed" if self.device.type == "cuda" else "cpu"
+            if self.regions:
+                start, shape = given("start", types.INT32, 1), given("shape", types.INT32, 1)
+                pixels = fn.decoders.image_slice(data, start, shape, axes=(0, 1), device=where)
+            else:
+                pixels = fn.decoders.image(data, device=where)
+            if self.link is None:
                 pipeline.set_outputs(pixels)
                 return self._ready(pipeline)
             outputs = []
@@ -127,39 +134,39 @@ class Dali(Decoder):
         pipeline.build()
         return pipeline
 
-    def _run(self, pipeline: Any, jobs: list[Job]) -> list[Any]:
+    def _run(self, pipeline: Any, jobs: list[Job]) -> list[Row | None]:
         def feed(name: str, values: list[Any], dtype: Any = np.int32) -> None:
             pipeline.feed_input(name, [np.array(value, dtype) for value in values])
 
         pipeline.feed_input("data", [np.frombuffer(job.data, np.uint8) for job in jobs])
-        feed("start", [(job.box.top, job.box.left) for job in jobs])
-        feed("shape", [(job.box.height, job.box.width) for job in jobs])
-        if self.device.type == "cpu":
+        if self.regions:
+            feed("start", [(job.box.top, job.box.left) for job in jobs])
+            feed("shape", [(job.box.height, job.box.width) for job in jobs])
+        inside = [[_inside(crop, job.box) for crop in job.crops] for job in jobs]
+        if self.link is None:
             (out,) = pipeline.run()
-            return [out.at(place) for place in range(len(jobs))]
-        for repeat in range(self.crops.repeats):
-            inside = [_inside(job.crops[repeat], job.box) for job in jobs]
-            feed(f"start{repeat}", [(crop.top, crop.left) for crop in inside])
-            feed(f"shape{repeat}", [(crop.height, crop.width) for crop in inside])
-            feed(f"first{repeat}", [(crop.height, self.crops.size[1]) for crop in inside], np.float32)
-            feed(f"flip{repeat}", [crop.flip for crop in inside])
-        crops = [from_dlpack(out.as_tensor()) for out in pipeline.run()]
-        # with one crop of each this is DALI's own memory
-        return list(crops[0].split(1) if len(crops) == 1 else torch.stack(crops, 1))
+            return list(self._pool.map(lambda place: self._cut(out.at(place), inside[place]), range(len(jobs))))
+        for repeat, crops in enumerate(zip(*inside)):
+            feed(f"start{repeat}", [(crop.top, crop.left) for crop in crops])
+            feed(f"shape{repeat}", [(crop.height, crop.width) for crop in crops])
+            feed(f"first{repeat}", [(crop.height, self.crops.size[1]) for crop in crops], np.float32)
+            feed(f"flip{repeat}", [crop.flip for crop in crops])
+        self.release()
+        # run() returns when the pixels are there
+        outputs = pipeline.run()
+        # handed over on the stream of copies
+        copies = self.link.joined(from_dlpack(out.as_tensor()) for out in outputs)
+        self._read = outputs, self.link.mark()
+        return list(copies.unflatten(0, (self.crops.repeats, len(jobs))).unbind(1))
 
-    def _gather_on_gpu(self, count: int, decoded: dict[int, Any], ready: dict[int, list[Pixels]]) -> Tensor:
-        bases = {id(item._base): item._base for item in decoded.values() if item is not None}
-        if not ready and len(bases) == 1:
-            (whole,) = bases.values()
-            # all of one run of the pipeline: its memory as it is
-            if len(whole) == count:
-                out: Tensor = whole.reshape(-1, *whole.shape[-3:])
-                return out
-        rows = {place: torch.from_numpy(np.stack(item)).to(self.device) for place, item in ready.items()}
-        rows |= {place: item for place, item in decoded.items() if item is not None}
-        return torch.cat([rows[place] for place in range(count) if place in rows])
+    def release(self) -> None:
+        """Wait until crops are copied, and let DALI have its memory again."""
+        if self.link is not None and self._read is not None:
+            self.link.wait(self._read[1])
+        self._read = None
 
     def close_pipeline(self) -> None:
+        self.release()
         self._pipeline = None
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Decoders: from what a source reads to batches of crops.
+"""Decoders: from what a source reads to crops.
 
-A decoder works in two steps. `prepare` serves one sample in a thread of the pool; `finish` makes a batch of what was
-prepared, and says which of it can't be decoded after all. Order, retries, threads and state are everybody's (feed.py).
+A decoder works in two steps. `prepare` serves one sample in a thread of the pool; `finish` ends what was prepared for a
+batch, and says which of it can't be decoded after all. Order, retries, threads and state are everybody's (feed.py), and
+so is the way to the device (transfer.py).
 """
 
 from importlib.util import find_spec
@@ -9,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from . import jpeg, pictures
+from . import jpeg, pictures, regions
 from .crops import Crops
 from .philox import Floats
 from .pictures import Pixels
+from .transfer import Row, link_to
 
 BACKENDS = ("dali", "simplejpeg", "pillow")
 PACKAGES = {"dali": ("nvidia.dali", "fastmim[dali]"), "simplejpeg": ("simplejpeg", "fastmim[jpeg]")}
@@ -55,8 +56,8 @@ def choose(backend: str, device: torch.device) -> str:
 class Decoder:
     """Crops in the threads of the pool; subclasses say how a sample becomes pixels."""
 
-    def __init__(self, crops: Crops, device: torch.device) -> None:
-        self.crops, self.device = crops, device
+    def __init__(self, crops: Crops) -> None:
+        self.crops = crops
 
     def prepare(self, data: bytes | Pixels, draws: Floats) -> Any:
         """A list of crops (H, W, 3), or what `finish` makes them of. Raises Unreadable."""
@@ -67,13 +68,9 @@ class Decoder:
         height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
         return [pictures.resize(picture, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]
 
-    def finish(self, prepared: list[Any]) -> tuple[Tensor, dict[int, str]]:
-        """Crops uint8 (n * repeats, H, W, 3) on the device; why some can't be decoded, by place: they are left out."""
-        rows = [row for rows in prepared for row in rows]
-        pin = self.device.type == "cuda"
-        batch = torch.empty(len(rows), *self.crops.size, 3, dtype=torch.uint8, pin_memory=pin)
-        np.stack(rows, out=batch.numpy())
-        return batch.to(self.device), {}
+    def finish(self, prepared: list[Any]) -> tuple[list[Row], dict[int, str]]:
+        """The crops of each sample; why some can't be decoded, by place: they are left out."""
+        return prepared, {}
 
     def close(self) -> None:
         """Give back what `finish` holds."""
@@ -110,5 +107,7 @@ def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Deco
     if backend == "dali":
         from .dali import Dali
 
-        return Dali(crops, device, threads)
-    return HERE[backend](crops, device)
+        if device.type == "cpu":
+            return Dali(crops, device, threads)
+        return Dali(crops, device, threads, link_to(device), regions=regions.usable(device))
+    return HERE[backend](crops)

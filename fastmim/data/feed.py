@@ -22,6 +22,7 @@ from .order import Order
 from .pictures import Unreadable
 from .quarantine import Quarantine
 from .sources import Source
+from .transfer import Host, Row, Sent
 
 # batches that wait to be taken
 READY = 2
@@ -40,9 +41,9 @@ class Position:
 
 @dataclass
 class Made:
-    """A batch: images (n * repeats, H, W, 3), sample numbers (n,), and the position after it."""
+    """A batch: what was sent, images (n * repeats, H, W, 3), sample numbers (n,), and the position after it."""
 
-    images: Tensor
+    sent: Sent
     samples: list[int]
     after: Position
 
@@ -57,6 +58,7 @@ class Feed:
     source: Source
     order: Order
     decoder: Decoder
+    transfer: Host
     quarantine: Quarantine
     threads: int
     raising: bool
@@ -161,7 +163,7 @@ class Feed:
         Where this shard's part of the epoch ends before: with `drop_last`, and where not one is left, samples of the
         epoch are repeated; else the batch is short.
         """
-        consumed, samples, parts = before.consumed, list[int](), list[Tensor]()
+        consumed, samples, rows = before.consumed, list[int](), list[Row]()
         futile = 0
         while len(samples) < size:
             missing = size - len(samples)
@@ -174,15 +176,14 @@ class Feed:
                 missing = min(missing, left)
             if futile > len(self.source.names) + self._own:
                 raise RuntimeError(f"no sample of {self.source.root} can be read")
-            good, images = self._decoded(missing)
+            good, crops = self._decoded(missing)
             consumed += missing
             futile = 0 if good else futile + missing
             samples += good
-            parts += [images] if good else []
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return Made(whole, samples, Position(before.epoch, before.batches + 1, consumed))
+            rows += crops
+        return Made(self.transfer.send(rows), samples, Position(before.epoch, before.batches + 1, consumed))
 
-    def _decoded(self, count: int) -> tuple[list[int], Tensor]:
+    def _decoded(self, count: int) -> tuple[list[int], list[Row]]:
         """Of the next `count` samples those that can be read, and their crops."""
         good: list[int] = []
         prepared: list[Any] = []
@@ -195,12 +196,12 @@ class Feed:
                 good.append(sample)
             except Unreadable as error:
                 self._fail(sample, str(error))
-        images, bad = self.decoder.finish(prepared) if prepared else (torch.empty(0), {})
+        rows, bad = self.decoder.finish(prepared) if prepared else ([], {})
         for place, reason in bad.items():
             self._fail(good[place], reason)
         self._tried += count
         self.quarantine.check(self._tried, self._failed)
-        return [sample for place, sample in enumerate(good) if place not in bad], images
+        return [sample for place, sample in enumerate(good) if place not in bad], rows
 
     def _fail(self, sample: int, reason: str) -> None:
         self._failed += 1

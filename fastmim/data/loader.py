@@ -2,7 +2,6 @@
 
 import os
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
@@ -20,6 +19,7 @@ from .order import Order
 from .packed import Packed
 from .quarantine import NAME, Quarantine
 from .sources import open_source
+from .transfer import transfer_to
 
 FORMAT = 1
 
@@ -169,9 +169,19 @@ class ImageLoader:
         return _Iteration(self, self._position, self._newest)
 
     def _feed(self, start: Position) -> Feed:
-        decoder = make(self.backend, self.crops, self.device, self.num_threads)
+        device = self.device
+        if device.type == "cuda" and device.index is None:
+            # that of this thread: another has its own
+            device = torch.device("cuda", torch.cuda.current_device())
         return Feed(
-            self.source, self.order, decoder, self.quarantine, self.num_threads, self.on_error == "raise", start
+            self.source,
+            self.order,
+            make(self.backend, self.crops, device, self.num_threads),
+            transfer_to(device),
+            self.quarantine,
+            self.num_threads,
+            self.on_error == "raise",
+            start,
         )
 
     def _given(self, after: Position, iteration: int) -> None:
@@ -272,8 +282,6 @@ class _Iteration(Iterator[Batch]):
         self._loader, self._start, self._number = loader, start, number
         self._feed: Feed | None = None
         self._over = False
-        # memory that isn't PyTorch's must outlive the kernels that read it: two batches are kept
-        self._kept: deque[Tensor] = deque(maxlen=2 if loader.device.type == "cuda" else 0)
 
     def __next__(self) -> Batch:
         if self._over:
@@ -291,10 +299,7 @@ class _Iteration(Iterator[Batch]):
             self._over = True
             raise StopIteration
         self._loader._given(made.after, self._number)
-        images, repeats = made.images.permute(0, 3, 1, 2), self._loader.crops.repeats
-        if images.is_cuda:
-            images.record_stream(torch.cuda.current_stream(images.device))
-            self._kept.append(images)
+        images, repeats = self._feed.transfer.receive(made.sent).permute(0, 3, 1, 2), self._loader.crops.repeats
         ids = torch.from_numpy(np.repeat(np.array(made.samples, dtype=np.int64), repeats))
         return Batch(images, labels_of(self._loader.source, made.samples, repeats), ids)
 

@@ -67,7 +67,8 @@ class Config:
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "bfloat16" (by autocast, weights in float32), "float32", "float64".
         parallel: "auto", "ddp" or "fsdp"; auto shards the huge model.
-        compile, cuda_graphs, checkpoint_activations: how the step runs; cuda_graphs implies compile.
+        compile, cuda_graphs, checkpoint_activations: how the step runs; cuda_graphs implies compile, and goes neither
+            with micro_batch_size nor with sharded parameters.
         checkpoint_every: steps between checkpoints.
         keep_last, keep_every: checkpoints that stay: the last ones, and those of every so many steps.
         log_every: steps between lines of metrics.
@@ -137,6 +138,14 @@ class Config:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
         _one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
+        if self.cuda_graphs and self.micro_batch_size is not None:
+            # each replay writes to the memory of the gradients that the one before it left
+            raise ConfigError(
+                f"micro_batch_size must be none with cuda_graphs, which take a batch whole; got {self.micro_batch_size}"
+            )
+        if self.cuda_graphs and self.parallel == "fsdp":
+            # weights that are gathered anew lie elsewhere than when the graph was captured
+            raise ConfigError("parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device must be auto or cpu where torch finds no CUDA device, got cuda")
         if self.cuda_graphs and self.device != "cuda":

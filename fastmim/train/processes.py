@@ -95,15 +95,24 @@ def joined(config: Config) -> Iterator[Processes]:
 
 
 def spread(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
-    """The model as this run computes it: compiled, sharded block by block, or replicated."""
+    """The model as this run computes it: compiled, sharded block by block, or replicated.
+
+    Raises:
+        ConfigError: cuda_graphs of a model that is sharded.
+    """
     mode = "reduce-overhead" if config.cuda_graphs else None
     compiled = config.compile or config.cuda_graphs
     blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
     if config.sharded and dist.is_initialized():
+        if config.cuda_graphs:
+            raise ConfigError(
+                f"parallel must be ddp with cuda_graphs, which know weights by address; {config.parallel} shards "
+                f"{config.model} over {processes.world} processes"
+            )
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in blocks:
             if compiled:
-                block.compile(mode=mode)
+                block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         # its output is a view, into which nobody writes

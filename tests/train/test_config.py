@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from small_run import ENVIRONMENT, SETTINGS, command
 from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
+from fastmim.train.processes import Processes, spread
 
 
 @pytest.mark.parametrize("name", config.shipped())
@@ -101,6 +103,28 @@ BAD = [
     *([] if torch.cuda.is_available() else [("device=cuda", "device must be auto or cpu")]),
     *([] if torch.cuda.is_available() else [("cuda_graphs=true", "cuda_graphs needs device cuda")]),
 ]
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("micro_batch_size=2", "micro_batch_size must be none with cuda_graphs, which take a batch whole; got 2"),
+        ("parallel=fsdp", "parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp"),
+    ],
+)
+def test_cuda_graphs_refuse_what_would_read_other_memory(setting, said):
+    with pytest.raises(ConfigError) as caught:
+        read("quickstart_cpu", ["cuda_graphs=true", setting])
+    assert str(caught.value) == said
+
+
+def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
+    huge = SimpleNamespace(cuda_graphs=True, compile=False, sharded=True, parallel="auto", model="mae_vit_huge_patch14")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    with pytest.raises(
+        ConfigError, match=r"parallel must be ddp .*; auto shards mae_vit_huge_patch14 over 8 processes"
+    ):
+        spread(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize("setting, said", BAD)
