@@ -156,8 +156,8 @@ REAL = Sizes(
     clip=(2, 224, 16, 4),
 )
 TINY = Sizes(
-    (Encoder("ViT-B", 24, 3, 8, 32), Encoder("ViT-H", 40, 2, 7, 28)),
-    Encoder("decoder", 16, 2, 8, 32),
+    (Encoder("ViT-B", 24, 3, 8, 40), Encoder("ViT-H", 40, 2, 7, 42)),
+    Encoder("decoder", 16, 2, 8, 40),
     few=3,
     many=3,
     clip=(1, 16, 8, 4),
@@ -218,8 +218,8 @@ def masking_cases(sizes: Sizes) -> Iterator[Case]:
             def by_seeds(device: str, n: int = n, k: int = k, m: int = m) -> Args:
                 return sizes.many, n, k, m, None, torch.randint(-(2**62), 2**62, (sizes.many,), device=device)
 
-            yield op_case("random_masking", f"{k} of {n} by noise", FP32, by_noise)
-            yield op_case("random_masking", f"{k} of {n} by seeds", FP32, by_seeds)
+            yield op_case("random_masking", f"patch {encoder.patch}, {k} of {n} by noise", FP32, by_noise)
+            yield op_case("random_masking", f"patch {encoder.patch}, {k} of {n} by seeds", FP32, by_seeds)
 
 
 def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[Case]:

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ import rows
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
@@ -65,10 +65,10 @@ def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for case in smoke.cases():
         yield f"smoke: {case.name}", partial(smoke_case, case)
-    for step in dict.fromkeys((*plan.GPU.steps, plan.GPU.profiled, *plan.GPU.compiled)):
-        if any(form == plan.OURS for form, _ in step.forms):
-            yield f"steps: {step}", partial(training_step, step)
+    for name, step in {str(step): step for step in (*plan.GPU.steps, plan.GPU.profiled, *plan.GPU.compiled)}.items():
+        yield f"steps: {name}", partial(training_step, step)
     yield from op_programs(plan.GPU)
+    yield from launcher_programs(replace(plan.GPU, device="meta"))
 
 
 def smoke_case(case: Any) -> None:
@@ -86,7 +86,7 @@ def training_step(step: Any) -> None:
     from sizes import Cell
 
     setting = Setting(step.model, step.image_size, step.batch_size, steps.DTYPE, "cpu")
-    contestant = Contestant(plan.OURS, setting, steps.template(setting))
+    contestant = Contestant(plan.OURS, setting, setting.template())
     contestant.enter(Cell(step.mask_ratio, step.decode_ratio))
     contestant.step(steps.images_and_noise(step, contestant))
 
@@ -109,8 +109,24 @@ def op_programs(plan: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         elif job.func is op_times.other:
             yield f"ops: {name}", partial(other, *job.args[:2])
     batch, heads, dim, lengths = plan.changing
-    for length in (lengths[0] + 1, *lengths):
+    for length in {lengths[0] + 1, *lengths}:
         yield f"ops: another length, S {length}", partial(packed, batch, heads, length, dim)
+
+
+def launcher_programs(plan: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield what cuda_cpp.py calls of Triton's launchers."""
+    import cuda_cpp
+
+    from fastmim import _library, kernels
+
+    def call_all(make: Callable[[], Iterator[Any]]) -> None:
+        with unset_fake_temporarily():
+            for op, args in make():
+                with contextlib.suppress(kernels.Unserved):
+                    _library.launcher("triton", op)(*args)
+
+    for name, make in (*cuda_cpp.small(plan), *cuda_cpp.large(plan)):
+        yield f"launchers: {name}", partial(call_all, make)
 
 
 def differentiated(form: Callable[..., Any], inputs: list[Tensor]) -> None:
@@ -155,26 +171,32 @@ def laid_out(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def without_gpu(compiled_kernels: dict[str, Any] | None = None) -> Iterator[None]:
+def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[Any], Any] = id) -> Iterator[None]:
     """Run programs as on a GPU: tensors have no values, those of a model pretend to be on the CPU, nothing launches.
 
-    The kernels that would have been launched are kept by their keys.
+    `before` is told the kernel, the arguments and the options of what would have been launched, `after` what it was
+    compiled to.
     """
     compiled = importlib.import_module("compiled")
-    linear = importlib.import_module("fastmim.nn.linear")
+    linear, loss = importlib.import_module("fastmim.nn.linear"), importlib.import_module("fastmim.ops.loss")
     run = JITFunction.run
 
     def warm_up(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        before(kernel, args, options)
         found = run(kernel, *args, grid=grid, warmup=True, **options)
-        if compiled_kernels is not None:
-            compiled_kernels[found.hash] = found
+        after(found)
         return found
 
+    # kernels are kept by device: nothing that this process has compiled is found again but in the cache
+    device = object()
     with (
         compiled.machine(ARCHITECTURE),
+        mock.patch.object(compiled.Machine, "get_current_device", lambda machine: device),
         mock.patch.object(JITFunction, "run", warm_up),
         # a GPU multiplies 16-bit matrices
         mock.patch.object(linear, "emulated", lambda device: False),
+        # a compiler's fake tensors would be told from a step's
+        mock.patch.object(loss, "Tensor", FakeTensor),
         # a fake parameter can't be moved, and is where it should be
         mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
         FakeTensorMode(),
@@ -183,16 +205,29 @@ def without_gpu(compiled_kernels: dict[str, Any] | None = None) -> Iterator[None
         yield
 
 
-def listed(wanted: Programs) -> dict[str, tuple[str, str, str]]:
-    """Return the launches of the programs: module and name of each kernel, and what it is compiled for."""
-    found: dict[str, tuple[str, str, str]] = {}
+@dataclass(frozen=True)
+class Launch:
+    """A kernel, a call of it, and the types that Triton compiles it for."""
 
-    def take(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        data = compile["specialization_data"]
-        found[f"{fn.module}:{fn.name}:{data}"] = (fn.module, fn.name, data)
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    signature: dict[str, str]
+
+
+def listed(wanted: Programs) -> list[Launch]:
+    """Return the launches of the programs that Triton compiles anew for."""
+    found: list[Launch] = []
+    called: list[Any] = []
+
+    def call(*of_kernel: Any) -> None:
+        called[:] = of_kernel
+
+    def take(*, compile: dict[str, Any], **_: Any) -> bool:
+        found.append(Launch(*called, compile["signature"]))
         return True  # which leaves it uncompiled
 
-    with without_gpu(), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take):
+    with without_gpu(before=call), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take):
         for name, program in wanted:
             try:
                 program()
@@ -202,17 +237,19 @@ def listed(wanted: Programs) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def compile_one(launch: tuple[str, str, str]) -> None:
+LAUNCHES: list[Launch] = []  # compiled by forks of this process
+
+
+def compile_one(index: int) -> None:
     """Compile a kernel, and what Triton calls it through, into the cache."""
-    module, name, data = launch
+    launch = LAUNCHES[index]
     with importlib.import_module("compiled").machine(ARCHITECTURE):
-        build_launcher(getattr(importlib.import_module(module), name).preload(data))
+        build_launcher(launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options))
 
 
 def build_launcher(kernel: Any) -> None:
-    """Compile the C module that launches kernels of this signature; versions from 3.7 have one for all."""
-    # what it is given of the driver is of no account here
-    with mock.patch.object(triton.runtime.driver.active, "utils", mock.MagicMock(), create=True):
+    """Compile the C module that launches kernels of this signature; Triton 3.7 and later need none."""
+    if hasattr(nvidia, "make_launcher"):
         nvidia.CudaLauncher(kernel.src, kernel.metadata)
 
 
@@ -335,18 +372,18 @@ def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
     begun = time.monotonic()
-    launches = listed(wanted)
+    LAUNCHES[:] = listed(wanted)
     listed_in = time.monotonic() - begun
     archive.parent.mkdir(parents=True, exist_ok=True)
     with empty_cache() as folder:
         with without_driver(), multiprocessing.get_context("fork").Pool(processes) as pool:
             pool.apply(build_driver)
-            pool.map(compile_one, launches.values(), chunksize=1)
+            pool.map(compile_one, range(len(LAUNCHES)), chunksize=1)
         modules = len(list(folder.glob("*/*.so")))
         pack(folder, archive)
     return {
-        "kernels": len(launches),
-        "by name": dict(Counter(name for _, name, _ in launches.values())),
+        "kernels": len(LAUNCHES),
+        "by name": dict(Counter(launch.kernel.__name__ for launch in LAUNCHES)),
         "C modules": modules,
         "seconds": round(time.monotonic() - begun, 1),
         "seconds of running the programs": round(listed_in, 1),
@@ -379,11 +416,12 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 def unpack(archive: Path, folder: Path) -> dict[str, Any]:
     """Unpack an archive of this script, or any of a cache's entries, into a folder; return what it was made with.
 
-    Groups of files, which name them by whole paths, name those in the folder. Times stay those of the archive.
+    Groups of files, which name them by whole paths, name those that are in the folder. Times stay those of the archive.
     """
     folder = folder.resolve()
     made: dict[str, Any] = {}
     times: dict[Path, float] = {}
+    groups: list[tuple[Path, float]] = []
     with tarfile.open(archive) as tar:
         for member in tar:
             path = (folder / member.name).resolve()
@@ -395,8 +433,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
             assert reader is not None
             content = reader.read()
             if path.name.startswith("__grp__"):
-                names = [Path(name).name for name in json.loads(content)["child_paths"]]
-                content = json.dumps({"child_paths": {name: str(path.parent / name) for name in names}}).encode()
+                groups.append((path, member.mtime))
             if path == folder / MADE:
                 made = json.loads(content)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -404,6 +441,10 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
             os.utime(path, (member.mtime, member.mtime))
             if path.parent != folder:
                 times[path.parent] = max(member.mtime, times.get(path.parent, 0.0))
+    for path, modified in groups:
+        files = [path.parent / Path(name).name for name in json.loads(path.read_text())["child_paths"]]
+        path.write_text(json.dumps({"child_paths": {file.name: str(file) for file in files if file.is_file()}}))
+        os.utime(path, (modified, modified))
     for entry, modified in times.items():
         os.utime(entry, (modified, modified))
     return made
@@ -411,19 +452,19 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
 
 def check(archive: Path, wanted: Programs) -> Seen:
     """Run the programs again with what an archive holds; return what was found and what was compiled."""
-    found: dict[str, Any] = {}
+    found: list[Any] = []
     with empty_cache() as folder:
         unpack(archive, folder)
         seen = watch(record=False)
         try:
-            with without_gpu(found):
+            with without_gpu(after=found.append):
                 for _, program in wanted:
                     program()
         finally:
             triton.knobs.compilation.listener = None
         compile_module = mock.patch.object(build, "_build", partial(counted, seen, build._build))
         with without_driver(), compile_module, importlib.import_module("compiled").machine(ARCHITECTURE):
-            for kernel in found.values():
+            for kernel in {kernel.hash: kernel for kernel in found}.values():
                 build_launcher(kernel)
     return seen
 
