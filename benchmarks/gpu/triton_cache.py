@@ -450,6 +450,17 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
     return made
 
 
+def made_with(archive: Path) -> dict[str, Any]:
+    """Return what an archive was made with; nothing where there is none."""
+    if not archive.is_file():
+        return {}
+    with tarfile.open(archive) as tar:
+        reader = tar.extractfile(MADE)
+        assert reader is not None
+        found: dict[str, Any] = json.load(reader)
+    return found
+
+
 def check(archive: Path, wanted: Programs) -> Seen:
     """Run the programs again with what an archive holds; return what was found and what was compiled."""
     found: list[Any] = []
@@ -491,7 +502,11 @@ def main() -> None:
         for line in differences(unpack(args.archive, args.folder)):
             print(f"{args.archive.name}: {line}")
     elif args.command == "fill":
-        print(json.dumps(fill(args.archive, programs(), args.processes), indent=1))
+        made = made_with(args.archive)
+        if made.get("commit") and not made["commit"].endswith("+changes") and not differences(made):
+            print(f"{args.archive} is of this commit")
+        else:
+            print(json.dumps(fill(args.archive, programs(), args.processes), indent=1))
     else:
         seen = check(args.archive, programs())
         for name, milliseconds in seen.misses.items():
