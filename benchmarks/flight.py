@@ -176,6 +176,7 @@ class Flight:
     """One visit to a GPU."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.command = shlex.join(["python", "benchmarks/flight.py", *args.argv])
         self.began = time.time()
         self.visit, self.seconds, self.out = args.visit, args.seconds, args.out
         self.stages = tuple(args.stages)
@@ -220,7 +221,8 @@ class Flight:
                 self.end_child()
                 status = 128 + cut.number
                 self.stop(f"stopped by {signal.Signals(cut.number).name}")
-        return self.summarise() if status == 0 else status
+        problems = self.summarise()
+        return status or problems
 
     def prepare(self) -> None:
         """Make the folder, lay aside rows that aren't of this commit, unpack what was compiled before."""
@@ -231,7 +233,7 @@ class Flight:
         except OSError as error:
             self.could_not_write(self.out, error)
         fields = {"commit": self.commit, "rehearse": bool(self.rehearse), "seconds": self.seconds}
-        self.record(STAGE, self.visit, **fields, command=shlex.join(["python", *sys.argv]))
+        self.record(STAGE, self.visit, **fields, command=self.command)
         archives = sorted(CARRIED.glob("triton*.tar.gz"))
         if not archives:
             self.say(f"flight: there is no Triton cache in {CARRIED}: kernels are compiled as they are met\n")
@@ -522,6 +524,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--first", type=Path, help="rows of the first visit; default: first.jsonl of --out or of build/flight")
     add("--rehearse", action="store_true", help="the same at tiny sizes on a CPU, in Triton's interpreter")
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     args.seconds = BUDGETS[args.visit] if args.seconds is None else args.seconds
     if not args.seconds > 0:
         parser.error(f"argument --seconds: must be above 0, got {args.seconds:g}")

@@ -31,8 +31,6 @@ HUNG = 60.0
 NARROW = (torch.bfloat16, torch.float16)
 # largest error of a result, as a share of the norm of the exact one
 TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-4}
-# Triton's kernel is asked first unless the other takes less than this share of its time
-MARGIN = 0.97
 ROUNDS = 3
 
 
