@@ -1,5 +1,6 @@
 """A Triton cache that is filled without a GPU holds what the programs that fly launch, and what it lacks is said."""
 
+import importlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import rows
 import smoke
 import triton
 import triton_cache
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmim.kernels import loss
 
@@ -133,6 +135,36 @@ def test_layouts_keep_their_alignment():
         same = triton_cache.laid_out(view)
         assert (same.shape, same.stride(), same.dtype) == (view.shape, view.stride(), view.dtype)
         assert same.data_ptr() == view.storage_offset() * 4
+
+
+class Layouts(TorchDispatchMode):
+    """The calls of fastmim's ops, each with the layout of its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastmim":
+            self.calls.append((func._schema.name, [self.layout(arg) for arg in args]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def layout(arg):
+        if not isinstance(arg, torch.Tensor):
+            return arg
+        return arg.shape, arg.stride(), arg.dtype, arg.storage_offset() * arg.element_size() % 16
+
+
+def test_tensors_without_values_are_laid_out_as_those_with(monkeypatch):
+    step = plan.Step("tiny", 32, 4, 0.75, 0.5, ((plan.OURS, plan.EAGER),))
+    with triton_cache.without_gpu(), Layouts() as without:
+        monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **_: True)
+        triton_cache.training_step(step)
+    monkeypatch.setattr(importlib.import_module("fastmim.nn.linear"), "emulated", lambda device: False)
+    with Layouts() as real:
+        triton_cache.training_step(step)
+    assert len(real.calls) > 100 and without.calls == real.calls
 
 
 def test_a_training_step_launches_what_it_launches_on_a_gpu():
