@@ -217,14 +217,14 @@ class Launch:
 
 def listed(wanted: Programs) -> list[Launch]:
     """Return the launches of the programs that Triton compiles anew for."""
-    found: list[Launch] = []
+    found: dict[Any, Launch] = {}
     called: list[Any] = []
 
     def call(*of_kernel: Any) -> None:
         called[:] = of_kernel
 
     def take(*, compile: dict[str, Any], **_: Any) -> bool:
-        found.append(Launch(*called, compile["signature"]))
+        found.setdefault((called[0], compile["key"]), Launch(*called, compile["signature"]))
         return True  # which leaves it uncompiled
 
     with without_gpu(before=call), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take):
@@ -234,7 +234,7 @@ def listed(wanted: Programs) -> list[Launch]:
             except Exception as error:
                 error.add_note(f"in {name}")
                 raise
-    return found
+    return list(found.values())
 
 
 LAUNCHES: list[Launch] = []  # compiled by forks of this process
