@@ -36,9 +36,9 @@ runner: .venv/ready
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 $(TEST) $(ARGS)
 
-# everything there is to know of one GPU, into benchmarks/results; needs no network once .venv is there
-gpu-report: .venv/ready
-	.venv/bin/python benchmarks/gpu_report.py $(ARGS)
+# everything there is to know of one GPU, into benchmarks/results; with what is installed, so that it needs no network
+gpu-report:
+	PYTHONPATH="$(CURDIR)" $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks/gpu_report.py $(ARGS)
 
 # a flight from end to end at tiny sizes on the CPU, with the packages of a machine with a GPU, and what it takes along
 rehearse: carry
