@@ -669,6 +669,7 @@ def run(
         indices = [index for index, name in enumerate(names) if name in only]
         if missing := set(only) - set(names):
             raise ValueError(f"there are no cases {sorted(missing)}")
+        limit *= 10  # a sanitizer may watch
     context = multiprocessing.get_context("spawn")
     limit *= float(os.environ.get(rows.PATIENCE, "1"))
     wrong: dict[str, str] = {}
@@ -698,7 +699,7 @@ def run(
                     worker.current = None
                     if kind == "wrong":
                         wrong[names[index]] = reason
-        except EOFError:
+        except (EOFError, OSError):  # at the end, or within a message
             return False
         return True
 
