@@ -11,6 +11,7 @@ Triton and Python that it flies with.
 """
 
 import argparse
+import base64
 import contextlib
 import importlib
 import io
@@ -47,8 +48,8 @@ from triton.runtime.jit import JITFunction
 
 ARCHITECTURE = 90
 STAGE = "cache_miss"
-# what a launch reads of an entry; the intermediate forms of a kernel stay behind
-KEPT = (".json", ".cubin", ".so")
+# what a launch reads of a kernel's entry; the intermediate forms of a kernel stay behind
+KEPT = (".json", ".cubin")
 # beside the entries: what they were made with
 MADE = "made.json"
 
@@ -240,11 +241,14 @@ def listed(wanted: Programs) -> list[Launch]:
 LAUNCHES: list[Launch] = []  # compiled by forks of this process
 
 
-def compile_one(index: int) -> None:
-    """Compile a kernel, and what Triton calls it through, into the cache."""
+def compile_one(index: int) -> str:
+    """Compile a kernel, and what Triton calls it through, into the cache; return the name of the kernel's entry."""
     launch = LAUNCHES[index]
     with importlib.import_module("compiled").machine(ARCHITECTURE):
-        build_launcher(launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options))
+        kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
+        build_launcher(kernel)
+    # as Triton names them
+    return base64.b32encode(bytes.fromhex(kernel.hash)).decode().rstrip("=")
 
 
 def build_launcher(kernel: Any) -> None:
@@ -368,7 +372,10 @@ def differences(made: dict[str, Any]) -> list[str]:
 
 
 def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
-    """Compile all that the programs launch into an archive; return counts, seconds and bytes."""
+    """Compile all that the programs launch into an archive; return counts, seconds and bytes.
+
+    What the archive holds already of the same kernels is not compiled again.
+    """
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
     begun = time.monotonic()
@@ -376,13 +383,17 @@ def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
     listed_in = time.monotonic() - begun
     archive.parent.mkdir(parents=True, exist_ok=True)
     with empty_cache() as folder:
+        if archive.is_file():
+            unpack(archive, folder)
+        before = {entry.name for entry in folder.iterdir()}
         with without_driver(), multiprocessing.get_context("fork").Pool(processes) as pool:
             pool.apply(build_driver)
-            pool.map(compile_one, range(len(LAUNCHES)), chunksize=1)
+            entries = set(pool.map(compile_one, range(len(LAUNCHES)), chunksize=1))
         modules = len(list(folder.glob("*/*.so")))
-        pack(folder, archive)
+        pack(folder, archive, entries)
     return {
         "kernels": len(LAUNCHES),
+        "compiled": len(entries - before),
         "by name": dict(Counter(launch.kernel.__name__ for launch in LAUNCHES)),
         "C modules": modules,
         "seconds": round(time.monotonic() - begun, 1),
@@ -398,12 +409,12 @@ def empty_cache() -> Iterator[Path]:
         yield Path(folder)
 
 
-def pack(folder: Path, archive: Path) -> None:
-    """Write what launches read of a cache into an archive."""
+def pack(folder: Path, archive: Path, kernels: set[str]) -> None:
+    """Write what launches read of a cache into an archive: the entries of kernels, and all C modules."""
     with tarfile.open(archive, "w:gz", compresslevel=9) as tar:
         add(tar, MADE, json.dumps(facts()).encode())
         for file in sorted(folder.glob("*/*")):
-            if file.suffix in KEPT:
+            if file.suffix == ".so" or (file.parent.name in kernels and file.suffix in KEPT):
                 add(tar, f"{file.parent.name}/{file.name}", file.read_bytes())
 
 

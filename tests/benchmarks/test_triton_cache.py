@@ -49,13 +49,28 @@ SCALED = "scale_gradient_, 147 patches of 768, bfloat16"
 def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "triton.tar.gz"
     found = triton_cache.fill(path, chosen(SCALED), processes=1)
-    assert found["kernels"] == 1 and found["C modules"] >= 1 and found["bytes"] == path.stat().st_size
+    assert (
+        found["kernels"] == found["compiled"] == 1 and found["C modules"] >= 1 and found["bytes"] == path.stat().st_size
+    )
     return path
 
 
 def test_nothing_is_compiled_that_the_archive_holds(archive):
     seen = triton_cache.check(archive, chosen(SCALED))
     assert sum(seen.hits.values()) == 1 and not seen.misses
+
+
+def test_an_archive_is_brought_up_to_date(archive, tmp_path):
+    path = tmp_path / "triton.tar.gz"
+    shutil.copy(archive, path)
+    other = SCALED.replace("bfloat16", "float32")
+    found = triton_cache.fill(path, chosen(SCALED, other), processes=1)
+    assert (found["kernels"], found["compiled"]) == (2, 1)
+    assert not triton_cache.check(path, chosen(SCALED, other)).misses
+    # what no program launches is left out
+    found = triton_cache.fill(path, chosen(other), processes=1)
+    assert (found["kernels"], found["compiled"]) == (1, 0)
+    assert len(triton_cache.check(path, chosen(SCALED)).misses) == 1
 
 
 def test_what_the_archive_lacks_is_found(archive):
