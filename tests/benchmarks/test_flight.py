@@ -36,10 +36,11 @@ DRIVER = """
 import sys
 sys.path.insert(0, {benchmarks!r})
 import flight
+flight.card = lambda: ("NVIDIA H100", (9, 0))
 for name, (seconds, code) in {stages!r}.items():
     command = flight.Command([sys.executable, "-c", code])
     flight.STAGES[name] = flight.Stage(seconds, lambda _, command=command: [command])
-sys.exit(flight.main(["first", "--rehearse", "--stages", *{stages!r}, "--out", {out!r}, *sys.argv[1:]]))
+sys.exit(flight.main(["first", "--stages", *{stages!r}, "--out", {out!r}, *sys.argv[1:]]))
 """
 
 
@@ -75,7 +76,7 @@ def test_every_result_is_in_the_file(tmp_path):
     assert [kept[name]["value"] for name in ("one: a", "one: b", "two: c")] == [1, 2, 3]
     assert kept["one: (stage)"]["exit"] == 0
     head = rows.read(tmp_path / "first.jsonl")["flight", "first"]
-    assert head["rehearse"] and head["commit"] and "first" in head["command"]
+    assert not head["rehearse"] and head["commit"] and "first" in head["command"]
     assert "one: a" not in done.stderr and '"value": 3' in (tmp_path / "first.log").read_text()
 
 
@@ -107,6 +108,12 @@ def test_a_stage_is_cut_at_its_limit_and_the_next_one_runs(tmp_path):
     assert done.returncode == 0 and "not run, or cut: 3 rows" in done.stdout
     assert "killed at its limit" in kept["one: b"]["cut"] and "killed at its limit" in kept["one: (stage)"]["cut"]
     assert kept["one: c"]["not_run"] and kept["two: a"]["value"] == 1
+
+
+def test_a_rehearsal_leaves_nothing_out(tmp_path):
+    out = {"one": (30, GOOD), "two": (30, "print('nothing is built'); sys.exit(3)")}
+    assert fly(tmp_path, {"one": out["one"]}, "--rehearse").returncode == 0
+    assert fly(tmp_path, out, "--rehearse").returncode == 1
 
 
 def test_what_does_not_fit_into_the_budget_says_so(tmp_path):
