@@ -17,7 +17,15 @@ CPUS = sse $(if $(shell grep -sl avx2 /proc/cpuinfo),avx2)
 NUMERICAL = tests/ops tests/nn tests/models tests/interop tests/train/test_loop.py \
 	$(addprefix tests/test_,cases.py masking.py native.py native_bf16.py reference.py)
 
-.PHONY: throughput test placement interpret runner test-cpus numerical test-all test-oldest gpu-report sanitize lint clean
+# Python and packages of the machine that a flight goes to (benchmarks/gpu/README.md)
+PYTHON312 ?= $(or $(shell python3.12 -c "import sys; print(sys.executable)" 2>/dev/null),$\
+	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))))
+FLIGHT ?= .venv-rehearse/bin/python
+FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
+EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA)
+
+.PHONY: throughput test placement interpret runner test-cpus numerical test-all test-oldest
+.PHONY: gpu-report rehearse carry sanitize lint clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -57,9 +65,35 @@ numerical: .venv/ready
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 $(TEST) $(ARGS)
 
-# everything there is to know of one GPU, into benchmarks/results; needs no network once .venv is there
-gpu-report: .venv/ready
-	.venv/bin/python benchmarks/gpu_report.py $(ARGS)
+# everything there is to know of one GPU, into benchmarks/results; with what is installed, so that it needs no network
+gpu-report:
+	PYTHONPATH="$(CURDIR)" $(or $(wildcard .venv/bin/python),$(PYTHON)) benchmarks/gpu_report.py $(ARGS)
+
+# a flight from end to end at tiny sizes on the CPU, with the packages of a machine with a GPU, and what it takes along
+rehearse: carry
+	$(FLY) benchmarks/flight.py first --rehearse --seconds 1800 --out build/rehearsal
+	$(FLY) benchmarks/flight.py second --rehearse --seconds 1800 --first build/rehearsal/first.jsonl --out build/rehearsal
+
+# what is built here to be carried to a machine with a GPU; skips what is built
+carry: build/extensions-312
+	mkdir -p build/flight
+	$(FLY) benchmarks/gpu/triton_cache.py fill build/flight/triton.tar.gz
+	$(FLY) benchmarks/gpu/carried.py build/flight $(EXTENSIONS)
+
+# for one Python and one architecture; they stand beside those of other Pythons
+build/extensions-312: $(filter .venv-rehearse/%,$(FLIGHT:bin/python=ready)) setup.py $(wildcard csrc/* csrc/*/*)
+	PATH=$(CURDIR)/$(dir $(FLIGHT)):$$PATH FASTMIM_BUILD_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0a \
+	$(FLIGHT) setup.py -q build_ext --inplace
+	touch $@
+
+.venv-rehearse/ready:
+	test -x .venv-rehearse/bin/python || "$(PYTHON312)" -m venv .venv-rehearse
+	# Triton 3.6's interpreter fails with NumPy 2.3, which the machine has and the rehearsal can't have
+	.venv-rehearse/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 "transformers==5.17.*" "numpy<2.3" \
+		accelerate hypothesis matplotlib ninja pillow pybind11 pytest pytest-benchmark pytest-xdist safetensors \
+		scikit-image scikit-learn "setuptools>=77" tensorboard tqdm
+	.venv-rehearse/bin/python -m pip install -q --no-deps timm torchvision==0.26.0
+	touch $@
 
 # the interpreter suite and the sm_90 compile gate on the oldest torch and Triton that are served
 test-oldest:
@@ -93,4 +127,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-rehearse build dist *.egg-info

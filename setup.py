@@ -1,8 +1,8 @@
 """The one imperative step: build fastmim._C where torch and a C++ compiler are at hand.
 
 FASTMIM_BUILD_CPP=0 leaves it out; without torch in the build environment the package is pure Python. fastmim._CUDA is
-built beside it where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), for TORCH_CUDA_ARCH_LIST, by the nvcc
-of CUDA_HOME, of PATH or of NVIDIA's packages from PyPI.
+built where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), with or without fastmim._C, for
+TORCH_CUDA_ARCH_LIST, by the nvcc of CUDA_HOME, of PATH or of NVIDIA's packages from PyPI.
 """
 
 import importlib.util
@@ -22,20 +22,23 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wno-unknown-pragmas", "-
 def native():
     """Extension modules and the commands that build them; a line says why there are none."""
     reason = None
-    if os.environ.get("FASTMIM_BUILD_CPP") == "0":
-        reason = "FASTMIM_BUILD_CPP=0"
-    elif sys.platform == "win32":
+    if sys.platform == "win32":
         reason = "the sources are written for gcc and clang"
     elif not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         reason = "no C++ compiler on PATH (CXX)"
     else:
         try:
             import pybind11  # noqa: F401
-            from torch.utils.cpp_extension import BuildExtension, CppExtension
+            from torch.utils.cpp_extension import BuildExtension
         except ImportError as error:
             reason = f"{error.name} is not in the build environment (pip install --no-build-isolation)"
     if reason:
+        if os.environ.get("FASTMIM_BUILD_CUDA") == "1":
+            sys.exit(f"fastmim: FASTMIM_BUILD_CUDA=1, but {reason}")
         print(f"fastmim: installing without C++ kernels: {reason}", file=sys.stderr)
+        return {}
+    modules = [*cpp(), *cuda()]
+    if not modules:
         return {}
 
     class Build(BuildExtension):
@@ -55,14 +58,23 @@ def native():
                 without = "FASTMIM_BUILD_CPP=0 installs without C++ kernels, FASTMIM_BUILD_CUDA=0 without CUDA's"
                 sys.exit(f"fastmim: compiling csrc/ failed ({error}); {without}")
 
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
+
+
+def cpp():
+    """The extension of CPU kernels, or nothing, with a line that says why."""
+    from torch.utils.cpp_extension import CppExtension
+
+    if os.environ.get("FASTMIM_BUILD_CPP") == "0":
+        print("fastmim: installing without C++ kernels: FASTMIM_BUILD_CPP=0", file=sys.stderr)
+        return []
     flags, link = list(FLAGS), ["-fopenmp"]
     if os.environ.get("FASTMIM_SANITIZE") == "1":
         checks = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
         flags, link = [*flags, *checks, "-O1"], [*link, *checks]
     sources = ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inl"})
-    module = CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)
-    return {"ext_modules": [module, *cuda()], "cmdclass": {"build_ext": Build}}
+    return [CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)]
 
 
 def compilers():

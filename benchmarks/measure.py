@@ -54,8 +54,8 @@ class Matmul:
 
     ROWS: ClassVar = {"cuda": 8192, "cpu": 2048}
 
-    def __init__(self, dtype: torch.dtype, device: str) -> None:
-        n = self.ROWS[device]
+    def __init__(self, dtype: torch.dtype, device: str, rows: int | None = None) -> None:
+        n = rows or self.ROWS[device]
         self.flops = 2 * n**3
         self.a, self.b = torch.randn(2, n, n, device=device, dtype=dtype)
 

@@ -3,13 +3,13 @@
 import os
 import platform
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from commit import commit
 from contestants import Setting
 from measure import spread
 from sizes import Cell, Sizes
@@ -109,15 +109,3 @@ def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return names[0].split(": ", 1)[1] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    def git(*words: str) -> str:
-        return subprocess.check_output(
-            ["git", "-C", str(Path(__file__).parent), *words], text=True, stderr=subprocess.DEVNULL
-        ).strip()
-
-    try:
-        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        return None

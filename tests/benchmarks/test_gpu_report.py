@@ -1,211 +1,177 @@
-"""The GPU report, as far as it goes without a GPU."""
+"""The page, and the table of CUDA C++ kernels that go first, from rows of a flight."""
 
 import json
 import subprocess
 import sys
-import time
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
-import gpu_families
-import gpu_loader
-import gpu_ops
 import gpu_report
-import measure
-from runner import runner_library
-from torch.overrides import TorchFunctionMode
+import torch
 
 from fastmim import _library
 
-
-class OnTheCPU(TorchFunctionMode):
-    """Context in which what is made on "cuda" is made on the CPU."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def here(value):
-            return "cpu" if isinstance(value, (str, torch.device)) and str(value) == "cuda" else value
-
-        return func(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
+STEP = {
+    "model": "large", "batch": 256, "mask_ratio": 0.75, "decode_ratio": 1.0, "decodes_all": False, "spread": 0.01,
+    "images_per_second": 2900.0, "matmul_share": 0.46, "host_milliseconds": 31.0, "peak_memory_bytes": 4e10,
+    "loss": 1.2, "synchronisations": 1,
+}  # fmt: skip
 
 
-class Nothing:
-    """Stands for a stream and for the context that captures a graph."""
-
-    def __init__(self, *args, **kwargs): ...
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error): ...
-
-    def wait_stream(self, stream): ...
-
-    def replay(self): ...
+def compared(op, sizes, cuda, triton):
+    return {op: {"sizes": sizes, "seconds": {"cuda": cuda, "triton": triton}, "apart": 1e-3}}
 
 
-class Clock:
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
-
-
-@pytest.fixture
-def pretended_gpu(monkeypatch):
-    """torch.cuda, as far as the report calls it, over a CPU: a captured graph runs once, a replay is nothing."""
-    for name in ("Stream", "CUDAGraph", "graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, Nothing)
-    card = SimpleNamespace(L2_cache_size=1 << 10)
-    for name, result in dict(
-        current_stream=Nothing(), synchronize=None, empty_cache=None, get_device_properties=card, is_available=True,
-        get_device_capability=(9, 0), is_bf16_supported=True, max_memory_allocated=0,
-    ).items():  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
-    monkeypatch.setattr(torch.cuda, "Event", Clock)
-    on_the_cpu = partial(torch.profiler.profile, activities=[torch.profiler.ProfilerActivity.CPU])
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: on_the_cpu())
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    small = dict(BYTES=1e4, HEADS=2, CALLS=1, BATCHES=(2,), OF_STEPS={"a step": (2, 2, 5, 32)})
-    for name, value in small.items():
-        monkeypatch.setattr(gpu_ops, name, value)
-    steps = ("tiny", 0.75, 1.0, 2, True), ("tiny", 0.95, 0.25, 2, False)
-    for name, value in dict(STEPS=steps, PROFILED=("tiny", 2), COPIED=1 << 10, ROUNDS=1, STEPS_A_VISIT=1).items():
-        monkeypatch.setattr(gpu_report, name, value)
-    monkeypatch.setattr(measure.Matmul, "ROWS", {"cuda": 64})
-    few = dict(BYTES=1e4, HEADS=2, BATCHES=(2,), LENGTHS=(3,), HEAD_DIMS=(32,), CROSS=((2, 3, 32),), ROUNDS=1)
-    for name, value in few.items():
-        monkeypatch.setattr(gpu_families, name, value)
-    monkeypatch.setattr(_library, "cuda_build", {"torch": "x"})
-    monkeypatch.setattr(_library, "launcher", lambda family, op: getattr(torch.ops.fastmim_reference, op))
-    with OnTheCPU():
-        yield
-
-
-def test_the_report_runs_to_its_end(pretended_gpu, tmp_path):
-    """Every row of ops, steps and profile is measured, and no form fails but those that a CPU does not have."""
-    report = gpu_report.Report(tmp_path)
-    gpu_report.ops(report)
-    gpu_report.families(report)
-    gpu_report.steps(report)
-    gpu_report.profile(report)
-    failed = {
-        f"{part}, {row}, {form}": why
-        for part, rows in report.data.items()
-        for row, figures in rows.items()
-        for form, why in {**figures, **figures.get("errors", {})}.items()
-        if isinstance(why, str) and form not in ("op", "xformers", "sdpa cudnn", "sdpa efficient")
-    }
-    assert not failed
-    assert all(row["apart"] == 0 and len(row["seconds"]) == 2 for row in report.data["families"].values())
-    assert {row["op"] for row in report.data["families"].values()} == set(_library.CUDA_OPS)
-    assert len(report.data["ops"]) > 30 and len(report.data["steps"]) == 2 and report.data["profile"]
-    assert "tiny, mask 0.75" in gpu_report.page(report.data)
-
-
-def test_rows_are_kept_as_they_come_and_not_measured_again(tmp_path):
-    report, calls = gpu_report.Report(tmp_path), []
-    report.part("ops")
-
-    def fail():
-        calls.append("bad")
-        raise RuntimeError("no room")
-
-    for _ in range(2):
-        report.row("ops", "good", lambda: calls.append("good") or {"seconds": 1.0})
-        report.row("ops", "bad", fail)
-    assert calls == ["good", "bad", "bad"]  # what failed is tried again
-    kept = json.loads((tmp_path / "gpu.json").read_text())
-    assert kept == {"ops": {"good": {"seconds": 1.0}, "bad": {"error": "RuntimeError: no room"}}}
-    again = gpu_report.Report(tmp_path)
-    assert again.part("ops") == kept["ops"]
-    again.deadline = 0.0
-    again.row("ops", "late", lambda: {"seconds": 2.0})
-    assert "late" not in again.data["ops"]
-
-
-def test_wrong_results_are_an_error():
-    good = {"correctness": {"attention": {"passed": 3, "failed": 0, "failures": []}}}
-    assert not gpu_report.wrong(good)
-    good["correctness"]["loss"] = {"passed": 3, "failed": 1, "failures": ["name: message"]}
-    assert gpu_report.wrong(good)
-    assert gpu_report.wrong({"correctness": {"attention": {"error": "no pytest"}}})
-
-
-def test_page():
-    seconds = {"fastmim": 1e-5, "sdpa flash": 2e-5}
-    figures = {"images/s": 7000.0, "milliseconds": 36.0, "share of matmul": 0.6}
-    data = {
-        "build": {"environment": {"card": "H200"}},
-        "correctness": {"attention": {"passed": 3, "failed": 1, "failures": ["test_x: differs"]}},
-        "ops": {
-            "ceilings": {"bytes": 4e12, "flops": 7e14},
-            "attention S 3": {
-                "forward": {"seconds": seconds, "GB/s": 3000.0, "TFLOP/s": 2.0, "share of floor": 0.75},
-                "errors": {"sdpa cudnn": "no"},
-            },
+ROWS = {
+    "flight": {"first": {"commit": "a" * 40, "command": "python flight.py first", "rehearse": False}},
+    "environment": {
+        "machine": {"card": "NVIDIA H100", "capability": [9, 0], "packages": {"torch": "2.11.0"}},
+        "ceilings": {"bytes": 3e12, "flops": 8e14},
+    },
+    "smoke": {
+        "attention, S 50": {"op": "attention", "error": 2e-3, "bound": 1e-2},
+        "bias_gelu, S 50": {"op": "bias_gelu", "error": 0.5, "bound": 1e-2, "wrong": "off by 0.5"},
+    },
+    "families": {"cuda: S 3": {"errors_by_op": {"attention": 2e-3}}, "triton: S 3": {"errors_by_op": {}}},
+    "steps": {
+        "a": {**STEP, "form": "fastmim", "how": "eager", "milliseconds": 87.0},
+        "b": {**STEP, "form": "plain-gather", "how": "eager", "milliseconds": 130.5},
+        "d": {**STEP, "form": "plain-gather", "how": "graph", "milliseconds": 100.0, "wrong": "loss 3 beside 1"},
+        "c": {"error": "OutOfMemoryError"},
+    },
+    "profile": {
+        "a step": {
+            "milliseconds": 87.0, "from first to last kernel": 88.0, "gaps": 1.5, "launches": 1560,
+            "by kind": {"matmul": {"milliseconds": 60.0, "launches": 700, "FLOP per s": 5e14}},
+            "kernels": [{"kernel": "nvjet|x", "kind": "matmul", "milliseconds": 12.5, "launches": 24}],
+        }
+    },
+    "suites": {
+        "tests/ops": {"passed": 300, "failed": 1, "skipped": 2},
+        "tests/ops: test_x": {"failed": 1, "message": "assert differs"},
+    },
+    "ops": {
+        "attention S 3": {
+            "forward": {"seconds": {"fastmim": 1e-5, "sdpa flash": 2e-5}, "GB/s": 2000.0, "TFLOP/s": 2.0,
+                        "share of floor": 0.75},
+            "errors": {"sdpa cudnn": "RuntimeError: no"},
         },
-        "families": {
-            "attention, S 3": {"op": "attention", "sizes": [3, 3, 64], "seconds": {"cuda": 1e-5, "triton": 2e-5}},
-            "attention, S 5": {"op": "attention", "sizes": [5, 5, 64], "seconds": {"triton": 2e-5}, "cuda": "too long"},
-        },
-        "steps": {"base": {"batch": 256, "fastmim, eager": figures}},
-        "loader": {"dali": {"images/s": 9000.0, "most grey levels off": 3}, "pillow": {"error": "no room"}},
-        "profile": {"large": {"by kind": {"matmul": 20.0}, "gaps": 1.0}},
-    }
-    page = gpu_report.page(data)
+        "another length": {"milliseconds": {"fastmim": 0.2, "sdpa": 900.0}, "slowest": {"fastmim": 0.3, "sdpa": 1e3}},
+    },
+    "compare": {"S 3": {"ops": compared("attention", [3, 3, 64], 1e-5, 2e-5)}},
+    "memcheck": {"memcheck of cuda kernels": {"exit": 0, "sanitizer": "/usr/bin/compute-sanitizer"}},
+    "loader": {"dali": {"images_per_second": 9000.0, "most grey levels off": 3}},
+    "compiled": {"(stage)": {"not_run": "2 s of 330 s were left"}},
+    "cache_miss": {"tile_forward 1234": {"milliseconds": 1500}},
+}  # fmt: skip
+
+
+def write_rows(path: Path, rows: dict) -> Path:
+    """Rows by stage and name as a flight leaves them."""
+    lines = [
+        json.dumps({"stage": stage, "name": name, "at": 1.0, **fields})
+        for stage, named in rows.items()
+        for name, fields in named.items()
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def report(folder: Path, *args: str) -> int:
+    where = ["--from", str(folder), "--out", str(folder / "results"), "--table", str(folder / "cuda_first.json")]
+    return gpu_report.main([*where, *args])
+
+
+def test_page(tmp_path):
+    write_rows(tmp_path / "first.jsonl", ROWS)
+    assert report(tmp_path) == 1  # something is wrong
+    page = (tmp_path / "results" / "gpu.md").read_text()
     for words in (
-        "H200",
-        "test_x: differs",
-        "| 3000 | 2 | 75% | sdpa flash 2.00 |",
-        "7000",
-        "| attention, S 3 | 10.0 | 20.0 | 2.00 |",
-        "too long",
-        "sdpa cudnn",
-        "20.00",
+        "NVIDIA H100",
+        "torch 2.11.0",
+        "commit: " + "a" * 40,
+        "`python flight.py first`",
+        "copy 3000 GB/s, bfloat16 product 800 TFLOP/s",
+        "| smoke: attention | 1 | 0 | error at most 0.20 of what is allowed |",
+        "| smoke: bias_gelu | 0 | 1 |",
+        "off by 0.5",
+        "| tests/ops | 300 | 1 | 2 skipped |",
+        "assert differs",
+        "fastmim, eager | 87.00 | 1.0% | 2900 | 46% | 31.0, waits | 40.0 | 1.20000 | plain-gather, eager 1.50 |",
+        "plain-gather, graph **wrong**",
+        "OutOfMemoryError",
+        "| matmul | 60.00 | 700 | 500 |",
+        "| between kernels | 1.50 |",
+        "nvjet\\|x",
+        "| attention S 3 | forward | 10.0 | 2000 | 2 | 75% | sdpa flash 2.00 |",
+        "sdpa cudnn fails",
+        "| another length | sdpa, both | 900000 |",
+        "| attention, S 3 | 10.0 | 20.0 | 2.00 | 1.0e-03 |",
+        "| memcheck of cuda kernels | 1 | 0 |",
+        "| dali | 9000 | 3 |",
+        "| compiled: (stage) | 2 s of 330 s were left |",
+        "1 kernels were not in the Triton cache and took 2 s",
     ):
         assert words in page, words
+    data = json.loads((tmp_path / "results" / "gpu.json").read_text())
+    (visit,) = data["visits"]
+    assert visit["visit"] == "first" and len(visit["rows"]) == sum(map(len, ROWS.values()))
 
 
-def row(op, sizes, cuda, triton):
-    return {"op": op, "sizes": sizes, "seconds": {"cuda": cuda, "triton": triton}}
+def right_rows() -> dict:
+    """Rows in which nothing is wrong."""
+    rows = {stage: dict(named) for stage, named in ROWS.items() if stage not in ("smoke", "steps", "suites")}
+    return rows
+
+
+def test_exit_status(tmp_path):
+    write_rows(tmp_path / "second.jsonl", right_rows())
+    assert report(tmp_path) == 0
+    write_rows(tmp_path / "second.jsonl", {name: ROWS[name] for name in ("flight", "environment")})
+    assert report(tmp_path) == 1  # nothing was checked
+
+
+def test_the_table_is_written_and_taken_back(tmp_path):
+    table = tmp_path / "cuda_first.json"
+    rows = right_rows()
+    write_rows(tmp_path / "second.jsonl", rows)
+    assert report(tmp_path) == 0
+    written = json.loads(table.read_text())
+    assert written["sizes"] == {"attention": [[3, 3, 64]]} and written["card"] == "NVIDIA H100"
+    assert written["results"] == str(tmp_path / "results" / "gpu.json") and written["capability"] == [9, 0]
+
+    write_rows(tmp_path / "second.jsonl", {name: rows[name] for name in rows if name != "compare"})
+    assert report(tmp_path) == 0 and table.exists()  # says nothing of the table
+    for stage, name, fields in (
+        ("families", "cuda: S 5", {"errors_by_op": {}, "wrong": "attention is off"}),
+        ("families", "cuda: S 5", {"not_run": "no time"}),
+        ("cuda-suites", "tests/ops", {"passed": 3, "failed": 1, "skipped": 0}),
+        ("memcheck", "memcheck of cuda kernels", {"exit": 9, "sanitizer": "x", "wrong": "Invalid read"}),
+        ("compare", "S 3", {"ops": compared("attention", [3, 3, 64], 1.99e-5, 2e-5)}),
+    ):
+        table.write_text("{}")
+        write_rows(tmp_path / "second.jsonl", {**rows, stage: {**rows.get(stage, {}), name: fields}})
+        report(tmp_path)
+        assert not table.exists(), (stage, fields)
 
 
 def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
     """And _library reads it."""
-    rows = {
-        "a": row("attention", [3, 3, 32], 1.0, 2.0),
-        "b": row("attention", [5, 5, 32], 1.0, 1.02),  # not by enough
-        "c": row("pixel_loss", [], 1.0, 2.0),
-        "d": row("pixel_loss", [], 2.0, 1.0),  # at another batch size
-        "e": row("random_masking", [], 1.0, 2.0),
-        "f": {"op": "gather_patches", "sizes": [], "seconds": {"cuda": 1.0}, "triton": "not served"},
-        "g": {"error": "no room"},
-    }
-    data = {"families": rows, "build": {"environment": {"card": "H200", "capability": [9, 0]}}}
-    results = gpu_families.ROOT / "benchmarks" / "results" / "gpu.json"
-    assert gpu_families.table(data, results) is None  # nobody has checked that they are right
-    data["correctness"] = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
-    data["correctness"]["loss, CUDA C++"] = {"error": "no room"}
-    assert gpu_families.table(data, results) is None
-    data["correctness"]["loss, CUDA C++"] = {"passed": 3, "failed": 0}
-    table = gpu_families.table(data, results)
-    assert table == {
-        "results": "benchmarks/results/gpu.json",
-        "card": "H200",
-        "capability": [9, 0],
-        "sizes": {"attention": [[3, 3, 32]], "random_masking": [[]]},
-    }
-    monkeypatch.setattr(_library, "CUDA_FIRST", json.loads(json.dumps(table)))
+    rows = [
+        {"ops": compared("attention", [3, 3, 32], 1.0, 2.0)},
+        {"ops": compared("attention", [5, 5, 32], 1.0, 1.02)},  # not by enough
+        {"ops": {**compared("pixel_loss", [], 1.0, 2.0), **compared("random_masking", [], 1.0, 2.0)}},
+        {"ops": compared("pixel_loss", [], 2.0, 1.0)},  # at another batch size
+        {"ops": {"gather_patches": {"sizes": [], "seconds": {"cuda": 1.0}, "triton": "not served"}}},
+        {"error": "no room"},
+    ]
+    sizes = gpu_report.faster(rows)
+    assert sizes == {"attention": [[3, 3, 32]], "random_masking": [[]]}
+    monkeypatch.setattr(_library, "CUDA_FIRST", {"capability": [9, 0], "sizes": sizes})
     monkeypatch.setattr(_library, "_capability", lambda device: [9, 0])
     q, longer = torch.zeros(1, 3, 2, 32), torch.zeros(1, 5, 2, 32)
     assert _library._cuda_first("attention", (q, q, q), q.device)
@@ -214,72 +180,37 @@ def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
     assert not _library._cuda_first("pixel_loss", (q,), q.device)
 
 
-def test_the_command_writes_the_table_and_takes_back_one_that_no_longer_holds(pretended_gpu, tmp_path, monkeypatch):
-    checked = {f"{suite}, CUDA C++": {"passed": 3, "failed": 0} for suite in gpu_families.SUITES}
-    known = {"build": {"environment": {"card": "H200", "capability": [9, 0]}}, "correctness": checked}
-    (tmp_path / "gpu.json").write_text(json.dumps(known))
-    monkeypatch.setattr(gpu_families, "MARGIN", float("inf"))
-    file = tmp_path / "cuda_first.json"
-    command = ["gpu_report", "--part", "families", "--out", str(tmp_path), "--table", str(file)]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="0"):
-        gpu_report.main()
-    written = json.loads(file.read_text())
-    assert written["sizes"].keys() == set(_library.CUDA_OPS) and written["results"] == str(tmp_path / "gpu.json")
-    data = json.loads((tmp_path / "gpu.json").read_text())
-    data["correctness"]["loss, CUDA C++"]["failed"] = 1
-    (tmp_path / "gpu.json").write_text(json.dumps(data))
-    with pytest.raises(SystemExit, match="1"):
-        gpu_report.main()
-    assert not file.exists()
+def test_rows_of_two_commits_are_not_put_together(tmp_path, capsys):
+    write_rows(tmp_path / "first.jsonl", ROWS)
+    other = {**ROWS, "flight": {"second": {**ROWS["flight"]["first"], "commit": "b" * 40}}}
+    write_rows(tmp_path / "second.jsonl", other)
+    assert report(tmp_path) == 2 and "rows of one commit" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
-def test_the_check_under_the_sanitizer_sees_what_is_wrong(monkeypatch):
-    """On the runner: each kernel passes, a kernel that is off is named."""
-    torch.ops.load_library(runner_library())
-    monkeypatch.setattr(gpu_families, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu_families, "FORMS", ((3, 3, 32), (5, 17, 32)))
-    assert not gpu_families.wrong(torch.ops.fastmim_host)
-
-    def off(op):
-        kernel = getattr(torch.ops.fastmim_host, op)
-        return (lambda *args: kernel(*args) * 1.1) if op == "gather_patches" else kernel
-
-    found = gpu_families.wrong(SimpleNamespace(**{op: off(op) for op in _library.CUDA_OPS}))
-    assert len(found) == 3 and all(line.startswith("gather_patches of [(2, 3, 64, 64)") for line in found)
+def test_there_must_be_rows(tmp_path, capsys):
+    assert report(tmp_path) == 2 and "--from must be a folder with first.jsonl" in capsys.readouterr().err
 
 
-def test_the_sanitizer_is_asked(monkeypatch, tmp_path):
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" = memcheck ]\n')
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert gpu_report.sanitizer() == str(tool)
-    assert gpu_report.sanitized(str(tool), "memcheck") == {"passed": 1, "failed": 0, "failures": []}
-    failed = gpu_report.sanitized(str(tool), "racecheck")
-    assert failed["failed"] == 1 and "gpu_families.py" in failed["failures"][-1]
+def test_rows_of_a_rehearsal_are_no_results(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "results")
+    rehearsed = {**ROWS, "flight": {"first": {**ROWS["flight"]["first"], "rehearse": True}}}
+    write_rows(tmp_path / "first.jsonl", rehearsed)
+    assert report(tmp_path) == 2 and "rehearsal" in capsys.readouterr().err
+    assert report(tmp_path, "--out", str(tmp_path / "elsewhere")) == 1
+    assert "A rehearsal on a CPU" in (tmp_path / "elsewhere" / "gpu.md").read_text()
 
 
-def test_every_case_can_be_made():
-    """Small, where there is no GPU; every form gives the same."""
-    case, floors = gpu_ops._attention(2, 2, 5, 8)
-    assert floors["forward"] == (8.0 * 4 * 5 * 8, 4.0 * 4 * 25 * 8) and "fastmim" in case.forms
-    names = [name for name, _ in gpu_ops.cases()]
-    assert len(names) == len(set(names)) > 30
-
-
-def test_loading_is_measured():
-    row = gpu_loader.loaded("simplejpeg", images=6, batch_size=3, device="cpu")
-    assert row["images/s"] > 0 and row["most grey levels off"] <= 2 and row["device"] == "cpu"
-
-
-def test_suites_are_counted(tmp_path):
-    counts = gpu_report.suite("tests/test_cases.py", "ulp", tmp_path)
-    assert counts["passed"] >= 1 and counts["failed"] == 0
+def test_measuring_is_flying(tmp_path, monkeypatch):
+    """With all stages; what the flight says of a missing GPU is what the command says."""
+    asked = []
+    monkeypatch.setattr(gpu_report.flight, "main", lambda argv: asked.append(argv) or 2)
+    assert gpu_report.main(["--seconds", "60", "--out", str(tmp_path)]) == 2
+    assert asked[0][:3] == ["all", "--seconds", "60"] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu(tmp_path):
     command = [sys.executable, gpu_report.__file__, "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "no CUDA device" in done.stderr
+    assert done.returncode == 2 and "no CUDA GPU" in done.stderr

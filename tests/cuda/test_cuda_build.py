@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Extension
 
 from fastmim import _library, info
 
@@ -71,6 +72,25 @@ def test_toolkit_of_another_release_is_passed_over_or_named(setup, bare, tmp_pat
     nvcc(tmp_path / "new", "13.1")
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "new"))
     assert setup.toolkit("13.0") == (str(tmp_path / "new"), None)
+
+
+@pytest.mark.parametrize("cpp, cuda", [("0", True), ("1", True), ("1", False), ("0", False)])
+def test_each_extension_is_built_without_the_other(setup, monkeypatch, cpp, cuda):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("FASTMIM_BUILD_CPP", cpp)
+    monkeypatch.delenv("FASTMIM_BUILD_CUDA", raising=False)
+    monkeypatch.setattr(setup, "cuda", lambda: [Extension("fastmim._CUDA", [])] if cuda else [])
+    built = setup.native()
+    names = [module.name for module in built.get("ext_modules", [])]
+    assert names == ["fastmim._C"] * (cpp == "1") + ["fastmim._CUDA"] * cuda
+    assert bool(built) == bool(names)
+
+
+def test_cuda_kernels_that_are_asked_for_are_never_left_out_in_silence(setup, bare, monkeypatch):
+    monkeypatch.setenv("FASTMIM_BUILD_CPP", "0")
+    monkeypatch.setenv("FASTMIM_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="FASTMIM_BUILD_CUDA=1, but no C"):
+        setup.native()  # there is no compiler on PATH
 
 
 def test_architectures_that_the_kernels_are_not_written_for_are_left_out(setup, capsys):

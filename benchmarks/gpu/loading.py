@@ -1,20 +1,30 @@
-"""The loader on a GPU: how fast each backend fills it, and how far DALI's pixels are from Pillow's."""
+"""The loader on a GPU: how fast each backend fills it, and how far its pixels are from Pillow's."""
 
+import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+# a Python that is started with safe paths doesn't look beside the script
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 from jpegs import write_jpegs
 from photographs import Photographs
+from plan import Plan, parse
+from rows import run
 
 from fastmim.data import ImageLoader
+from fastmim.data.decoders import BACKENDS, installed
 
-IMAGES, BATCH_SIZE = 2048, 256
+STAGE = "loader"
+HUNG = 240.0
 
 
-def loaded(backend: str, images: int = IMAGES, batch_size: int = BATCH_SIZE, device: str = "cuda") -> dict[str, Any]:
+def loaded(backend: str, images: int, batch_size: int, device: str) -> dict[str, Any]:
     """Images/s over an epoch, after one that isn't clocked, and grey levels from Pillow's pixels."""
     with tempfile.TemporaryDirectory() as work:
         write_jpegs(Path(work), images, Photographs())
@@ -29,8 +39,19 @@ def loaded(backend: str, images: int = IMAGES, batch_size: int = BATCH_SIZE, dev
             torch.cuda.synchronize()
         seconds = perf_counter() - start
     return {
-        "images/s": len(loader) * batch_size / seconds,
+        "images_per_second": len(loader) * batch_size / seconds,
         "most grey levels off": off.max().item(),
         "share over 1": (off > 1).float().mean().item(),
         "device": str(first.device),
     }
+
+
+def main() -> int:
+    plan: Plan = parse(__doc__).plan
+    backends = [backend for backend in BACKENDS if installed(backend)]
+    run(STAGE, [(backend, partial(loaded, backend, *plan.loaded, plan.device)) for backend in backends], HUNG)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

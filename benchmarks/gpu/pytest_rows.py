@@ -1,0 +1,66 @@
+"""A pytest plugin that records each failing test at once, and the counts every few seconds and at the end.
+
+    FASTMIM_SUITE=tests/ops python -m pytest -p pytest_rows tests/ops
+
+with this folder on PYTHONPATH; under pytest-xdist the process that hands out the tests records them.
+"""
+
+import os
+import time
+from collections import Counter
+from typing import Any
+
+import rows
+
+STAGE = "suites"
+NAME = "FASTMIM_SUITE"
+# seconds between rows of counts
+EVERY = 5.0
+# so many failures are told, so many characters of each
+TOLD, CHARACTERS = 400, 3000
+
+
+class Recorder:
+    """Counts of a run by outcome."""
+
+    def __init__(self, suite: str) -> None:
+        self.suite, self.counts, self.told = suite, Counter[str](), time.monotonic()
+        self.slowest = (0.0, "")
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Record a failure; keep count."""
+        if report.failed:
+            self.counts["failed"] += 1
+            if self.counts["failed"] <= TOLD:
+                said = report.longreprtext
+                name = f"{self.suite}: {report.nodeid}" + f" ({report.when})" * (report.when != "call")
+                rows.record(STAGE, name, failed=1, message=said[-CHARACTERS:])
+        elif report.when == "call" or report.skipped:
+            self.counts[report.outcome] += 1
+        if report.when == "call":
+            self.slowest = max(self.slowest, (report.duration, report.nodeid))
+        if time.monotonic() - self.told > EVERY:
+            self.tell(begun=True)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Record a module that can't be collected."""
+        if report.failed:
+            self.counts["failed"] += 1
+            rows.record(STAGE, f"{self.suite}: {report.nodeid}", failed=1, message=report.longreprtext[-CHARACTERS:])
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        """Record the counts."""
+        self.tell(exit=int(exitstatus))
+
+    def tell(self, **fields: Any) -> None:
+        """Record the counts as they are."""
+        self.told = time.monotonic()
+        counts = {outcome: self.counts[outcome] for outcome in ("passed", "failed", "skipped")}
+        rows.record(STAGE, self.suite, **counts, slowest=self.slowest, **fields)
+
+
+def pytest_configure(config: Any) -> None:
+    """Take part where tests are handed out, not where they run."""
+    if not hasattr(config, "workerinput"):
+        rows.record(STAGE, os.environ[NAME], begun=True)
+        config.pluginmanager.register(Recorder(os.environ[NAME]))
