@@ -1,8 +1,8 @@
 """Which kernels this installation has, which family is asked for, and why the others are missing.
 
-`FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one family for the process: a
-public op raises at the call where the family's kernel does not serve its arguments. The reference serves what no caller
-asks for by name (gradients and other inner steps, see `fallback`) and the ops that the family has no kernel of.
+`FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one backend for the process: a
+public op raises at the call where that backend does not serve its arguments. The reference serves what no caller asks
+for by name (gradients and other inner steps, see `fallback`) and the ops that the backend has no kernel of.
 """
 
 import contextlib
@@ -187,13 +187,13 @@ def _capability(device: torch.device) -> list[int]:
     return list(torch.cuda.get_device_capability(device))
 
 
-# whether the reference serves here what a forced family does not
+# whether the reference serves here what a forced backend does not
 _reference_serves = contextvars.ContextVar("_reference_serves", default=False)
 
 
 @contextlib.contextmanager
 def reference_serves() -> Iterator[None]:
-    """Let the reference serve what a forced family does not: for comparisons that fastmim makes for itself."""
+    """Let the reference serve what a forced backend does not: for comparisons that fastmim makes for itself."""
     token = _reference_serves.set(True)
     try:
         yield
@@ -204,7 +204,7 @@ def reference_serves() -> Iterator[None]:
 def fallback(op: str, reference: Callable[..., Any], *, internal: bool = False) -> Callable[..., Any]:
     """Return what serves `op` where no kernel does: on another device, or for inputs that the device's kernel leaves.
 
-    That is the reference, but a forced family refuses unless `op` is `internal`: nobody asked for such an op by name,
+    That is the reference, but a forced backend refuses unless `op` is `internal`: nobody asked for such an op by name,
     and most of them are called in a backward pass, too late to refuse.
     """
     if family in ("auto", "reference") or internal:
@@ -221,7 +221,7 @@ def fallback(op: str, reference: Callable[..., Any], *, internal: bool = False) 
 
 
 def _unserved(op: str, tensors: list[torch.Tensor]) -> str:
-    """Return why the forced family leaves an op on a device that it serves; empty where it has no kernel of the op."""
+    """Return why the forced backend leaves an op on a device that it serves; empty where it has no kernel of the op."""
     if has_no_kernel(op):
         return ""
     if any(tensor.dtype == torch.float64 for tensor in tensors):
@@ -230,12 +230,12 @@ def _unserved(op: str, tensors: list[torch.Tensor]) -> str:
 
 
 def has_no_kernel(op: str) -> bool:
-    """Return whether the forced family has no kernel of a public op at all; the reference serves it on its devices."""
+    """Return whether the forced backend has no kernel of a public op at all; the reference serves it on its devices."""
     return family == "cuda" and op not in CUDA_OPS
 
 
 def why_not(device: str) -> str:
-    """Return why the forced family serves no tensor on a type of device; empty where it does."""
+    """Return why the forced backend serves no tensor on a type of device; empty where it does."""
     if family in missing:
         return missing[family]
     served = {"cpp": ("cpu",), "triton": triton_devices, "cuda": ("cuda",)}.get(family, (device,))

@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     for name, served in found["ops"].items():
         print(f"{name:<22}" + "".join(f"{served[device].partition(':')[0]:<14}" for device in DEVICES))
     if found["FASTMIM_KERNELS"] not in ("auto", "reference"):
-        print("\nwhere the forced family serves no op:")
+        print("\nwhat is not served raises at the call; of what is served, gradients that are not go to the reference")
         for device in DEVICES:
-            print(f"  {device:<10} {_library.why_not(device) or 'served'}")
-        print("calls of ops that it does not serve raise; gradients that it leaves go to the reference")
+            if (reason := _library.why_not(device)) not in ("", *found["missing"].values()):
+                print(f"  none on {device:<9} {reason}")
     if found["cuda first"]:
         print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
         for op, sizes in found["cuda first"]["sizes"].items():

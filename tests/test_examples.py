@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, do what they say, and train on every family of kernels."""
+"""The examples run as a user runs them, do what they say, and train on every backend."""
 
 import os
 import re
@@ -77,21 +77,21 @@ def test_accelerate_timm(capsys):
 # ---- FASTMIM_KERNELS -------------------------------------------------------------------------------------------------
 
 # each value, and whether its tensors are on a GPU
-ON_DEVICE = [(family, True) for family in ("auto", "reference", "triton", "cuda")]
-VALUES = [*((family, False) for family in ("auto", "reference", "cpp", "triton")), *ON_DEVICE]
+ON_DEVICE = [(backend, True) for backend in ("auto", "reference", "triton", "cuda")]
+VALUES = [*((backend, False) for backend in ("auto", "reference", "cpp", "triton")), *ON_DEVICE]
 
 
-@pytest.mark.parametrize("family, on_device", VALUES, ids=lambda value: "gpu" if value is True else value or "cpu")
-def test_everything_takes_a_step_with_forced_kernels(family, on_device, tmp_path):
+@pytest.mark.parametrize("backend, on_device", VALUES, ids=lambda value: "gpu" if value is True else value or "cpu")
+def test_everything_takes_a_step_with_forced_kernels(backend, on_device, tmp_path):
     if on_device and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if family in _library.missing:
-        pytest.skip(_library.missing[family])
+    if backend in _library.missing:
+        pytest.skip(_library.missing[backend])
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTMIM_", "TRITON_"))}
-    settings["FASTMIM_KERNELS"] = family
+    settings["FASTMIM_KERNELS"] = backend
     if not on_device:
         settings["CUDA_VISIBLE_DEVICES"] = ""
-    if family == "triton" and not on_device:
+    if backend == "triton" and not on_device:
         settings["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(Path(__file__).with_name("one_step.py")), "cuda" if on_device else "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""FASTMIM_KERNELS: which calls a forced family refuses, and what it leaves to the reference."""
+"""FASTMIM_KERNELS: which calls a forced backend refuses, and what it leaves to the reference."""
 
 import functools
 import os
@@ -86,7 +86,7 @@ for name, (op, args) in calls.items():
 
 
 def test_public_ops_are_refused_and_inner_ones_served():
-    """By a family that serves nothing."""
+    """By a backend that serves nothing."""
     python(EVERY_OP, FASTMIM_KERNELS="cuda")
 
 
@@ -159,7 +159,7 @@ for call in (
 """
 
 
-def test_a_forced_family_says_what_it_leaves(settings):
+def test_a_forced_backend_says_what_it_leaves(settings):
     said = python(LEAVES, **settings).stdout.splitlines()
     if settings["FASTMIM_KERNELS"] == "reference":
         assert not said

@@ -26,7 +26,7 @@ def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
     assert family != "reference" or served == {"reference"}
 
 
-def test_a_forced_family_says_once_why_it_serves_no_tensor_of_a_device(tmp_path):
+def test_a_forced_backend_says_once_why_it_serves_no_tensor_of_a_device(tmp_path):
     pytest.importorskip("triton")
     said = run(cwd=tmp_path, FASTMIM_KERNELS="triton", TRITON_INTERPRET="0")
     assert next(line for line in said.splitlines() if line.startswith("bias_gelu")).split()[1:] == ["none", "triton"]

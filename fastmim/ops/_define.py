@@ -25,7 +25,7 @@ def define(
     """Define `fastmim::name`, served by `reference` on every device that no kernel is registered for.
 
     `backward` is a formula over ops; its own derivative raises unless `twice`. An `internal` op is a step of others:
-    where a forced family leaves it, the reference serves it.
+    where a forced backend leaves it, the reference serves it.
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)

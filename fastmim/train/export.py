@@ -18,8 +18,8 @@ TARGETS = ("facebook", "huggingface", "timm")
 def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
-    What was written is read again and computes on the same images, the reference serving what a forced family of
-    kernels does not; returns by how much outputs differ, at most.
+    What was written is read again and computes on the same images, the reference serving what a forced backend
+    does not; returns by how much outputs differ, at most.
 
     Raises:
         ValueError: an unknown target, `out` is there already, or a model that the target can't hold.

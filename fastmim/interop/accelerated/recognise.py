@@ -146,7 +146,7 @@ def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
 def _asking(twin: nn.Module) -> Iterator[None]:
     """Nothing that is computed inside leaves a trace: no gradient, no random number drawn, no autocast.
 
-    The reference serves float64, whatever family is forced.
+    The reference serves float64, whatever backend is forced.
     """
     device = next((p.device for p in twin.parameters()), torch.device("cpu"))
     with (
