@@ -115,11 +115,13 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         return model
     weights = template.state_dict()
     if form == "huggingface":
-        model = huggingface.build(sizes)
+        with torch.device(setting.device):
+            model = huggingface.build(sizes)
         huggingface.load(model, weights)
         return model
     build = {"fastmim": lambda _: setting.template(), "plain": PlainMAE, "plain-gather": PlainGatherMAE}[form]
-    model = build(sizes)
+    with torch.device(setting.device):  # where initial values, which are replaced, are drawn at once
+        model = build(sizes)
     model.load_state_dict(weights)
     return model
 

@@ -67,10 +67,11 @@ class Cut(Exception):
 
 @dataclass(frozen=True)
 class Command:
-    """A process of a stage."""
+    """A process of a stage; those before it leave it `kept` seconds, or half of what there is."""
 
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
+    kept: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,17 @@ def suites(flight: "Flight", cuda: bool = False) -> list[Command]:
     else:
         common |= {"FASTMIM_TEST_DEVICE": "cuda", **({"FASTMIM_TEST_KERNELS": "cuda"} if cuda else {})}
     found = []
-    for args, check in (([*plan.op_suite, "-n", processes], "1"), (plan.device_suite, "0")):
+    for args, check, kept in (([*plan.op_suite, "-n", processes], "1", 0.0), (plan.device_suite, "0", 35.0)):
         pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_rows", *args]
         settings = {"FASTMIM_SUITE": args[0] + ", CUDA C++" * cuda, "FASTMIM_CHECK_IDS": check}
-        found.append(Command(pytest, {**common, **settings}))
+        found.append(Command(pytest, {**common, **settings}, kept))
     return found
 
 
 def families(flight: "Flight") -> list[Command]:
     """CUDA C++ first: Triton's kernels were in the smoke test, at other sizes."""
     found = [script("cuda_cpp.py", "--backend", backend, interpret=True)(flight) for backend in ("cuda", "triton")]
-    return [command for commands in found for command in commands]
+    return [replace(command, kept=15.0) for commands in found for command in commands]
 
 
 def suspects(flight: "Flight") -> list[Command]:
@@ -240,9 +241,9 @@ class Flight:
             self.say(f"flight: there is no Triton cache in {CARRIED}: kernels are compiled as they are met\n")
         for archive in archives:
             unpack = [sys.executable, str(HERE / "gpu" / "triton_cache.py"), "unpack", str(archive), str(self.cache)]
-            ended = self.run(Command(unpack), 30.0)
+            ended = self.run(Command(unpack), min(30.0, self.left()))
             fields = {} if ended.code == 0 else {"error": str(ended)}
-            self.record(STAGE, archive.name, row_seconds=ended.seconds, **fields)
+            self.record(STAGE, archive.name, row_seconds=round(ended.seconds, 1), **fields)
 
     def stop(self, reason: str) -> None:
         """Say of what was being measured, and of the stages that are left, that the flight was stopped."""
@@ -273,7 +274,8 @@ class Flight:
         self.say(f"\n== {name}: at most {end - start:.0f} s, {self.left():.0f} s left\n")
         said = []
         for number, command in enumerate(commands):
-            ended = self.run_command(name, command, end)
+            kept = sum(other.kept for other in commands[number + 1 :]) * self.patience
+            ended = self.run_command(name, command, end - min(kept, (end - time.time()) / 2))
             if name == "environment" and ended.code == 2:
                 return False
             if name == "environment" and ended.code == UNSERVED and "FASTMIM_KERNELS" not in self.env:

@@ -37,10 +37,15 @@ WARM_UP = 3
 TOLERANCES = {"loss": 5e-4, "gradient_norm": 1e-2, "last_loss": 1e-2}
 
 
-@cache
 def template(setting: Setting) -> nn.Module:
     """The model whose weights all forms start from, on the CPU."""
-    return setting.template()
+    return _template(setting.model, setting.image_size, setting.device)
+
+
+@cache
+def _template(model: str, image_size: int, device: str) -> nn.Module:
+    with torch.device(device):  # a large model's values take seconds on a CPU
+        return Setting(model, image_size, 0, DTYPE, device).template().to("cpu")
 
 
 def images_and_noise(step: Step, contestant: Contestant) -> Batch:

@@ -13,11 +13,13 @@ Triton and Python that it flies with.
 import argparse
 import base64
 import contextlib
+import ctypes
 import importlib
 import io
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -263,26 +265,29 @@ def build_driver() -> None:
 
 
 @contextlib.contextmanager
-def without_driver() -> Iterator[None]:
-    """Compile Triton's C modules without a driver: linked to an empty library of its name, and not loaded."""
+def without_driver(processes: int = 1) -> Iterator[Any]:
+    """Yield a pool of forks in which Triton compiles and loads its C modules, with a library of stubs for a driver.
+
+    The stubs have the driver's names: a library that nothing is used of would be left out of the modules' needs.
+    """
+    sources = [Path(nvidia.dirname, "driver.c").read_text(), Path(nvidia.__file__).read_text()]
+    stubs = sorted(set(re.findall(r"\b(cu[A-Z]\w+)\s*\(", "\n".join(sources))))
     with tempfile.TemporaryDirectory() as folder:
-        empty, library = Path(folder, "empty.c"), Path(folder, "libcuda.so.1")
-        empty.touch()
-        subprocess.run(
-            [os.environ.get("CC", "cc"), "-shared", f"-Wl,-soname,{library.name}", "-o", library, empty], check=True
-        )
-        cached = nvidia.libcuda_dirs, nvidia.library_dirs
-        for function in cached:
-            function.cache_clear()
-        try:
-            with (
-                mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder),
-                mock.patch.object(build, "_load_module_from_path", mock.MagicMock()),
-            ):
-                yield
-        finally:
-            for function in cached:
-                function.cache_clear()
+        source, library = Path(folder, "stubs.c"), Path(folder, "libcuda.so.1")
+        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in stubs))
+        options = ["-shared", "-fPIC", f"-Wl,-soname,{library.name}"]
+        subprocess.run([os.environ.get("CC", "cc"), *options, "-o", library, source], check=True)
+        with mock.patch.dict(os.environ, TRITON_LIBCUDA_PATH=folder):
+            context = multiprocessing.get_context("fork")
+            with context.Pool(processes, initializer=load_driver, initargs=(str(library),)) as pool:
+                yield pool
+
+
+def load_driver(library: str) -> None:
+    """Load the stubs where modules look for the driver, in a process of their own."""
+    nvidia.libcuda_dirs.cache_clear()
+    nvidia.library_dirs.cache_clear()
+    ctypes.CDLL(library)  # found by modules that need it by name, and by no others
 
 
 # ---- what was compiled, and what was found ---------------------------------------------------------------------------
@@ -386,7 +391,7 @@ def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
         if archive.is_file():
             unpack(archive, folder)
         before = {entry.name for entry in folder.iterdir()}
-        with without_driver(), multiprocessing.get_context("fork").Pool(processes) as pool:
+        with without_driver(processes) as pool:
             pool.apply(build_driver)
             entries = set(pool.map(compile_one, range(len(LAUNCHES)), chunksize=1))
         modules = len(list(folder.glob("*/*.so")))
@@ -484,18 +489,34 @@ def check(archive: Path, wanted: Programs) -> Seen:
                     program()
         finally:
             triton.knobs.compilation.listener = None
-        compile_module = mock.patch.object(build, "_build", partial(counted, seen, build._build))
-        with without_driver(), compile_module, importlib.import_module("compiled").machine(ARCHITECTURE):
-            for kernel in {kernel.hash: kernel for kernel in found}.values():
-                build_launcher(kernel)
+        LAUNCHED[:] = {kernel.hash: kernel for kernel in found}.values()
+        with without_driver() as pool:
+            seen.misses |= pool.apply(rebuilt)
     return seen
 
 
-def counted(seen: Seen, compile_module: Callable[..., str], name: str, *args: Any) -> str:
-    begun = time.monotonic()
-    path = compile_module(name, *args)
-    seen.misses[f"{name} {len(seen.misses)}"] = 1e3 * (time.monotonic() - begun)
-    return path
+LAUNCHED: list[Any] = []  # kernels, for a fork of this process
+
+
+def rebuilt() -> dict[str, float]:
+    """Return the C modules that are compiled because the cache lacks them, or they don't load; with milliseconds."""
+    found: dict[str, float] = {}
+    compile_module = build._build
+
+    def compile_anew(name: str, *args: Any, **options: Any) -> str:
+        begun = time.monotonic()
+        path = compile_module(name, *args, **options)
+        found[f"{name} {len(found)}"] = 1e3 * (time.monotonic() - begun)
+        return path
+
+    with (
+        mock.patch.object(build, "_build", compile_anew),
+        importlib.import_module("compiled").machine(ARCHITECTURE),
+    ):
+        build_driver()
+        for kernel in LAUNCHED:
+            build_launcher(kernel)
+    return found
 
 
 def main() -> None:

@@ -37,11 +37,17 @@ import sys
 sys.path.insert(0, {benchmarks!r})
 import flight
 flight.card = lambda: ("NVIDIA H100", (9, 0))
+flight.CARRIED = flight.Path({out!r}, "carried")
 for name, (seconds, code) in {stages!r}.items():
     command = flight.Command([sys.executable, "-c", code])
     flight.STAGES[name] = flight.Stage(seconds, lambda _, command=command: [command])
 sys.exit(flight.main(["first", "--stages", *{stages!r}, "--out", {out!r}, *sys.argv[1:]]))
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_carried(tmp_path, monkeypatch):
+    monkeypatch.setattr(flight, "CARRIED", tmp_path / "carried")
 
 
 def command(out: Path, stages: dict[str, tuple[float, str]], *args: str) -> list[str]:
@@ -103,11 +109,24 @@ def test_what_crashes_or_hangs_costs_one_row(tmp_path, ends, said):
 
 def test_a_stage_is_cut_at_its_limit_and_the_next_one_runs(tmp_path):
     slow = 'jobs = [("a", lambda: {}), ("b", lambda: time.sleep(60)), ("c", lambda: {})]'
-    done = fly(tmp_path, {"one": (2, slow), "two": (30, GOOD)})
+    done = fly(tmp_path, {"one": (5, slow), "two": (30, GOOD)})
     kept = found(tmp_path)
     assert done.returncode == 0 and "not run, or cut: 3 rows" in done.stdout
     assert "killed at its limit" in kept["one: b"]["cut"] and "killed at its limit" in kept["one: (stage)"]["cut"]
     assert kept["one: c"]["not_run"] and kept["two: a"]["value"] == 1
+
+
+def test_a_process_leaves_time_to_the_next_one_of_its_stage(tmp_path, monkeypatch):
+    made = a_flight(tmp_path, "first", "--seconds", "100", "--stages", "suites")
+    monkeypatch.setattr(made, "prepare", lambda: None)
+    limits = []
+    monkeypatch.setattr(made, "run", lambda _, limit: limits.append(limit) or flight.Ended(0, 0.0, "", False))
+    made.fly()
+    assert limits[0] == pytest.approx(100 - 35, abs=2) and limits[1] == pytest.approx(100, abs=2)
+    limits.clear()
+    made.seconds = 20.0 + time.time() - made.began
+    made.run_stage("suites")
+    assert limits[0] == pytest.approx(10, abs=2)
 
 
 def test_a_rehearsal_leaves_nothing_out(tmp_path):
@@ -119,10 +138,10 @@ def test_a_rehearsal_leaves_nothing_out(tmp_path):
 def test_what_does_not_fit_into_the_budget_says_so(tmp_path):
     slow = 'jobs = [("a", lambda: time.sleep(60))]'
     start = time.monotonic()
-    done = fly(tmp_path, {"one": (30, slow), "two": (30, GOOD)}, "--seconds", "6")
-    assert time.monotonic() - start < 15
+    done = fly(tmp_path, {"one": (30, slow), "two": (30, GOOD)}, "--seconds", "12")
+    assert time.monotonic() - start < 40
     kept = found(tmp_path)
-    assert kept["one: a"]["cut"] and "of 6 s were left" in kept["two: (stage)"]["not_run"]
+    assert kept["one: a"]["cut"] and "of 12 s were left" in kept["two: (stage)"]["not_run"]
     assert done.returncode == 0 and "not run" in done.stdout
 
 
