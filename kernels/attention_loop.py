@@ -168,7 +168,7 @@ def loop_backward_queries_kernel(
         if score_grad is not None:
             at = score_grad + (row * keys)[:, None] + column[None, :]
             tl.store(at, slope, is_query[:, None] & is_key[None, :])
-        low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1)
+        low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
     store_rows(dq, row * dq_row * UNIT, is_query, low * scale, high * scale, D, D0, D1)
 
 
@@ -226,7 +226,7 @@ def loop_backward_keys_kernel(
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
         dv_low, dv_high = over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
-        dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1)
+        dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
     store_rows(dv, to, is_key, dv_low, dv_high, D, D0, D1)
     store_rows(dk, to, is_key, dk_low * scale, dk_high * scale, D, D0, D1)

@@ -62,12 +62,19 @@ def over_rows(weights, low, high, to_low, to_high, D1: tl.constexpr):
 
 
 @triton.jit
-def over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr):
-    """to + weights x, where float16 might not hold the weights: they are then scaled for the product."""
+def over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr, BY_ROW: tl.constexpr):
+    """to + weights x, where float16 might not hold the weights: they are then scaled for the product.
+
+    Where they are of several sequences it must be row by row, so that no sequence changes the bits of another.
+    """
     if low.dtype == tl.float16:
         size = tl.abs(weights)
-        factor = tl.maximum(tl.max(tl.where(size < INFINITY, size, 0.0)) * 2**-15, 1.0)
-        weights = (weights / factor).to(tl.float16)
+        size = tl.where(size < INFINITY, size, 0.0)
+        if BY_ROW:
+            factor = tl.maximum(tl.max(size, 1) * 2**-15, 1.0)[:, None]
+        else:
+            factor = tl.maximum(tl.max(size) * 2**-15, 1.0)
+        weights = (weights * (1.0 / factor)).to(tl.float16)
         to_low += factor * tl.dot(weights, low)
         to_high = to_high + factor * tl.dot(weights, high) if D1 > 0 else to_low
         return to_low, to_high

@@ -152,11 +152,11 @@ def tile_backward_kernel(
         row = ((q_entry * heads + head) * queries + q_place) * keys
         tl.store(score_grad + row[:, None] + k_place[None, :], slope, together & is_query[:, None] & is_key[None, :])
     low, high = zeros(BQ, D0, D1)
-    low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1)
+    low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, PACKED)
     at_query = offsets_of(q_entry, q_first + q_place, head, dq_batch, dq_row, dq_head, UNIT)
     store_rows(dq, at_query, is_query, low * scale, high * scale, D, D0, D1)
     low, high = zeros(BK, D0, D1)
-    low, high = over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1)
+    low, high = over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1, PACKED)
     # all stores last: an earlier one costs registers
     at_key = offsets_of(k_entry, k_first + k_place, head, dk_batch, dk_row, dk_head, UNIT)
     store_rows(dv, at_key, is_key, dv_low, dv_high, D, D0, D1)

@@ -99,3 +99,31 @@ assert not is_kernels_available()
 """,
         FASTMIM_KERNELS="auto",
     )
+
+
+NEIGHBOURS = """
+import torch
+from fastmim.kernels import attention
+
+torch.manual_seed(0)
+def alone_and_beside(length):
+    shape = 4, length, 3, 2, 16
+    qkv, grad = torch.randn(shape).half(), torch.randn(4, length, 2, 16).half()
+    # their slopes are over 2^15 times 2^15, and set the scale of a tile that has one
+    qkv[1:, :, 2], grad[1:] = 3e3 * qkv[1:, :, 2], 3e4 * grad[1:]
+    both = attention.attention_qkvpacked_backward(grad, qkv, None, 0.25)
+    one = attention.attention_qkvpacked_backward(grad[:1], qkv[:1], None, 0.25)
+    assert both[0].isfinite().all() and torch.equal(both[0].view(torch.int16), one[0].view(torch.int16)), length
+    q, k, v = qkv.unbind(2)
+    both = attention.attention_backward(grad, q, k, v, None, None, 0.25, False)
+    one = attention.attention_backward(grad[:1], q[:1], k[:1], v[:1], None, None, 0.25, False)
+    assert all(torch.equal(a[0].view(torch.int16), b[0].view(torch.int16)) for a, b in zip(both[:3], one[:3])), length
+
+# packed tiles, a tile for each, and loops
+for length in (3, 10, 40, 70):
+    alone_and_beside(length)
+"""
+
+
+def test_float16_gradients_have_the_same_bits_beside_other_samples():
+    python(NEIGHBOURS, TRITON_INTERPRET="1")
