@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # scripts are run by path: the repository root is never on sys.path
 export PYTHONSAFEPATH = 1
+# what torch.compile makes is not shared with other versions of PyTorch, nor between kinds of processors
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
 # a process of tests on each CPU, a thread in each process
 THREADS = 1
 TEST = OMP_NUM_THREADS=$(THREADS) .venv/bin/python -m pytest -n auto
