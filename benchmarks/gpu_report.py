@@ -117,7 +117,8 @@ def write(found: list[Visit], out: Path, first: Path) -> None:
     results = out / "gpu.json"
     results.write_text(json.dumps({"visits": found}, indent=1) + "\n")
     (out / "gpu.md").write_text(page(found))
-    if not any(row["stage"] == "compare" for visit in found for row in visit["rows"]):
+    compared = any(row["stage"] == "compare" for visit in found for row in visit["rows"])
+    if not compared or any(visit["rehearse"] for visit in found):
         return
     if written := table(found, results):
         first.write_text(json.dumps(written, indent=1) + "\n")

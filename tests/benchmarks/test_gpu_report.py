@@ -194,10 +194,11 @@ def test_there_must_be_rows(tmp_path, capsys):
 
 def test_rows_of_a_rehearsal_are_no_results(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_report, "RESULTS", tmp_path / "results")
-    rehearsed = {**ROWS, "flight": {"first": {**ROWS["flight"]["first"], "rehearse": True}}}
+    rehearsed = {**right_rows(), "flight": {"first": {**ROWS["flight"]["first"], "rehearse": True}}}
     write_rows(tmp_path / "first.jsonl", rehearsed)
     assert report(tmp_path) == 2 and "rehearsal" in capsys.readouterr().err
-    assert report(tmp_path, "--out", str(tmp_path / "elsewhere")) == 1
+    assert report(tmp_path, "--out", str(tmp_path / "elsewhere")) == 0
+    assert not (tmp_path / "cuda_first.json").exists()
     assert "A rehearsal on a CPU" in (tmp_path / "elsewhere" / "gpu.md").read_text()
 
 
