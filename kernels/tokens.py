@@ -9,6 +9,8 @@ from ._launch import INTERPRETED, check_ids, kernel, on_device, power_of_2, refu
 
 # values of a program's tile; a program costs the interpreter milliseconds, however large its tile
 TILE = 2**14 if INTERPRETED else 2**12
+# rows of a program's tile: narrow ones are not held in as great numbers, since each is compared with a block of ids
+MOST_ROWS = 1024 if INTERPRETED else 64
 # ids that a program compares at a time, where it looks for the row that names a token
 ID_BLOCK = 256 if INTERPRETED else 64
 
@@ -16,7 +18,7 @@ ID_BLOCK = 256 if INTERPRETED else 64
 def tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
     columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
-    return TILE // columns, columns
+    return min(TILE // columns, MOST_ROWS), columns
 
 
 def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
