@@ -93,9 +93,19 @@ def check_noise(noise: Tensor) -> None:
         raise ValueError("noise must not hold NaN: the order of its values is the mask")
 
 
+def refuse_rows(*counts: int) -> None:
+    """Kernels count rows, tokens and patches in 32 bits, a program's share of them beyond the last included."""
+    if max(counts) > 2**31 - 2**22:
+        raise Unserved("over 2^31 rows are served by the reference")
+
+
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., D) as (outer, inner, D), two axes of rows whose strides a kernel is given; x itself up to three axes."""
-    return x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+    """x (..., D) as (outer, inner, D), two axes of rows whose strides a kernel is given; x itself up to three axes.
+
+    Offsets within a row are of 32 bits: rows whose values lie further apart are copied.
+    """
+    x = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+    return x.contiguous() if x.shape[-1] * x.stride(-1) >= 2**31 else x
 
 
 @triton.jit

@@ -53,6 +53,13 @@ def _readable(x: Tensor, longest: int) -> Tensor:
     return x if x.stride(-1) == 1 and longest * x.stride(-3) < SPAN else x.contiguous()
 
 
+def _reachable(mask: Tensor | None, axes: int) -> Tensor | None:
+    """With each of the last axes within the reach of 32 bits; None stays None."""
+    if mask is None or all(n * stride < SPAN for n, stride in list(zip(mask.shape, mask.stride()))[-axes:]):
+        return mask
+    return mask.contiguous()
+
+
 def _strides(unit: int, *tensors: Tensor) -> list[int]:
     """Those of batch, row and head; packed rows (T, H, D) start where cu_seqlens says."""
     return [stride // unit for x in tensors for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
@@ -142,6 +149,7 @@ def _forward(
         return out.zero_()
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
     q, k, v = _readable(q, most_queries), _readable(k, most_keys), _readable(v, most_keys)
+    key_mask, bias = _reachable(key_mask, 1), _reachable(bias, 2)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = unit_of(q, k, v, out)
     masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
@@ -185,6 +193,7 @@ def _backward(
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
     grad, q = _readable(grad, most_queries), _readable(q, most_queries)
     k, v = _readable(k, most_keys), _readable(v, most_keys)
+    key_mask, bias = _reachable(key_mask, 1), _reachable(bias, 2)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = unit_of(grad, q, k, v, dq, dk)
     masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))

@@ -18,6 +18,7 @@ from ._launch import (
     on_device,
     power_of_2,
     refuse_float64,
+    refuse_rows,
     row_offset,
     unit_of,
 )
@@ -164,6 +165,8 @@ def pixel_loss(
     rows = ids.numel()
     if rows == 0 or values == 0:
         return pred.new_zeros((), dtype=torch.float32), grad
+    refuse_rows(rows, patches)
+    pred = as_rows(pred)
     # a picture is a clip of one frame
     batch_stride, channel_stride, *strides = images.stride()
     if axes == 2:
@@ -274,6 +277,7 @@ def scaled_cosine_loss(
     if width > _WIDEST:
         raise Unserved(f"rows of up to {_WIDEST} values; got {width}")
     rows = pred.numel() // width
+    refuse_rows(rows)
     losses = pred.new_empty(pred.shape[:-1], dtype=torch.float32)
     dpred, dtarget = _gradient_for(pred, need_pred_grad), _gradient_for(target, need_target_grad)
     if rows:

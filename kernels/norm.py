@@ -13,6 +13,7 @@ from ._launch import (
     on_device,
     power_of_2,
     refuse_float64,
+    refuse_rows,
     row_offset,
     unit_of,
 )
@@ -89,6 +90,7 @@ def add_layer_norm(
     width = x.shape[-1]
     _check_width(width)
     rows = x.numel() // width
+    refuse_rows(rows)
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     if dtype == torch.float64:
         raise Unserved("float64 is served by the reference")
@@ -183,6 +185,7 @@ def add_layer_norm_backward(
     width = total.shape[-1]
     _check_width(width)
     rows = total.numel() // width
+    refuse_rows(rows)
     dtotal = total.new_empty(total.shape)
     again = grad_normed.new_empty(0 if bias is None else total.shape)
     if rows == 0:
@@ -251,6 +254,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     x = as_rows(x)
     width = x.shape[-1]
     rows = x.numel() // width
+    refuse_rows(rows)
     block = _columns(width)
     tile, warps = _tile(block)
     unit = unit_of(x)
@@ -307,6 +311,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = Fals
     grad, x = as_rows(grad), as_rows(x)
     width = x.shape[-1]
     rows = x.numel() // width
+    refuse_rows(rows)
     block = _columns(width)
     tile, warps = _tile(block, _PARTIAL_ROWS)
     columns = triton.cdiv(width, block)

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import check_ids, check_std, kernel, on_device, refuse_float64, unit_of
-from .tokens import ID_BLOCK, places_of, refuse_rows, tiles
+from ._launch import check_ids, check_std, kernel, on_device, refuse_float64, refuse_rows, unit_of
+from .tokens import ID_BLOCK, places_of, tiles
 
 
 def image_strides(images: Tensor) -> tuple[int, ...]:

@@ -5,11 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import Unserved
-from ._launch import INTERPRETED, check_ids, kernel, on_device, power_of_2, refuse_float64, unit_of
+from ._launch import INTERPRETED, check_ids, kernel, on_device, power_of_2, refuse_float64, refuse_rows, unit_of
 
 # values of a program's tile; a program costs the interpreter milliseconds, however large its tile
 TILE = 2**14 if INTERPRETED else 2**12
+# rows of a program's tile: narrow ones are not held in as great numbers, since each is compared with a block of ids
+MOST_ROWS = 1024 if INTERPRETED else 64
 # ids that a program compares at a time, where it looks for the row that names a token
 ID_BLOCK = 256 if INTERPRETED else 64
 
@@ -17,13 +18,7 @@ ID_BLOCK = 256 if INTERPRETED else 64
 def tile(width: int) -> tuple[int, int]:
     """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
     columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
-    return TILE // columns, columns
-
-
-def refuse_rows(*counts: int) -> None:
-    """Kernels count rows, tokens and patches in 32 bits, and only their values in 64."""
-    if max(counts) > 2**31 - 2**16:
-        raise Unserved("over 2^31 rows are served by the reference")
+    return min(TILE // columns, MOST_ROWS), columns
 
 
 def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
