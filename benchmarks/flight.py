@@ -111,22 +111,20 @@ def script(name: str, *args: str, interpret: bool = False) -> "Callable[[Flight]
 def suites(flight: "Flight", cuda: bool = False) -> list[Command]:
     """The op suite, by the selection of tests/conftest.py, and the tests that need a GPU; or both on CUDA C++.
 
-    Values of ids are checked in the first alone: that synchronises, which a captured step must not.
+    The latter meet the kernels through fastmim's own dispatch. Values of ids are checked in neither: that synchronises.
     """
     from plan import GPU, REHEARSAL
 
     plan = REHEARSAL if flight.rehearse else GPU
     processes = str(min(plan.processes, os.cpu_count() or 1))
-    common = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    if flight.rehearse:
-        common |= {"FASTMIM_TEST_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-    else:
-        common |= {"FASTMIM_TEST_DEVICE": "cuda", **({"FASTMIM_TEST_KERNELS": "cuda"} if cuda else {})}
+    of_ops = {"FASTMIM_TEST_DEVICE": plan.device, "FASTMIM_TEST_KERNELS": "cuda" if cuda else "triton"}
+    of_ops |= {"TRITON_INTERPRET": "1"} if flight.rehearse else {}
+    of_device = {"FASTMIM_KERNELS": "cuda"} if cuda else {}
     found = []
-    for args, check, kept in (([*plan.op_suite, "-n", processes], "1", 0.0), (plan.device_suite, "0", 35.0)):
+    for args, env, kept in (([*plan.op_suite, "-n", processes], of_ops, 0.0), (plan.device_suite, of_device, 35.0)):
         pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_rows", *args]
-        settings = {"FASTMIM_SUITE": args[0] + ", CUDA C++" * cuda, "FASTMIM_CHECK_IDS": check}
-        found.append(Command(pytest, {**common, **settings}, kept))
+        settings = {"FASTMIM_SUITE": args[0] + ", CUDA C++" * cuda, "FASTMIM_CHECK_IDS": "0"}
+        found.append(Command(pytest, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings, **env}, kept))
     return found
 
 

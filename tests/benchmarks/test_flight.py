@@ -380,10 +380,13 @@ def test_stages_and_their_commands(tmp_path):
         for part in flight.STAGES[name].commands(made):
             assert part.argv[0] == sys.executable
             assert part.argv[1] == "-m" or Path(part.argv[1]).is_file(), name
-    ops, device = flight.suites(made)
-    assert ops.env["FASTMIM_CHECK_IDS"] == "1" and device.env["FASTMIM_CHECK_IDS"] == "0"
-    assert "tests/ops" in ops.argv and "-n" in ops.argv and "tests/gpu" in device.argv
-    assert all(part.env["FASTMIM_TEST_DEVICE"] == "cuda" for part in (ops, device))
+    for cuda in (False, True):
+        ops, device = flight.suites(made, cuda)
+        assert ops.env["FASTMIM_CHECK_IDS"] == device.env["FASTMIM_CHECK_IDS"] == "0"
+        assert "tests/ops" in ops.argv and "-n" in ops.argv and "tests/gpu" in device.argv
+        assert ops.env["FASTMIM_TEST_DEVICE"] == "cuda" and "FASTMIM_TEST_DEVICE" not in device.env
+        assert ops.env["FASTMIM_TEST_KERNELS"] == ("cuda" if cuda else "triton")
+        assert device.env.get("FASTMIM_KERNELS") == ("cuda" if cuda else None)
 
 
 def test_the_second_visit_begins_with_what_the_first_found_wrong(tmp_path):
