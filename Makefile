@@ -6,9 +6,9 @@ TORCH ?= torch==2.13.0
 export PYTHONSAFEPATH = 1
 # what torch.compile makes is not shared with other versions of PyTorch, nor between kinds of processors
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/build/inductor
-# a process of tests on each CPU, a thread in each process
+# a process of tests on each CPU, a thread in each process; where there are more, they don't spin while they wait
 THREADS = 1
-TEST = OMP_NUM_THREADS=$(THREADS) .venv/bin/python -m pytest -n auto
+TEST = OMP_NUM_THREADS=$(THREADS) OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n auto
 
 # what makes a processor act like one without vector instructions beyond SSE, and like one without AVX-512
 sse = ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2 ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Nehalem \

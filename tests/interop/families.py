@@ -87,7 +87,7 @@ def build(family: str, request: pytest.FixtureRequest, **changes: Any) -> Case:
     return Case(model, torch.randn(3, 3, 32, 32), torch.rand(3, 16), family)
 
 
-def redrawn(case: Case, count: int = 5) -> Iterator[Case]:
+def redrawn(case: Case, count: int) -> Iterator[Case]:
     """The case, and others like it: weights a little apart, other images and noise."""
     yield case
     for seed in range(1, count):
@@ -99,9 +99,9 @@ def redrawn(case: Case, count: int = 5) -> Iterator[Case]:
         yield Case(model, torch.randn_like(case.images), torch.rand_like(case.noise), case.family)
 
 
-def check_near(case: Case, measure: Callable[[Case], dict[str, Errors]]) -> None:
-    """`check_draws` of each error that `measure` finds in five draws of the case."""
-    draws = [measure(draw) for draw in redrawn(case)]
+def check_near(case: Case, measure: Callable[[Case], dict[str, Errors]], count: int = 5) -> None:
+    """`check_draws` of each error that `measure` finds in `count` draws of the case."""
+    draws = [measure(draw) for draw in redrawn(case, count)]
     for name in draws[0]:
         check_draws([found[name] for found in draws], name)
 
