@@ -1,4 +1,4 @@
-"""Whether DALI decodes regions of JPEGs on this GPU: tried once for an installation, in a process that may crash.
+"""Probe of DALI's decoding of regions of JPEGs: once for an installation and GPU, in a process that may crash.
 
 Versions of nvImageCodec fail at it on some cards and end the process on others, which no Python code can catch. Where
 regions can't be decoded, whole images are, and the crops are cut out of them.
@@ -37,7 +37,7 @@ CLOSE = 4.0
 
 
 class Answer(NamedTuple):
-    """Whether regions are decoded; why not; whether the answer is worth remembering."""
+    """The outcome of a probe: `usable`, the reason if not, and `lasting` if it is worth remembering."""
 
     usable: bool
     reason: str = ""
