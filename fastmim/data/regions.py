@@ -31,7 +31,6 @@ from .crops import Crop, Crops
 LIMIT = 120.0
 # what the child says once whole images have the right pixels, and once regions have: no library prints these words
 WHOLE, REGIONS = "fastmim:whole", "fastmim:regions"
-CHILD = "import sys; sys.path[:] = {path!r}; from fastmim.data.regions import main; main({device!r})"
 # grey levels, in the mean, between decoders and filters on smooth pictures; another region is ten times as far off
 CLOSE = 4.0
 
@@ -50,7 +49,7 @@ def usable(device: torch.device) -> bool:
     key = {**_versions(), "driver": _driver(), "card": torch.cuda.get_device_name(device)}
     answer = _recall(key)
     if answer is None:
-        answer = probe(CHILD.format(path=sys.path, device=str(device)))
+        answer = probe(child(device))
         if answer.lasting:
             _remember(key, answer)
     if not answer.usable:
@@ -76,6 +75,12 @@ def remembered() -> dict[str, str]:
 # ---- the child -------------------------------------------------------------------------------------------------------
 
 
+def child(device: torch.device) -> str:
+    """Return the code of a child that finds fastmim where this process did."""
+    path = [*map(str, sys.path)]
+    return f"import sys; sys.path[:] = {path!r}; from fastmim.data.regions import main; main({str(device)!r})"
+
+
 def probe(code: str, limit: float = LIMIT) -> Answer:
     """Run a child and judge it by what it said before it ended, crashed, or was given up after `limit` seconds."""
     try:
@@ -94,15 +99,15 @@ def probe(code: str, limit: float = LIMIT) -> Answer:
 def _run(code: str, limit: float) -> tuple[str, str, str]:
     """Return how a child ended, what it printed, and what it wrote to standard error."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         try:
-            status = child.wait(limit)
+            status = process.wait(limit)
             ended = f"ended by {_signal(-status)}" if status < 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
-            child.kill()
+            process.kill()
             # one that hangs in the driver may not die
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(1)
+                process.wait(1)
             ended = f"still busy after {limit:g} s"
         return ended, _text(out), _text(err)
 
