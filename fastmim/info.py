@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, served in found["ops"].items():
         print(f"{name:<22}" + "".join(f"{served[device].partition(':')[0]:<14}" for device in DEVICES))
     if found["FASTMIM_KERNELS"] not in ("auto", "reference"):
-        print("\nwhat is not served raises at the call; of what is served, gradients that are not go to the reference")
+        print("\ncalls that are not served raise; gradients that are not served go to the reference")
         for device in DEVICES:
             if (reason := _library.why_not(device)) not in ("", *found["missing"].values()):
                 print(f"  none on {device:<9} {reason}")
