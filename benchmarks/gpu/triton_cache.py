@@ -337,13 +337,21 @@ def watch(record: bool = True) -> Seen:
 
 
 def adopt(folder: Path) -> None:
-    """Make this process look for keys of the build of Triton that filled the folder, if the version is the same."""
+    """Make this process look for the keys with which the folder was filled, if Triton's version is the same.
+
+    They hold a hash of Triton's build and, those of C modules, the name of the platform, whose last word, ELF, is
+    missing where the program `file` isn't installed.
+    """
     made = folder / MADE
     if not made.is_file():
         return
     facts = json.loads(made.read_text())
-    if facts["triton"] == triton.__version__ and facts["key"] != triton.runtime.cache.triton_key():
+    if facts["triton"] != triton.__version__:
+        return
+    if facts["key"] != triton.runtime.cache.triton_key():
         triton.runtime.cache.triton_key = lambda: facts["key"]
+    if facts.get("platform", "").startswith(build.platform_key().removesuffix("ELF")):
+        build.platform_key = lambda: facts["platform"]
 
 
 def facts() -> dict[str, Any]:
@@ -355,6 +363,7 @@ def facts() -> dict[str, Any]:
         "commit": commit(),
         "triton": triton.__version__,
         "key": triton.runtime.cache.triton_key(),
+        "platform": build.platform_key(),
         "ptxas": triton.knobs.nvidia.ptxas.version,
         "environment": dict(get_cache_invalidating_env_vars()),
         "python": sysconfig.get_config_var("EXT_SUFFIX"),

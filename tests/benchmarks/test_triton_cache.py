@@ -167,6 +167,21 @@ def test_another_build_of_the_same_version_is_adopted(tmp_path, monkeypatch, ver
     assert (cache.triton_key() == "other") == adopted
 
 
+@pytest.mark.parametrize("made", ["ELF", ""])
+@pytest.mark.parametrize("here", ["ELF", ""])
+def test_c_modules_are_found_with_and_without_the_program_file(tmp_path, monkeypatch, made, here):
+    build = triton.runtime.build
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", triton.runtime.cache.triton_key)
+    monkeypatch.setattr(build, "platform_key", lambda: f"x86_64,Linux,64bit,{here}")
+    facts = {"triton": triton.__version__, "key": "k", "platform": f"x86_64,Linux,64bit,{made}"}
+    (tmp_path / triton_cache.MADE).write_text(json.dumps(facts))
+    triton_cache.adopt(tmp_path)
+    assert build.platform_key() == facts["platform"]
+    monkeypatch.setattr(build, "platform_key", lambda: "aarch64,Linux,64bit,ELF")
+    triton_cache.adopt(tmp_path)
+    assert build.platform_key() == "aarch64,Linux,64bit,ELF"
+
+
 def test_layouts_keep_their_alignment():
     x = torch.randn(4, 6, 8)
     for view in (x, x[1:], x[:, 1:], x[..., 1:], x.transpose(0, 2), x[:0], x.expand(3, 4, 6, 8)):
