@@ -361,7 +361,9 @@ class Flight:
         finally:
             self.end_child()
         teller.join(GRACE)
-        return Ended(child.returncode, time.time() - start, last[0][:300], late)
+        # one that a driver keeps from dying has no status yet
+        code = -signal.SIGKILL if child.returncode is None else child.returncode
+        return Ended(code, time.time() - start, last[0][:300], late)
 
     def end_child(self) -> None:
         """End the process that runs, and whatever it has started."""
