@@ -149,6 +149,18 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
+def test_an_archive_that_is_cut_short_spoils_no_other(archive, tmp_path, capsys):
+    (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:999])
+    with tarfile.open(tmp_path / "single.tar.gz", "w:gz") as tar:
+        triton_cache.add(tar, "KEY/kernel.json", b"{}")
+    archives = [tmp_path / "cut.tar.gz", tmp_path / "single.tar.gz", archive]
+    assert triton_cache.unpack_all(archives, tmp_path / "folder") == 1
+    said = capsys.readouterr().out
+    assert "cut.tar.gz: not unpacked: " in said and "single.tar.gz" not in said
+    assert (tmp_path / "folder" / "KEY" / "kernel.json").is_file() and list(tmp_path.glob("folder/*/*.cubin"))
+    assert triton_cache.unpack_all(archives[1:], tmp_path / "folder") == 0
+
+
 def test_what_differs_from_the_archive_is_said(archive, tmp_path):
     made = triton_cache.unpack(archive, tmp_path)
     (said,) = triton_cache.differences({**made, "triton": "3.0.0"})
