@@ -274,7 +274,7 @@ class Errors(NamedTuple):
 
 
 def largest_error(found: Tensor, exact: Tensor) -> float:
-    """Of the values where it is finite: overflow grants nothing."""
+    """Return the largest finite error: overflow grants nothing."""
     error = (found.double() - exact).abs()
     error = error[error.isfinite()]
     return float(error.max()) if error.numel() else 0.0
@@ -371,7 +371,7 @@ def op_errors(
     layout: str = "contiguous",
     noise: bool = False,
 ) -> dict[str, Errors]:
-    """Of each result and gradient of `op`, against itself in float64; it writes no argument.
+    """Measure the errors of each result and gradient of `op` against itself in float64; `op` must write no argument.
 
     With `noise`, eager's error counts as no less than its rounding noise: it may be 0 by accident.
     """

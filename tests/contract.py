@@ -261,7 +261,7 @@ class Differentiable(Contract):
                 check_redrawn(self.errors_in_bfloat16, arguments)
 
     def errors_in_bfloat16(self, arguments: dict[str, Any], noise: bool) -> dict[str, Errors]:
-        """Of the op, where eager's would be those of rounding the exact results to bfloat16."""
+        """Measure the op's errors against those of rounding the exact results to bfloat16."""
         ours, exact = run(self.op, arguments), run(self.op, widened(arguments))
         return {what: errors(ours[what], exact[what].bfloat16(), exact[what], what) for what in ours}
 

@@ -145,7 +145,7 @@ def test_a_missing_term_is_an_error(dtype):
 
 
 def test_rounding_noise_is_that_of_each_operators_dtype():
-    """Of a formula that computes in float32 what comes in bfloat16; and what only moves values has none."""
+    """A formula that computes in float32 has the noise of float32; one that only moves values has none."""
 
     def noise(formula):
         arguments = prepare(dict(x=randn(50, 64)), torch.bfloat16, "contiguous", ())
@@ -158,7 +158,7 @@ def test_rounding_noise_is_that_of_each_operators_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rounding_noise_grants_no_more_than_eager(dtype):
-    """Where eager's error is no accident, in the median of some draws."""
+    """The noise is at most about eager's error where that is no accident, in the median of some draws."""
     ratios = []
     for _ in range(7):
         draw = {name: randn(3, 50, 2, 64) for name in ("q", "k", "v")}

@@ -1,4 +1,4 @@
-"""What the suite on "meta" tensors sees of a device that is not there."""
+"""Faults of a device that the suite sees on "meta" tensors."""
 
 import pytest
 import torch

@@ -298,10 +298,11 @@ class _Iteration(Iterator[Batch]):
         if made is None:
             self._over = True
             raise StopIteration
-        self._loader._given(made.after, self._number)
         images, repeats = self._feed.transfer.receive(made.sent).permute(0, 3, 1, 2), self._loader.crops.repeats
         ids = torch.from_numpy(np.repeat(np.array(made.samples, dtype=np.int64), repeats))
-        return Batch(images, labels_of(self._loader.source, made.samples, repeats), ids)
+        batch = Batch(images, labels_of(self._loader.source, made.samples, repeats), ids)
+        self._loader._given(made.after, self._number)
+        return batch
 
     def __reduce__(self) -> Any:
         raise TypeError("an iteration can't be pickled: pickle the ImageLoader, and its state_dict()")

@@ -1,9 +1,10 @@
-"""Whether DALI decodes regions of JPEGs on this GPU: tried once for an installation, in a process that may crash.
+"""Probe of DALI's decoding of regions of JPEGs: once for an installation and GPU, in a process that may crash.
 
 Versions of nvImageCodec fail at it on some cards and end the process on others, which no Python code can catch. Where
 regions can't be decoded, whole images are, and the crops are cut out of them.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -28,15 +29,15 @@ from .crops import Crop, Crops
 
 # seconds, the first start of CUDA and DALI included
 LIMIT = 120.0
-# what the child says once whole images have the right pixels, and once regions have
-WHOLE, REGIONS = "whole", "regions"
+# what the child says once whole images have the right pixels, and once regions have: no library prints these words
+WHOLE, REGIONS = "fastmim:whole", "fastmim:regions"
 CHILD = "import sys; sys.path[:] = {path!r}; from fastmim.data.regions import main; main({device!r})"
 # grey levels, in the mean, between decoders and filters on smooth pictures; another region is ten times as far off
 CLOSE = 4.0
 
 
 class Answer(NamedTuple):
-    """Whether regions are decoded; why not; whether the answer is worth remembering."""
+    """The outcome of a probe: `usable`, the reason if not, and `lasting` if it is worth remembering."""
 
     usable: bool
     reason: str = ""
@@ -77,19 +78,10 @@ def remembered() -> dict[str, str]:
 
 def probe(code: str, limit: float = LIMIT) -> Answer:
     """Run a child and judge it by what it said before it ended, crashed, or was given up after `limit` seconds."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        try:
-            child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-        except OSError as error:
-            return Answer(False, f"no process to try it in: {error}", lasting=False)
-        try:
-            status = child.wait(limit)
-            ended = f"ended by {_signal(-status)}" if status < 0 else f"exit status {status}"
-        except subprocess.TimeoutExpired:
-            # one that hangs in the driver may not die: it is not waited for
-            child.kill()
-            ended = f"still busy after {limit:g} s"
-        said, complaint = (_text(file) for file in (out, err))
+    try:
+        ended, said, complaint = _run(code, limit)
+    except OSError as error:
+        return Answer(False, f"no process to try it in: {error}", lasting=False)
     words = said.split()
     if REGIONS in words:
         return Answer(True)
@@ -97,6 +89,22 @@ def probe(code: str, limit: float = LIMIT) -> Answer:
     if WHOLE in words:
         return Answer(False, f"decoding regions failed in a child process, {reason}")
     return Answer(False, f"a child process could not decode at all, {reason}", lasting=False)
+
+
+def _run(code: str, limit: float) -> tuple[str, str, str]:
+    """Return how a child ended, what it printed, and what it wrote to standard error."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        try:
+            status = child.wait(limit)
+            ended = f"ended by {_signal(-status)}" if status < 0 else f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            child.kill()
+            # one that hangs in the driver may not die
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+            ended = f"still busy after {limit:g} s"
+        return ended, _text(out), _text(err)
 
 
 def main(device: str) -> None:
@@ -169,8 +177,9 @@ def _text(file: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Those of fastmim, DALI and what DALI decodes with."""
-    named = ((str(found.metadata["Name"] or "").lower(), found.version) for found in distributions())
+    """Return those of fastmim, DALI and what DALI decodes with."""
+    # of several on sys.path the first is imported: it comes last
+    named = ((str(found.metadata["Name"] or "").lower(), found.version) for found in reversed([*distributions()]))
     kept = {name: version for name, version in named if name.startswith(("nvidia-dali", "nvidia-nvimgcodec"))}
     return {"fastmim": __version__, **dict(sorted(kept.items()))}
 
@@ -198,7 +207,7 @@ def _read(path: Path) -> tuple[dict[str, str], Answer | None]:
     try:
         found = json.loads(path.read_text())
         key, answer = dict(found["key"]), Answer(bool(found["usable"]), str(found["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}, None
     return key, answer
 
@@ -216,8 +225,9 @@ def _remember(key: dict[str, str], answer: Answer) -> None:
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"key": key, "usable": answer.usable, "reason": answer.reason}, file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, path.name)
+            whole.write_text(json.dumps({"key": key, "usable": answer.usable, "reason": answer.reason}))
+            os.replace(whole, path)
     except (OSError, RuntimeError):
         pass

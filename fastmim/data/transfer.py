@@ -31,14 +31,14 @@ class Host:
     """Batches in the memory of the host."""
 
     def send(self, rows: Sequence[Row]) -> Sent:
-        """The crops of all samples, (n * repeats, H, W, 3)."""
+        """Make a batch (n * repeats, H, W, 3) of the crops of all samples."""
         crops = _crops(rows)
         batch = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)
         np.stack(crops, out=batch.numpy())
         return Sent(batch)
 
     def receive(self, sent: Sent) -> Tensor:
-        """The batch, for whoever takes it."""
+        """Return the batch to the thread that takes it."""
         return sent.images
 
 
@@ -135,7 +135,7 @@ class Transfer(Host):
         return copied
 
     def _in_order(self, rows: Sequence[Row], copied: Tensor | None) -> Tensor:
-        """The rows that lie on the device and those that were copied there, as they follow each other."""
+        """Join the rows that lie on the device and those that were copied there, in their order."""
         parts, at = list[Tensor](), 0
         for row in rows:
             if isinstance(row, Tensor):
@@ -152,5 +152,5 @@ def _crops(rows: Sequence[Row]) -> list[Pixels]:
 
 
 def transfer_to(device: torch.device) -> Host:
-    """What brings batches to a device."""
+    """Return the sender of batches to a device."""
     return Host() if device.type == "cpu" else Transfer(link_to(device))

@@ -1,4 +1,4 @@
-"""What is carried to a machine with a GPU is listed with its size, beside the commit that it is of."""
+"""Files that are carried to a machine with a GPU are listed with their sizes and their commit."""
 
 import sys
 from pathlib import Path

@@ -26,7 +26,7 @@ from fastmim.kernels import loss
 
 
 def missing():
-    """Why nothing can be compiled here."""
+    """Return the reason why nothing can be compiled here, or None."""
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set"
     try:
@@ -71,7 +71,7 @@ def test_nothing_is_compiled_that_the_archive_holds(archive):
     reason="later versions name their C module by the folder of the driver's library, too",
 )
 def test_modules_load_with_the_driver_alone(archive, tmp_path):
-    """What was linked without a driver finds its functions in one, and is not compiled again."""
+    """Modules linked without a driver find its functions in one, and are not compiled again."""
     assert not triton_cache.check(archive, chosen(SCALED)).misses
     triton_cache.unpack(archive, tmp_path)
     for module in tmp_path.glob("*/*.so"):

@@ -56,9 +56,10 @@ def usable():
     return answer
 
 
-CRASH = "import os, signal; print('whole', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
-HANG = "import time; print('whole', flush=True); time.sleep(60)"
-WRONG = "print('whole', flush=True); raise RuntimeError('pixels of a crop are 91.0 grey levels off')"
+RIGHT = "print('fastmim:whole'); print('fastmim:regions')"
+CRASH = "import os, signal; print('fastmim:whole', flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+HANG = "import time; print('fastmim:whole', flush=True); time.sleep(60)"
+WRONG = "print('fastmim:whole', flush=True); raise RuntimeError('pixels of a crop are 91.0 grey levels off')"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_child_that_fails_is_believed_once_for_all(code, reason, children):
 
 
 def test_a_child_that_succeeds_is_believed_once_for_all(children):
-    started = children("print('whole'); print('regions')")
+    started = children(RIGHT)
     assert usable() and usable() and len(started) == 1
     assert list(regions.remembered().values()) == ["used"]
 
@@ -90,7 +91,7 @@ def test_a_child_that_decodes_nothing_says_nothing_of_regions(code, children):
 
 @pytest.mark.parametrize("other", ["fastmim", "nvidia-nvimgcodec-cu13", "card", "driver"])
 def test_another_version_card_or_driver_is_probed_anew(other, children, cache):
-    started = children("print('whole'); print('regions')")
+    started = children(RIGHT)
     assert usable()
     (path,) = cache.iterdir()
     found = json.loads(path.read_text())
@@ -100,15 +101,47 @@ def test_another_version_card_or_driver_is_probed_anew(other, children, cache):
     assert usable() and len(started) == 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "\udcff", '{"key": {}, "usable": 0}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"key": 1}', "\udcff", '{"key": {}, "usable": 0}', "[" * 10**5])
 def test_an_unreadable_answer_is_replaced(text, children, cache):
-    started = children("print('whole'); print('regions')")
+    started = children(RIGHT)
     assert usable()
     (path,) = cache.iterdir()
     path.write_bytes(text.encode(errors="surrogateescape"))
     assert not regions.remembered()
     assert usable() and usable() and len(started) == 2
     assert [file.name for file in cache.iterdir()] == [path.name]
+
+
+def test_what_libraries_print_is_no_answer(children):
+    children("print('whole regions are decoded'); import os; os.abort()")
+    assert not usable() and not regions.remembered()
+
+
+def test_of_two_installations_the_imported_one_is_named(tmp_path, monkeypatch):
+    for version in ("2.0", "1.0"):
+        folder = tmp_path / version / f"nvidia_dali_cuda130-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: nvidia-dali-cuda130\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(folder.parent))
+    assert regions._versions()["nvidia-dali-cuda130"] == "1.0"
+
+
+def test_without_temporary_files_regions_are_not_probed(monkeypatch):
+    def full():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(regions.tempfile, "TemporaryFile", full)
+    answer = probe("print('fastmim:regions')")
+    assert answer == Answer(False, "no process to try it in: No usable temporary directory found", lasting=False)
+
+
+def test_an_answer_that_cant_be_moved_leaves_nothing(children, cache, monkeypatch):
+    def refused(source, target):
+        raise PermissionError(target)
+
+    monkeypatch.setattr(regions.os, "replace", refused)
+    children(CRASH)
+    assert not usable() and not list(cache.iterdir())
 
 
 def test_a_cache_that_cant_be_written_is_no_error(children, cache):
@@ -124,7 +157,7 @@ def test_without_a_home_nothing_is_remembered(children, monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", homeless)
-    started = children("print('whole'); print('regions')")
+    started = children(RIGHT)
     assert usable() and usable() and len(started) == 2
     assert regions.remembered() == {}
 

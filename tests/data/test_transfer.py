@@ -1,4 +1,4 @@
-"""How batches get to a device: the order of copies, events and memory, on a device whose copies come late."""
+"""Transfer of batches to a device: the order of copies, events and memory, where copies come late."""
 
 import contextlib
 import threading

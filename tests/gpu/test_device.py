@@ -1,4 +1,4 @@
-"""What a device alone can show: equal repeats, streams, captured steps, calls too large for a grid or for 32 bits.
+"""Tests that need a device: equal repeats, streams, captured steps, calls too large for a grid or for 32 bits.
 
 On a machine without a GPU, all that needs none runs on the CPU, on fewer repeats and smaller sizes.
 """
@@ -58,7 +58,7 @@ def adam(model):
 
 
 def test_unwritten_memory_is_nan():
-    """What no kernel wrote would show in every test here."""
+    """Values that no kernel wrote would show in every test here."""
     assert torch.empty(1000, device=DEVICE, dtype=torch.bfloat16).isnan().all()
 
 
