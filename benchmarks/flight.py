@@ -237,11 +237,12 @@ class Flight:
         archives = sorted(CARRIED.glob("triton*.tar.gz"))
         if not archives:
             self.say(f"flight: there is no Triton cache in {CARRIED}: kernels are compiled as they are met\n")
-        for archive in archives:
-            unpack = [sys.executable, str(HERE / "gpu" / "triton_cache.py"), "unpack", str(archive), str(self.cache)]
-            ended = self.run(Command(unpack), min(30.0, self.left()))
-            fields = {} if ended.code == 0 else {"error": str(ended)}
-            self.record(STAGE, archive.name, row_seconds=round(ended.seconds, 1), **fields)
+            return
+        unpack = [sys.executable, str(HERE / "gpu" / "triton_cache.py"), "unpack", *map(str, archives), str(self.cache)]
+        # the first process to import torch, which takes a while from a cold disk
+        ended = self.run(Command(unpack), min(60.0, self.left()))
+        fields = {} if ended.code == 0 else {"error": str(ended)}
+        self.record(STAGE, "Triton cache", row_seconds=round(ended.seconds, 1), **fields)
 
     def stop(self, reason: str) -> None:
         """Say of what was being measured, and of the stages that are left, that the flight was stopped."""
@@ -361,7 +362,9 @@ class Flight:
         finally:
             self.end_child()
         teller.join(GRACE)
-        return Ended(child.returncode, time.time() - start, last[0][:300], late)
+        # one that a driver keeps from dying has no status yet
+        code = -signal.SIGKILL if child.returncode is None else child.returncode
+        return Ended(code, time.time() - start, last[0][:300], late)
 
     def end_child(self) -> None:
         """End the process that runs, and whatever it has started."""

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/triton_cache.py fill build/flight/triton.tar.gz
     python benchmarks/gpu/triton_cache.py check build/flight/triton.tar.gz
-    python benchmarks/gpu/triton_cache.py unpack build/flight/triton.tar.gz FOLDER
+    python benchmarks/gpu/triton_cache.py unpack build/flight/triton*.tar.gz FOLDER
 
 The programs that fly are run without a GPU, on tensors without values, and each launch becomes a compilation: `fill`
 compiles them for compute capability 9.0, `check` runs the programs again and counts what the archive lacks. A key of
@@ -26,6 +26,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -337,13 +338,21 @@ def watch(record: bool = True) -> Seen:
 
 
 def adopt(folder: Path) -> None:
-    """Make this process look for keys of the build of Triton that filled the folder, if the version is the same."""
+    """Make this process look for the keys with which the folder was filled, if Triton's version is the same.
+
+    They hold a hash of Triton's build and, those of C modules, the name of the platform, whose last word, ELF, is
+    missing where the program `file` isn't installed.
+    """
     made = folder / MADE
     if not made.is_file():
         return
     facts = json.loads(made.read_text())
-    if facts["triton"] == triton.__version__ and facts["key"] != triton.runtime.cache.triton_key():
+    if facts["triton"] != triton.__version__:
+        return
+    if facts["key"] != triton.runtime.cache.triton_key():
         triton.runtime.cache.triton_key = lambda: facts["key"]
+    if facts.get("platform", "").startswith(build.platform_key().removesuffix("ELF")):
+        build.platform_key = lambda: facts["platform"]
 
 
 def facts() -> dict[str, Any]:
@@ -355,6 +364,7 @@ def facts() -> dict[str, Any]:
         "commit": commit(),
         "triton": triton.__version__,
         "key": triton.runtime.cache.triton_key(),
+        "platform": build.platform_key(),
         "ptxas": triton.knobs.nvidia.ptxas.version,
         "environment": dict(get_cache_invalidating_env_vars()),
         "python": sysconfig.get_config_var("EXT_SUFFIX"),
@@ -466,6 +476,20 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
     return made
 
 
+def unpack_all(archives: list[Path], folder: Path) -> int:
+    """Unpack archives into a folder, and say what is wrong with each; return 1 where one can't be unpacked."""
+    status = 0
+    for archive in archives:
+        try:
+            # an archive of single entries doesn't say what it was made with
+            said = differences(made) if (made := unpack(archive, folder)) else []
+        except (OSError, EOFError, ValueError, tarfile.TarError, zlib.error) as error:
+            said, status = [f"not unpacked: {error}"], 1
+        for line in said:
+            print(f"{archive.name}: {line}")
+    return status
+
+
 def made_with(archive: Path) -> dict[str, Any]:
     """Return what an archive was made with; nothing where there is none."""
     if not archive.is_file():
@@ -524,15 +548,16 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, about in (("fill", "compile into it"), ("check", "count what it lacks"), ("unpack", "into a folder")):
         command = commands.add_parser(name, help=about)
-        command.add_argument("archive", type=Path)
         if name == "unpack":
+            command.add_argument("archives", type=Path, nargs="+")
             command.add_argument("folder", type=Path)
+            continue
+        command.add_argument("archive", type=Path)
         if name == "fill":
             command.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     if args.command == "unpack":
-        for line in differences(unpack(args.archive, args.folder)):
-            print(f"{args.archive.name}: {line}")
+        sys.exit(unpack_all(args.archives, args.folder))
     elif args.command == "fill":
         made = made_with(args.archive)
         if made.get("commit") and not made["commit"].endswith("+changes") and not differences(made):

@@ -116,6 +116,21 @@ def test_a_stage_is_cut_at_its_limit_and_the_next_one_runs(tmp_path):
     assert kept["one: c"]["not_run"] and kept["two: a"]["value"] == 1
 
 
+def test_a_process_that_does_not_die_is_left_behind(tmp_path, monkeypatch):
+    class Hung:
+        """A process in a call of the driver that doesn't return."""
+
+        pid, returncode, stdout = 2**30, None, ()
+
+        def wait(self, seconds):
+            raise subprocess.TimeoutExpired("hung", seconds)
+
+    made = a_flight(tmp_path, "first", "--rehearse")
+    monkeypatch.setattr(flight.subprocess, "Popen", lambda *args, **options: Hung())
+    ended = made.run(flight.Command(["hung"]), 0.1)
+    assert ended.late and "killed at its limit" in str(ended)
+
+
 def test_a_process_leaves_time_to_the_next_one_of_its_stage(tmp_path, monkeypatch):
     made = a_flight(tmp_path, "first", "--seconds", "100", "--stages", "suites")
     monkeypatch.setattr(made, "prepare", lambda: None)
@@ -148,8 +163,8 @@ def test_what_does_not_fit_into_the_budget_says_so(tmp_path):
 def test_a_script_that_ends_before_its_rows_is_an_error(tmp_path):
     done = fly(tmp_path, {"one": (30, "sys.exit('no such module')"), "two": (30, GOOD)})
     assert done.returncode == 1 and "no such module" in found(tmp_path)["one: (stage)"]["error"]
-    done = fly(tmp_path, {"three": (30, "print('nothing is built'); sys.exit(3)")})
-    assert done.returncode == 0 and found(tmp_path)["three: (stage)"]["not_run"] == "nothing is built"
+    done = fly(tmp_path / "other", {"three": (30, "print('nothing is built'); sys.exit(3)")})
+    assert done.returncode == 0 and found(tmp_path / "other")["three: (stage)"]["not_run"] == "nothing is built"
 
 
 WAITING = 'jobs = [("a", lambda: {"pid": os.getpid()}), ("b", lambda: time.sleep(60)), ("c", lambda: {})]'

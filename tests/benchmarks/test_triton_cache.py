@@ -149,6 +149,18 @@ def test_nothing_is_unpacked_outside_the_folder(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
+def test_an_archive_that_is_cut_short_spoils_no_other(archive, tmp_path, capsys):
+    (tmp_path / "cut.tar.gz").write_bytes(archive.read_bytes()[:999])
+    with tarfile.open(tmp_path / "single.tar.gz", "w:gz") as tar:
+        triton_cache.add(tar, "KEY/kernel.json", b"{}")
+    archives = [tmp_path / "cut.tar.gz", tmp_path / "single.tar.gz", archive]
+    assert triton_cache.unpack_all(archives, tmp_path / "folder") == 1
+    said = capsys.readouterr().out
+    assert "cut.tar.gz: not unpacked: " in said and "single.tar.gz" not in said
+    assert (tmp_path / "folder" / "KEY" / "kernel.json").is_file() and list(tmp_path.glob("folder/*/*.cubin"))
+    assert triton_cache.unpack_all(archives[1:], tmp_path / "folder") == 0
+
+
 def test_what_differs_from_the_archive_is_said(archive, tmp_path):
     made = triton_cache.unpack(archive, tmp_path)
     (said,) = triton_cache.differences({**made, "triton": "3.0.0"})
@@ -165,6 +177,21 @@ def test_another_build_of_the_same_version_is_adopted(tmp_path, monkeypatch, ver
     (tmp_path / triton_cache.MADE).write_text(json.dumps({"triton": version, "key": "other"}))
     triton_cache.adopt(tmp_path)
     assert (cache.triton_key() == "other") == adopted
+
+
+@pytest.mark.parametrize("made", ["ELF", ""])
+@pytest.mark.parametrize("here", ["ELF", ""])
+def test_c_modules_are_found_with_and_without_the_program_file(tmp_path, monkeypatch, made, here):
+    build = triton.runtime.build
+    monkeypatch.setattr(triton.runtime.cache, "triton_key", triton.runtime.cache.triton_key)
+    monkeypatch.setattr(build, "platform_key", lambda: f"x86_64,Linux,64bit,{here}")
+    facts = {"triton": triton.__version__, "key": "k", "platform": f"x86_64,Linux,64bit,{made}"}
+    (tmp_path / triton_cache.MADE).write_text(json.dumps(facts))
+    triton_cache.adopt(tmp_path)
+    assert build.platform_key() == facts["platform"]
+    monkeypatch.setattr(build, "platform_key", lambda: "aarch64,Linux,64bit,ELF")
+    triton_cache.adopt(tmp_path)
+    assert build.platform_key() == "aarch64,Linux,64bit,ELF"
 
 
 def test_layouts_keep_their_alignment():
