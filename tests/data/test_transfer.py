@@ -172,6 +172,20 @@ def test_a_run_goes_on_with_late_copies(photographs, late):
     assert same(rest, whole[4:])
 
 
+def test_a_batch_that_does_not_arrive_is_not_counted(photographs, late, monkeypatch):
+    def lost(tensor, event):
+        raise RuntimeError("the device is lost")
+
+    link = late(Late())
+    batches = load(photographs, 3)
+    iteration = iter(batches)
+    next(iteration)
+    monkeypatch.setattr(link, "hand_over", lost)
+    with pytest.raises(RuntimeError, match="lost"):
+        next(iteration)
+    assert batches.state_dict()["batches"] == 1
+
+
 class Reusing(Dali):
     """DALI as it may be on a GPU: it resizes, and each run of a pipeline writes to the memory of the one before."""
 
