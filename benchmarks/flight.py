@@ -146,7 +146,7 @@ def cache(flight: "Flight") -> list[Command]:
 
 
 STAGES = {
-    "environment": Stage(30, script("environment.py")),
+    "environment": Stage(45, script("environment.py")),
     "smoke": Stage(85, script("smoke.py", "--processes", "10")),
     "steps": Stage(110, script("steps.py")),
     "profile": Stage(30, script("step_profile.py")),
