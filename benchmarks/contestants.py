@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
 
-import huggingface
 import torch
 from peers import PlainGatherMAE, PlainMAE
 from photographs import normalise
@@ -115,6 +114,8 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         return model
     weights = template.state_dict()
     if form == "huggingface":
+        import huggingface  # which takes seconds, and which few processes need
+
         with torch.device(setting.device):
             model = huggingface.build(sizes)
         huggingface.load(model, weights)

@@ -1,7 +1,7 @@
 """Measure one GPU within minutes, in the order of value: each result is on disk the moment it exists.
 
     python benchmarks/flight.py first [--seconds 330] [--stages smoke steps] [--out DIR] [--rehearse]
-    python benchmarks/flight.py second --first first.jsonl --seconds 270
+    python benchmarks/flight.py second [--first build/flight/first.jsonl] --seconds 270
 
 `first` asks whether the kernels are right and how fast a training step is, `second` how fast each op is, `all` both and
 the loader. A stage runs in processes of its own, under its own time limit, and never beyond the budget; one that
@@ -146,7 +146,7 @@ def cache(flight: "Flight") -> list[Command]:
 
 
 STAGES = {
-    "environment": Stage(30, script("environment.py")),
+    "environment": Stage(45, script("environment.py")),
     "smoke": Stage(85, script("smoke.py", "--processes", "10")),
     "steps": Stage(110, script("steps.py")),
     "profile": Stage(30, script("step_profile.py")),

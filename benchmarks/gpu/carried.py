@@ -36,7 +36,7 @@ def main() -> int:
     print(f"  {total / (1 << 20):6.1f} MiB of at most {MOST >> 20}")
     print("and run there:")
     print("  " + COMMAND.format(visit="first", seconds=330))
-    print("  " + COMMAND.format(visit="second --first first.jsonl", seconds=270))
+    print("  " + COMMAND.format(visit="second", seconds=270) + "  # with the first's rows in build/flight/first.jsonl")
     if of.endswith("+changes"):
         print("files differ from the commit: commit them, and build again")
     return 0 if total < MOST else 1

@@ -340,8 +340,8 @@ def watch(record: bool = True) -> Seen:
 def adopt(folder: Path) -> None:
     """Make this process look for the keys with which the folder was filled, if Triton's version is the same.
 
-    They hold a hash of Triton's build and, those of C modules, the name of the platform, whose last word, ELF, is
-    missing where the program `file` isn't installed.
+    They hold a hash of Triton's build, for which 400 MB would be read, and, those of C modules, the name of the
+    platform, whose last word, ELF, is missing where the program `file` isn't installed.
     """
     made = folder / MADE
     if not made.is_file():
@@ -349,8 +349,7 @@ def adopt(folder: Path) -> None:
     facts = json.loads(made.read_text())
     if facts["triton"] != triton.__version__:
         return
-    if facts["key"] != triton.runtime.cache.triton_key():
-        triton.runtime.cache.triton_key = lambda: facts["key"]
+    triton.runtime.cache.triton_key = lambda: facts["key"]
     if facts.get("platform", "").startswith(build.platform_key().removesuffix("ELF")):
         build.platform_key = lambda: facts["platform"]
 

@@ -161,10 +161,12 @@ def test_what_does_not_fit_into_the_budget_says_so(tmp_path):
 
 
 def test_a_script_that_ends_before_its_rows_is_an_error(tmp_path):
-    done = fly(tmp_path, {"one": (30, "sys.exit('no such module')"), "two": (30, GOOD)})
-    assert done.returncode == 1 and "no such module" in found(tmp_path)["one: (stage)"]["error"]
-    done = fly(tmp_path / "other", {"three": (30, "print('nothing is built'); sys.exit(3)")})
-    assert done.returncode == 0 and found(tmp_path / "other")["three: (stage)"]["not_run"] == "nothing is built"
+    # a second flight into the first one's folder would go on with its rows, where the checkout is clean
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = fly(first, {"one": (30, "sys.exit('no such module')"), "two": (30, GOOD)})
+    assert done.returncode == 1 and "no such module" in found(first)["one: (stage)"]["error"]
+    done = fly(second, {"three": (30, "print('nothing is built'); sys.exit(3)")})
+    assert done.returncode == 0 and found(second)["three: (stage)"]["not_run"] == "nothing is built"
 
 
 WAITING = 'jobs = [("a", lambda: {"pid": os.getpid()}), ("b", lambda: time.sleep(60)), ("c", lambda: {})]'
