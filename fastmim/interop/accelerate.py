@@ -12,7 +12,7 @@ from .accelerated import facebook, timm
 from .accelerated.swap import Choice, Fast, swap, unswap
 
 SUPPORTED = (
-    "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5.15 to 5.23), timm VisionTransformer, "
+    "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5.15 to 5.24), timm VisionTransformer, "
     "MaskedAutoencoderViT in the manner of facebookresearch/mae, lightly's masked vision transformers"
 )
 
@@ -153,7 +153,7 @@ def _choose(module: nn.Module, predict: str) -> Choice | None:
             from .accelerated import huggingface
         except ImportError:
             version = sys.modules["transformers"].__version__
-            return Choice(kept=(f"transformers {version} writes it otherwise than 5.15 to 5.23, which are known",))
+            return Choice(kept=(f"transformers {version} writes it otherwise than 5.15 to 5.24, which are known",))
         choice = huggingface.choose(module, predict)
     if "lightly" in packages:
         from .accelerated import lightly

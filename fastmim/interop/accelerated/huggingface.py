@@ -1,4 +1,4 @@
-"""Hugging Face's ViT and ViTMAE, as transformers 5.15 to 5.23 write them; importing this fails on others."""
+"""Hugging Face's ViT and ViTMAE, as transformers 5.15 to 5.24 write them; importing this fails on others."""
 
 import warnings
 from typing import Any
@@ -32,7 +32,7 @@ from .swap import Choice, Fast, callable_parts
 
 # the forms of attention whose results ours are; any other was chosen for what it does
 IMPLEMENTATIONS = (None, "eager", "sdpa")
-# of the methods that ours stand for, in transformers 5.15 to 5.23
+# of the methods that ours stand for, in transformers 5.15 to 5.24
 KNOWN = frozenset(
     """
     079171abb4c93dfe 387b3c8395587972 58bdabbb482d619d 7c3a1331a7ec2ad6 86748b09bd708636
