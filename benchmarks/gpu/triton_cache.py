@@ -65,9 +65,9 @@ Programs = Iterable[tuple[str, Callable[[], Any]]]
 def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Yield every program that launches kernels of fastmim in a flight, by name; they run inside `without_gpu`."""
     import plan
-    import smoke
+    import smoke_cases
 
-    for case in smoke.cases():
+    for case in smoke_cases.cases():
         yield f"smoke: {case.name}", partial(smoke_case, case)
     for name, step in {str(step): step for step in (*plan.GPU.steps, plan.GPU.profiled, *plan.GPU.compiled)}.items():
         yield f"steps: {name}", partial(training_step, step)

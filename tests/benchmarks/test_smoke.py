@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import rows
 import smoke
+import smoke_cases
 
 from fastmim import kernels
 
@@ -27,7 +28,7 @@ def case(call=None, op="bias_gelu", dtype=torch.float32, name="planted"):
     def make(device):
         return torch.randn(5, 8, device=device).to(dtype), torch.randn(8, device=device)
 
-    found = smoke.op_case(op, name, dtype, make)
+    found = smoke_cases.op_case(op, name, dtype, make)
     return replace(found, call=lambda args: (right(*args),) if call is None else call(*args))
 
 
@@ -66,7 +67,7 @@ def unwritten(x, bias):
 
 def test_every_op_of_the_kernels_has_a_case_in_each_dtype():
     for rehearse in (False, True):
-        found = smoke.cases(rehearse)
+        found = smoke_cases.cases(rehearse)
         names = [case.name for case in found]
         assert len(set(names)) == len(names)
         served = {op for ops in kernels.OPS.values() for op in ops}
@@ -76,10 +77,10 @@ def test_every_op_of_the_kernels_has_a_case_in_each_dtype():
 
 
 def test_sizes_are_those_of_the_models():
-    lengths = {(c.make("meta")[0].shape[1], c.make("meta")[0].shape[-1]) for c in packed(smoke.cases())}
+    lengths = {(c.make("meta")[0].shape[1], c.make("meta")[0].shape[-1]) for c in packed(smoke_cases.cases())}
     # visible tokens and the class token; the decoder's tokens
     assert {(50, 64), (10, 64), (65, 80), (13, 80), (197, 32), (257, 32), (57, 32)} <= lengths
-    crossed = [c.make("meta") for c in smoke.cases() if c.op == "attention" and c.shape.startswith("decoder")]
+    crossed = [c.make("meta") for c in smoke_cases.cases() if c.op == "attention" and c.shape.startswith("decoder")]
     assert {(147, 197), (192, 257), (47, 57)} <= {(q.shape[1], k.shape[1]) for q, k, *_ in crossed}
 
 
@@ -119,12 +120,12 @@ def test_copies_are_exact():
     def make(device):
         return torch.randn(2, 4, 8), torch.tensor([[0, 2], [3, 1]])
 
-    copied = smoke.op_case("gather_tokens", "planted", torch.float32, make)
+    copied = smoke_cases.op_case("gather_tokens", "planted", torch.float32, make)
     assert "allowed is 0" in smoke.judged(replace(copied, call=lambda args: rounded(*args)), "cpu")["wrong"]
 
 
 def test_new_inputs_each_time():
-    first, second = (smoke.cases(True)[20].make("cpu")[0] for _ in range(2))
+    first, second = (smoke_cases.cases(True)[20].make("cpu")[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -137,12 +138,12 @@ def planted(rehearse):
 def test_a_process_that_dies_or_hangs_costs_one_case(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     monkeypatch.setenv(rows.FILE, str(path))
-    wrong = smoke.run(planted, True, processes=1, seed=3, limit=4)
+    wrong = smoke.run(planted, True, processes=1, seed=3, limit=15)
     said = {name.split(", ")[1]: reason for name, reason in wrong.items()}
     assert said.keys() == {"1", "2", "3", "4"}
     assert said["1"].startswith("crashed: the process ended with status -11")
     assert "is off by" in said["2"] and said["4"] == "not served: not this one"
-    assert said["3"].startswith("crashed: silent for 4 seconds")
+    assert said["3"].startswith("crashed: silent for 15 seconds")
     found = {row["name"]: row for row in rows.read(path).values() if "right" in row}
     assert {name: row["wrong"] for name, row in found.items() if not row["right"]} == wrong
     assert len(found) == 6 and all(row["seed"] == 3 + number for number, row in enumerate(found_in_order(found)))

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
 import plan
 import rows
-import smoke
+import smoke_cases
 import triton
 import triton_cache
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -255,6 +255,6 @@ def test_a_training_step_launches_what_it_launches_on_a_gpu():
 def test_every_program_that_flies_is_listed():
     names = [name for name, _ in triton_cache.programs()]
     assert len(set(names)) == len(names)
-    assert {f"smoke: {case.name}" for case in smoke.cases()} <= set(names)
+    assert {f"smoke: {case.name}" for case in smoke_cases.cases()} <= set(names)
     for step in (*plan.GPU.steps, plan.GPU.profiled, *plan.GPU.compiled):
         assert f"steps: {step}" in names
