@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import statistics
 
 import pytest
 import torch
@@ -66,9 +67,11 @@ def test_compiled_equals_eager_and_is_compiled_once(case, backend):
                 assert far <= 3e-2 * size
                 sizes.append(Errors(near, far, 5e-4 * size))
             draws.append(sizes)
-    # each rounds in its own places: eager is about as near to float32 as what the compiler captured
+    # each rounds in its own places: of one result either is nearer to float32 by chance, of all of them neither is
     for found in zip(*draws):
         check_draws(found)
+    ratios = [found.ours / found.eager for sizes in draws for found in sizes if found.ours and found.eager]
+    assert not ratios or statistics.geometric_mean(ratios) <= 1.25
 
 
 def test_export(tmp_path):
