@@ -26,7 +26,7 @@ FLIGHT ?= .venv-rehearse/bin/python
 FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
 EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA)
 
-.PHONY: throughput test placement interpret runner test-cpus numerical test-all test-oldest
+.PHONY: throughput test faults placement interpret runner test-cpus numerical test-all test-oldest
 .PHONY: gpu-report rehearse carry sanitize lint clean
 
 throughput: .venv/ready
@@ -37,6 +37,10 @@ test: .venv/ready lint
 	$(MAKE) placement
 	$(MAKE) interpret
 	$(MAKE) runner
+
+# every input that once gave a wrong result, no result, or an unclear error: part of the suite
+faults: .venv/ready
+	$(TEST) -m fault $(ARGS)
 
 # the op suite of a device on tensors without values: none of the CPU beside one of the device
 placement: .venv/ready
