@@ -79,6 +79,11 @@ def _shipped() -> list[Path]:
     return paths
 
 
+def find(name: str) -> Path:
+    """The file of a shipped photograph, by its name without the suffix."""
+    return next(path for path in _shipped() if path.stem == name)
+
+
 def _images_in(folder: str) -> list[Path]:
     Image.init()
     suffixes = Image.registered_extensions()

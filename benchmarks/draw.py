@@ -1,0 +1,304 @@
+"""Draw the pictures of README.md and docs/ from committed results files.
+
+    python benchmarks/draw.py             the charts and the diagram of a step: seconds
+    python benchmarks/draw.py --train     also train a small model and draw its reconstructions: ten minutes of one core
+
+Everything is drawn on a transparent background in colours that read on white and on dark pages. The training writes
+what it measured to results/reconstruction.json.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+from time import process_time
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from photographs import Photographs, find
+from PIL import Image, ImageOps
+from report import environment
+from torch import Tensor
+
+import fastmim
+from fastmim import masking
+
+ROOT = Path(__file__).parent.parent
+IMAGES, RESULTS = ROOT / "docs" / "img", ROOT / "benchmarks" / "results"
+TEXT = "#6e7781"  # at least 4:1 on white and on GitHub's dark background
+HATCH, STROKE = "////", "#ffffff60"
+CONTESTANTS = {
+    "fastmim": ("fastmim", "#2f81f7"),
+    "plain-gather": ("same algorithm in plain PyTorch", "#57ab5a"),
+    "plain": ("plain MAE", "#c69026"),
+    "huggingface": ("Hugging Face ViTMAE", "#8b949e"),
+}
+# titles of the panels, by results file
+THROUGHPUT = {
+    "throughput_cpu_fp32.json": "float32, batch 8",
+    "throughput_cpu_bf16.json": "bfloat16 autocast, batch 16, no bf16 instructions",
+}
+STYLE = {
+    "svg.hashsalt": "fastmim",
+    "font.size": 9,
+    "axes.edgecolor": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), TEXT),
+}
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+class Bar(NamedTuple):
+    """One contestant in one cell of the grid."""
+
+    images_per_second: float
+    low: float  # images/s of the slowest and the fastest round
+    high: float
+    megabytes: float  # saved for the backward pass
+    decodes_all: bool  # although only a share is asked for: another objective
+
+
+Series = dict[str, dict[str, Bar]]
+
+
+def throughput(name: str) -> Series:
+    """Bars of a results file by contestant, then by cell."""
+    runs = json.loads((RESULTS / name).read_text())
+    series: Series = {contestant: {} for contestant in CONTESTANTS}
+    for row in (row for run in (runs if isinstance(runs, list) else [runs]) for row in run["rows"]):
+        if row["contestant"] in series:
+            decoded = "" if row["decode_ratio"] == 1 else f", {row['decode_ratio']:g} decoded"
+            rates = [row["images_per_second"] * row["seconds_median"] / seconds for seconds in row["seconds_all"]]
+            bar = Bar(row["images_per_second"], min(rates), max(rates), row["saved_bytes"] / 1e6, row["decodes_all"])
+            series[row["contestant"]][f"{row['mask_ratio']:g} masked{decoded}"] = bar
+    return {contestant: bars for contestant, bars in series.items() if bars}
+
+
+class Stage(NamedTuple):
+    """Tokens or patches that a stage of a training step computes, a class token included."""
+
+    name: str
+    plain: int  # as facebookresearch/mae computes it
+    fastmim: int
+
+
+PATCHES, MASK_RATIO, DECODE_RATIO = 196, 0.75, 0.25
+
+
+def counts() -> tuple[int, int, int]:
+    """L, K and M of the diagram."""
+    kept = masking.count_kept(PATCHES, MASK_RATIO)
+    return PATCHES, kept, masking.count_predicted(PATCHES - kept, DECODE_RATIO)
+
+
+def stages() -> list[Stage]:
+    """A step's stages in their order."""
+    total, kept, predicted = counts()
+    return [
+        Stage("patch embedding", total, kept),
+        Stage("encoder blocks", 1 + kept, 1 + kept),
+        Stage("decoder blocks", 1 + total, 1 + kept + predicted),
+        Stage("last decoder block", 1 + total, predicted),
+        Stage("prediction head", 1 + total, predicted),
+        Stage("loss and its target", total, predicted),
+    ]
+
+
+def label(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+# ---- the charts ------------------------------------------------------------------------------------------------------
+
+
+def draw_charts(folder: Path) -> None:
+    """Write every picture but the reconstructions."""
+    with matplotlib.rc_context(STYLE):
+        save(chart("images_per_second", "images/s (line: slowest to fastest step)"), folder / "throughput.svg")
+        save(chart("megabytes", "MB saved for the backward pass"), folder / "saved_for_backward.svg")
+        save(step_diagram(), folder / "step.svg")
+
+
+def save(figure: Figure, path: Path) -> None:
+    # no date and no random ids: the same numbers give the same file
+    figure.savefig(path, transparent=True, bbox_inches="tight", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def chart(value: str, axis: str) -> Figure:
+    """A value of each contestant, a panel per dtype."""
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
+    for axes, (name, title) in zip(panels, THROUGHPUT.items()):
+        draw_bars(axes, throughput(name), value)
+        axes.set_title(title, fontsize=9)
+        axes.margins(y=0.1)
+    panels[0].set_ylabel(axis)
+    keys = [Patch(color=colour, label=name) for name, colour in CONTESTANTS.values()]
+    keys.append(Patch(facecolor=TEXT, hatch=HATCH, edgecolor=STROKE, linewidth=0, label="decodes all patches anyway"))
+    figure.legend(handles=keys, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
+    return figure
+
+
+def draw_bars(axes: Axes, series: Series, value: str) -> None:
+    """Draw a group of bars per cell; hatched where a contestant decodes all although a share is asked for."""
+    cells = list(series["fastmim"])
+    width = 0.84 / len(series)
+    for index, (contestant, bars) in enumerate(series.items()):
+        _, colour = CONTESTANTS[contestant]
+        for cell, bar in bars.items():
+            x, height = cells.index(cell) + (index - (len(series) - 1) / 2) * width, getattr(bar, value)
+            hatch = HATCH if bar.decodes_all else None
+            axes.bar(x, height, 0.9 * width, color=colour, hatch=hatch, edgecolor=STROKE, linewidth=0)
+            top = height
+            if value == "images_per_second":
+                axes.vlines(x, bar.low, bar.high, color=TEXT, linewidth=1)
+                top = max(bar.high, height)
+            axes.annotate(
+                label(height), (x, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5
+            )
+    axes.set_xticks(range(len(cells)), [cell.replace(", ", "\n") for cell in cells])
+    axes.tick_params(axis="x", length=0)
+
+
+# ---- the diagram of a step -------------------------------------------------------------------------------------------
+
+
+def step_diagram() -> Figure:
+    """The patches that are read, encoded, decoded and scored, and how many each stage computes."""
+    total, kept, predicted = counts()
+    mask = masking.random(1, total, MASK_RATIO, decode_ratio=DECODE_RATIO, seeds=torch.tensor([1]))
+    picture = photograph("chelsea", 112)
+    panels = [
+        (f"the image: L = {total} patches", torch.arange(total), ()),
+        (f"visible: K = {kept}", mask.ids_keep[0], ()),
+        (f"decoder: K visible, M = {predicted} mask tokens", mask.ids_keep[0], mask.ids_predict[0]),
+        (f"scored: M = {predicted}", mask.ids_predict[0], ()),
+    ]
+    figure = pyplot.figure(figsize=(9, 4.9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
+    for axes, (title, shown, tokens) in zip(above.subplots(1, len(panels)), panels):
+        axes.imshow(only(picture, shown, tokens), interpolation="nearest")
+        axes.set_title(title, fontsize=8.5)
+        axes.set_axis_off()
+    axes = below.subplots()
+    rows = stages()
+    for offset, name, text, colour in (
+        (-0.2, "plain", "facebookresearch/mae", CONTESTANTS["plain"][1]),
+        (0.2, "fastmim", f"fastmim, mask_ratio={MASK_RATIO}, decode_ratio={DECODE_RATIO}", CONTESTANTS["fastmim"][1]),
+    ):
+        values = [getattr(row, name) for row in rows]
+        places = [index + offset for index in range(len(rows))]
+        axes.bar(places, values, 0.36, color=colour, label=text)
+        for x, height in zip(places, values):
+            axes.annotate(str(height), (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=8)
+    axes.set_xticks(range(len(rows)), [row.name.replace(" ", "\n", 1) for row in rows])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("tokens or patches an image")
+    axes.set_ylim(0, 1.3 * total)
+    axes.legend(frameon=False, ncols=2, loc="upper center")
+    return figure
+
+
+def only(picture: Tensor, shown: Tensor, tokens: Tensor | tuple[()]) -> np.ndarray:
+    """RGBA (H, W, 4): the patches `shown`, `tokens` in plain blue, all else transparent; thin gaps between patches."""
+    side = math.isqrt(PATCHES)
+    patch = picture.shape[1] // side
+    canvas = np.zeros((*picture.shape[1:], 4), np.uint8)
+    canvas[..., :3] = picture.permute(1, 2, 0).numpy()
+    for ids, colour in ((shown, None), (tokens, (47, 129, 247))):
+        for row, column in (divmod(int(id), side) for id in ids):
+            cell = canvas[row * patch : (row + 1) * patch - 1, column * patch : (column + 1) * patch - 1]
+            cell[..., 3] = 255
+            if colour:
+                cell[..., :3] = colour
+    canvas[canvas[..., 3] == 0] = 0
+    return canvas
+
+
+def photograph(name: str, size: int) -> Tensor:
+    """uint8 (3, size, size): the middle of a photograph that scikit-image ships."""
+    with Image.open(find(name)) as file:
+        square = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+# ---- reconstructions -------------------------------------------------------------------------------------------------
+
+HELD_OUT = ("astronaut", "chelsea", "coffee")
+TEXTURES = ("brick", "grass", "gravel")
+SIZE, PATCH, BATCH, STEPS, RATE = 96, 8, 32, 1300, 2e-3
+MODEL = dict(embed_dim=192, depth=4, num_heads=6, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
+
+
+def train(steps: int) -> tuple[fastmim.MaskedAutoencoderViT, dict[str, Any]]:
+    """A small model trained on crops of the shipped photographs but those held out, and how its training went."""
+    torch.manual_seed(0)
+    photographs = Photographs(seed=0)
+    photographs.paths = [path for path in photographs.paths if path.stem not in (*HELD_OUT, *TEXTURES)]
+    model = fastmim.MaskedAutoencoderViT(SIZE, PATCH, **MODEL)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    losses, start = [], process_time()
+    for step in range(steps):
+        rate = RATE * min((step + 1) / 100, (1 + math.cos(math.pi * step / steps)) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = model(photographs.crops(BATCH, SIZE), mask_ratio=MASK_RATIO).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return model, {
+        "trained_on": sorted(path.stem for path in photographs.paths),
+        "steps": steps,
+        "loss_first_50": mean(losses[:50]),
+        "loss_last_50": mean(losses[-50:]),
+        "cpu_seconds": process_time() - start,
+    }
+
+
+def draw_reconstructions(model: fastmim.MaskedAutoencoderViT, path: Path) -> float:
+    """Write original, visible patches and reconstruction of each held-out photograph, a row each; their loss."""
+    images = torch.stack([photograph(name, SIZE) for name in HELD_OUT])
+    with torch.no_grad():
+        mask = masking.random(len(images), (SIZE // PATCH) ** 2, MASK_RATIO, seeds=torch.arange(len(images)))
+        out = model(images, mask=mask)
+        original, removed = images / 255, out.mask[..., None]
+        visible = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
+        rows = torch.cat([original, visible, model.reconstruct(images, out)], dim=3)
+    grid = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().numpy()
+    Image.fromarray(grid).quantize(256).save(path, optimize=True)
+    return out.loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", action="store_true", help="train the small model and draw its reconstructions")
+    parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_charts(args.out)
+    if args.train:
+        torch.set_num_threads(1)
+        model, row = train(STEPS)
+        row["loss_held_out"] = draw_reconstructions(model, args.out / "reconstruction.png")
+        row["held_out"] = list(HELD_OUT)
+        found = {"environment": environment("cpu"), "rows": [row]}
+        (RESULTS / "reconstruction.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(f"loss of held-out photographs {row['loss_held_out']:.3f}, of training {row['loss_last_50']:.3f}")
+
+
+if __name__ == "__main__":
+    main()
