@@ -27,7 +27,7 @@ FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
 EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA)
 
 .PHONY: throughput test faults placement interpret runner test-cpus numerical test-all test-oldest
-.PHONY: gpu-report rehearse carry sanitize lint clean
+.PHONY: gpu-report rehearse carry sanitize lint docs pictures clean
 
 throughput: .venv/ready
 	.venv/bin/python benchmarks/throughput.py $(ARGS)
@@ -117,15 +117,36 @@ sanitize: .venv/ready
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	.venv/bin/python -m pytest tests/ops tests/test_masking.py -k "not compile" $(ARGS)
 
-lint: .venv/ready
+# needs no compiler, nor the package installed
+lint: .venv/lint
 	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/* tests/cuda/host/*.h tests/cuda/host/*.cpp tests/cuda/host/*.inl
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
+# the site, in build/docs
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "open build/docs/index.html, or: .venv-docs/bin/mkdocs serve"
+
+# docs/img from results files; ARGS=--train: the reconstructions too, which takes ten minutes of one core
+pictures: .venv/ready
+	.venv/bin/python benchmarks/draw.py $(ARGS)
+
+.venv-docs/ready: Makefile
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	# ruff formats the signatures
+	.venv-docs/bin/python -m pip install -q mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+# torch for its types
+.venv/lint: pyproject.toml
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77" ninja pybind11
+	.venv/bin/python -m pip install -q "$(TORCH)" numpy clang-format mypy ruff
+	touch $@
+
+.venv/ready: .venv/lint setup.py $(wildcard csrc/* csrc/*/*)
+	.venv/bin/python -m pip install -q "setuptools>=77" ninja pybind11
 	.venv/bin/python -m pip install -q --no-build-isolation -e ".[test]"
 	# without what they depend on: beside a CPU build of torch, torchvision breaks itself and transformers
 	.venv/bin/python -m pip install -q --no-deps timm lightly \
@@ -133,4 +154,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .venv-oldest .venv-rehearse build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-oldest .venv-rehearse build dist *.egg-info
