@@ -298,9 +298,10 @@ def main() -> None:
     draw_charts(args.out)
     if args.train:
         torch.set_num_threads(1)
+        machine = environment("cpu")
         model, row = train(STEPS)
         row["loss"] = draw_reconstructions(model, args.out / "reconstruction.png")
-        found = {"environment": environment("cpu"), "rows": [row]}
+        found = {"environment": machine, "rows": [row]}
         (RESULTS / "reconstruction.json").write_text(json.dumps(found, indent=1) + "\n")
         print(f"loss of the picture {row['loss']:.3f}, of the last 50 steps {row['loss_last_50']:.3f}")
 
