@@ -184,15 +184,15 @@ def step_diagram() -> Figure:
     picture = photograph("chelsea", 112)
     panels = [
         (f"the image: L = {total} patches", torch.arange(total), ()),
-        (f"visible: K = {kept}", mask.ids_keep[0], ()),
-        (f"decoder: K visible, M = {predicted} mask tokens", mask.ids_keep[0], mask.ids_predict[0]),
+        (f"visible (mask_ratio={MASK_RATIO}): K = {kept}", mask.ids_keep[0], ()),
+        (f"decoded: K visible, M = {predicted} predicted", mask.ids_keep[0], mask.ids_predict[0]),
         (f"scored: M = {predicted}", mask.ids_predict[0], ()),
     ]
     figure = pyplot.figure(figsize=(9, 4.9), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1, 1))
     for axes, (title, shown, tokens) in zip(above.subplots(1, len(panels)), panels):
         axes.imshow(only(picture, shown, tokens), interpolation="nearest")
-        axes.set_title(title, fontsize=8.5)
+        axes.set_title(title, fontsize=8.2)
         axes.set_axis_off()
     axes = below.subplots()
     rows = stages()
@@ -210,8 +210,8 @@ def step_diagram() -> Figure:
     axes.set_xticks(range(len(rows)), [row.name.replace(" ", "\n", 1) for row in rows])
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("tokens or patches an image")
-    axes.set_ylim(0, 1.3 * total)
-    axes.legend(frameon=False, ncols=3, loc="upper center", title=f"mask_ratio={MASK_RATIO}")
+    axes.set_ylim(0, 1.1 * total)
+    below.legend(frameon=False, ncols=3, loc="outside lower center")
     return figure
 
 
