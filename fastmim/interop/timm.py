@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from .._checks import import_error
 from ..models.mae import MaskedAutoencoderViT
 from .weights import assign, check, settings_of_model
 
@@ -25,9 +26,10 @@ def to_timm(model: MaskedAutoencoderViT) -> Any:
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
-        raise ImportError(
+        advice = (
             "to_timm needs timm: pip install fastmim[timm]; to_facebook gives the weights under timm's names without it"
-        ) from error
+        )
+        raise import_error(error, "timm", advice) from error
     shared = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "norm_layer")
     # without memory, initial values or a draw from the generator
     with torch.device("meta"):
