@@ -137,7 +137,7 @@ def check(
         value, shape = weights[name], expected[name].shape
         if value.shape != shape:
             wrong.append(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        elif value.dtype not in FLOATING or value.layout != torch.strided:
+        if value.dtype not in FLOATING or value.layout != torch.strided:
             wrong.append(
                 f"{name} must be dense and of a floating dtype, got {value.layout} {value.dtype} "
                 "(float64, float32, bfloat16 and float16 are served)"
