@@ -264,7 +264,9 @@ def _rename(weights: Weights, source: str) -> Weights:
     """Our names for whosever."""
     if "patch_embed.proj.weight" in weights:
         return weights
-    return (lightly if lightly.recognise(weights) else huggingface).rename(weights, source)
+    if lightly.recognise(weights):
+        return lightly.rename(weights, source)
+    return huggingface.rename(weights, source)
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------

@@ -232,7 +232,9 @@ def find_grid(
             )
         for name, found in shown.items():
             if found != grid:
-                raise ValueError(f"{source}: {teller} tells the grid {grid}, but {name} is the sine-cosine table of {found}")
+                raise ValueError(
+                    f"{source}: {teller} tells the grid {grid}, but {name} is the sine-cosine table of {found}"
+                )
         return grid
     if shown:
         return next(iter(shown.values()))

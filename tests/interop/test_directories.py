@@ -117,7 +117,9 @@ def test_a_config_of_an_oblong_image(tmp_path):
     assert same_bits(load(tmp_path), weights)
 
 
-POSITIVE = "hidden_size num_attention_heads intermediate_size num_channels decoder_hidden_size decoder_num_attention_heads"
+POSITIVE = (
+    "hidden_size num_attention_heads intermediate_size num_channels decoder_hidden_size decoder_num_attention_heads"
+)
 WRONG = {
     "a positive int": (POSITIVE + " decoder_intermediate_size", ["48", 0, -1, True, None, 48.0, [48]]),
     "an int of at least 0": ("num_hidden_layers decoder_num_hidden_layers", ["2", -1, False, None, 2.0]),

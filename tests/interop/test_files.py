@@ -248,7 +248,9 @@ def test_the_programs_do_hold_the_weights_that_are_pointed_to(tmp_path):
     assert torch.equal(torch.export.load(tmp_path / "model.pt2").state_dict["weight"], linear.weight)
 
 
-NO_MODEL = "is no checkpoint of a ViT masked autoencoder as facebookresearch/mae, Hugging Face, timm or lightly name it: "
+NO_MODEL = (
+    "is no checkpoint of a ViT masked autoencoder as facebookresearch/mae, Hugging Face, timm or lightly name it: "
+)
 ADAM = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
 # what a file holds and what is said of it, of its end
 CONTENTS = {
@@ -274,7 +276,7 @@ CONTENTS = {
         "which lies in the checkpoint's directory, writes one file of whole weights",
     ),
     "FSDP1": (
-        {"_fsdp_wrapped_module._flat_param": torch.zeros(9), "_fsdp_wrapped_module.blocks.0._flat_param": torch.ones(3)},
+        {"_fsdp_wrapped_module._flat_param": torch.zeros(9), "module.blocks.0._flat_param": torch.ones(3)},
         NO_MODEL + "it holds flat parameters of FSDP, each several tensors in one: save whole ones, with "
         "torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)",
     ),
@@ -333,7 +335,9 @@ def test_shards_of_distributed_tensors_are_refused(file, process_group):
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("reason", ["Set `weights_only=False`", "Weights only load failed.\n\nuse add_safe_globals", ""])
+@pytest.mark.parametrize(
+    "reason", ["Set `weights_only=False`", "Weights only load failed.\n\nuse add_safe_globals", ""]
+)
 def test_torchs_advice_to_trust_a_file_is_never_passed_on(file, monkeypatch, reason):
     torch.save({}, file)
 
@@ -344,6 +348,20 @@ def test_torchs_advice_to_trust_a_file_is_never_passed_on(file, monkeypatch, rea
     with pytest.raises(ValueError) as caught:
         load(file)
     assert str(caught.value) == f"{file} is damaged, or no file of torch.save: RuntimeError"
+
+
+@pytest.mark.fault
+def test_distributed_tensors_that_torch_does_not_read_unasked(file, monkeypatch):
+    torch.save({}, file)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(
+            "``torch.distributed.tensor`` must be imported to load DTensors\n Re-running `torch.load` with"
+        )
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"holds distributed tensors \(DTensor\).*full_state_dict=True\)$"):
+        load(file)
 
 
 # what a directory holds, and what is said of it
