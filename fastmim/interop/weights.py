@@ -26,6 +26,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {192: 6, 256: 8, 512: 16}
 TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER = ("decoder_*", "mask_token")
+NO_CLASS_TOKEN = " (or no row is the class token's, as in timm's no_embed_class: such models are not read)"
 
 logger = logging.getLogger("fastmim.interop")
 
@@ -225,10 +226,9 @@ def find_grid(
     if told is not None:
         teller, grid = told
         if math.prod(grid) != patches:
-            none = " (or no row is the class token's, as in timm's no_embed_class: another model)"
             raise ValueError(
                 f"{source}: {teller} tells the grid {grid}, {math.prod(grid)} patches, but {name} has {rows} rows: "
-                f"the class token's and {patches} of patches{none * (math.prod(grid) == rows)}"
+                f"the class token's and {patches} of patches{NO_CLASS_TOKEN * (math.prod(grid) == rows)}"
             )
         for name, found in shown.items():
             if found != grid:
@@ -242,9 +242,9 @@ def find_grid(
         return wanted
     root = math.isqrt(max(patches, 0))
     if not patches or root * root != patches:
-        none = f" ({rows} rows, the first taken for the class token's)"
         raise ValueError(
-            f"{source} doesn't tell the grid of its {patches} positions: give grid_size=(rows, columns){none}"
+            f"{source} doesn't tell the grid of its {patches} positions: give grid_size=(rows, columns); {name} has "
+            f"{rows} rows, the first taken for the class token's{NO_CLASS_TOKEN * (math.isqrt(rows) ** 2 == rows)}"
         )
     if root > 1:
         logger.warning(
@@ -256,7 +256,7 @@ def find_grid(
 
 def is_table(value: Tensor) -> bool:
     """Return whether `value` may be a position table; `check` names the other ones."""
-    return value.dim() == 3 and value.layout == torch.strided and value.dtype in FLOATING
+    return value.dim() == 3 and len(value) == 1 and value.layout == torch.strided and value.dtype in FLOATING
 
 
 def _sincos_grid(table: Tensor) -> Grid | None:

@@ -69,6 +69,14 @@ def test_a_decoder_outside_of_the_encoders_prefix_is_not_taken_for_ours(file):
         load(file, **HEADS, decoder_depth=1)
 
 
+def test_a_value_among_the_weights_is_left_where_that_is_allowed(file):
+    weights = weights_of(build())
+    torch.save({**weights, "epoch": 3, "module._extra_state": None}, file)
+    with pytest.raises(ValueError, match=r"must hold tensors by name; 'epoch' is of type int$"):
+        load(file, **HEADS, allow_leftover="_extra*")
+    assert same_bits(load(file, **HEADS, allow_leftover=["_extra*", "epoch"]), weights)
+
+
 def test_an_averaged_model_of_torch(file):
     model = build()
     torch.save(AveragedModel(model).state_dict(), file)

@@ -161,11 +161,11 @@ NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.rand
         ),
         (
             weights_of(build()) | NO_CLASS, {},
-            r"the grid of its 15 positions: give grid_size=.* \(16 rows, the first taken for the class token's\)$",
+            r"the grid of its 15 positions: .* pos_embed has 16 rows, .* no_embed_class: such models are not read\)$",
         ),
         (
             weights_of(build()) | NO_CLASS, dict(grid_size=(4, 4)),
-            r"has 16 rows: .* 15 of patches \(or no row is .*'s, as in timm's no_embed_class: another model\)$",
+            r"has 16 rows: .* 15 of patches \(or no row is .* as in timm's no_embed_class: such models are not read\)$",
         ),
         (
             weights_of(build()) | {"pos_embed": torch.randn(1, 18, 32), "dist_token": torch.ones(1, 1, 32)},
@@ -177,10 +177,11 @@ NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.rand
             weights_of(build()) | {"pos_embed": torch.zeros(1, 17, 32).to(torch.float8_e5m2)}, dict(img_size=48),
             "pos_embed must be .*float8",
         ),
+        (weights_of(build()) | {"pos_embed": torch.ones(0, 17, 32)}, {}, r"pos_embed must have .* got \(0, 17, 32\)$"),
     ],
     ids=[
         "another count", "another sine-cosine grid", "two sine-cosine grids", "two counts", "no class token",
-        "no class token, told", "two prefix tokens", "sparse", "float8",
+        "no class token, told", "two prefix tokens", "sparse", "float8", "no table in it",
     ],
 )  # fmt: skip
 def test_tables_and_who_tells_their_grid_must_agree(file, weights, settings, said):
