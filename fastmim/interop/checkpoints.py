@@ -58,7 +58,8 @@ def load(
     norms the config's, else 1e-6. Of lightly's models those on timm's modules are read, called as in its examples:
     backbone, decoder, decoder_embed, prediction_head.
 
-    What is assumed, drawn anew, of several dtypes or not finite is said by the logger "fastmim.interop", as warnings.
+    What is assumed, drawn anew, of several dtypes or not finite is said by the logger "fastmim.interop", as warnings;
+    heads that follow from the width, as information.
 
     The published weights of facebookresearch/mae, facebook/vit-mae-* and timm's vit_*.mae are CC-BY-NC-4.0: for
     non-commercial use only, however they were loaded.
@@ -121,9 +122,12 @@ def load(
         ("num_heads", known["embed_dim"], HEADS),
         ("decoder_num_heads", known.get("decoder_embed_dim", 512), DECODER_HEADS),
     ):
-        if name not in known and width not in standard:
+        if name in known:
+            continue
+        if width not in standard:
             raise ValueError(f"{path} doesn't tell {name}, and no published model is {width} wide: give {name}=")
-        known.setdefault(name, standard.get(width))
+        known[name] = standard[width]
+        logger.info("%s: %s is taken for %d, as of published models %d wide", path, name, standard[width], width)
     model = assemble(weights, known, str(path), missing, leftover, outside)
     if "img_size" not in known:
         size = model.patch_embed.img_size

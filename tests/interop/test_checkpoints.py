@@ -137,10 +137,13 @@ def test_sizes_come_from_tensors(tmp_path, changes, suffix):
 
 
 @pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
-def test_heads_of_published_widths(file, width, heads):
+def test_heads_of_published_widths(file, caplog, width, heads):
     model = build(embed_dim=width, num_heads=1, depth=1, mlp_ratio=0.05, decoder_embed_dim=512, decoder_num_heads=1)
     torch.save(weights_of(model), file)
+    caplog.set_level("INFO")
     ours = load(file)
+    said = f"{file}: num_heads is taken for {heads}, as of published models {width} wide"
+    assert said in caplog.messages and {record.levelname for record in caplog.records} == {"INFO"}
     assert ours.blocks[0].attn.num_heads == heads and ours.decoder_blocks[0].attn.num_heads == 16
 
 
