@@ -93,3 +93,11 @@ def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]
             f"each side must be a multiple of patch_size {tuple(patch)}"
         )
     return patch, [size // p for size, p in zip(images.shape[2:], patch)]
+
+
+def import_error(error: ImportError, package: str, advice: str) -> ImportError:
+    """`advice` where `package` is absent; where it is there, the reason why its own import fails."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
+        return ImportError(advice)
+    cause = f" ({error.__cause__})" if error.__cause__ is not None else ""
+    return ImportError(f"{package} is installed, but importing it fails: {error}{cause}")

@@ -1,13 +1,15 @@
 """Hugging Face's ViTMAE: its weights in our names, ours in its."""
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import import_error
 from ..models.mae import MaskedAutoencoderViT
 from .weights import Weights, assemble, assign, check, settings_of_model
 
@@ -38,6 +40,7 @@ _NAMES = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
+ENCODER = "vit."
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 # ViTMAEConfig's, for what a config.json leaves out
 _DEFAULTS = dict(
@@ -46,6 +49,36 @@ _DEFAULTS = dict(
     num_channels=3, qkv_bias=True, decoder_num_attention_heads=16, decoder_hidden_size=512,
     decoder_num_hidden_layers=8, decoder_intermediate_size=2048, norm_pix_loss=False,
 )  # fmt: skip
+
+
+def _is_count(value: object, low: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# by key or by type: which values a key may have, in code and in words
+_COUNT = (lambda value: _is_count(value, 0), "an int of at least 0")
+_SIZE = (_is_size, "a positive int, or a height and a width")
+_DROPOUT = (lambda value: _is_number(value) and value == 0, "0, since there is no dropout here")
+_ALLOWED: dict[str | type, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_count, "a positive int"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    float: (lambda value: _is_number(value) and 0 < value < math.inf, "a positive finite number"),
+    "image_size": _SIZE,
+    "patch_size": _SIZE,
+    "num_hidden_layers": _COUNT,
+    "decoder_num_hidden_layers": _COUNT,
+    "hidden_act": (lambda value: value == "gelu", '"gelu"'),
+    "hidden_dropout_prob": _DROPOUT,
+    "attention_probs_dropout_prob": _DROPOUT,
+}
 
 
 def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
@@ -88,10 +121,11 @@ def to_huggingface(model: MaskedAutoencoderViT) -> Any:
         if len(set(settings[name])) > 1:
             raise ValueError(f"model's {name} must be square, as Hugging Face's ViTMAE is; got {settings[name]}")
     try:
-        import transformers
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
-        raise ImportError("to_huggingface needs transformers: pip install fastmim[huggingface]") from error
-    config = transformers.ViTMAEConfig(
+        advice = "to_huggingface needs transformers: pip install fastmim[huggingface]"
+        raise import_error(error, "transformers", advice) from error
+    config = ViTMAEConfig(
         image_size=settings["img_size"][0],
         patch_size=settings["patch_size"][0],
         num_channels=settings["in_chans"],
@@ -109,7 +143,7 @@ def to_huggingface(model: MaskedAutoencoderViT) -> Any:
     )
     # without memory, initial values or a draw from the generator
     with torch.device("meta"):
-        theirs = transformers.ViTMAEForPreTraining(config)
+        theirs = ViTMAEForPreTraining(config)
     weights = model.state_dict()
     # what has no place there is refused, not dropped
     check(model, rename(theirs.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")
@@ -125,11 +159,15 @@ def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         ValueError: a setting without a counterpart here.
     """
     config = {**_DEFAULTS, **given}
-    if config["hidden_act"] != "gelu":
-        raise ValueError(f'{source}.hidden_act must be "gelu", got {config["hidden_act"]!r}')
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if config[name] != 0:
-            raise ValueError(f"{source}.{name} must be 0: there is no dropout here; got {config[name]}")
+    for name, default in _DEFAULTS.items():
+        value = config[name]
+        fits, meaning = _ALLOWED[name if name in _ALLOWED else type(default)]
+        if not fits(value):
+            raise ValueError(f"{source}.{name} must be {meaning}, got {value!r}")
+    for side in ("", "decoder_"):
+        width, heads = config[f"{side}hidden_size"], config[f"{side}num_attention_heads"]
+        if width % heads:
+            raise ValueError(f"{source}.{side}hidden_size must be a multiple of {heads} heads, got {width}")
     return dict(
         img_size=config["image_size"],
         patch_size=config["patch_size"],

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .weights import Weights
 
+ENCODER = "backbone.vit."
 # of both decoders: MAEDecoderTIMM keeps all of it, MaskedVisionTransformerDecoderTIMM leaves the linears beside it
 _PREFIXES = {
-    "backbone.vit.": "",
+    ENCODER: "",
     "decoder.decoder_": "decoder_",
     "decoder.pos_embed": "decoder_pos_embed",
     "decoder.blocks.": "decoder_blocks.",
@@ -23,7 +24,7 @@ _UNUSED = "backbone.mask_token"
 
 def recognise(state: Mapping[str, Any]) -> bool:
     """Whether the names are lightly's, as its examples call the parts."""
-    return "backbone.vit.patch_embed.proj.weight" in state
+    return f"{ENCODER}patch_embed.proj.weight" in state
 
 
 def rename(state: Mapping[str, Tensor], source: str) -> Weights:

@@ -1,9 +1,11 @@
 """timm's VisionTransformer, whose names our encoder shares."""
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from .._checks import import_error
 from ..models.mae import MaskedAutoencoderViT
 from .weights import assign, check, settings_of_model
 
@@ -25,19 +27,27 @@ def to_timm(model: MaskedAutoencoderViT) -> Any:
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
-        raise ImportError(
+        advice = (
             "to_timm needs timm: pip install fastmim[timm]; to_facebook gives the weights under timm's names without it"
-        ) from error
-    shared = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "norm_layer")
-    # without memory, initial values or a draw from the generator
-    with torch.device("meta"):
-        vit = VisionTransformer(
-            **{name: settings[name] for name in shared},
-            mlp_ratio=settings.get("mlp_ratio", 4.0),
-            num_classes=0,
-            global_pool="token",
-            weight_init="skip",
         )
+        raise import_error(error, "timm", advice) from error
+    shared = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "norm_layer")
+    build = partial(
+        VisionTransformer,
+        **{name: settings[name] for name in shared},
+        mlp_ratio=settings.get("mlp_ratio", 4.0),
+        num_classes=0,
+        global_pool="token",
+        weight_init="skip",
+    )
+    try:
+        # without memory, initial values or a draw from the generator
+        with torch.device("meta"):
+            vit = build()
+    # older ones read values of tensors while they build
+    except RuntimeError:
+        with torch.random.fork_rng(devices=[]):
+            vit = build()
     encoder = {name: value for name, value in model.state_dict().items() if not name.startswith(("decoder_", "mask_"))}
     check(vit, encoder, "model's encoder")
     assign(vit, encoder)

@@ -1,19 +1,22 @@
 """A model and its weights by name: settings read from tensors, names and shapes checked, position tables resized."""
 
+import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import axes
+from .._checks import FLOATING
 from ..models.mae import MaskedAutoencoderViT
 from ..models.pos_embed import sincos_2d
+from .files import GATHER_ZERO
 
 Weights = dict[str, Tensor]
 Grid = tuple[int, int]
@@ -23,6 +26,9 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {192: 6, 256: 8, 512: 16}
 TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER = ("decoder_*", "mask_token")
+NO_CLASS_TOKEN = " (or no row is the class token's, as in timm's no_embed_class: such models are not read)"
+
+logger = logging.getLogger("fastmim.interop")
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -32,8 +38,14 @@ def settings_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str,
     """The constructor's arguments as far as tensors tell: not the heads, the image size or the loss."""
     projection = weights.get("patch_embed.proj.weight")
     if projection is None or projection.dim() != 4 or not projection.numel():
-        got = "none" if projection is None else f"shape {tuple(projection.shape)}"
-        raise ValueError(f"{source} must have a patch embedding (width, channels, height, width), got {got}")
+        got, hint = "none", ""
+        if projection is not None:
+            got = f"shape {tuple(projection.shape)}"
+            if projection.dim() == 5:
+                hint = ": a model of videos or volumes, as VideoMAE's are; models of images alone are read"
+            elif not projection.numel():
+                hint = f": an empty tensor, as ZeRO-3 of DeepSpeed leaves it; {GATHER_ZERO}"
+        raise ValueError(f"{source} must have a patch embedding (width, channels, height, width), got {got}{hint}")
     width, channels, *patch = projection.shape
     settings: dict[str, Any] = {"patch_size": tuple(patch), "in_chans": channels, "embed_dim": width}
     settings["qkv_bias"] = "blocks.0.attn.qkv.bias" in weights or "blocks.0.attn.qkv.weight" not in weights
@@ -89,40 +101,51 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
     return tuple(pattern for item in values for pattern in (DECODER if item == "decoder" else (item,)))
 
 
+def allowed(name: str, allow: Sequence[str]) -> bool:
+    """Return whether one of the patterns `allow` is that of `name`."""
+    return any(fnmatchcase(name, pattern) for pattern in allow)
+
+
 def check(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     source: str,
     allow_missing: Sequence[str] = (),
     allow_leftover: Sequence[str] = (),
+    outside: Iterable[str] = (),
 ) -> list[str]:
     """`weights` are those of `module`, but for what is allowed; returns the names that are missing.
 
+    Names in `outside` are left over too: tensors that stand beside `weights` in the file.
+
     Raises:
-        ValueError: names left over or missing; another shape; no floating dtype. All names are listed.
+        ValueError: names left over or missing; another shape; no floating dtype. All of them are listed.
     """
     expected = module.state_dict()
-
-    def names(these: Iterable[str], without: Iterable[str], allowed: Sequence[str]) -> list[str]:
-        absent = sorted(set(these) - set(without))
-        return [name for name in absent if not any(fnmatchcase(name, pattern) for pattern in allowed)]
-
-    missing = names(expected, weights, allow_missing)
-    leftover = names(weights, expected, allow_leftover)
+    absent = sorted(expected.keys() - weights.keys())
+    missing = [name for name in absent if not allowed(name, allow_missing)]
+    beyond = sorted(weights.keys() - expected.keys()) + sorted(outside)
+    leftover = [name for name in beyond if not allowed(name, allow_leftover)]
+    names, wrong = "", []
     if missing or leftover:
-        decoder = set(expected) - set(names(expected, (), DECODER))
+        decoder = {name for name in expected if allowed(name, DECODER)}
         whole = decoder and decoder <= set(missing)
         hint = ' (an encoder only? allow_missing="decoder" gives it a new decoder)' if whole else ""
-        raise ValueError(f"{source} has other weights than its model{hint}: missing {missing}, left over {leftover}")
-    for name in expected.keys() & weights.keys():
+        names = f" has other weights than its model{hint}: missing {missing}, left over {leftover}"
+    for name in expected:
+        if name not in weights:
+            continue
         value, shape = weights[name], expected[name].shape
         if value.shape != shape:
-            raise ValueError(f"{source}: {name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
-        if not value.is_floating_point() or value.layout != torch.strided:
-            raise ValueError(
-                f"{source}: {name} must be dense and of a floating dtype, got {value.layout} {value.dtype}"
+            wrong.append(f"{name} must have shape {tuple(shape)}, got {tuple(value.shape)}")
+        if value.dtype not in FLOATING or value.layout != torch.strided:
+            wrong.append(
+                f"{name} must be dense and of a floating dtype, got {value.layout} {value.dtype} "
+                "(float64, float32, bfloat16 and float16 are served)"
             )
-    return names(expected, weights, ())
+    if names or wrong:
+        raise ValueError(f"{source}{names}{'; ' if names and wrong else ': ' * bool(wrong)}{'; '.join(wrong)}")
+    return absent
 
 
 def assign(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -142,43 +165,117 @@ def assemble(
     source: str,
     allow_missing: Sequence[str] = (),
     allow_leftover: Sequence[str] = (),
+    outside: Iterable[str] = (),
 ) -> MaskedAutoencoderViT:
-    """A model of `settings` with `weights`; those missing, where allowed, are drawn anew. Raises as `check`."""
+    """A model of `settings` with `weights`, all in the widest of their dtypes; those missing, where allowed, are new.
+
+    What is new or widened is logged. Raises as `check`.
+    """
     # without memory, initial values or a draw from the generator
     with torch.device("meta"):
         model = MaskedAutoencoderViT(**settings)
-    missing = check(model, weights, source, allow_missing, allow_leftover)
+    missing = check(model, weights, source, allow_missing, allow_leftover, outside)
+    used = {name: weights[name] for name in model.state_dict() if name in weights}
+    dtypes = {name: value.dtype for name, value in used.items()}
+    dtype = reduce(torch.promote_types, dtypes.values())
+    if set(dtypes.values()) != {dtype}:
+        narrow = Counter(str(kind) for kind in dtypes.values())
+        found = ", ".join(f"{count} of {kind}" for kind, count in sorted(narrow.items()))
+        logger.warning("%s mixes dtypes, tensors %s: all become %s, which holds every value", source, found, dtype)
+        used = {name: value.to(dtype) for name, value in used.items()}
     if missing:
-        like = next(iter(weights.values()))
-        model = MaskedAutoencoderViT(**settings).to(device=like.device, dtype=like.dtype)
-    assign(model, weights)
+        decoder = [name for name in model.state_dict() if allowed(name, DECODER)]
+        whole = set(decoder) <= set(missing)
+        names = ["the whole decoder"] * whole + [name for name in missing if not (whole and name in decoder)]
+        logger.warning("%s lacks %s: as in a new model", source, ", ".join(names))
+        model = MaskedAutoencoderViT(**settings).to(device=next(iter(used.values())).device, dtype=dtype)
+    assign(model, used)
     return model
 
 
 # ---- position tables -------------------------------------------------------------------------------------------------
 
 
-def find_grid(weights: Mapping[str, Tensor]) -> Grid | None:
-    """(rows, columns) of the position tables: the grid whose sine-cosine table one of them is, else the square."""
-    tables = [weights[name] for name in TABLES if name in weights and weights[name].dim() == 3]
-    if not tables or tables[0].shape[1] < 2:
-        return None
-    patches = tables[0].shape[1] - 1
-    root = math.isqrt(patches)
-    # the nearest to a square first
-    for side in range(root, 0, -1):
-        for grid in ((side, patches // side), (patches // side, side)):
-            if patches % side == 0 and any(_is_sincos(table, grid) for table in tables):
-                return grid
-    return (root, root) if root * root == patches else None
+def find_grid(
+    weights: Mapping[str, Tensor], source: str, told: tuple[str, Grid] | None = None, wanted: Grid | None = None
+) -> Grid | None:
+    """(rows, columns) of the position tables; None where there is none.
+
+    It is the first of: the grid whose sine-cosine table one of them is; `told`, with the name of who tells; `wanted`,
+    that of the image size asked for, where it has as many patches; a square, which is a guess and logged as one.
+
+    Raises:
+        ValueError: tables of different grids, one of another grid than `told`, or a grid that nothing tells.
+    """
+    tables = {name: weights[name] for name in TABLES if name in weights and is_table(weights[name])}
+    if not tables:
+        return told[1] if told else None
+    name, table = next(iter(tables.items()))
+    rows = table.shape[1]
+    patches = rows - 1
+    for other, value in tables.items():
+        if value.shape[1] != rows:
+            shape = (1, rows, value.shape[2])
+            raise ValueError(
+                f"{source}: {other} must have shape {shape}, got {tuple(value.shape)}: as many rows as {name}"
+            )
+    shown = {name: grid for name, table in tables.items() if (grid := _sincos_grid(table)) is not None}
+    if len(set(shown.values())) > 1:
+        grids = ", ".join(f"{name} of {grid}" for name, grid in shown.items())
+        raise ValueError(f"{source} has sine-cosine tables of different grids: {grids}")
+    if told is not None:
+        teller, grid = told
+        if math.prod(grid) != patches:
+            raise ValueError(
+                f"{source}: {teller} tells the grid {grid}, {math.prod(grid)} patches, but {name} has {rows} rows: "
+                f"the class token's and {patches} of patches{NO_CLASS_TOKEN * (math.prod(grid) == rows)}"
+            )
+        for name, found in shown.items():
+            if found != grid:
+                raise ValueError(
+                    f"{source}: {teller} tells the grid {grid}, but {name} is the sine-cosine table of {found}"
+                )
+        return grid
+    if shown:
+        return next(iter(shown.values()))
+    if wanted is not None and math.prod(wanted) == patches:
+        return wanted
+    root = math.isqrt(max(patches, 0))
+    if not patches or root * root != patches:
+        raise ValueError(
+            f"{source} doesn't tell the grid of its {patches} positions: give grid_size=(rows, columns); {name} has "
+            f"{rows} rows, the first taken for the class token's{NO_CLASS_TOKEN * (math.isqrt(rows) ** 2 == rows)}"
+        )
+    if root > 1:
+        logger.warning(
+            "%s doesn't tell the grid of its %d positions, taken for %d by %d: give grid_size=(rows, columns) if not",
+            source, patches, root, root,
+        )  # fmt: skip
+    return root, root
 
 
-def _is_sincos(table: Tensor, grid: Grid) -> bool:
+def is_table(value: Tensor) -> bool:
+    """Return whether `value` may be a position table; `check` names the other ones."""
+    return value.dim() == 3 and len(value) == 1 and value.layout == torch.strided and value.dtype in FLOATING
+
+
+def _sincos_grid(table: Tensor) -> Grid | None:
+    """The grid whose sine-cosine table this is."""
     _, rows, width = table.shape
-    if width % 4 or rows != grid[0] * grid[1] + 1:
-        return False
-    # bfloat16 rounds by up to 0.004
-    return torch.allclose(table[0, 1:].float().cpu(), sincos_2d(width, grid), rtol=0, atol=0.01)
+    patches = rows - 1
+    if width % 4 or patches < 1:
+        return None
+    values = table[0, 1:].float().cpu()
+    # the same at the origin of every grid
+    if not torch.allclose(values[:1], sincos_2d(width, (1, 1)), rtol=0, atol=0.01):
+        return None
+    # the nearest to a square first
+    for side in range(math.isqrt(patches), 0, -1):
+        for grid in ((side, patches // side), (patches // side, side)):
+            # bfloat16 rounds by up to 0.004
+            if patches % side == 0 and torch.allclose(values, sincos_2d(width, grid), rtol=0, atol=0.01):
+                return grid
+    return None
 
 
 def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
@@ -193,14 +290,9 @@ def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def resize(weights: Weights, old: Grid | None, img_size: object, patch_size: object) -> None:
-    """Bring the position tables in `weights` from the grid `old` to that of `img_size`, in place."""
-    if old is None:
-        return
-    sizes = zip(axes("img_size", img_size, 2), axes("patch_size", patch_size, 2))
-    rows, columns = (size // patch for size, patch in sizes)
+def resize(weights: Weights, old: Grid, new: Grid) -> None:
+    """Bring the position tables in `weights` from one grid to another, in place."""
     for name in TABLES:
         table = weights.get(name)
-        fits = table is not None and table.dim() == 3 and table.shape[1] == old[0] * old[1] + 1
-        if table is not None and fits and old != (rows, columns) and rows and columns:
-            weights[name] = resize_positions(table, old, (rows, columns))
+        if table is not None and is_table(table) and old != new and all(new):
+            weights[name] = resize_positions(table, old, new)

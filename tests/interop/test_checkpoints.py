@@ -137,10 +137,13 @@ def test_sizes_come_from_tensors(tmp_path, changes, suffix):
 
 
 @pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
-def test_heads_of_published_widths(file, width, heads):
+def test_heads_of_published_widths(file, caplog, width, heads):
     model = build(embed_dim=width, num_heads=1, depth=1, mlp_ratio=0.05, decoder_embed_dim=512, decoder_num_heads=1)
     torch.save(weights_of(model), file)
+    caplog.set_level("INFO")
     ours = load(file)
+    said = f"{file}: num_heads is taken for {heads}, as of published models {width} wide"
+    assert said in caplog.messages and {record.levelname for record in caplog.records} == {"INFO"}
     assert ours.blocks[0].attn.num_heads == heads and ours.decoder_blocks[0].attn.num_heads == 16
 
 
@@ -162,7 +165,6 @@ def test_the_factories_models_come_back_without_a_word(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_dtypes_stay(file, dtype):
     weights = weights_of(build().to(dtype))
-    weights["norm.bias"] = weights["norm.bias"].float()
     torch.save(weights, file)
     assert same_bits(load(file, **HEADS), weights)
 
@@ -189,3 +191,76 @@ def test_unknown_settings_are_refused(file):
     torch.save(weights_of(build()), file)
     with pytest.raises(TypeError, match="image_size"):
         load(file, **HEADS, image_size=32)
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_nothing_is_said_where_all_is_told(file, caplog):
+    torch.save(weights_of(build()), file)
+    load(file, **HEADS)
+    load(file, **HEADS, img_size=48)
+    assert not caplog.records
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("narrow, wide", [("bfloat16", "float32"), ("float16", "float64"), ("bfloat16", "float16")])
+def test_of_two_dtypes_one_that_holds_both_is_taken(file, caplog, narrow, wide):
+    """Most such mixtures fail in the first step."""
+    narrow, wide = getattr(torch, narrow), getattr(torch, wide)
+    weights = weights_of(build().to(narrow))
+    for name in ("cls_token", "blocks.0.mlp.fc1.weight"):
+        weights[name] = weights[name].to(wide)
+    torch.save({**weights, "other": torch.ones(1, dtype=torch.float64)}, file)
+    common = torch.promote_types(narrow, wide)
+    model = load(file, **HEADS, allow_leftover="other")
+    assert same_bits(model, {name: value.to(common) for name, value in weights.items()})
+    counts = ", ".join(sorted([f"2 of {wide}", f"48 of {narrow}"], key=lambda text: text.split()[-1]))
+    said = f"{file} mixes dtypes, tensors {counts}: all become {common}, which holds every value"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    assert [record.name for record in caplog.records] == ["fastmim.interop"]
+    model(torch.randn(2, 3, 32, 32, dtype=common)).loss.backward()
+
+
+@pytest.mark.fault
+def test_what_is_drawn_anew_is_said(file, caplog):
+    weights = encoder_of(build())
+    del weights["norm.bias"], weights["pos_embed"]
+    torch.save(weights, file)
+    load(file, **HEADS, decoder_depth=1, img_size=32, allow_missing=["decoder", "norm.bias", "pos_embed"])
+    said = f"{file} lacks the whole decoder, norm.bias, pos_embed: as in a new model"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.fault
+def test_a_part_of_the_decoder_that_is_drawn_anew_is_said(file, caplog):
+    weights = weights_of(build())
+    del weights["mask_token"], weights["decoder_pred.bias"]
+    torch.save(weights, file)
+    load(file, **HEADS, allow_missing="decoder")
+    said = f"{file} lacks decoder_pred.bias, mask_token: as in a new model"
+    assert [record.getMessage() for record in caplog.records] == [said]
+
+
+@pytest.mark.fault
+def test_an_assumed_image_size_is_said(file, caplog):
+    weights = {name: value for name, value in weights_of(build()).items() if "pos_embed" not in name}
+    torch.save(weights, file)
+    assert load(file, **HEADS, allow_missing="*pos_embed").patch_embed.img_size == (224, 224)
+    assert caplog.records[-1].getMessage() == (
+        f"{file} has no position table, so images are taken for 224 by 224: give img_size= if not"
+    )
+    caplog.clear()
+    assert load(file, **HEADS, allow_missing="*pos_embed", img_size=48).patch_embed.img_size == (48, 48)
+    assert "taken for" not in caplog.text
+
+
+@pytest.mark.fault
+def test_weights_that_are_not_finite_are_said(file, caplog):
+    weights = weights_of(build())
+    weights["blocks.1.attn.qkv.weight"][3, 4], weights["norm.bias"][0] = float("nan"), float("inf")
+    torch.save(weights, file)
+    assert torch.equal(load(file, **HEADS).norm.bias, weights["norm.bias"])
+    said = f"{file} holds NaN or infinite values in blocks.1.attn.qkv.weight, norm.bias"
+    assert [record.getMessage() for record in caplog.records] == [said]

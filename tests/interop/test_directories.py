@@ -10,6 +10,7 @@ from spellings import STACKS, respell
 from torch import Tensor, nn
 
 from fastmim import load
+from fastmim.interop.huggingface import settings_of_config
 
 CONFIG = dict(
     model_type="vit_mae", image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
@@ -94,3 +95,63 @@ def test_a_config_of_another_model_is_refused(tmp_path, change, said):
     write_folder(tmp_path, respell(weights_of(build()), "5"), "safetensors", {**CONFIG, **change})
     with pytest.raises((ValueError, TypeError), match=said):
         load(tmp_path)
+
+
+@pytest.mark.fault
+def test_a_config_of_another_grid_than_the_table_is_refused(tmp_path):
+    write_folder(tmp_path, respell(weights_of(build()), "5"), "safetensors", {**CONFIG, "image_size": 48})
+    said = r"image_size of .*config\.json tells the grid \(6, 6\), 36 patches, but pos_embed has 17 rows"
+    for given in ({}, dict(img_size=48), dict(img_size=32)):
+        with pytest.raises(ValueError, match=said):
+            load(tmp_path, **given)
+    assert same_bits(load(tmp_path, grid_size=(4, 4)), weights_of(build()))
+    write_folder(tmp_path, respell(weights_of(build(img_size=(16, 64))), "5"), "safetensors")
+    with pytest.raises(ValueError, match=r"the grid \(4, 4\), but pos_embed is the sine-cosine table of \(2, 8\)"):
+        load(tmp_path)
+
+
+@pytest.mark.fault
+def test_a_config_of_an_oblong_image(tmp_path):
+    weights = weights_of(build(img_size=(16, 48), patch_size=(8, 4)))
+    write_folder(tmp_path, respell(weights, "5"), "bin", {**CONFIG, "image_size": [16, 48], "patch_size": [8, 4]})
+    assert same_bits(load(tmp_path), weights)
+
+
+POSITIVE = (
+    "hidden_size num_attention_heads intermediate_size num_channels decoder_hidden_size decoder_num_attention_heads"
+)
+WRONG = {
+    "a positive int": (POSITIVE + " decoder_intermediate_size", ["48", 0, -1, True, None, 48.0, [48]]),
+    "an int of at least 0": ("num_hidden_layers decoder_num_hidden_layers", ["2", -1, False, None, 2.0]),
+    "a positive int, or a height and a width": ("image_size patch_size", ["32", 0, -8, True, None, 32.0, [32], [0, 8]]),
+    "true or false": ("norm_pix_loss qkv_bias", ["yes", 0, 1, None, 1.0]),
+    "a positive finite number": ("layer_norm_eps", ["1e-6", 0, -1e-6, True, None, float("nan"), float("inf")]),
+    '"gelu"': ("hidden_act", ["relu", None, 3, ["gelu"]]),
+    "0, since there is no dropout here": ("hidden_dropout_prob attention_probs_dropout_prob", ["0", 0.1, False, None]),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("meaning", WRONG)
+def test_a_value_that_a_config_can_not_have_is_named(meaning):
+    names, values = WRONG[meaning]
+    for name in names.split():
+        for value in values:
+            with pytest.raises(ValueError) as caught:
+                settings_of_config({**CONFIG, name: value}, "folder/config.json")
+            assert str(caught.value) == f"folder/config.json.{name} must be {meaning}, got {value!r}"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("side", ["", "decoder_"])
+def test_a_config_whose_heads_do_not_divide_the_width(side):
+    with pytest.raises(ValueError, match=rf"folder/config.json.{side}hidden_size must be a multiple of 5 heads, got"):
+        settings_of_config({**CONFIG, f"{side}num_attention_heads": 5}, "folder/config.json")
+
+
+@pytest.mark.fault
+def test_a_config_is_read_with_its_checks(tmp_path):
+    write_folder(tmp_path, respell(weights_of(build()), "5"), "safetensors", {**CONFIG, "norm_pix_loss": "yes"})
+    with pytest.raises(ValueError) as caught:
+        load(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'config.json'}.norm_pix_loss must be true or false, got 'yes'"

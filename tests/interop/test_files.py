@@ -1,16 +1,22 @@
 """Files that are damaged, of another model or hostile: refused by name, and nothing in them is run."""
 
 import argparse
+import gzip
+import io
 import json
 import os
 import pickle
+import tarfile
+import zipfile
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from small import HEADS, build, weights_of
 from spellings import respell
+from torch import nn
 
 from fastmim import load
 
@@ -171,3 +177,251 @@ def test_a_bad_index_is_named(tmp_path, index, error, said):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(error, match=said):
         load(tmp_path)
+
+
+# ---- files of other kinds --------------------------------------------------------------------------------------------
+
+
+def tarred(path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("model.safetensors"), io.BytesIO())
+
+
+def zipped(path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("word/document.xml", "")
+
+
+NEITHER = "is neither a file of torch.save nor of safetensors: "
+NO_STATE = "holds no state dict of torch.save: "
+# how a file is written, or what it is, and what is said of it
+KINDS = {
+    "empty": (b"", NEITHER + "it is empty, as a download or a write that failed leaves it"),
+    "Git LFS": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 343262586\n",
+        NEITHER + "it is a Git LFS pointer, which stands for the file: run git lfs pull",
+    ),
+    "HTML": (
+        b"\xef\xbb\xbf\n<!DOCTYPE html><title>Sign in</title>",
+        NEITHER + "it is an HTML or XML page, as a server answers that refuses a download",
+    ),
+    "JSON": (b'{"error":{"code": 401}}', NEITHER + "it is text, perhaps a server's answer in JSON"),
+    "GGUF": (b"GGUF\3\0\0\0", NEITHER + "it is a GGUF file of llama.cpp"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n", NEITHER + "it is an HDF5 file, as Keras and TensorFlow write them"),
+    "npy": (lambda path: np.save(path.open("wb"), np.ones(3)), NEITHER + "it is a NumPy array"),
+    "npz": (lambda path: np.savez(path.open("wb"), x=np.ones(3)), NO_STATE + "it is an archive of NumPy arrays"),
+    "gzip": (gzip.compress(b"PK"), NEITHER + "it is compressed by gzip: decompress it first"),
+    "zstd": (b"\x28\xb5\x2f\xfd", NEITHER + "it is compressed by zstd: decompress it first"),
+    "tar": (tarred, NEITHER + "it is a tar archive: extract it first"),
+    "zip": (zipped, NO_STATE + "it is a zip archive of ['word/document.xml']"),
+    "ONNX": (b"\x08\x08\x12\x07pytorch", NEITHER + "it is an ONNX model by its name"),
+    "unknown": (b"abcdefghijk", NEITHER + "it begins with b'abcdefghi'"),
+    "TorchScript": (
+        lambda path: torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(2)), path),
+        NO_STATE + "it is a TorchScript archive, which is a program. If you trust it, "
+        "torch.save(torch.jit.load(FILE).state_dict(), OUT) keeps its weights alone",
+    ),
+    "torch.export": (
+        lambda path: torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(2),)), path.open("wb")),
+        NO_STATE + "it is a program of torch.export. If you trust it, "
+        "torch.save(torch.export.load(FILE).state_dict, OUT) keeps its weights alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_of_another_kind_is_named(tmp_path, kind):
+    content, said = KINDS[kind]
+    path = tmp_path / ("model.onnx" if kind == "ONNX" else "model.pth")
+    path.write_bytes(content) if isinstance(content, bytes) else content(path)
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path} {said}"
+
+
+@pytest.mark.fault
+def test_the_programs_do_hold_the_weights_that_are_pointed_to(tmp_path):
+    linear = nn.Linear(2, 2)
+    torch.export.save(torch.export.export(linear, (torch.ones(2),)), tmp_path / "model.pt2")
+    assert torch.equal(torch.export.load(tmp_path / "model.pt2").state_dict["weight"], linear.weight)
+
+
+NO_MODEL = (
+    "is no checkpoint of a ViT masked autoencoder as facebookresearch/mae, Hugging Face, timm or lightly name it: "
+)
+ADAM = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
+# what a file holds and what is said of it, of its end
+CONTENTS = {
+    "video": (
+        {"patch_embed.proj.weight": torch.zeros(8, 3, 2, 4, 4), "blocks.0.norm1.bias": torch.zeros(8)},
+        "must have a patch embedding (width, channels, height, width), got shape (8, 3, 2, 4, 4): a model of videos or "
+        "volumes, as VideoMAE's are; models of images alone are read",
+    ),
+    "VideoMAE of Hugging Face": (
+        {"videomae.embeddings.patch_embeddings.projection.weight": torch.zeros(8, 3, 2, 4, 4)},
+        "must have a patch embedding (width, channels, height, width), got shape (8, 3, 2, 4, 4): a model of videos or "
+        "volumes, as VideoMAE's are; models of images alone are read",
+    ),
+    "ZeRO-3": (
+        {"module": {"patch_embed.proj.weight": torch.zeros(0)}, "ds_version": "0.17"},
+        "must have a patch embedding (width, channels, height, width), got shape (0,): an empty tensor, as ZeRO-3 of "
+        "DeepSpeed leaves it; zero_to_fp32.py, which lies in the checkpoint's directory, writes one file of whole "
+        "weights",
+    ),
+    "ZeRO's optimizer": (
+        {"optimizer_state_dict": {"zero_stage": 1, "partition_count": 2}, "ds_version": "0.17"},
+        NO_MODEL + "it holds an optimizer's state without a model's; if it is a shard of DeepSpeed, zero_to_fp32.py, "
+        "which lies in the checkpoint's directory, writes one file of whole weights",
+    ),
+    "FSDP1": (
+        {"_fsdp_wrapped_module._flat_param": torch.zeros(9), "module.blocks.0._flat_param": torch.ones(3)},
+        NO_MODEL + "it holds flat parameters of FSDP, each several tensors in one: save whole ones, with "
+        "torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)",
+    ),
+    "optimizer": (ADAM.state_dict(), NO_MODEL + "it holds an optimizer's state without a model's"),
+    "no model": (
+        {"optimizer": ADAM.state_dict(), "epoch": 3}, NO_MODEL + "it holds an optimizer's state without a model's",
+    ),
+    "LoRA": (
+        {"base_model.model.blocks.0.attn.qkv.lora_A.weight": torch.zeros(2, 8)},
+        NO_MODEL + "it holds adapters (LoRA) of a model: merge them into it and save that",
+    ),
+    "OpenMMLab": (
+        {"state_dict": {"backbone.patch_embed.projection.weight": torch.zeros(8, 3, 4, 4)}},
+        NO_MODEL + "its names are those of OpenMMLab, which are not read",
+    ),
+    "nested elsewhere": (
+        {"state": {"conv.weight": torch.zeros(2)}}, NO_MODEL + "no patch embedding among ['conv.weight']",
+    ),
+    "meta": (
+        {"patch_embed.proj.weight": torch.empty(8, 3, 4, 4, device="meta")},
+        "must hold tensors by name; 'patch_embed.proj.weight' is of type Tensor on the meta device, without values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("content", CONTENTS)
+def test_a_file_without_our_weights_says_what_it_holds(file, content):
+    held, said = CONTENTS[content]
+    torch.save(held, file)
+    with pytest.raises(ValueError) as caught:
+        load(file, **HEADS)
+    assert str(caught.value) == f"{file} {said}"
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.fault
+def test_shards_of_distributed_tensors_are_refused(file, process_group):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weights = weights_of(build())
+    mesh = init_device_mesh("cpu", (1,))
+    torch.save({name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in weights.items()}, file)
+    said = "holds distributed tensors (DTensor), whose data are this process's share: save whole ones, with "
+    said += "torch.distributed.checkpoint.state_dict.StateDictOptions(full_state_dict=True)"
+    with pytest.raises(ValueError) as caught:
+        load(file, **HEADS)
+    assert str(caught.value) == f"{file} {said}"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "reason", ["Set `weights_only=False`", "Weights only load failed.\n\nuse add_safe_globals", ""]
+)
+def test_torchs_advice_to_trust_a_file_is_never_passed_on(file, monkeypatch, reason):
+    torch.save({}, file)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError) as caught:
+        load(file)
+    assert str(caught.value) == f"{file} is damaged, or no file of torch.save: RuntimeError"
+
+
+@pytest.mark.fault
+def test_distributed_tensors_that_torch_does_not_read_unasked(file, monkeypatch):
+    torch.save({}, file)
+
+    def fail(*args, **kwargs):
+        raise RuntimeError(
+            "``torch.distributed.tensor`` must be imported to load DTensors\n Re-running `torch.load` with"
+        )
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"holds distributed tensors \(DTensor\).*full_state_dict=True\)$"):
+        load(file)
+
+
+# what a directory holds, and what is said of it
+DIRECTORIES = {
+    "DCP": (
+        [".metadata", "__0_0.distcp"],
+        "it is a checkpoint of torch.distributed.checkpoint, which python -m torch.distributed.checkpoint.format_utils "
+        "dcp_to_torch {path} FILE turns into a file",
+    ),
+    "DeepSpeed": (
+        ["global_step3/mp_rank_00_model_states.pt", "latest", "zero_to_fp32.py"],
+        "it is a checkpoint of DeepSpeed: zero_to_fp32.py, which lies in the checkpoint's directory, writes one file "
+        "of whole weights",
+    ),
+    "DeepSpeed's step": (
+        ["mp_rank_00_model_states.pt"],
+        "it is a checkpoint of DeepSpeed: zero_to_fp32.py, which lies in the checkpoint's directory, writes one file "
+        "of whole weights",
+    ),
+    "PEFT": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        "it holds adapters of PEFT without their model: merge them into it and save that",
+    ),
+    "a run": (["final/model.safetensors", "metrics.jsonl"], "give {path}/final"),
+    "files": (["checkpoint-7.pth", "log.txt"], "it holds ['checkpoint-7.pth', 'log.txt']"),
+}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", DIRECTORIES)
+def test_a_directory_without_weights_says_what_it_is(tmp_path, kind):
+    names, said = DIRECTORIES[kind]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError) as caught:
+        load(tmp_path)
+    files = "model.safetensors, model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"
+    expected = f"{tmp_path} is a directory without weights: expected {files} in it; {said.format(path=tmp_path)}"
+    assert str(caught.value) == expected
+
+
+# ---- everything at once, in one order --------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_all_that_does_not_fit_is_said_at_once_in_the_models_order(file):
+    weights = weights_of(build())
+    del weights["norm.bias"]
+    weights |= {
+        "norm.weight": torch.ones(5), "cls_token": torch.ones(3), "blocks.0.norm1.bias": torch.ones(32).char(),
+        "decoder_pred.bias": torch.ones(192).to(torch.float8_e4m3fn), "head.bias": torch.ones(1),
+    }  # fmt: skip
+    torch.save(dict(reversed(weights.items())), file)
+    with pytest.raises(ValueError) as caught:
+        load(file, **HEADS)
+    dtype = "must be dense and of a floating dtype, got torch.strided torch"
+    served = "(float64, float32, bfloat16 and float16 are served)"
+    assert str(caught.value) == (
+        f"{file} has other weights than its model: missing ['norm.bias'], left over ['head.bias']; "
+        f"cls_token must have shape (1, 1, 32), got (3,); blocks.0.norm1.bias {dtype}.int8 {served}; "
+        f"norm.weight must have shape (32,), got (5,); decoder_pred.bias {dtype}.float8_e4m3fn {served}"
+    )

@@ -1,6 +1,7 @@
 """Weights of Hugging Face's ViTMAE give the same loss, predictions and gradients here."""
 
 import copy
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -316,3 +317,52 @@ def test_a_tensor_of_another_shape_is_named():
     model.state_dict()["vit.layernorm.weight"] = torch.zeros(5)
     with pytest.raises((ValueError, RuntimeError), match=r"norm\.weight"):
         from_huggingface(model)
+
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (None, r"^to_huggingface needs transformers: pip install fastmim\[huggingface\]$"),
+        (
+            "import tokenizers_absent",
+            r"^transformers is installed, but importing it fails: No module .*tokenizers_absent",
+        ),
+        ("", r"^transformers is installed, but importing it fails: cannot import name 'ViTMAEConfig'"),
+    ],
+    ids=["absent", "without what it needs", "too old"],
+)
+def test_the_package_that_is_to_blame_is_named(monkeypatch, tmp_path, content, said):
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.delitem(sys.modules, name)
+    if content is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        (tmp_path / "transformers").mkdir()
+        (tmp_path / "transformers" / "__init__.py").write_text(content)
+        monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=said):
+        to_huggingface(ours())
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("absent", ["safetensors", "numpy_absent"])
+def test_without_safetensors_it_is_named(monkeypatch, tmp_path, absent):
+    from safetensors.torch import save_file
+
+    save_file(ours().state_dict(), tmp_path / "model.safetensors")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
+        monkeypatch.delitem(sys.modules, name)
+    said = rf"^{tmp_path}/model\.safetensors needs safetensors: pip install safetensors$"
+    if absent == "safetensors":
+        monkeypatch.setitem(sys.modules, "safetensors", None)
+    else:
+        (tmp_path / "safetensors").mkdir()
+        (tmp_path / "safetensors" / "__init__.py").write_text(f"import {absent}")
+        monkeypatch.syspath_prepend(tmp_path)
+        said = "^safetensors is installed, but importing it fails: No module named 'numpy_absent'"
+    with pytest.raises(ImportError, match=said):
+        fastmim.load(tmp_path / "model.safetensors")

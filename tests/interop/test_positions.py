@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import HEADS, build, same_bits, weights_of
+from small import HEADS, build, is_decoder, same_bits, weights_of
 
 from fastmim import load
 
@@ -69,7 +69,7 @@ def test_a_grid_that_nothing_tells_is_asked_for(file):
         load(file, **HEADS)
     assert same_bits(load(file, **HEADS, img_size=(16, 24)), weights)
     assert load(file, **HEADS, grid_size=(3, 2), img_size=(48, 48)).pos_embed.shape == (1, 37, 32)
-    with pytest.raises(ValueError, match=r"pos_embed must have shape"):
+    with pytest.raises(ValueError, match=r"grid of its 6 positions: give grid_size=\(rows, columns\)"):
         load(file, **HEADS, img_size=(8, 8))
 
 
@@ -78,3 +78,114 @@ def test_a_bad_grid_is_refused(file, value):
     torch.save(weights_of(build()), file)
     with pytest.raises((TypeError, ValueError), match="grid_size"):
         load(file, **HEADS, grid_size=value)
+
+
+# ---- who tells the grid ----------------------------------------------------------------------------------------------
+
+
+def learnt(grid: tuple[int, int], **changes) -> dict:
+    """Weights whose tables tell no grid."""
+    weights = weights_of(build(img_size=(grid[0] * 8, grid[1] * 8), **changes))
+    for name in ("pos_embed", "decoder_pos_embed"):
+        weights[name] = torch.randn_like(weights[name])
+    return weights
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("decoder", [True, False], ids=["whole", "encoder"])
+@pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 16), (4, 4)], ids=str)
+def test_the_size_asked_for_tells_the_grid_of_as_many_patches(file, caplog, grid, decoder):
+    weights = learnt(grid)
+    torch.save({name: value for name, value in weights.items() if decoder or not is_decoder(name)}, file)
+    allow = {} if decoder else dict(allow_missing="decoder", decoder_embed_dim=16, decoder_depth=1)
+    ours = load(file, **HEADS, img_size=(grid[0] * 8, grid[1] * 8), **allow)
+    assert torch.equal(ours.pos_embed, weights["pos_embed"]) and ours.patch_embed.grid_size == grid
+    if decoder:
+        assert same_bits(ours, weights)
+    assert "positions" not in caplog.text
+
+
+@pytest.mark.fault
+def test_the_size_asked_for_counts_in_patches_that_are_not_square(file):
+    weights = weights_of(build(img_size=(16, 32), patch_size=(8, 4)))
+    weights["pos_embed"], weights["decoder_pos_embed"] = torch.randn(1, 17, 32), torch.randn(1, 17, 16)
+    torch.save(weights, file)
+    assert same_bits(load(file, **HEADS, img_size=(16, 32)), weights)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("given", [dict(), dict(img_size=48)], ids=str)
+def test_a_guessed_grid_is_said(file, caplog, given):
+    torch.save(learnt((2, 8)), file)
+    load(file, **HEADS, **given)
+    said = "doesn't tell the grid of its 16 positions, taken for 4 by 4: give grid_size=(rows, columns) if not"
+    assert f"{file} {said}" in caplog.text
+    caplog.clear()
+    load(file, **HEADS, **given, grid_size=(2, 8))
+    assert not caplog.records
+
+
+@pytest.mark.fault
+def test_a_sine_cosine_table_tells_its_grid_whatever_size_is_asked_for(file):
+    """As many patches, but a grid that the table shows: another size was asked for."""
+    weights = weights_of(build(img_size=(16, 64)))
+    torch.save(weights, file)
+    ours = load(file, **HEADS, img_size=32)
+    table = weights["pos_embed"][0, 1:].T.reshape(1, 32, 2, 8)
+    expected = F.interpolate(table, size=(4, 4), mode="bicubic", align_corners=False)
+    assert torch.allclose(ours.pos_embed[0, 1:].T, expected.flatten(2)[0], atol=1e-6)
+
+
+NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.randn(1, 16, 16)}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "weights, settings, said",
+    [
+        (
+            learnt((4, 4)), dict(grid_size=(3, 4)),
+            r"tells the grid \(3, 4\), 12 patches, but pos_embed has 17 rows: the class token's and 16 of patches$",
+        ),
+        (
+            weights_of(build(img_size=(16, 64))), dict(grid_size=(4, 4)),
+            r"grid_size tells the grid \(4, 4\), but pos_embed is the sine-cosine table of \(2, 8\)$",
+        ),
+        (
+            weights_of(build()) | {"decoder_pos_embed": weights_of(build(img_size=(16, 64)))["decoder_pos_embed"]}, {},
+            r"sine-cosine tables of different grids: pos_embed of \(4, 4\), decoder_pos_embed of \(2, 8\)$",
+        ),
+        (
+            weights_of(build()) | {"pos_embed": torch.randn(1, 10, 32)}, dict(img_size=32),
+            r"decoder_pos_embed must have shape \(1, 10, 16\), got \(1, 17, 16\): as many rows as pos_embed$",
+        ),
+        (
+            weights_of(build()) | NO_CLASS, {},
+            r"the grid of its 15 positions: .* pos_embed has 16 rows, .* no_embed_class: such models are not read\)$",
+        ),
+        (
+            weights_of(build()) | NO_CLASS, dict(grid_size=(4, 4)),
+            r"has 16 rows: .* 15 of patches \(or no row is .* as in timm's no_embed_class: such models are not read\)$",
+        ),
+        (
+            weights_of(build()) | {"pos_embed": torch.randn(1, 18, 32), "dist_token": torch.ones(1, 1, 32)},
+            dict(grid_size=(4, 4), allow_leftover="dist_token"),
+            r"decoder_pos_embed must have shape \(1, 18, 16\), got \(1, 17, 16\)",
+        ),
+        (weights_of(build()) | {"pos_embed": torch.randn(1, 17, 32).to_sparse()}, {}, "pos_embed must be dense"),
+        (
+            weights_of(build()) | {"pos_embed": torch.zeros(1, 17, 32).to(torch.float8_e5m2)}, dict(img_size=48),
+            "pos_embed must be .*float8",
+        ),
+        (weights_of(build()) | {"pos_embed": torch.ones(0, 17, 32)}, {}, r"pos_embed must have .* got \(0, 17, 32\)$"),
+    ],
+    ids=[
+        "another count", "another sine-cosine grid", "two sine-cosine grids", "two counts", "no class token",
+        "no class token, told", "two prefix tokens", "sparse", "float8", "no table in it",
+    ],
+)  # fmt: skip
+def test_tables_and_who_tells_their_grid_must_agree(file, weights, settings, said):
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match=said) as caught:
+        load(file, **HEADS, **settings)
+    assert str(file) in str(caught.value)

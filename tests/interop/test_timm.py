@@ -168,3 +168,32 @@ def test_without_timm_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ImportError, match=r"fastmim\[timm\]; to_facebook"):
         to_timm(fastmim.MaskedAutoencoderViT(**SIZES))
+
+
+@pytest.mark.fault
+def test_a_timm_that_does_not_build_without_memory(timm, monkeypatch):
+    """Until 1.0.15 at least it reads values of a tensor while it builds."""
+
+    class Older(timm.models.VisionTransformer):
+        def __init__(self, **kwargs) -> None:
+            self.rate = torch.linspace(0, 0.1, 2)[1].item()
+            super().__init__(**kwargs)
+
+    monkeypatch.setattr(timm.models.vision_transformer, "VisionTransformer", Older)
+    model, state = random_(fastmim.MaskedAutoencoderViT(**SIZES)), torch.get_rng_state()
+    vit = to_timm(model)
+    assert type(vit) is Older and same_bits(vit.state_dict(), encoder_of(model))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.fault
+def test_what_timm_lacks_itself_is_named(monkeypatch, tmp_path):
+    """timm imports torchvision at once."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("import torchvision")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match=r"^timm is installed, but importing it fails: import of torchvision halted"):
+        to_timm(fastmim.MaskedAutoencoderViT(**SIZES))
