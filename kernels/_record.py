@@ -8,8 +8,8 @@ from triton.runtime.jit import JITFunction
 
 from ._launch import INTERPRETED
 
-# the kernel as "module.name", its arguments by name, the programs along each axis of its grid
-Record = Callable[[str, dict[str, Any], tuple[int, ...]], None]
+# the kernel as "module.name", and its arguments by name
+Record = Callable[[str, dict[str, Any]], None]
 
 
 @contextlib.contextmanager
@@ -19,9 +19,8 @@ def recorded(record: Record) -> Iterator[None]:
         raise RuntimeError("launches can't be recorded under TRITON_INTERPRET=1: the interpreter compiles no kernels")
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        arguments = dict(zip(kernel.arg_names, args)) | options
         name = f"{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__.lstrip('_')}"
-        record(name, arguments, tuple(grid(arguments) if callable(grid) else grid))
+        record(name, dict(zip(kernel.arg_names, args)) | options)
 
     unpatched = JITFunction.run
     JITFunction.run = run

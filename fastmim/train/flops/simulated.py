@@ -152,7 +152,7 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *ar
 
 
 @contextlib.contextmanager
-def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any], tuple[int, ...]], None]) -> Iterator[None]:
+def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
     """Inside, device "cuda:0" is a simulated `card`.
 
     Args:

@@ -12,7 +12,7 @@ from ..loop import Trainer
 from ..processes import Processes
 from ..schedule import adamw
 from .cards import Card
-from .count import Count, Stage, count
+from .recorder import UPDATE, Count, Stage, count
 from .simulated import DEVICE
 
 
@@ -37,11 +37,11 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     trainer.optimizer = adamw(model, config)
     batch = Batch(images, None, torch.arange(config.batch_size))
     stages = [
-        ("masking", masking, "random"),
-        ("encoder", model, "_encode"),
-        ("embedding", model.patch_embed, "forward"),
-        ("decoder", model, "_decode"),
-        ("loss", model, "_loss"),
+        Stage("masking", masking, "random"),
+        Stage("encoder", model, "_encode"),
+        Stage("embedding", model.patch_embed, "forward"),
+        Stage("decoder", model, "_decode"),
+        Stage("loss", model, "_loss"),
         *optimizer_stages(trainer.optimizer),
     ]
     return lambda: trainer._update(batch), stages
@@ -50,7 +50,7 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
 def optimizer_stages(optimizer: torch.optim.Optimizer) -> list[Stage]:
     """Those after the backward pass, of any model."""
     return [
-        ("clipping", torch.nn.utils, "get_total_norm"),
-        ("clipping", torch.nn.utils, "clip_grads_with_norm_"),
-        ("optimiser", optimizer, "step"),
+        Stage("clipping", torch.nn.utils, "get_total_norm", UPDATE),
+        Stage("clipping", torch.nn.utils, "clip_grads_with_norm_", UPDATE),
+        Stage("optimiser", optimizer, "step", UPDATE),
     ]

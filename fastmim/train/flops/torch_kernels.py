@@ -126,7 +126,7 @@ def _elementwise(op: Op, kind: str, inputs: list[Tensor], outputs: list[Tensor])
 
 
 @_of(
-    """add add_ sub sub_ rsub mul mul_ div div_ neg abs sqrt rsqrt reciprocal square pow exp log erf sin cos sigmoid
+    """add add_ sub sub_ rsub mul mul_ div div_ floor_divide remainder neg abs sqrt rsqrt reciprocal square pow exp log erf sin cos sigmoid
     tanh clamp clamp_ clamp_min where eq ne lt le gt ge isnan isfinite logical_and logical_or logical_not bitwise_and
     bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ __lshift__ __rshift__ bitwise_left_shift
     bitwise_right_shift maximum minimum lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_"""
@@ -140,7 +140,7 @@ def _gelu(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, GELU, op.inputs(), op.outputs())
 
 
-@_of("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill_ zero_ arange")
+@_of("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill_ zero_ arange rand")
 def _fill(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, FILLS, [], op.outputs())
 

@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -17,8 +17,19 @@ from .simulated import simulated
 from .torch_kernels import Op, kernels_of
 from .triton_kernels import kernel_of
 
-FORWARD, BACKWARD = "forward", "backward"
-REST = "rest of the step"
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+
+
+class Stage(NamedTuple):
+    """Part of a step: the calls of an object's attribute, but for those of other stages inside."""
+
+    name: str
+    owner: Any
+    attribute: str
+    direction: str = FORWARD
+
+
+REST = Stage("rest of the step", None, "")
 
 
 @dataclass
@@ -94,34 +105,35 @@ class Count:
         return totals | {"rows": [asdict(row) for row in self.rows]}
 
 
-# a stage, and the callables that are it: an object and the name of its attribute
-Stage = tuple[str, Any, str]
-
-
 class Recorder:
     """Counts kernels by stage; those of the backward pass by the stage of the forward pass that they belong to."""
 
     def __init__(self, card: Card) -> None:
-        self.count, self.card = Count(card), card
+        self.card = card
         self.stage = REST
-        self._rows: dict[tuple[str, str, str, str], Row] = {}
         # autograd's sequence numbers from which on a stage is that of the nodes that are made
         self._numbers, self._stages = [0], [REST]
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was counted."""
+        self.count = Count(self.card)
+        self._rows: dict[tuple[str, str, str, str], Row] = {}
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         for kernel in kernels_of(Op(func, args, kwargs, out, self.card)):
             self._add(kernel)
 
-    def launched(self, name: str, arguments: dict[str, Any], grid: tuple[int, ...]) -> None:
+    def launched(self, name: str, arguments: dict[str, Any]) -> None:
         self._add(kernel_of(name, arguments))
 
     def _add(self, kernel: Kernel) -> None:
         node = torch._C._current_autograd_node()
         if node is None:
-            key = self.stage, FORWARD, kernel.kind, kernel.name
+            key = self.stage.name, self.stage.direction, kernel.kind, kernel.name
         else:
             made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
-            key = self._stages[made], BACKWARD, kernel.kind, kernel.name
+            key = self._stages[made].name, BACKWARD, kernel.kind, kernel.name
         if key not in self._rows:
             self._rows[key] = Row(*key)
             self.count.rows.append(self._rows[key])
@@ -131,12 +143,12 @@ class Recorder:
     def within(self, stages: Sequence[Stage]) -> Iterator[None]:
         """Calls of these callables are of their stage."""
         with contextlib.ExitStack() as stack:
-            for stage, owner, name in stages:
-                staged = self._staged(stage, getattr(owner, name))
-                stack.enter_context(mock.patch.object(owner, name, staged))
+            for stage in stages:
+                staged = self._staged(stage, getattr(stage.owner, stage.attribute))
+                stack.enter_context(mock.patch.object(stage.owner, stage.attribute, staged))
             yield
 
-    def _staged(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _staged(self, stage: Stage, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             outside = self.stage
@@ -148,16 +160,14 @@ class Recorder:
 
         return run
 
-    def _enter(self, stage: str) -> None:
+    def _enter(self, stage: Stage) -> None:
         self.stage = stage
         self._numbers.append(torch.autograd._get_sequence_nr())
         self._stages.append(stage)
 
 
-def count(
-    prepare: Callable[[], tuple[Callable[[], None], Sequence[Stage]]], card: Card
-) -> Count:
-    """Count the kernels of a step.
+def count(prepare: Callable[[], tuple[Callable[[], None], Sequence[Stage]]], card: Card) -> Count:
+    """Count the kernels of a step, of its second call: the first may make what all others use.
 
     Args:
         prepare: called on the simulated device: makes model, optimiser and batch on `flops.DEVICE`, and returns the
@@ -168,16 +178,10 @@ def count(
         UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
     """
     recorder = Recorder(card)
-    seeing = False
-
-    def see(*op: Any) -> None:
-        if seeing:
-            recorder.see(*op)
-
-    with simulated(card, see, recorder.launched):
+    with simulated(card, recorder.see, recorder.launched):
         step, stages = prepare()
+        step()
+        recorder.begin()
         with recorder.within(stages):
-            seeing = True
             step()
-            seeing = False
     return recorder.count
