@@ -90,9 +90,11 @@ def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
         optimizer.step()
         optimizer.zero_grad()
 
+    decoder = [model.decoder_embed, *model.decoder_blocks, model.decoder_norm, model.decoder_pred]
     stages = [
-        Stage("embedding and decoder", model, "forward"),
+        Stage("embedding and tokens", model, "forward"),
         Stage("encoder", model, "encode"),
+        *(Stage("decoder", module, "forward") for module in decoder),
         Stage("loss", peers, "squared_error"),
         Stage("clipping", torch.nn.utils, "clip_grad_norm_", UPDATE),
         *optimizer_stages(optimizer),

@@ -113,19 +113,18 @@ class Recorder:
         self.stage = REST
         # autograd's sequence numbers from which on a stage is that of the nodes that are made
         self._numbers, self._stages = [0], [REST]
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget what was counted."""
-        self.count = Count(self.card)
+        self.count = Count(card)
         self._rows: dict[tuple[str, str, str, str], Row] = {}
+        self._counting = False
 
     def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        for kernel in kernels_of(Op(func, args, kwargs, out, self.card)):
-            self._add(kernel)
+        if self._counting:
+            for kernel in kernels_of(Op(func, args, kwargs, out, self.card)):
+                self._add(kernel)
 
     def launched(self, name: str, arguments: dict[str, Any]) -> None:
-        self._add(kernel_of(name, arguments))
+        if self._counting:
+            self._add(kernel_of(name, arguments))
 
     def _add(self, kernel: Kernel) -> None:
         node = torch._C._current_autograd_node()
@@ -140,9 +139,10 @@ class Recorder:
         self._rows[key].add(kernel, self.card)
 
     @contextlib.contextmanager
-    def within(self, stages: Sequence[Stage]) -> Iterator[None]:
-        """Calls of these callables are of their stage."""
+    def counting(self, stages: Sequence[Stage]) -> Iterator[None]:
+        """Count what is launched inside, by these stages."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(self, "_counting", True))
             for stage in stages:
                 staged = self._staged(stage, getattr(stage.owner, stage.attribute))
                 stack.enter_context(mock.patch.object(stage.owner, stage.attribute, staged))
@@ -181,7 +181,6 @@ def count(prepare: Callable[[], tuple[Callable[[], None], Sequence[Stage]]], car
     with simulated(card, recorder.see, recorder.launched):
         step, stages = prepare()
         step()
-        recorder.begin()
-        with recorder.within(stages):
+        with recorder.counting(stages):
             step()
     return recorder.count

@@ -22,23 +22,27 @@ from .cards import Card
 
 DEVICE = torch.device("cuda", 0)
 
-# Ops that CUDA's autocast runs in its narrow dtype, those that it runs in float32 and those that it runs in the widest
-# dtype of their arguments, by the names in which Python code calls them.
+# Ops that CUDA's autocast runs in its narrow dtype, in float32, and with float32 as the dtype of their result, by the
+# names in which Python code calls them. Those that other ops call in C++ are not seen.
 NARROW = frozenset(
-    """conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution prelu
-    addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv linalg_vecdot linear addbmm baddbmm bmm chain_matmul
-    linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell
-    _scaled_dot_product_flash_attention scaled_dot_product_attention""".split()
+    """conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution
+    cudnn_convolution cudnn_convolution_transpose prelu addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv
+    linalg_vecdot linear addbmm baddbmm bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
+    scaled_dot_product_attention""".split()
 )
 WIDE = frozenset(
     """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
-    layer_norm native_layer_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
+    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
     cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
     margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
-    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d grid_sampler
-    polar multinomial poisson fmod prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm
-    linalg_norm norm sum""".split()
+    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
+    upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
+    norm""".split()
+)
+WIDE_RESULT = frozenset(
+    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
 )
 
 
@@ -120,6 +124,8 @@ class _Calls(TorchFunctionMode):
                 args, kwargs = tree_map_only(Tensor, self._narrow, (args, kwargs))
             elif name in WIDE:
                 args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+            elif name in WIDE_RESULT and kwargs.get("dtype") is None and _is_narrow(args[0]):
+                kwargs["dtype"] = torch.float32
         if name == "scaled_dot_product_attention":
             return _flash_attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -140,7 +146,11 @@ def _is_ours(device: Any) -> bool:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_meta and tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if _is_narrow(tensor) else tensor
+
+
+def _is_narrow(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_meta and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
