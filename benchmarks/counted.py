@@ -2,9 +2,9 @@
 
     python benchmarks/counted.py --model large --batch 256 --mask-ratio 0.75 --card h100
 
-The kernels are those of one step that runs on tensors without values: forward, backward, clipping of the gradient, fused
-AdamW, under bfloat16 autocast. Every kernel is taken as fast as the card's copy, its matrix products or its shortest
-launch allow. `--renew` writes results/counted.json and results/counted.md, to which `make test` holds every step.
+The kernels are those of one step that runs on tensors without values, under bfloat16 autocast: forward, backward,
+clipping of the gradient, fused AdamW. Every kernel is taken as fast as the card's copy, its matrix products or its
+shortest launch allow. `--renew` writes results/counted.json and results/counted.md, to which `make test` holds steps.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from typing import Any
 # a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
 
+import peers
 import torch
 from contestants import MODELS, adamw
 from peers import PlainGatherMAE
 from sizes import Cell, Sizes
 
-import peers
 from fastmim.train.config import Config
 from fastmim.train.flops import CARDS, DEVICE, UPDATE, Card, Count, Stage, count, count_step, optimizer_stages
 
@@ -64,12 +64,9 @@ class Step:
             return count_step(config, card) if self.peer == "fastmim" else count(lambda: _plain(config), card)
 
 
+CELLS = ("base", 0.75, 1.0), ("large", 0.75, 1.0), ("huge", 0.75, 1.0), ("base", 0.95, 0.25)
 # those of results/counted.json
-STEPS = [
-    Step(model, mask_ratio, decode_ratio, peer)
-    for model, mask_ratio, decode_ratio in (("base", 0.75, 1.0), ("large", 0.75, 1.0), ("huge", 0.75, 1.0), ("base", 0.95, 0.25))
-    for peer in PEERS
-]
+STEPS = [Step(*cell, peer) for cell in CELLS for peer in PEERS]
 
 
 def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
@@ -107,11 +104,11 @@ def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
 
 def table(sums: list[dict[str, Any]], names: Sequence[str], total: Count) -> str:
     """Sums by `names`, a line each, and the total."""
-    everything = {"launches": total.launches, "bytes": total.bytes, "flops": total.flops}
     lines = [_line([*names, "launches", "GB", "TFLOP", "ms at least"]), _line(["---"] * (len(names) + 4))]
-    for sum_ in [*sums, dict.fromkeys(names, "") | {names[0]: "all"} | everything | {"milliseconds": total.milliseconds}]:
-        cells = [f"{sum_['launches']}", f"{sum_['bytes'] / 1e9:.2f}", f"{sum_['flops'] / 1e12:.3f}"]
-        lines.append(_line([*(sum_[name] for name in names), *cells, f"{sum_['milliseconds']:.2f}"]))
+    totals = {unit: getattr(total, unit) for unit in ("launches", "bytes", "flops", "milliseconds")}
+    for part in [*sums, dict.fromkeys(names, "") | {names[0]: "all"} | totals]:
+        cells = [f"{part['launches']}", f"{part['bytes'] / 1e9:.2f}", f"{part['flops'] / 1e12:.3f}"]
+        lines.append(_line([*(part[name] for name in names), *cells, f"{part['milliseconds']:.2f}"]))
     return "\n".join(lines)
 
 
@@ -120,11 +117,12 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def report(step: Step, counted: Count) -> str:
+    """The page of one step."""
     card = counted.card
+    rates = f"{card.copy / 1e12:.2f} TB/s, {card.product / 1e12:.0f} TFLOP/s: {card.source}"
     return "\n".join(
         [
-            f"{step}, batch {step.batch}, on {card.name} ({card.copy / 1e12:.2f} TB/s, {card.product / 1e12:.0f} TFLOP/s:"
-            f" {card.source}), torch {torch.__version__.partition('+')[0]}",
+            f"{step}, batch {step.batch}, on {card.name} ({rates}), torch {_torch()}",
             "",
             table(counted.by("kind"), ["kind"], counted),
             "",
@@ -133,6 +131,10 @@ def report(step: Step, counted: Count) -> str:
             f"{counted.flops / step.batch / 1e9:.1f} GFLOP an image",
         ]
     )
+
+
+def _torch() -> str:
+    return torch.__version__.partition("+")[0]
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------
@@ -145,7 +147,7 @@ def record(card: str) -> dict[str, Any]:
         counted = step.count(CARDS[card])
         print(f"{step}: {counted.launches} launches", flush=True)
         counts.append({**vars(step), **counted.to_json()})
-    return {"torch": torch.__version__.partition("+")[0], "card": card, "steps": counts}
+    return {"torch": _torch(), "card": card, "steps": counts}
 
 
 def renew(card: str) -> None:
@@ -181,11 +183,11 @@ def markdown(kept: dict[str, Any]) -> str:
         cells += [f"{step['flops'] / step['batch'] / 1e9:.1f}", f"{step['milliseconds']:.1f}"]
         lines.append(_line([_name(step), *cells, f"{1e3 * step['batch'] / step['milliseconds']:.0f}"]))
     kinds = list(dict.fromkeys(row["kind"] for step in kept["steps"] for row in step["rows"]))
-    for title, unit in (("Milliseconds by kind", "milliseconds"), ("Launches by kind", "launches")):
-        lines += ["", f"## {title}", "", _line(["step", *kinds]), _line(["---"] * (len(kinds) + 1))]
+    for title, unit, form in (("Milliseconds", "milliseconds", ".2f"), ("Launches", "launches", "d")):
+        lines += ["", f"## {title} by kind", "", _line(["step", *kinds]), _line(["---"] * (len(kinds) + 1))]
         for step in kept["steps"]:
             sums = [sum(row[unit] for row in step["rows"] if row["kind"] == kind) for kind in kinds]
-            lines.append(_line([_name(step), *(f"{value:.2f}" if unit != "launches" else str(value) for value in sums)]))
+            lines.append(_line([_name(step), *(format(value, form) for value in sums)]))
     return "\n".join(lines) + "\n"
 
 

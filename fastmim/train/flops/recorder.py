@@ -162,7 +162,7 @@ class Recorder:
 
     def _enter(self, stage: Stage) -> None:
         self.stage = stage
-        self._numbers.append(torch.autograd._get_sequence_nr())
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
         self._stages.append(stage)
 
 

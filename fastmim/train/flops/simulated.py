@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ... import _library
+from ...ops import patches
 from .cards import Card
 
 DEVICE = torch.device("cuda", 0)
@@ -41,9 +42,7 @@ WIDE = frozenset(
     upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
     norm""".split()
 )
-WIDE_RESULT = frozenset(
-    "prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split()
-)
+WIDE_RESULT = frozenset("prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split())
 
 
 # an op, its positional and keyword arguments, and its result
@@ -54,7 +53,7 @@ class _Ops(TorchDispatchMode):
     """Computes shapes, and shows every op to `see`; fastmim's ops are what their CUDA kernels call and launch."""
 
     def __init__(self, see: See, place: "_Place") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.see, self.place = see, place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +77,7 @@ def _cuda_key(op: str) -> torch._C.DispatchKey:
 
 
 class _Place:
-    """Where Python code sees meta tensors: on the simulated device, but within an op, whose calls are not translated."""
+    """Where Python code sees meta tensors: on the simulated device, but not within an op, where it calls as it is."""
 
     def __init__(self) -> None:
         self.device = DEVICE
@@ -87,7 +86,7 @@ class _Place:
         real = torch._C.TensorBase.device
 
         def device(tensor: Tensor) -> torch.device:
-            return self.device if tensor.is_meta else real.__get__(tensor)  # type: ignore[attr-defined]
+            return self.device if tensor.is_meta else real.__get__(tensor)
 
         return property(device)
 
@@ -188,6 +187,9 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
         # which a process keeps
         stack.enter_context(mock.patch.object(_library, "_capability", lambda device: list(card.capability)))
         stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
+        # constants are kept by device, of whichever kind it is
+        patches._constant.cache_clear()
+        stack.callback(patches._constant.cache_clear)
         stack.enter_context(_library.recorded_launches(launched))
         stack.enter_context(calls)
         stack.enter_context(_Ops(see, place))

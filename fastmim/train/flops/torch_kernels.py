@@ -6,6 +6,7 @@ usual case: a matrix product is one kernel (cuBLAS may split it and add the part
 attention (cuDNN may be preferred).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def _on_device(values: Any) -> list[Tensor]:
 
 # ops that launch nothing, besides views
 NOTHING = frozenset(
-    "detach alias lift_fresh _unsafe_view empty empty_like empty_strided new_empty new_empty_strided set_ resize_".split()
+    """detach alias lift_fresh _unsafe_view empty empty_like empty_strided new_empty new_empty_strided set_
+    resize_""".split()
 )
 Rule = Callable[[Op], Iterator[Kernel]]
 RULES: dict[str, Rule] = {}
@@ -126,10 +128,11 @@ def _elementwise(op: Op, kind: str, inputs: list[Tensor], outputs: list[Tensor])
 
 
 @_of(
-    """add add_ sub sub_ rsub mul mul_ div div_ floor_divide remainder neg abs sqrt rsqrt reciprocal square pow exp log erf sin cos sigmoid
-    tanh clamp clamp_ clamp_min where eq ne lt le gt ge isnan isfinite logical_and logical_or logical_not bitwise_and
-    bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ __lshift__ __rshift__ bitwise_left_shift
-    bitwise_right_shift maximum minimum lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill masked_fill_"""
+    """add add_ sub sub_ rsub mul mul_ div div_ floor_divide remainder neg abs sqrt rsqrt reciprocal square pow exp log
+    erf sin cos sigmoid tanh clamp clamp_ clamp_min where eq ne lt le gt ge isnan isfinite logical_and logical_or
+    logical_not bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ __lshift__ __rshift__
+    bitwise_left_shift bitwise_right_shift maximum minimum lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill
+    masked_fill_"""
 )
 def _arithmetic(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, ELEMENTWISE, op.inputs(), op.outputs())
@@ -145,7 +148,7 @@ def _fill(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, FILLS, [], op.outputs())
 
 
-@_of("_to_copy clone contiguous copy_")
+@_of("_to_copy clone copy_")
 def _copy(op: Op) -> Iterator[Kernel]:
     source = op.args[1] if op.name == "copy_" else op.args[0]
     target = op.args[0] if op.name == "copy_" else op.out
@@ -213,9 +216,9 @@ def _is_split(x: Tensor, reduced: set[int], card: Card) -> bool:
     inner = sorted((stride, size) for stride, size, is_reduced in axes if is_reduced)
     outer = sorted((stride, size) for stride, size, is_reduced in axes if not is_reduced)
     inputs, outputs = math.prod(size for _, size in inner), math.prod(size for _, size in outer)
-    along = not outer or bool(inner) and inner[0][0] < outer[0][0]
+    along = not outer or (bool(inner) and inner[0][0] < outer[0][0])
     fastest = (inner or [(1, 1)])[0][0] if along else outer[0][0]
-    merged = sum(b[0] != a[0] * a[1] for a, b in zip(inner, inner[1:])) + 1
+    merged = sum(b[0] != a[0] * a[1] for a, b in itertools.pairwise(inner)) + 1
     width, height, vector = (inputs, outputs, 1) if along else (outputs, inputs, 1)
     if fastest == 1 and along and width >= 128 and merged == 1:
         width //= 4
@@ -344,6 +347,4 @@ def _fused_adam(op: Op) -> Iterator[Kernel]:
     moments += [largest] if (largest := op.argument("max_exp_avg_sqs")) else []
     scaled = grads if op.kwargs.get("grad_scale") is not None else []
     kept = [tensor for state in moments for tensor in state]
-    return _over_lists(
-        op, weights, 2 + len(moments), stored(*weights, *grads, *kept), stored(*weights, *scaled, *kept)
-    )
+    return _over_lists(op, weights, 2 + len(moments), stored(*weights, *grads, *kept), stored(*weights, *scaled, *kept))

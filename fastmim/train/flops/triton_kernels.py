@@ -91,8 +91,9 @@ def _product(arguments: Arguments) -> int:
     """FLOPs of one product of all sequences and heads."""
     if "q" not in arguments:
         return 0
-    q, k = arguments["q"], arguments["k"]
+    q: Tensor = arguments["q"]
+    k: Tensor = arguments["k"]
     if q.dim() == 3:  # packed rows: sequences of equal length
-        sequences = arguments["cu_q"].shape[0] - 1
+        sequences: int = arguments["cu_q"].shape[0] - 1
         return 2 * math.prod(q.shape) * k.shape[0] // sequences
     return 2 * math.prod(q.shape) * k.shape[1]
