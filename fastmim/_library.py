@@ -169,6 +169,8 @@ def launcher(name: str, op: str) -> Callable[..., Any]:
 
 def recorded_launches(record: Callable[..., None]) -> contextlib.AbstractContextManager[None]:
     """Hand the launches of Triton kernels inside to `record`, as `fastmim.kernels._record.recorded` does."""
+    if not triton_devices:
+        return contextlib.nullcontext()
     found: contextlib.AbstractContextManager[None] = importlib.import_module("fastmim.kernels._record").recorded(record)
     return found
 

@@ -31,12 +31,12 @@ _COPIED, _MULTIPLIED = 0.9, 0.8
 _LAUNCH = 2e-6
 
 CARDS = {
-    "h100": Card("H100 SXM 80 GB", 3.0e12, 800e12, _LAUNCH, 132, (9, 0), "rates planned for the first visit"),
-    "h200": Card("H200 SXM 141 GB", 4.3e12, 790e12, _LAUNCH, 132, (9, 0), "rates planned for the first visit"),
+    "h100": Card("H100 SXM 80 GB", 3.0e12, 800e12, _LAUNCH, 132, (9, 0), "about what such cards reach"),
+    "h200": Card("H200 SXM 141 GB", 4.3e12, 790e12, _LAUNCH, 132, (9, 0), "about what such cards reach"),
     "a100": Card(
-        "A100 SXM 80 GB", _COPIED * 2.039e12, _MULTIPLIED * 312e12, _LAUNCH, 108, (8, 0), "shares of the datasheet"
+        "A100 SXM 80 GB", _COPIED * 2.039e12, _MULTIPLIED * 312e12, _LAUNCH, 108, (8, 0), "shares of the datasheet's rates"
     ),
     "b200": Card(
-        "B200 180 GB", _COPIED * 8.0e12, _MULTIPLIED * 2250e12, _LAUNCH, 148, (10, 0), "shares of the datasheet"
+        "B200 180 GB", _COPIED * 8.0e12, _MULTIPLIED * 2250e12, _LAUNCH, 148, (10, 0), "shares of the datasheet's rates"
     ),
 }

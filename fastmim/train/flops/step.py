@@ -19,8 +19,11 @@ from .simulated import DEVICE
 def count_step(config: Config, card: Card) -> Count:
     """Count an update of `Trainer(config)` on one GPU, from a batch on the device to the weights.
 
-    Fused AdamW, the norm of the gradient and, with `clip_grad`, its clipping are counted as the rest; the copy of the
-    images to the device is the loader's.
+    The kernels are those of eager PyTorch, also where `config` compiles. Copying the images to the device is the
+    loader's work and not counted.
+
+    Raises:
+        UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
     """
     return count(lambda: _prepared(config), card)
 

@@ -79,11 +79,10 @@ def kernels_of(op: Op) -> list[Kernel]:
     Raises:
         UnknownOpError: there is no rule for the op.
     """
-    if op.func.namespace != "aten" or not (op.inputs() or op.outputs()):
+    tensors = op.inputs() + op.outputs()
+    if not any(tensor.numel() for tensor in tensors) or op.func.is_view or op.name in NOTHING:
         return []
-    if op.func.is_view or op.name in NOTHING or not any(x.numel() for x in op.inputs() + op.outputs()):
-        return []
-    rule = RULES.get(op.name)
+    rule = RULES.get(op.name) if op.func.namespace == "aten" else None
     if rule is None:
         raise UnknownOpError(f"{op.func}: {__name__} does not say what it launches on a CUDA device")
     return list(rule(op))
