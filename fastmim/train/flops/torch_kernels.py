@@ -264,28 +264,31 @@ def _layer_norm_backward(op: Op) -> Iterator[Kernel]:
 # ---- products and attention ------------------------------------------------------------------------------------------
 
 
-@_of("mm bmm addmm baddbmm")
+def _flops(op: Op) -> int:
+    """FLOPs as `torch.utils.flop_counter` has them, by the shapes."""
+    formula = flop_registry[getattr(torch.ops.aten, op.name.removesuffix("_"))]
+    return int(formula(*_on_device(op.args), out_val=op.out))
+
+
+@_of("mm bmm addmm addmm_ baddbmm baddbmm_")
 def _product(op: Op) -> Iterator[Kernel]:
-    *added, a, b = op.args[:3]
+    *added, a, b = _on_device(op.args)
     for x in (a, b):
         # cuBLAS wants one of the axes contiguous
         if 1 not in x.stride()[-2:] and x.shape[-1] > 1 and x.shape[-2] > 1:
             yield Kernel("copy_", COPIES, stored(x), x.numel() * x.element_size())
     for bias in added:
         # a vector is added by the product itself; a matrix is copied to the result first
-        if bias.dim() > 1 or not bias.is_contiguous():
+        if bias is not op.out and (bias.dim() > 1 or not bias.is_contiguous()):
             yield Kernel("copy_", COPIES, stored(bias), stored(op.out))
-    # by their shapes
-    flops = flop_registry[op.func.overloadpacket](*op.args, **op.kwargs, out_val=op.out)
-    yield Kernel(op.name, PRODUCTS, stored(*op.inputs()), stored(op.out), flops)
+    yield Kernel(op.name, PRODUCTS, stored(*op.inputs()), stored(op.out), _flops(op))
 
 
 @_of("_scaled_dot_product_flash_attention")
 def _attention(op: Op) -> Iterator[Kernel]:
     q, k, v = op.args[:3]
     out, statistics = op.out[:2]
-    flops = flop_registry[op.func.overloadpacket](*op.args, **op.kwargs, out_val=op.out)
-    yield Kernel(op.name, ATTENTION, stored(q, k, v), stored(out, statistics), flops)
+    yield Kernel(op.name, ATTENTION, stored(q, k, v), stored(out, statistics), _flops(op))
 
 
 @_of("_scaled_dot_product_flash_attention_backward")
@@ -294,9 +297,8 @@ def _attention_backward(op: Op) -> Iterator[Kernel]:
     dq, dk, dv = op.out
     # sums of rows of grad * out, padded to 128 rows; dq is gathered in float32
     sums, wide = 4 * q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / 128) * 128, 4 * q.numel()
-    flops = flop_registry[op.func.overloadpacket](*op.args, **op.kwargs, out_val=op.out)
     yield Kernel(op.name, ATTENTION, stored(grad, out), sums + wide)
-    yield Kernel(op.name, ATTENTION, stored(grad, q, k, v, statistics) + sums, wide + stored(dk, dv), flops)
+    yield Kernel(op.name, ATTENTION, stored(grad, q, k, v, statistics) + sums, wide + stored(dk, dv), _flops(op))
     yield Kernel(op.name, ATTENTION, wide, stored(dq))
 
 
@@ -317,16 +319,24 @@ def _launches(tensors: list[Tensor], lists: int) -> int:
     return launches + (chunks > 0)
 
 
-def _over_lists(op: Op, tensors: list[Tensor], lists: int, read: int, written: int) -> Iterator[Kernel]:
+def _over_lists(
+    op: Op, tensors: list[Tensor], lists: int, read: int, written: int, kind: str = OPTIMISER
+) -> Iterator[Kernel]:
     launches = _launches(tensors, lists)
     for _ in range(launches):
-        yield Kernel(op.name, OPTIMISER, read // launches, written // launches)
+        yield Kernel(op.name, kind, read // launches, written // launches)
 
 
 @_of("_foreach_add_ _foreach_sub_ _foreach_mul_ _foreach_div_")
 def _foreach(op: Op) -> Iterator[Kernel]:
     lists = [arg for arg in op.args if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)]
     return _over_lists(op, lists[0], len(lists), stored(*op.inputs()), stored(*lists[0]))
+
+
+@_of("_foreach_copy_")
+def _foreach_copy(op: Op) -> Iterator[Kernel]:
+    targets, sources = op.args[:2]
+    return _over_lists(op, targets, 2, stored(*sources), stored(*targets), COPIES)
 
 
 @_of("_foreach_norm")
