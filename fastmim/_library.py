@@ -167,6 +167,14 @@ def launcher(name: str, op: str) -> Callable[..., Any]:
     return raising_unserved(getattr(torch.ops.fastmim_cuda, op))
 
 
+def recorded_launches(record: Callable[..., None]) -> contextlib.AbstractContextManager[None]:
+    """Hand the launches of Triton kernels inside to `record`, as `fastmim.kernels._record.recorded` does."""
+    if not triton_devices:
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[None] = importlib.import_module("fastmim.kernels._record").recorded(record)
+    return found
+
+
 def raising_unserved(compiled: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel of csrc/cuda that says what it leaves to others as Triton's do; other errors stay torch's."""
 

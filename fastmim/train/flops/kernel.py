@@ -1,0 +1,28 @@
+"""A device kernel as it is counted."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Kernel(NamedTuple):
+    """One launch: bytes that it must read and write once at least, and FLOPs of its matrix products."""
+
+    name: str
+    kind: str
+    read: int
+    written: int
+    flops: int = 0
+
+
+def stored(*tensors: Tensor | None) -> int:
+    """Bytes of the values in memory: those that a broadcast axis repeats count once, and so does a tensor."""
+    different = {id(tensor): tensor for tensor in tensors if tensor is not None}
+    return sum(_stored(tensor) for tensor in different.values())
+
+
+def _stored(tensor: Tensor) -> int:
+    count = int(tensor.numel() > 0)
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        count *= size if stride else 1
+    return count * tensor.element_size()

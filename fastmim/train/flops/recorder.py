@@ -1,0 +1,186 @@
+"""Kernels of a step, summed by the stage that launches them."""
+
+import bisect
+import contextlib
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from .cards import Card
+from .kernel import Kernel
+from .simulated import simulated
+from .torch_kernels import Op, kernels_of
+from .triton_kernels import kernel_of
+
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
+
+
+class Stage(NamedTuple):
+    """Part of a step: the calls of an object's attribute, but for those of other stages inside."""
+
+    name: str
+    owner: Any
+    attribute: str
+    direction: str = FORWARD
+
+
+REST = Stage("rest of the step", None, "")
+
+
+@dataclass
+class Row:
+    """Launches of one kernel in one stage; of an op of PyTorch, the kernels of a kind that it launches."""
+
+    stage: str
+    direction: str
+    kind: str
+    kernel: str
+    launches: int = 0
+    read: int = 0
+    written: int = 0
+    flops: int = 0
+    milliseconds: float = 0.0
+
+    def add(self, kernel: Kernel, card: Card) -> None:
+        moved = kernel.read + kernel.written
+        self.launches += 1
+        self.read += kernel.read
+        self.written += kernel.written
+        self.flops += kernel.flops
+        self.milliseconds += 1e3 * max(moved / card.copy, kernel.flops / card.product, card.launch)
+
+
+@dataclass
+class Count:
+    """What a step does, at least, on `card`.
+
+    Attributes:
+        card: the GPU.
+        rows: of each stage, direction and kernel, in the order in which they are first launched.
+    """
+
+    card: Card
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def launches(self) -> int:
+        return sum(row.launches for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return sum(row.read + row.written for row in self.rows)
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products, attention's included."""
+        return sum(row.flops for row in self.rows)
+
+    @property
+    def milliseconds(self) -> float:
+        """The sum of each launch's floor: the longest of its traffic, its products and the shortest launch."""
+        return sum(row.milliseconds for row in self.rows)
+
+    def by(self, *names: str) -> list[dict[str, Any]]:
+        """Sums by attributes of the rows, such as "kind", the longest first."""
+        sums: dict[tuple[str, ...], dict[str, Any]] = defaultdict(
+            lambda: {"launches": 0, "bytes": 0, "flops": 0, "milliseconds": 0.0}
+        )
+        for row in self.rows:
+            total = sums[tuple(getattr(row, name) for name in names)]
+            total["launches"] += row.launches
+            total["bytes"] += row.read + row.written
+            total["flops"] += row.flops
+            total["milliseconds"] += row.milliseconds
+        found = [dict(zip(names, key)) | total for key, total in sums.items()]
+        return sorted(found, key=lambda total: -total["milliseconds"])
+
+    def to_json(self) -> dict[str, Any]:
+        totals = {name: getattr(self, name) for name in ("launches", "bytes", "flops", "milliseconds")}
+        return totals | {"rows": [asdict(row) for row in self.rows]}
+
+
+class Recorder:
+    """Counts kernels by stage; those of the backward pass by the stage of the forward pass that they belong to."""
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self.stage = REST
+        # autograd's sequence numbers from which on a stage is that of the nodes that are made
+        self._numbers, self._stages = [0], [REST]
+        self.count = Count(card)
+        self._rows: dict[tuple[str, str, str, str], Row] = {}
+        self._counting = False
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if self._counting:
+            for kernel in kernels_of(Op(func, args, kwargs, out, self.card)):
+                self._add(kernel)
+
+    def launched(self, name: str, arguments: dict[str, Any]) -> None:
+        if self._counting:
+            self._add(kernel_of(name, arguments))
+
+    def _add(self, kernel: Kernel) -> None:
+        node = torch._C._current_autograd_node()
+        if node is None:
+            key = self.stage.name, self.stage.direction, kernel.kind, kernel.name
+        else:
+            made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+            key = self._stages[made].name, BACKWARD, kernel.kind, kernel.name
+        if key not in self._rows:
+            self._rows[key] = Row(*key)
+            self.count.rows.append(self._rows[key])
+        self._rows[key].add(kernel, self.card)
+
+    @contextlib.contextmanager
+    def counting(self, stages: Sequence[Stage]) -> Iterator[None]:
+        """Count what is launched inside, by these stages."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(self, "_counting", True))
+            for stage in stages:
+                staged = self._staged(stage, getattr(stage.owner, stage.attribute))
+                stack.enter_context(mock.patch.object(stage.owner, stage.attribute, staged))
+            yield
+
+    def _staged(self, stage: Stage, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            outside = self.stage
+            self._enter(stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._enter(outside)
+
+        return run
+
+    def _enter(self, stage: Stage) -> None:
+        self.stage = stage
+        self._numbers.append(torch._C._autograd._get_sequence_nr())
+        self._stages.append(stage)
+
+
+def count(prepare: Callable[[], tuple[Callable[[], None], Sequence[Stage]]], card: Card) -> Count:
+    """Count the kernels of a step, of its second call: the first may make what all others use.
+
+    Args:
+        prepare: called on the simulated device: makes model, optimiser and batch on `flops.DEVICE`, and returns the
+            step and its stages.
+        card: the GPU.
+
+    Raises:
+        UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
+    """
+    recorder = Recorder(card)
+    with simulated(card, recorder.see, recorder.launched):
+        step, stages = prepare()
+        step()
+        with recorder.counting(stages):
+            step()
+    return recorder.count

@@ -1,0 +1,196 @@
+"""A CUDA device that need not exist: its tensors have shapes, strides and dtypes, and no values.
+
+To PyTorch they are meta tensors, which any build of it can compute with and differentiate; to Python code they are on
+"cuda:0". What depends on a real device in PyTorch itself is done here as CUDA does it: autocast, foreach kernels of
+optimisers, the choice of an attention kernel.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ... import _library
+from ...ops import patches
+from .cards import Card
+
+DEVICE = torch.device("cuda", 0)
+
+# Ops that CUDA's autocast runs in its narrow dtype, in float32, and with float32 as the dtype of their result, by the
+# names in which Python code calls them. Those that other ops call in C++ are not seen.
+NARROW = frozenset(
+    """conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution
+    cudnn_convolution cudnn_convolution_transpose prelu addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv
+    linalg_vecdot linear addbmm baddbmm bmm chain_matmul linalg_multi_dot _thnn_fused_lstm_cell _thnn_fused_gru_cell
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell _scaled_dot_product_flash_attention
+    scaled_dot_product_attention""".split()
+)
+WIDE = frozenset(
+    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
+    layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm cosine_similarity poisson_nll_loss
+    cosine_embedding_loss nll_loss nll_loss2d hinge_embedding_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+    margin_ranking_loss multilabel_margin_loss soft_margin_loss triplet_margin_loss multi_margin_loss
+    binary_cross_entropy_with_logits dist pdist cdist renorm logsumexp upsample_nearest1d _upsample_nearest_exact1d
+    upsample_nearest2d _upsample_nearest_exact2d upsample_nearest3d _upsample_nearest_exact3d upsample_linear1d
+    upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d upsample_bicubic2d _upsample_bicubic2d_aa
+    norm""".split()
+)
+WIDE_RESULT = frozenset("prod softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum".split())
+
+
+# an op, its positional and keyword arguments, and its result
+See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class _Ops(TorchDispatchMode):
+    """Computes shapes, and shows every op to `see`; fastmim's ops are what their CUDA kernels call and launch."""
+
+    def __init__(self, see: See, place: "_Place") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.see, self.place = see, place
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with self.place.within_an_op():
+            if func.namespace == "fastmim" and any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
+                with self:
+                    return func._op_dk(_cuda_key(func.name()), *args, **kwargs)
+            if func._can_decompose():
+                with self:
+                    return func.decompose(*args, **kwargs)
+            out = func(*args, **kwargs)
+        self.see(func, args, kwargs, out)
+        return out
+
+
+def _cuda_key(op: str) -> torch._C.DispatchKey:
+    """The key of the kernel that serves `op` on a CUDA device."""
+    key = "CUDA" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "CompositeExplicitAutograd"
+    return getattr(torch._C.DispatchKey, key)  # type: ignore[no-any-return]
+
+
+class _Place:
+    """Where Python code sees meta tensors: on the simulated device, but not within an op, where it calls as it is."""
+
+    def __init__(self) -> None:
+        self.device = DEVICE
+
+    def property(self) -> property:
+        real = torch._C.TensorBase.device
+
+        def device(tensor: Tensor) -> torch.device:
+            return self.device if tensor.is_meta else real.__get__(tensor)
+
+        return property(device)
+
+    @contextlib.contextmanager
+    def within_an_op(self) -> Iterator[None]:
+        outside, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = outside
+
+
+class _Calls(TorchFunctionMode):
+    """Python's calls of torch functions: their device is "meta", and autocast does as on a CUDA device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cast: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs)
+        on_device = _is_ours(kwargs.get("device"))
+        if on_device and func in (torch.tensor, torch.as_tensor, torch.asarray):
+            # values come from the host
+            return func(*args, **kwargs | {"device": "cpu"}).to("meta")
+        if on_device:
+            kwargs["device"] = "meta"
+        args = tuple("meta" if isinstance(arg, torch.device) and _is_ours(arg) else arg for arg in args)
+        name = getattr(func, "__name__", "")
+        if torch.is_autocast_enabled("cuda"):
+            if name in NARROW:
+                args, kwargs = tree_map_only(Tensor, self._narrow, (args, kwargs))
+            elif name in WIDE:
+                args, kwargs = tree_map_only(Tensor, _widened, (args, kwargs))
+            elif name in WIDE_RESULT and kwargs.get("dtype") is None and _is_narrow(args[0]):
+                kwargs["dtype"] = torch.float32
+        if name == "scaled_dot_product_attention":
+            return _flash_attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _narrow(self, tensor: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cuda")
+        if not tensor.is_meta or tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return tensor
+        if not (tensor.dtype == torch.float32 and tensor.requires_grad and tensor.is_leaf):
+            return tensor.to(dtype)
+        if id(tensor) not in self.cast:
+            self.cast[id(tensor)] = tensor, tensor.to(dtype)
+        return self.cast[id(tensor)][1]
+
+
+def _is_ours(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if _is_narrow(tensor) else tensor
+
+
+def _is_narrow(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_meta and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention as PyTorch's flash kernels compute it, which serve 16-bit tensors without a mask."""
+    if attn_mask is not None or args or kwargs or q.dtype.itemsize != 2 or q.shape[-1] % 8:
+        raise NotImplementedError("of PyTorch's attention only that of 16-bit tensors without a mask is simulated")
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    return out
+
+
+@contextlib.contextmanager
+def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, device "cuda:0" is a simulated `card`.
+
+    Args:
+        card: the GPU that the kernels are chosen for.
+        see: is shown every op below autograd and autocast, those of CPU tensors included.
+        launched: is handed every launch of fastmim's Triton kernels.
+    """
+    facts = SimpleNamespace(
+        major=card.capability[0], minor=card.capability[1], multi_processor_count=card.multiprocessors
+    )
+    calls, place = _Calls(), _Place()
+    with contextlib.ExitStack() as stack:
+        for name, value in {
+            "torch.cuda.device": lambda device: contextlib.nullcontext(),
+            "torch.cuda.get_device_capability": lambda device=None: card.capability,
+            "torch.cuda.get_device_properties": lambda device=None: facts,
+            "torch.cuda.is_bf16_supported": lambda *args: True,
+            "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
+            "torch.clear_autocast_cache": calls.cast.clear,
+            "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
+        }.items():
+            stack.enter_context(mock.patch(name, value))
+        # which a process keeps
+        stack.enter_context(mock.patch.object(_library, "_capability", lambda device: list(card.capability)))
+        stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
+        # constants are kept by device, of whichever kind it is
+        patches._constant.cache_clear()
+        stack.callback(patches._constant.cache_clear)
+        stack.enter_context(_library.recorded_launches(launched))
+        stack.enter_context(calls)
+        stack.enter_context(_Ops(see, place))
+        yield

@@ -1,0 +1,59 @@
+"""The Trainer's step, counted."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ... import masking
+from ...data import Batch
+from ..config import DTYPES, Config
+from ..loop import Trainer
+from ..processes import Processes
+from ..schedule import adamw
+from .cards import Card
+from .recorder import UPDATE, Count, Stage, count
+from .simulated import DEVICE
+
+
+def count_step(config: Config, card: Card) -> Count:
+    """Count an update of `Trainer(config)` on one GPU, from a batch on the device to the weights.
+
+    The kernels are those of eager PyTorch, also where `config` compiles. Copying the images to the device is the
+    loader's work and not counted.
+
+    Raises:
+        UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
+    """
+    return count(lambda: _prepared(config), card)
+
+
+def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
+    trainer: Any = Trainer(config)
+    trainer.processes = Processes(0, 1, DEVICE)
+    trainer.loader, trainer.steps, trainer.step, trainer.pending = range(1), 2, 0, []
+    trainer.dtype = DTYPES[config.dtype]
+    with DEVICE:
+        trainer.model = trainer.spread = model = config.build()
+        images = torch.empty(config.batch_size, model.in_chans, *model.patch_embed.img_size, dtype=torch.uint8)
+    model.set_grad_checkpointing(config.checkpoint_activations)
+    trainer.optimizer = adamw(model, config)
+    batch = Batch(images, None, torch.arange(config.batch_size))
+    stages = [
+        Stage("masking", masking, "random"),
+        Stage("encoder", model, "_encode"),
+        Stage("embedding", model.patch_embed, "forward"),
+        Stage("decoder", model, "_decode"),
+        Stage("loss", model, "_loss"),
+        *optimizer_stages(trainer.optimizer),
+    ]
+    return lambda: trainer._update(batch), stages
+
+
+def optimizer_stages(optimizer: torch.optim.Optimizer) -> list[Stage]:
+    """Those after the backward pass, of any model."""
+    return [
+        Stage("clipping", torch.nn.utils, "get_total_norm", UPDATE),
+        Stage("clipping", torch.nn.utils, "clip_grads_with_norm_", UPDATE),
+        Stage("optimiser", optimizer, "step", UPDATE),
+    ]
