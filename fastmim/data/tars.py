@@ -1,0 +1,304 @@
+"""Tar files as WebDataset writes them: where in them the images are, and their labels.
+
+Headers and labels are read, images are not. tarfile parses the headers, but takes one that it can't parse for the end
+of the file; here it is an error, since the images after it would be missing without a word.
+"""
+
+import os
+import posixpath
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from .formats import is_image, kind
+from .pictures import Unreadable
+
+BLOCK = tarfile.BLOCKSIZE
+# of a read
+CHUNK = 2**20
+# bytes of an image, of a label, and of what extends a header
+LARGEST, LONGEST_LABEL, LONGEST_EXTENSION = 2**31 - 1, 64, 2**20
+EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+LINKS = 40  # that lead from one to another
+MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+COMPRESSED = "compressed archives can't be read at random: decompress it to a .tar file, or unpack it into a folder"
+
+
+class Place(NamedTuple):
+    """The bytes of a member: `size` from `start` on.
+
+    `parts`: of a sparse member, what is stored one after the other from `start` on, as (offset, size).
+    `problem`: why it can't be read.
+    """
+
+    start: int
+    size: int
+    parts: tuple[tuple[int, int], ...] | None = None
+    problem: str | None = None
+
+    def read(self, handle: int) -> bytes:
+        """The content of the member, from the file descriptor of the tar. Raises Unreadable and OSError."""
+        if self.problem is not None:
+            raise Unreadable(self.problem)
+        stored = self.size if self.parts is None else sum(size for _, size in self.parts)
+        data = os.pread(handle, stored, self.start)
+        if len(data) < stored:
+            raise Unreadable(f"the tar file is truncated: {len(data)} of {stored} bytes are there")
+        if self.parts is None:
+            return data
+        whole, at = bytearray(self.size), 0
+        for offset, size in self.parts:
+            whole[offset : offset + size] = data[at : at + size]
+            at += size
+        return bytes(whole)
+
+
+class Image(NamedTuple):
+    """An image in a tar: the name of its member, where it is, and its label, if the tar has labels."""
+
+    name: str
+    place: Place
+    label: int | None
+
+
+def images(path: Path) -> tuple[list[Image], Counter[str]]:
+    """The images of a tar file in their order; what is left out, by kind.
+
+    Links are followed within the file, sparse members expanded. Every image whose name is there counts; what can't be
+    served of it is said when it is read.
+
+    Raises:
+        ValueError: the file isn't whole, isn't an uncompressed tar, or has labels that don't fit its images.
+    """
+    # a name may come again: the latest counts for links that follow
+    places: dict[str, Place] = {}
+    links: dict[str, str] = {}
+    found: list[tuple[str, str, Place | None]] = []
+    labels: dict[str, list[tuple[str, str, Place | None]]] = {}
+    left_out: Counter[str] = Counter()
+
+    def final(whole: str, place: Place | None) -> Place:
+        target = whole
+        for _ in range(LINKS):
+            if place is not None or target not in links:
+                break
+            target = links[target]
+            place = places.get(target)
+        return place or Place(0, -1, problem=f"a link to {links[whole]!r}, which the tar file doesn't hold")
+
+    try:
+        # a pipe would wait for its other end for ever
+        if not path.is_file():
+            raise ValueError("no regular file" if path.exists() else "no such file")
+        with open(path, "rb") as file:
+            for member in _members(file):
+                if member.isdir():
+                    continue
+                whole = posixpath.normpath(member.name)
+                folder, base = posixpath.split(whole)
+                place = None
+                if member.islnk():
+                    links[whole] = posixpath.normpath(member.linkname)
+                    place = places.get(links[whole])
+                elif member.issym():
+                    links[whole] = posixpath.normpath(posixpath.join(folder, member.linkname))
+                else:
+                    place = _place(member)
+                if place is not None:
+                    places[whole] = place
+                if base.startswith("."):
+                    continue
+                if is_image(base):
+                    found.append((member.name, whole, place))
+                elif base.lower().endswith(".cls"):
+                    labels.setdefault(whole[:-4], []).append((member.name, whole, place))
+                else:
+                    left_out[kind(base)] += 1
+    except (OSError, ValueError) as error:
+        raise ValueError(f"source {path} can't be read as an uncompressed tar file: {error}") from error
+    stems = {posixpath.splitext(whole)[0] for _, whole, _ in found}
+    # x.fine.cls beside x.jpg is another field of WebDataset, and no label
+    for stem in [stem for stem in labels if "." in posixpath.basename(stem) and stem not in stems]:
+        left_out[".cls"] += len(labels.pop(stem))
+    paired = _pair(path, [(name, whole) for name, whole, _ in found], labels)
+    numbers: list[int | None] = [None] * len(found)
+    if paired is not None:
+        with open(path, "rb") as file:
+            numbers = [_label(path, file, name, final(whole, place)) for name, whole, place in paired]
+    return [Image(name, final(whole, place), label) for (name, whole, place), label in zip(found, numbers)], left_out
+
+
+# ---- headers ---------------------------------------------------------------------------------------------------------
+
+
+class _Damaged(ValueError):
+    """What is wrong at a byte of a tar file."""
+
+    def __init__(self, start: int, reason: str) -> None:
+        super().__init__(reason)
+        self.start = start
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header must be whole."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> "_Member":
+        file: Any = tar.fileobj
+        start = file.tell()
+        block = file.read(BLOCK)
+        if not block:
+            raise _Damaged(
+                start,
+                "the file ends without an end mark: it was cut off, or its writer was not closed. If it is known to be "
+                "whole, append the mark: head -c 1024 /dev/zero >> FILE",
+            )
+        if len(block) < BLOCK:
+            raise _Damaged(start, f"the file ends within a header, which has {len(block)} of {BLOCK} bytes")
+        if block == bytes(BLOCK):
+            file.seek(start)
+            return super().fromtarfile(tar)  # which says that this is the end
+        size = os.fstat(file.fileno()).st_size
+        try:
+            if block[156:157] in (*EXTENSIONS, *LONG_NAMES):
+                _check_extension(file, block, size)
+            file.seek(start)
+            member = super().fromtarfile(tar)
+        except _Damaged:
+            raise
+        except Exception as error:  # parsers of damaged bytes raise anything
+            raise _Damaged(start, f"no valid header: {error}") from error
+        # tarfile's own place: of the next header
+        if tar.offset <= start:
+            raise _Damaged(start, "no valid header: its size is negative")
+        if tar.offset > size:
+            raise _Damaged(start, f"the file ends within {member.name!r}: it has {size} of {tar.offset} bytes")
+        return member
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The members of a tar file, which must be whole to its end."""
+    last = None
+    try:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8") as tar:
+            for member in tar:
+                last = member.name
+                yield member
+            _check_end(file, tar.offset)
+    except _Damaged as error:
+        if not error.start:
+            file.seek(0)
+            magic = file.read(6)
+            if not magic:
+                raise ValueError("it is empty") from None
+            for start, name in MAGIC.items():
+                if magic.startswith(start):
+                    raise ValueError(f"it is compressed by {name}, and {COMPRESSED}") from None
+        where = f"at byte {error.start}, " + (f"after {last!r}" if last is not None else "its first header")
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_extension(file: BinaryIO, block: bytes, end: int) -> None:
+    """The long name or the records that extend the next header are whole: tarfile passes over some that aren't."""
+    start = file.tell()
+    size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+    if not 0 <= size <= min(LONGEST_EXTENSION, end - start):
+        raise ValueError(f"it extends the next header by {size} bytes")
+    if block[156:157] in LONG_NAMES:
+        return
+    records = file.read(size)
+    while records.strip(b"\0"):
+        digits = records.partition(b" ")[0]
+        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        key, equal, value = records[len(digits) + 1 : length].partition(b"=")
+        if not equal or not value.endswith(b"\n") or (key == b"size" and not value[:-1].isdigit()):
+            raise ValueError(f"it extends the next header by {records[:40]!r}")
+        records = records[length:]
+
+
+def _check_end(file: BinaryIO, start: int) -> None:
+    """Nothing follows the end mark but zeros."""
+    file.seek(start)
+    while chunk := file.read(CHUNK):
+        if chunk.strip(b"\0"):
+            start += len(chunk) - len(chunk.lstrip(b"\0"))
+            raise _Damaged(
+                start,
+                "data follow the end mark: it is damaged, or tar files were joined into one. Give the parts as a list, "
+                "or join them anew: tar --concatenate -f ALL.tar PART.tar",
+            )
+        start += len(chunk)
+
+
+def _place(member: tarfile.TarInfo) -> Place:
+    """The place of a member that is no link."""
+    if not member.isreg():
+        return Place(0, -1, problem=f"no regular file, but of tar's type {member.type.decode(errors='replace')!r}")
+    if member.size > LARGEST:
+        return Place(member.offset_data, member.size, problem=f"it has {member.size} bytes, and {LARGEST} are allowed")
+    if not member.issparse():
+        return Place(member.offset_data, member.size)
+    sparse: Any = member.sparse
+    parts = tuple((offset, size) for offset, size in sparse if size)
+    ends = [0, *(offset + size for offset, size in parts), member.size]
+    if any(size < 0 or offset < end for end, (offset, size) in zip(ends, parts)) or ends[-2] > member.size:
+        return Place(member.offset_data, member.size, problem="a sparse member whose map is damaged")
+    return Place(member.offset_data, member.size, parts)
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _pair(
+    path: Path, found: list[tuple[str, str]], labels: dict[str, list[tuple[str, str, Place | None]]]
+) -> list[tuple[str, str, Place | None]] | None:
+    """The label of each image; None if the tar has no labels.
+
+    An image `a/b.c.jpg` belongs to `a/b.cls` as in WebDataset, where a key ends at the first dot; to `a/b.c.cls` if
+    labels of this tar have dots in their keys. What comes several times is paired in its order.
+    """
+    if not labels:
+        return None
+    dotted = any("." in posixpath.basename(stem) for stem in labels)
+    times, seen = Counter(whole for _, whole in found), Counter[str]()
+    paired, missing = [], []
+    for name, whole in found:
+        stem = posixpath.splitext(whole)[0]
+        if not dotted:
+            folder, base = posixpath.split(stem)
+            stem = posixpath.join(folder, base.partition(".")[0])
+        own = labels.get(stem)
+        if own is None:
+            missing.append((name, f"{stem}.cls"))
+            continue
+        if len(own) != times[whole]:
+            raise ValueError(
+                f"source {path}: {name!r} is there {times[whole]} times, but its labels are "
+                f"{len(own)}: {', '.join(repr(label) for label, *_ in own[:4])}"
+            )
+        paired.append(own[seen[whole]])
+        seen[whole] += 1
+    if missing:
+        raise ValueError(
+            f"source {path}: {len(missing)} of {len(found)} images have no label: the first is {missing[0][0]!r}, and "
+            f"there is no {missing[0][1]!r}. Add what is missing, or remove all labels: "
+            f"tar --delete --wildcards -f {path} '*.cls'"
+        )
+    return paired
+
+
+def _label(path: Path, file: BinaryIO, name: str, place: Place) -> int:
+    try:
+        if place.size > LONGEST_LABEL:
+            raise Unreadable(f"{place.size} bytes")
+        data = place.read(file.fileno())
+    except (OSError, Unreadable) as error:
+        raise ValueError(f"source {path}: label {name!r} must be an integer of 64 bits, got {error}") from error
+    number = int(data) if re.fullmatch(rb"\s*[+-]?[0-9]+\s*", data) else None
+    if number is None or not -(2**63) <= number < 2**63:
+        raise ValueError(f"source {path}: label {name!r} must be an integer of 64 bits, got {data!r}")
+    return number
