@@ -17,12 +17,13 @@ from .formats import is_image, kind
 from .pictures import Unreadable
 
 BLOCK = tarfile.BLOCKSIZE
+ZEROS = bytes(BLOCK)
 # of a read
 CHUNK = 2**20
 # bytes of an image, of a label, and of what extends a header
 LARGEST, LONGEST_LABEL, LONGEST_EXTENSION = 2**31 - 1, 64, 2**20
-EXTENSIONS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENSIONS = (*LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 LINKS = 40  # that lead from one to another
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 COMPRESSED = "compressed archives can't be read at random: decompress it to a .tar file, or unpack it into a folder"
@@ -74,62 +75,77 @@ def images(path: Path) -> tuple[list[Image], Counter[str]]:
     Raises:
         ValueError: the file isn't whole, isn't an uncompressed tar, or has labels that don't fit its images.
     """
-    # a name may come again: the latest counts for links that follow
-    places: dict[str, Place] = {}
-    links: dict[str, str] = {}
-    found: list[tuple[str, str, Place | None]] = []
-    labels: dict[str, list[tuple[str, str, Place | None]]] = {}
-    left_out: Counter[str] = Counter()
-
-    def final(whole: str, place: Place | None) -> Place:
-        target = whole
-        for _ in range(LINKS):
-            if place is not None or target not in links:
-                break
-            target = links[target]
-            place = places.get(target)
-        return place or Place(0, -1, problem=f"a link to {links[whole]!r}, which the tar file doesn't hold")
-
+    held = _Content()
     try:
         # a pipe would wait for its other end for ever
         if not path.is_file():
             raise ValueError("no regular file" if path.exists() else "no such file")
         with open(path, "rb") as file:
             for member in _members(file):
-                if member.isdir():
-                    continue
-                whole = posixpath.normpath(member.name)
-                folder, base = posixpath.split(whole)
-                place = None
-                if member.islnk():
-                    links[whole] = posixpath.normpath(member.linkname)
-                    place = places.get(links[whole])
-                elif member.issym():
-                    links[whole] = posixpath.normpath(posixpath.join(folder, member.linkname))
-                else:
-                    place = _place(member)
-                if place is not None:
-                    places[whole] = place
-                if base.startswith("."):
-                    continue
-                if is_image(base):
-                    found.append((member.name, whole, place))
-                elif base.lower().endswith(".cls"):
-                    labels.setdefault(whole[:-4], []).append((member.name, whole, place))
-                else:
-                    left_out[kind(base)] += 1
-    except (OSError, ValueError) as error:
+                held.add(member)
+            labels = _labels(path, file, held)
+    except OSError as error:
+        raise ValueError(f"source {path} can't be read: {type(error).__name__}: {error.strerror}") from error
+    except _Refused:
+        raise
+    except ValueError as error:
         raise ValueError(f"source {path} can't be read as an uncompressed tar file: {error}") from error
-    stems = {posixpath.splitext(whole)[0] for _, whole, _ in found}
-    # x.fine.cls beside x.jpg is another field of WebDataset, and no label
-    for stem in [stem for stem in labels if "." in posixpath.basename(stem) and stem not in stems]:
-        left_out[".cls"] += len(labels.pop(stem))
-    paired = _pair(path, [(name, whole) for name, whole, _ in found], labels)
-    numbers: list[int | None] = [None] * len(found)
-    if paired is not None:
-        with open(path, "rb") as file:
-            numbers = [_label(path, file, name, final(whole, place)) for name, whole, place in paired]
-    return [Image(name, final(whole, place), label) for (name, whole, place), label in zip(found, numbers)], left_out
+    return [Image(file.name, held.place(file), label) for file, label in zip(held.images, labels)], held.left_out
+
+
+class _File(NamedTuple):
+    """A member that isn't a folder: its name, as it stands and normalised, and its place, which a link may not have."""
+
+    name: str
+    whole: str
+    own: Place | None
+
+
+class _Content:
+    """The members of a tar: images, labels by their names without the suffix, and what is left out, by kind."""
+
+    def __init__(self) -> None:
+        self.images: list[_File] = []
+        self.labels: dict[str, list[_File]] = {}
+        self.left_out: Counter[str] = Counter()
+        # a name may come again: the latest counts for links that follow
+        self._places: dict[str, Place] = {}
+        self._links: dict[str, str] = {}
+
+    def add(self, member: tarfile.TarInfo) -> None:
+        if member.isdir():
+            return
+        whole = posixpath.normpath(member.name)
+        folder, base = posixpath.split(whole)
+        place = None
+        if member.islnk():
+            self._links[whole] = posixpath.normpath(member.linkname)
+            place = self._places.get(self._links[whole])
+        elif member.issym():
+            self._links[whole] = posixpath.normpath(posixpath.join(folder, member.linkname))
+        else:
+            place = _place(member)
+        if place is not None:
+            self._places[whole] = place
+        if base.startswith("."):
+            return
+        if is_image(base):
+            self.images.append(_File(member.name, whole, place))
+        elif base.lower().endswith(".cls"):
+            self.labels.setdefault(whole[:-4], []).append(_File(member.name, whole, place))
+        else:
+            self.left_out[kind(base)] += 1
+
+    def place(self, file: _File) -> Place:
+        """The place of a file, once all members are known: a symbolic link may lead to a later one."""
+        if file.own is not None:
+            return file.own
+        target = file.whole
+        for _ in range(LINKS):
+            target = self._links.get(target, "")
+            if place := self._places.get(target):
+                return place
+        return Place(0, -1, problem=f"a link to {self._links[file.whole]!r}, which the tar file doesn't hold")
 
 
 # ---- headers ---------------------------------------------------------------------------------------------------------
@@ -159,13 +175,12 @@ class _Member(tarfile.TarInfo):
             )
         if len(block) < BLOCK:
             raise _Damaged(start, f"the file ends within a header, which has {len(block)} of {BLOCK} bytes")
-        if block == bytes(BLOCK):
+        if block == ZEROS:
             file.seek(start)
             return super().fromtarfile(tar)  # which says that this is the end
-        size = os.fstat(file.fileno()).st_size
         try:
-            if block[156:157] in (*EXTENSIONS, *LONG_NAMES):
-                _check_extension(file, block, size)
+            if block[156:157] in EXTENSIONS:
+                _check_extension(file, block)
             file.seek(start)
             member = super().fromtarfile(tar)
         except _Damaged:
@@ -175,17 +190,19 @@ class _Member(tarfile.TarInfo):
         # tarfile's own place: of the next header
         if tar.offset <= start:
             raise _Damaged(start, "no valid header: its size is negative")
-        if tar.offset > size:
-            raise _Damaged(start, f"the file ends within {member.name!r}: it has {size} of {tar.offset} bytes")
         return member
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """The members of a tar file, which must be whole to its end."""
-    last = None
+    last, size = None, os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8") as tar:
-            for member in tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]
+                if tar.offset > size:
+                    said = f"the file ends within {member.name!r}: it has {size} of {tar.offset} bytes"
+                    raise _Damaged(member.offset, said)
                 last = member.name
                 yield member
             _check_end(file, tar.offset)
@@ -202,15 +219,14 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_extension(file: BinaryIO, block: bytes, end: int) -> None:
+def _check_extension(file: BinaryIO, block: bytes) -> None:
     """The long name or the records that extend the next header are whole: tarfile passes over some that aren't."""
-    start = file.tell()
     size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
-    if not 0 <= size <= min(LONGEST_EXTENSION, end - start):
+    records = file.read(size) if 0 <= size <= LONGEST_EXTENSION else b""
+    if len(records) != size:
         raise ValueError(f"it extends the next header by {size} bytes")
     if block[156:157] in LONG_NAMES:
         return
-    records = file.read(size)
     while records.strip(b"\0"):
         digits = records.partition(b" ")[0]
         length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
@@ -253,52 +269,58 @@ def _place(member: tarfile.TarInfo) -> Place:
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
-def _pair(
-    path: Path, found: list[tuple[str, str]], labels: dict[str, list[tuple[str, str, Place | None]]]
-) -> list[tuple[str, str, Place | None]] | None:
-    """The label of each image; None if the tar has no labels.
+class _Refused(ValueError):
+    """A tar that is whole, and whose labels don't fit its images."""
+
+
+def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int] | list[None]:
+    """The label of each image, or None for each if the tar has no labels.
 
     An image `a/b.c.jpg` belongs to `a/b.cls` as in WebDataset, where a key ends at the first dot; to `a/b.c.cls` if
     labels of this tar have dots in their keys. What comes several times is paired in its order.
     """
-    if not labels:
-        return None
-    dotted = any("." in posixpath.basename(stem) for stem in labels)
-    times, seen = Counter(whole for _, whole in found), Counter[str]()
+    stems = {posixpath.splitext(image.whole)[0] for image in held.images}
+    # x.fine.cls beside x.jpg is another field of WebDataset, and no label
+    for stem in [stem for stem in held.labels if "." in posixpath.basename(stem) and stem not in stems]:
+        held.left_out[".cls"] += len(held.labels.pop(stem))
+    if not held.labels:
+        return [None] * len(held.images)
+    dotted = any("." in posixpath.basename(stem) for stem in held.labels)
+    times, seen = Counter(image.whole for image in held.images), Counter[str]()
     paired, missing = [], []
-    for name, whole in found:
+    for name, whole, _ in held.images:
         stem = posixpath.splitext(whole)[0]
         if not dotted:
             folder, base = posixpath.split(stem)
             stem = posixpath.join(folder, base.partition(".")[0])
-        own = labels.get(stem)
+        own = held.labels.get(stem)
         if own is None:
             missing.append((name, f"{stem}.cls"))
             continue
         if len(own) != times[whole]:
-            raise ValueError(
+            raise _Refused(
                 f"source {path}: {name!r} is there {times[whole]} times, but its labels are "
-                f"{len(own)}: {', '.join(repr(label) for label, *_ in own[:4])}"
+                f"{len(own)}: {', '.join(repr(label.name) for label in own[:4])}"
             )
         paired.append(own[seen[whole]])
         seen[whole] += 1
     if missing:
-        raise ValueError(
-            f"source {path}: {len(missing)} of {len(found)} images have no label: the first is {missing[0][0]!r}, and "
-            f"there is no {missing[0][1]!r}. Add what is missing, or remove all labels: "
+        raise _Refused(
+            f"source {path}: {len(missing)} of {len(held.images)} images have no label: the first is "
+            f"{missing[0][0]!r}, and there is no {missing[0][1]!r}. Add what is missing, or remove all labels: "
             f"tar --delete --wildcards -f {path} '*.cls'"
         )
-    return paired
+    return [_number(path, file, label.name, held.place(label)) for label in paired]
 
 
-def _label(path: Path, file: BinaryIO, name: str, place: Place) -> int:
+def _number(path: Path, file: BinaryIO, name: str, place: Place) -> int:
     try:
         if place.size > LONGEST_LABEL:
             raise Unreadable(f"{place.size} bytes")
         data = place.read(file.fileno())
-    except (OSError, Unreadable) as error:
-        raise ValueError(f"source {path}: label {name!r} must be an integer of 64 bits, got {error}") from error
+    except Unreadable as error:
+        raise _Refused(f"source {path}: label {name!r} must be an integer of 64 bits, got {error}") from error
     number = int(data) if re.fullmatch(rb"\s*[+-]?[0-9]+\s*", data) else None
     if number is None or not -(2**63) <= number < 2**63:
-        raise ValueError(f"source {path}: label {name!r} must be an integer of 64 bits, got {data!r}")
+        raise _Refused(f"source {path}: label {name!r} must be an integer of 64 bits, got {data!r}")
     return number
