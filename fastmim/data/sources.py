@@ -185,10 +185,10 @@ def _walk(root: Path) -> tuple[list[str], Counter[str]]:
         found = {entry.name for entry in entries}
         if LOCK in found or found >= RUN:
             if not inside:
-                marks = LOCK if LOCK in found else " and ".join(sorted(RUN))
                 raise ValueError(
-                    f"source {root} is the output folder of a run or of `fastmim pack`, as {marks} in it show: "
-                    "give the images and the run folders of their own"
+                    f"source {root} is the output folder of a run or of `fastmim pack`: it holds "
+                    + (f"{LOCK} (remove it if that is not so)" if LOCK in found else " and ".join(sorted(RUN)))
+                    + "; the images need a folder of their own"
                 )
             left_out[formats.RUNS] += 1
             continue
@@ -257,12 +257,12 @@ class Tars:
             formats.say_once(logging.WARNING, said)
         self.classes: list[str] = []
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, most: int = -1) -> bytes:
         shard, place = self._places[sample]
         try:
             handle = os.open(self.root / shard, os.O_RDONLY)
             try:
-                return place.read(handle)
+                return place.read(handle, most)
             finally:
                 os.close(handle)
         except OSError as error:

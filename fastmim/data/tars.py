@@ -41,11 +41,17 @@ class Place(NamedTuple):
     parts: tuple[tuple[int, int], ...] | None = None
     problem: str | None = None
 
-    def read(self, handle: int) -> bytes:
-        """The content of the member, from the file descriptor of the tar. Raises Unreadable and OSError."""
+    def read(self, handle: int, most: int = -1) -> bytes:
+        """The content of the member, at most so many bytes, from the file descriptor of its tar.
+
+        Raises:
+            Unreadable, OSError: it isn't there.
+        """
         if self.problem is not None:
             raise Unreadable(self.problem)
         stored = self.size if self.parts is None else sum(size for _, size in self.parts)
+        if 0 <= most and self.parts is None:
+            stored = min(stored, most)
         data = os.pread(handle, stored, self.start)
         if len(data) < stored:
             raise Unreadable(f"the tar file is truncated: {len(data)} of {stored} bytes are there")
@@ -55,7 +61,7 @@ class Place(NamedTuple):
         for offset, size in self.parts:
             whole[offset : offset + size] = data[at : at + size]
             at += size
-        return bytes(whole)
+        return bytes(whole if most < 0 else whole[:most])
 
 
 class Image(NamedTuple):

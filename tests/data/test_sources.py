@@ -358,5 +358,5 @@ def test_pictures_of_a_run_are_no_data(own, caplog, marks):
     assert after.left_out == {"folders of runs": 1} and not caplog.records
     # digits that a run wrote for itself
     assert open_source(own / "run" / "data" / "digits" / "train").names == ["0/1.png"]
-    with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`, as "):
+    with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`: it holds "):
         open_source(own / "run")

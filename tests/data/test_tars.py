@@ -360,3 +360,4 @@ def test_sparse_members(tmp_path, options):
     assert [name[6:] for name in source.names] == ["a.bmp", "b.bmp", "c.png", "d.bmp"]
     assert all(source.read(i) == (tmp_path / name[6:]).read_bytes() for i, name in enumerate(source.names))
     assert np.array_equal(np.asarray(decode(source.read(1))), pixels)
+    assert source.read(0, 100) == source.read(0)[:100] and source.read(2, 9) == source.read(2)[:9]
