@@ -26,6 +26,7 @@ LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 EXTENSIONS = (*LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
 LINKS = 40  # that lead from one to another
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
+DAMAGED_MAP = "a sparse member whose map is damaged"
 COMPRESSED = "compressed archives can't be read at random: decompress it to a .tar file, or unpack it into a folder"
 
 
@@ -50,7 +51,7 @@ class Place(NamedTuple):
         if self.problem is not None:
             raise Unreadable(self.problem)
         stored = self.size if self.parts is None else sum(size for _, size in self.parts)
-        if 0 <= most and self.parts is None:
+        if most >= 0 and self.parts is None:
             stored = min(stored, most)
         data = os.pread(handle, stored, self.start)
         if len(data) < stored:
@@ -87,8 +88,8 @@ def images(path: Path) -> tuple[list[Image], Counter[str]]:
         if not path.is_file():
             raise ValueError("no regular file" if path.exists() else "no such file")
         with open(path, "rb") as file:
-            for member in _members(file):
-                held.add(member)
+            for member, end in _members(file):
+                held.add(member, end)
             labels = _labels(path, file, held)
     except OSError as error:
         raise ValueError(f"source {path} can't be read: {type(error).__name__}: {error.strerror}") from error
@@ -118,7 +119,7 @@ class _Content:
         self._places: dict[str, Place] = {}
         self._links: dict[str, str] = {}
 
-    def add(self, member: tarfile.TarInfo) -> None:
+    def add(self, member: tarfile.TarInfo, end: int) -> None:
         if member.isdir():
             return
         whole = posixpath.normpath(member.name)
@@ -130,7 +131,7 @@ class _Content:
         elif member.issym():
             self._links[whole] = posixpath.normpath(posixpath.join(folder, member.linkname))
         else:
-            place = _place(member)
+            place = _place(member, end)
         if place is not None:
             self._places[whole] = place
         if base.startswith("."):
@@ -199,8 +200,8 @@ class _Member(tarfile.TarInfo):
         return member
 
 
-def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar file, which must be whole to its end."""
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, int]]:
+    """The members of a tar file, which must be whole to its end, and where each ends."""
     last, size = None, os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:", tarinfo=_Member, encoding="utf-8") as tar:
@@ -210,7 +211,7 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
                     said = f"the file ends within {member.name!r}: it has {size} of {tar.offset} bytes"
                     raise _Damaged(member.offset, said)
                 last = member.name
-                yield member
+                yield member, tar.offset
             _check_end(file, tar.offset)
     except _Damaged as error:
         if not error.start:
@@ -256,20 +257,25 @@ def _check_end(file: BinaryIO, start: int) -> None:
         start += len(chunk)
 
 
-def _place(member: tarfile.TarInfo) -> Place:
-    """The place of a member that is no link."""
+def _place(member: tarfile.TarInfo, end: int) -> Place:
+    """The place of a member that is no link, and whose bytes end at `end`."""
+    start, size = member.offset_data, member.size
     if not member.isreg():
         return Place(0, -1, problem=f"no regular file, but of tar's type {member.type.decode(errors='replace')!r}")
-    if member.size > LARGEST:
-        return Place(member.offset_data, member.size, problem=f"it has {member.size} bytes, and {LARGEST} are allowed")
+    if size > LARGEST:
+        return Place(start, size, problem=f"it has {size} bytes, and {LARGEST} are allowed")
     if not member.issparse():
-        return Place(member.offset_data, member.size)
+        return Place(start, size)
     sparse: Any = member.sparse
-    parts = tuple((offset, size) for offset, size in sparse if size)
-    ends = [0, *(offset + size for offset, size in parts), member.size]
-    if any(size < 0 or offset < end for end, (offset, size) in zip(ends, parts)) or ends[-2] > member.size:
-        return Place(member.offset_data, member.size, problem="a sparse member whose map is damaged")
-    return Place(member.offset_data, member.size, parts)
+    parts = tuple((offset, length) for offset, length in sparse if length)
+    at = 0
+    for offset, length in parts:
+        if offset < at or length < 0:
+            return Place(start, size, problem=DAMAGED_MAP)
+        at = offset + length
+    if at > size or start + sum(length for _, length in parts) > end:
+        return Place(start, size, problem=DAMAGED_MAP)
+    return Place(start, size, parts)
 
 
 # ---- labels ----------------------------------------------------------------------------------------------------------

@@ -361,3 +361,19 @@ def test_sparse_members(tmp_path, options):
     assert all(source.read(i) == (tmp_path / name[6:]).read_bytes() for i, name in enumerate(source.names))
     assert np.array_equal(np.asarray(decode(source.read(1))), pixels)
     assert source.read(0, 100) == source.read(0)[:100] and source.read(2, 9) == source.read(2)[:9]
+
+
+@pytest.mark.parametrize("found", ["0,512,2048,512", "0,4096", "512,512,0,512", "0,512,8000,512", "0,-512,600,512"])
+def test_the_map_of_a_sparse_member(tmp_path, found):
+    said = {"GNU.sparse.name": "a.jpg", "GNU.sparse.size": "4096", "GNU.sparse.numblocks": "2"}
+    members = [
+        member("a.jpg", b"x" * 1024, pax_headers={**said, "GNU.sparse.map": found}),
+        member("b.jpg", b"y" * 5000),
+    ]
+    source = open_source(write(tmp_path / "s.tar", members, format=tarfile.PAX_FORMAT))
+    if found == "0,512,2048,512":
+        assert source.read(0) == b"x" * 512 + bytes(1536) + b"x" * 512 + bytes(1536)
+    else:
+        with pytest.raises(Unreadable, match="a sparse member whose map is damaged"):
+            source.read(0)
+    assert source.read(1) == b"y" * 5000
