@@ -18,7 +18,7 @@ SUFFIXES = (
 # Pillow reads these with pillow-heif only
 HEIF = (".heic", ".heif", ".hif")
 ARCHIVES = (".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".zip", ".7z", ".rar")
-COMPRESSED_TAR = re.compile(r"\.tar\.\w+$")
+COMPRESSED_TAR = re.compile(r"\.tar\.(gz|bz2|xz|lzma|zst|lz4|lz|br|z)$")
 # pictures that aren't read: a folder that holds them was hardly meant to be used without them
 PICTURES = (
     *(*HEIF, ".jxl", ".jxr", ".wdp", ".jpm", ".bpg", ".flif", ".psd", ".psb", ".xcf", ".svg", ".eps", ".exr", ".hdr"),

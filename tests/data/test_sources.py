@@ -161,7 +161,7 @@ def test_what_a_folder_leaves_out_is_counted_and_said_once(mixed, caplog, no_hei
 
 @pytest.mark.fault
 def test_what_is_surely_no_image_is_no_warning(tmp_path, caplog):
-    for name in ("a.jpg", "b.txt", "c.json", "d.csv", "e.md", "f.npy"):
+    for name in ("a.jpg", "b.txt", "c.json", "d.csv", "e.md", "f.tar.idx"):
         (tmp_path / name).write_bytes(b"")
     with caplog.at_level("INFO"):
         assert sum(open_source(tmp_path).left_out.values()) == 5

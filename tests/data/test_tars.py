@@ -16,8 +16,6 @@ from PIL import Image
 from fastmim.data.pictures import Unreadable, decode
 from fastmim.data.sources import open_source
 
-pytestmark = pytest.mark.fault
-
 
 def member(name, data=b"", **fields):
     info = tarfile.TarInfo(name)
@@ -54,6 +52,7 @@ def small(tmp_path):
 # ---- files that aren't whole -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_a_tar_that_ends_anywhere_is_refused(small):
     whole, before = small.read_bytes(), content(open_source(small))
     end = 6 * 1024
@@ -66,6 +65,7 @@ def test_a_tar_that_ends_anywhere_is_refused(small):
         assert content(open_source(small)) == before
 
 
+@pytest.mark.fault
 def test_the_refusal_says_where(small):
     whole = small.read_bytes()
     for size, said in (
@@ -79,6 +79,7 @@ def test_the_refusal_says_where(small):
             open_source(small)
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_no_flipped_bit_of_a_header_loses_an_image(tmp_path, form):
     names = [f"{'folder/' * (14 * (i == 1))}{i}.{suffix}" for i in range(3) for suffix in ("jpg", "cls:7")]
@@ -105,6 +106,7 @@ def test_no_flipped_bit_of_a_header_loses_an_image(tmp_path, form):
                 assert content(after) == before
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     "records", [b"9 size=5\n", b"10 size=-5\n", b"11 size=5a\n", b"x", b"12 path=a.jpg", b"5 a\nb\n"]
 )
@@ -118,6 +120,7 @@ def test_records_that_extend_a_header(tmp_path, records):
             open_source(path)
 
 
+@pytest.mark.fault
 def test_data_after_the_end_mark(small, tmp_path):
     joined = tmp_path / "joined.tar"
     joined.write_bytes(small.read_bytes() * 2)
@@ -133,6 +136,7 @@ def test_data_after_the_end_mark(small, tmp_path):
     assert len(open_source(joined).names) == 3
 
 
+@pytest.mark.fault
 def test_sizes_that_no_header_has(tmp_path):
     for size in (-512, -(2**40), 2**40, 2**62):
         path = of(tmp_path / "s.tar", "a.jpg", "b.jpg")
@@ -157,6 +161,7 @@ def test_long_names_and_headers_for_all(tmp_path):
     assert content(open_source(path)) == [("s.tar/a.jpg", b"a.jpg", None)]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("size", [1, 9 << 30])
 def test_a_file_larger_than_a_header_can_say(tmp_path, size):
     info, _ = member("a.jpg")
@@ -197,6 +202,7 @@ def test_only_headers_and_labels_are_read(tmp_path):
 # ---- labels ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
@@ -223,6 +229,7 @@ def test_labels(tmp_path, names, labels):
     assert all(source.read(i).decode() == name[6:] for i, name in enumerate(source.names))
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize(
     ("names", "said"),
     [
@@ -251,6 +258,7 @@ def test_labels_that_do_not_fit(tmp_path, names, said):
         open_source(of(tmp_path / "s.tar", *names))
 
 
+@pytest.mark.fault
 def test_labels_in_some_shards_only(tmp_path, caplog):
     of(tmp_path / "a.tar", "x.jpg", "x.cls:1")
     of(tmp_path / "b.tar", "y.jpg")
@@ -263,6 +271,7 @@ def test_labels_in_some_shards_only(tmp_path, caplog):
 # ---- links and sparse members ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault
 def test_links(tmp_path):
     link = {"type": tarfile.LNKTYPE}, {"type": tarfile.SYMTYPE}
     path = write(
@@ -304,6 +313,7 @@ def test_links(tmp_path):
     assert all("no regular file" in found.pop(name) for name in ("m.jpg", "n.jpg")) and not found
 
 
+@pytest.mark.fault
 def test_a_hard_link_is_to_what_had_the_name_before_it(tmp_path):
     members = [
         member("a.jpg", b"old"),
@@ -319,6 +329,7 @@ def test_a_hard_link_is_to_what_had_the_name_before_it(tmp_path):
     ]
 
 
+@pytest.mark.fault
 def test_linked_labels(tmp_path):
     members = [
         member("a.jpg", b"a"),
@@ -335,6 +346,7 @@ def test_linked_labels(tmp_path):
 GNU_TAR = shutil.which("tar") and b"GNU tar" in subprocess.run(["tar", "--version"], capture_output=True).stdout
 
 
+@pytest.mark.fault
 @pytest.mark.skipif(not GNU_TAR, reason="GNU tar writes them")
 @pytest.mark.parametrize("options", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
 def test_sparse_members(tmp_path, options):
@@ -363,6 +375,7 @@ def test_sparse_members(tmp_path, options):
     assert source.read(0, 100) == source.read(0)[:100] and source.read(2, 9) == source.read(2)[:9]
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("found", ["0,512,2048,512", "0,4096", "512,512,0,512", "0,512,8000,512", "0,-512,600,512"])
 def test_the_map_of_a_sparse_member(tmp_path, found):
     said = {"GNU.sparse.name": "a.jpg", "GNU.sparse.size": "4096", "GNU.sparse.numblocks": "2"}
