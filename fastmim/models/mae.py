@@ -243,8 +243,6 @@ class MaskedAutoencoderViT(nn.Module):
             mean=mean,
             std=std,
         )
-        # under autocast the embedding is narrow; the residual stream is not
-        tokens = tokens.to(self.cls_token.dtype)
         return run_blocks(self.blocks, self.norm, tokens, checkpointing=self._checkpointing())
 
     def _decode(self, latent: Tensor, mask: Mask) -> Tensor:
