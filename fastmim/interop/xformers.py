@@ -44,7 +44,7 @@ def memory_efficient_attention(
         Of the shape and dtype of `query`, or in autocast's dtype.
 
     Raises:
-        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`).
+        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`) or does not load.
         TypeError, ValueError: wrong type, shape, dtype or device; a mask for another number of rows.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -62,12 +62,13 @@ def memory_efficient_attention(
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability, in 0..1, got {p}")
     reason = _left_to_xformers(query, key, value, attn_bias, p, op, output_dtype)
-    if reason is not None:
-        theirs = _xformers()
-        if theirs is None:
-            raise ImportError(f"{reason} is left to xformers, which can't be imported: pip install fastmim[xformers]")
-    else:
-        theirs = _xformers() if _beyond_kernels(query, key, attn_bias) else None
+    theirs: Any = None
+    if reason is not None or _beyond_kernels(query, key, attn_bias):
+        try:
+            import xformers.ops as theirs
+        except ImportError as error:
+            if reason is not None:
+                raise ImportError(f"{reason} is left to xformers, {_why_missing(error)}", name=error.name) from error
     if theirs is not None:
         out: Tensor = theirs.memory_efficient_attention(
             query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
@@ -110,12 +111,10 @@ def _block_diagonal(attn_bias: Any) -> bool:
     return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
 
 
-def _xformers() -> Any:
-    try:
-        import xformers.ops
-    except ImportError:
-        return None
-    return xformers.ops
+def _why_missing(error: ImportError) -> str:
+    if error.name == "xformers":
+        return "which is not installed: pip install fastmim[xformers]"
+    return f"which is installed but can't be imported: {error}"
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class Encoder(Fast):
         return leading and idx_keep.shape[1] > count and bool((idx_keep[:, count:] >= count).all())
 
 
-def choose(module: nn.Module) -> Choice | None:
+def choose(module: nn.Module, predict: str) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no such transformer."""
     if not isinstance(module, MaskedVisionTransformerTIMM):
         return None

@@ -51,10 +51,11 @@ class Fast(nn.Module):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to accelerate a module as, and why (else) it stays as it is."""
+    """What to accelerate a module as, and why (else) it stays as it is, for want of an import perhaps."""
 
     mixins: tuple[type[Fast], ...] = ()
     kept: tuple[str, ...] = ()
+    error: ImportError | None = None
 
 
 _classes: dict[Any, type[Fast]] = {}
