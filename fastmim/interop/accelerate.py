@@ -166,7 +166,7 @@ def _choose(module: nn.Module, predict: str) -> Choice | None:
 
 
 def _not_importable(package: str, error: ImportError) -> str:
-    """Why the code that is known of a `package` can't be imported: it is of another version, or something is missing."""
+    """Why what is known of a `package` can't be imported: it is of another version, or something else is missing."""
     while isinstance(error.__cause__, ImportError):
         error = error.__cause__
     missing = (error.name or "").partition(".")[0]

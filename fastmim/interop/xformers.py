@@ -68,7 +68,10 @@ def memory_efficient_attention(
             import xformers.ops as theirs
         except ImportError as error:
             if reason is not None:
-                raise ImportError(f"{reason} is left to xformers, {_why_missing(error)}", name=error.name) from error
+                remedy = "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
+                raise ImportError(
+                    f"{reason} is left to xformers, which can't be imported ({error}): {remedy}", name=error.name
+                ) from error
     if theirs is not None:
         out: Tensor = theirs.memory_efficient_attention(
             query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
@@ -109,12 +112,6 @@ def _beyond_kernels(query: Tensor, key: Tensor, attn_bias: Any) -> bool:
 def _block_diagonal(attn_bias: Any) -> bool:
     """Whether it is xformers' BlockDiagonalMask itself: its subclasses mask more."""
     return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
-
-
-def _why_missing(error: ImportError) -> str:
-    if error.name == "xformers":
-        return "which is not installed: pip install fastmim[xformers]"
-    return f"which is installed but can't be imported: {error}"
 
 
 def _heads(x: Tensor) -> Tensor:
