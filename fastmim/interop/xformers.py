@@ -68,7 +68,9 @@ def memory_efficient_attention(
             import xformers.ops as theirs
         except ImportError as error:
             if reason is not None:
-                remedy = "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
+                remedy = (
+                    "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
+                )
                 raise ImportError(
                     f"{reason} is left to xformers, which can't be imported ({error}): {remedy}", name=error.name
                 ) from error

@@ -289,6 +289,8 @@ def _images(twin: Any) -> Tensor:
 def _scorable(images: Tensor, patches: Any) -> bool:
     return (
         not transformed()
+        # what wraps the convolution, for LoRA say, may not tell its sizes
+        and isinstance(patches.proj, nn.Conv2d)
         and images.dim() == 4
         and images.shape[0] > 0
         and images.shape[1] == patches.proj.in_channels
