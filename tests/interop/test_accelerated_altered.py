@@ -140,7 +140,7 @@ def test_a_global_hook_sees_what_it_saw(case):
 def test_a_model_is_not_asked_while_a_global_hook_looks_on():
     model, handle = PlainMAE(), register_module_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(UnsupportedModelError, match="a global module hook or torch.func is at work"):
+        with pytest.raises(UnsupportedModelError, match=r"a global module hook or torch\.func is at work"):
             fastmim.accelerate(model)
     finally:
         handle.remove()
