@@ -62,18 +62,7 @@ def memory_efficient_attention(
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability, in 0..1, got {p}")
     reason = _left_to_xformers(query, key, value, attn_bias, p, op, output_dtype)
-    theirs: Any = None
-    if reason is not None or _beyond_kernels(query, key, attn_bias):
-        try:
-            import xformers.ops as theirs
-        except ImportError as error:
-            if reason is not None:
-                remedy = (
-                    "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
-                )
-                raise ImportError(
-                    f"{reason} is left to xformers, which can't be imported ({error}): {remedy}", name=error.name
-                ) from error
+    theirs = _xformers(reason) if reason is not None or _beyond_kernels(query, key, attn_bias) else None
     if theirs is not None:
         out: Tensor = theirs.memory_efficient_attention(
             query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
@@ -114,6 +103,20 @@ def _beyond_kernels(query: Tensor, key: Tensor, attn_bias: Any) -> bool:
 def _block_diagonal(attn_bias: Any) -> bool:
     """Whether it is xformers' BlockDiagonalMask itself: its subclasses mask more."""
     return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
+
+
+def _xformers(reason: str | None) -> Any:
+    """xformers.ops; where it can't be imported None, or an error if there is a `reason` to need it."""
+    try:
+        import xformers.ops
+    except ImportError as error:
+        if reason is None:
+            return None
+        install = "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
+        raise ImportError(
+            f"{reason} is left to xformers, which can't be imported ({error}): {install}", name=error.name
+        ) from error
+    return xformers.ops
 
 
 def _heads(x: Tensor) -> Tensor:

@@ -272,7 +272,7 @@ def test_the_package_that_xformers_misses_is_named(monkeypatch, tmp_path):
     for name in ("xformers", "xformers.ops"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     inputs = tensors(1, 7, 2, 8, dtype=torch.float32)
-    with pytest.raises(ImportError, match="can't be imported .*: install a_package_that_is_missing") as raised:
+    with pytest.raises(ImportError, match=r"can't be imported .*: install a_package_that_is_missing") as raised:
         memory_efficient_attention(*inputs, p=0.1)
     assert raised.value.name == raised.value.__cause__.name == "a_package_that_is_missing"
 

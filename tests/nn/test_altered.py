@@ -1,4 +1,4 @@
-"""Layers whose parts are hooked, wrapped, quantised or replaced: what a part does is done, and what looks on sees it."""
+"""Layers whose parts are hooked, wrapped, quantised or replaced: each is called, and hooks see what they expect."""
 
 import copy
 
@@ -73,7 +73,7 @@ def as_halved(proj: nn.Conv2d) -> None:
 ALTERED = {
     "forward hook": lambda proj: proj.register_forward_hook(lambda module, args, out: 0.5 * out) and None,
     "forward pre-hook": lambda proj: proj.register_forward_pre_hook(lambda module, args: (args[0].square(),)) and None,
-    "backward hook": lambda proj: proj.register_full_backward_hook(lambda m, a, out: (None,)) and None,
+    "backward pre-hook": lambda proj: proj.register_full_backward_pre_hook(lambda m, out: (0.5 * out[0],)) and None,
     "instance forward": own_forward,
     "parametrised": lambda proj: parametrizations.weight_norm(proj) and None,
     "pruned": lambda proj: prune.random_unstructured(proj, "weight", 0.5) and None,
@@ -150,12 +150,10 @@ def check_adapters(adapted: nn.Module, merge) -> None:
     torch.testing.assert_close(run(merge(adapted)).pred, out.pred, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "names", [("proj",), ("qkv", "proj"), ("qkv", "proj", "fc1", "fc2", "decoder_embed", "decoder_pred")]
-)
+@pytest.mark.parametrize("names", ["proj", "qkv proj", "qkv proj fc1 fc2 decoder_embed decoder_pred"])
 def test_adapters(names):
     model = small().requires_grad_(False)
-    layers = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names]
+    layers = [path for path, _ in model.named_modules() if path.rpartition(".")[2] in names.split()]
     assert "patch_embed.proj" in layers
     for path in layers:
         model.set_submodule(path, LoRA(model.get_submodule(path)))

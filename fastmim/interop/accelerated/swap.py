@@ -36,7 +36,7 @@ class Fast(nn.Module):
         own = object.__new__(self._fastmim_original)
         object.__setattr__(own, "__dict__", self.__dict__)
         replica = own._replicate_for_data_parallel()
-        replica.__class__ = type(self)  # type: ignore[assignment]
+        replica.__class__ = type(self)
         return replica
 
     def _get_name(self) -> str:
