@@ -124,7 +124,7 @@ def takes_stream(block: nn.Module) -> bool:
     )
     return (
         type(block).forward is Block.forward
-        and "forward" not in vars(block)
+        and "forward" not in block.__dict__
         and not watched()
         and all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
     )

@@ -14,6 +14,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -40,8 +42,8 @@ def unaltered(module: nn.Module) -> bool:
     return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
 
 
-# a quantised or sharded weight has its own form of each PyTorch op, and none of ours
-_WEIGHTS = (nn.Parameter, Tensor, type(None))
+# a quantised or sharded weight has its own form of each PyTorch op, and none of ours; what export traces with has none
+_WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 
 def watched() -> bool:

@@ -228,6 +228,19 @@ def nodes(root) -> set:
     return found
 
 
+@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "ViTModel", "plain", "timm blocks", "timm"], indirect=True)
+def test_a_compiled_model_is_one_graph_of_fast_ops(case):
+    torch.compiler.reset()
+    graphs = []
+
+    def keep(module, inputs):
+        graphs.append(module.code)
+        return module
+
+    case.run(torch.compile(accelerated(case.model), fullgraph=True, backend=keep), case.images)
+    assert len(graphs) == 1 and "fastmim.attention" in graphs[0] and "scaled_dot_product" not in graphs[0]
+
+
 # ---- replicas --------------------------------------------------------------------------------------------------------
 
 

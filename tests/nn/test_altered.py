@@ -224,6 +224,14 @@ def test_what_nobody_has_touched_is_fused():
     assert not {"aten::gelu", "aten::convolution"} & set(ops.called)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_model_embeds_visible_patches_alone(strict):
+    generator = torch.Generator().manual_seed(3)
+    images, noise = torch.randn(2, 3, SIZE, SIZE, generator=generator), torch.rand(2, 16, generator=generator)
+    program = torch.export.export(small(), (images,), dict(noise=noise), strict=strict)
+    assert "fastmim.embed_patches" in program.graph_module.code and "conv" not in program.graph_module.code
+
+
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 def test_a_sharded_block_is_fused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

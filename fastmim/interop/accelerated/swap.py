@@ -126,7 +126,7 @@ def unswap(module: nn.Module, *, dry: bool = False) -> None:
 
 def replaced(module: nn.Module, *methods: str) -> bool:
     """Whether the instance has one of `methods` of its own."""
-    return not vars(module).keys().isdisjoint(methods)
+    return any(method in module.__dict__ for method in methods)
 
 
 def callable_parts(module: nn.Module, kind: type[Fast]) -> bool:
