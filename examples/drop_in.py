@@ -43,7 +43,7 @@ class TheirModel(nn.Module):
             pos_embed=self.pos,
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
-        )
+        ).float()  # under autocast the embedding is narrow; the residual stream should not be
         for norm, attention in zip(self.norms, self.encoder):
             x = x + attention(norm(x))
         x = self.decoder(ops.decoder_tokens(x, mask.ids_keep, mask.ids_predict, self.mask_token, self.pos))

@@ -2,7 +2,7 @@
 
 from . import data, masking, ops
 from ._version import __version__
-from .interop.accelerate import accelerate, explain, restore
+from .interop.accelerate import UnsupportedModelError, accelerate, explain, restore
 from .interop.checkpoints import load
 from .interop.facebook import to_facebook
 from .interop.huggingface import from_huggingface, to_huggingface
@@ -22,6 +22,7 @@ __all__ = [
     "MAEOutput",
     "Mask",
     "MaskedAutoencoderViT",
+    "UnsupportedModelError",
     "__version__",
     "accelerate",
     "data",

@@ -110,6 +110,7 @@ def test_public_names():
         "MAEOutput",
         "Mask",
         "MaskedAutoencoderViT",
+        "UnsupportedModelError",
         "__version__",
         "accelerate",
         "data",

@@ -1,10 +1,11 @@
 """`accelerate`, `restore`, `explain`: other people's models made fast in place."""
 
+import importlib
 import re
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -20,7 +21,7 @@ _NUMBER = re.compile(r"\b\d+\b")
 
 
 class UnsupportedModelError(ValueError):
-    """Nothing in a model could be accelerated."""
+    """Nothing in a model can be accelerated, or not as was asked; the message says why of each module."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", s
     GELU, the decoder's input, and the loss (its target is read from the image), each where the methods that do it are
     exactly known: a method that a fork overrides is never replaced, and a module whose dropout is active keeps its own
     attention. What a call asks for besides (attention masks, attention weights, images that require grad) is left to
-    the model's own code.
+    the model's own code, and so is each module that is hooked or replaced (by LoRA, pruning, quantisation), and all of
+    them under global module hooks, `torch.func` and forward-mode AD. Of a gradient no other can be taken
+    (`create_graph=True`): `restore` the model first.
 
     Args:
         model: a model, or anything that holds one. Calling again starts over.
@@ -80,10 +83,13 @@ def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", s
     choices = _choices(model, predict)
     report = _report(model, choices)
     mixins = [mixin for choice in choices.values() for mixin in choice.mixins]
+    cause = next((choice.error for choice in choices.values() if choice.error is not None), None)
     if strict and not mixins:
-        raise UnsupportedModelError(f"nothing in model can be accelerated; supported: {SUPPORTED}\n{report}")
+        raise UnsupportedModelError(f"nothing in model can be accelerated; supported: {SUPPORTED}\n{report}") from cause
     if strict and predict == "masked" and not any(mixin.only_masked for mixin in mixins):
-        raise UnsupportedModelError(f'predict="masked": nothing in model can be made to predict less\n{report}')
+        raise UnsupportedModelError(
+            f'predict="masked": nothing in model can be made to predict less\n{report}'
+        ) from cause
     for path, choice in choices.items():
         if choice.mixins:
             swap(model.get_submodule(path), choice.mixins)
@@ -147,19 +153,28 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
 def _choose(module: nn.Module, predict: str) -> Choice | None:
     """By the packages that its class and its bases come from, imported already; else by its structure."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    choice: Choice | None = None
-    if "transformers" in packages:
-        try:
-            from .accelerated import huggingface
-        except ImportError:
-            version = sys.modules["transformers"].__version__
-            return Choice(kept=(f"transformers {version} writes it otherwise than 5.15 to 5.24, which are known",))
-        choice = huggingface.choose(module, predict)
-    if "lightly" in packages:
-        from .accelerated import lightly
+    for package, family in (("transformers", "huggingface"), ("lightly", "lightly")):
+        if package in packages:
+            try:
+                known: Any = importlib.import_module(f".accelerated.{family}", __package__)
+            except ImportError as error:
+                return Choice(kept=(_not_importable(package, error),), error=error)
+            choice: Choice | None = known.choose(module, predict)
+            if choice is not None:
+                return choice
+    return timm.choose(module) or facebook.choose(module, predict)
 
-        choice = lightly.choose(module)
-    return choice or timm.choose(module) or facebook.choose(module, predict)
+
+def _not_importable(package: str, error: ImportError) -> str:
+    """Why what is known of a `package` can't be imported: it is of another version, or something else is missing."""
+    while isinstance(error.__cause__, ImportError):
+        error = error.__cause__
+    missing = (error.name or "").partition(".")[0]
+    version = getattr(sys.modules[package], "__version__", "of this version")
+    if missing in (package, "fastmim"):
+        known = "1.6, which is" if package == "lightly" else "5.15 to 5.24, which are"
+        return f"{package} {version} writes it otherwise than {known} known: {error}"
+    return f"{package} {version} needs {missing or 'something'} that can't be imported: {error}"
 
 
 def _report(model: nn.Module, choices: dict[str, Choice]) -> Report:

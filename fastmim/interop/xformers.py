@@ -44,7 +44,7 @@ def memory_efficient_attention(
         Of the shape and dtype of `query`, or in autocast's dtype.
 
     Raises:
-        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`).
+        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`) or does not load.
         TypeError, ValueError: wrong type, shape, dtype or device; a mask for another number of rows.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -62,12 +62,7 @@ def memory_efficient_attention(
     if not 0 <= p <= 1:
         raise ValueError(f"p must be a probability, in 0..1, got {p}")
     reason = _left_to_xformers(query, key, value, attn_bias, p, op, output_dtype)
-    if reason is not None:
-        theirs = _xformers()
-        if theirs is None:
-            raise ImportError(f"{reason} is left to xformers, which can't be imported: pip install fastmim[xformers]")
-    else:
-        theirs = _xformers() if _beyond_kernels(query, key, attn_bias) else None
+    theirs = _xformers(reason) if reason is not None or _beyond_kernels(query, key, attn_bias) else None
     if theirs is not None:
         out: Tensor = theirs.memory_efficient_attention(
             query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
@@ -110,11 +105,17 @@ def _block_diagonal(attn_bias: Any) -> bool:
     return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
 
 
-def _xformers() -> Any:
+def _xformers(reason: str | None) -> Any:
+    """xformers.ops; where it can't be imported None, or an error if there is a `reason` to need it."""
     try:
         import xformers.ops
-    except ImportError:
-        return None
+    except ImportError as error:
+        if reason is None:
+            return None
+        install = "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
+        raise ImportError(
+            f"{reason} is left to xformers, which can't be imported ({error}): {install}", name=error.name
+        ) from error
     return xformers.ops
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.utils._pytree as pytree
@@ -23,9 +23,22 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+class GatheredOutput(NamedTuple):
+    """What `nn.DataParallel` returns for a masked autoencoder on several devices: the parts that unpack.
+
+    Attributes:
+        loss: (devices,), the loss of each; train on its mean.
+        pred, mask: of the whole batch, as in `MAEOutput`.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+
+
 @dataclass
 class MAEOutput:
-    """What a masked autoencoder returns; unpacks to `loss, pred, mask`.
+    """What a masked autoencoder returns; unpacks to `loss, pred, mask`. `nn.DataParallel` keeps these three alone.
 
     Attributes:
         loss: scalar, mean squared error over the predicted patches.
@@ -42,6 +55,12 @@ class MAEOutput:
     ids_keep: Tensor
     ids_predict: Tensor
     ids_restore: Tensor
+
+    def __new__(cls, *values: Any, **named: Any) -> Any:
+        """Torch's `gather` hands over what the outputs of all devices unpack to, as one iterable."""
+        if len(values) == 1 and not named:
+            return GatheredOutput(*values[0])
+        return super().__new__(cls)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.loss, self.pred, self.mask))
@@ -243,8 +262,6 @@ class MaskedAutoencoderViT(nn.Module):
             mean=mean,
             std=std,
         )
-        # under autocast the embedding is narrow; the residual stream is not
-        tokens = tokens.to(self.cls_token.dtype)
         return run_blocks(self.blocks, self.norm, tokens, checkpointing=self._checkpointing())
 
     def _decode(self, latent: Tensor, mask: Mask) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .linear import linear, linear_of, plain
+from .linear import is_stock, linear, linear_of
 
 
 class Attention(nn.Module):
@@ -31,7 +31,7 @@ class Attention(nn.Module):
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
             return self.attend(linear(x, self.qkv))
-        if not plain(self.qkv, nn.Linear):
+        if not is_stock(self.qkv, nn.Linear):
             q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
             out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
         else:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain
 from typing import overload
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .attention import Attention
-from .linear import gelu_linear, linear_of, norm_linear, plain, plain_norm
+from .linear import gelu_linear, is_stock, linear_of, norm_linear, residual_stream, stock_norm, watched
 
 Stream = tuple[Tensor, Tensor | None]
 
@@ -21,7 +22,7 @@ def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tenso
     """norm(residual + x) and the sum; `x` None is no branch yet."""
     if x is None:
         return norm(residual), residual
-    if plain_norm(norm):
+    if stock_norm(norm):
         return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
     total = residual + x
     return norm(total), total
@@ -37,15 +38,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        if self.plain():
+        if self.fuses():
             return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
-    def plain(self) -> bool:
-        """Whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
+    def fuses(self) -> bool:
+        """Return whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
         eager = not torch.compiler.is_compiling()
-        return eager and plain(self.fc1, nn.Linear) and plain(self.fc2, nn.Linear) and self.fc1.bias is not None
+        return eager and is_stock(self.fc1, nn.Linear) and is_stock(self.fc2, nn.Linear) and self.fc1.bias is not None
 
 
 class Block(nn.Module):
@@ -83,27 +84,55 @@ class Block(nn.Module):
     def forward(self, x: Tensor | Stream, num_queries: int | None = None) -> Tensor | Stream:
         """x (B, S, D) -> (B, S, D), or (B, num_queries, D): the last tokens; the others serve as keys only.
 
-        A chain of blocks passes a stream instead, and gets one: the pair (residual, branch) whose sum is x, left to
-        the next norm.
+        Under autocast the result is in float32, whatever x is. A chain of blocks passes a stream instead, and gets one:
+        the pair (residual, branch) whose sum is x, left to the next norm.
         """
         residual, branch = (x, None) if isinstance(x, Tensor) else x
+        if branch is None:
+            residual = residual_stream(residual)
         attn, mlp = self.attn, self.mlp
-        fused = num_queries is None and plain(attn, Attention) and plain(attn.qkv, nn.Linear)
-        if fused and branch is not None and plain_norm(self.norm1):
+        fused = num_queries is None and is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
+        if fused and branch is not None and stock_norm(self.norm1):
             qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias)
             attended = attn.attend(qkv)
         else:
             normed, residual = add_norm(self.norm1, branch, residual)
-            attended = attn(normed, num_queries)
-        if num_queries is not None:
-            residual = residual[:, residual.shape[1] - num_queries :]
-        if plain_norm(self.norm2) and plain(mlp, Mlp) and mlp.plain():
+            if type(attn).forward is Attention.forward:
+                attended = attn(normed, num_queries)
+            else:
+                attended = _last(attn(normed), num_queries)
+        residual = _last(residual, num_queries)
+        if stock_norm(self.norm2) and is_stock(mlp, Mlp) and mlp.fuses():
             hidden, residual = norm_linear(attended, residual, self.norm2, mlp.fc1.weight, None)
             branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2)
         else:
             normed, residual = add_norm(self.norm2, attended, residual)
             branch = mlp(normed)
         return residual + branch if isinstance(x, Tensor) else (residual, branch)
+
+
+def takes_stream(block: nn.Module) -> bool:
+    """Return whether `block` is a `Block`, sharded perhaps, and nobody else looks at what goes in and comes out.
+
+    Another module, and a hook, expect a tensor. Those of fully_shard only gather and free weights.
+    """
+    hooks = chain(
+        block._forward_hooks.values(),
+        block._forward_pre_hooks.values(),
+        block._backward_hooks.values(),
+        block._backward_pre_hooks.values(),
+    )
+    return (
+        type(block).forward is Block.forward
+        and "forward" not in block.__dict__
+        and not watched()
+        and all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+    )
+
+
+def _last(x: Tensor, count: int | None) -> Tensor:
+    """Return the last `count` tokens of x (B, S, D), by default all."""
+    return x if count is None else x[:, x.shape[1] - count :]
 
 
 def run_blocks(
@@ -120,12 +149,17 @@ def run_blocks(
     only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
     """
     blocks = list(blocks)
-    if not blocks and num_queries is not None:
-        x = x[:, x.shape[1] - num_queries :]
+    if not blocks:
+        x = _last(x, num_queries)
     stream: Stream = (x, None)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
         run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
-        stream = run(stream, queries)
+        if takes_stream(block):
+            stream = run(stream, queries)
+            continue
+        residual, branch = stream
+        out = run(residual if branch is None else residual + branch)
+        stream = _last(out, queries), None
     residual, branch = stream
     return add_norm(norm, branch, residual)[0]

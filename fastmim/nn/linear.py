@@ -14,37 +14,61 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
-from ..ops._define import autocast_dtype, sum_rows, without_autocast
+from ..ops._define import autocast_dtype, sum_rows, transformed, without_autocast
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def plain(module: nn.Module, kind: type[M]) -> TypeGuard[M]:
-    """Whether what `module` does is known, so that it need not be called: nothing is replaced, wrapped or hooked."""
-    return type(module) is kind and untouched(module)
+def is_stock(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
+    """Return whether calling `module` would do what `cls` does and nothing more, so that its weights alone will do."""
+    return type(module) is cls and untouched(module)
 
 
 def untouched(module: nn.Module) -> bool:
-    """Whether calling `module` does what its class says, no more: no hooks, no `forward` of the instance's own."""
+    """Return whether a call of `module` would run the `forward` of its class alone, and nothing would notice it."""
+    return unaltered(module) and not watched()
+
+
+def unaltered(module: nn.Module) -> bool:
+    """Return whether `module` itself has no hooks, no `forward` of its own and no tensor subclass for a weight."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and "forward" not in module.__dict__
+    if hooks or "forward" in module.__dict__:
+        return False
+    return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
 
 
-def plain_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Whether to fuse this norm: of the last axis, with weight and bias; the compiler fuses by itself."""
+# a quantised or sharded weight has its own form of each PyTorch op, and none of ours; what export traces with has none
+_WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
+
+
+def watched() -> bool:
+    """Return whether a global hook, torch.func or forward-mode AD follows all modules: it must see each one called."""
+    return bool(_has_any_global_hook()) or transformed()
+
+
+def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Return whether to fuse a norm: of the last axis, with weight and bias; the compiler fuses by itself."""
     return (
         not torch.compiler.is_compiling()
-        and plain(norm, nn.LayerNorm)
+        and is_stock(norm, nn.LayerNorm)
         and len(norm.normalized_shape) == 1
         and norm.bias is not None
     )
 
 
+def residual_stream(x: Tensor) -> Tensor:
+    """Return tokens x as the residual stream that blocks add to: in float32 under autocast, where layers are narrow."""
+    return x if autocast_dtype(x) is None else x.float()
+
+
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """layer(x)."""
-    if plain(layer, nn.Linear):
+    if is_stock(layer, nn.Linear):
         return linear_of(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
     return out

@@ -6,12 +6,28 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import axes
-from ..ops.patches import Stat
+from .._checks import axes, check_tensor
+from ..ops.patches import Stat, channel_stats
+from .linear import residual_stream, unaltered, watched
+
+
+def cuts_patches(projection: nn.Module) -> bool:
+    """Return whether `projection` is a convolution that embeds each patch apart, by its weights and nothing else."""
+    return (
+        type(projection) is nn.Conv2d
+        and unaltered(projection)
+        and projection.stride == projection.kernel_size
+        and projection.padding == (0, 0)
+        and projection.dilation == (1, 1)
+        and projection.groups == 1
+    )
 
 
 class PatchEmbed(nn.Module):
     """Cuts patches out of images and embeds them; `proj` has the weights of the convolution it stands for.
+
+    A `proj` that is hooked, wrapped, quantised or replaced (by LoRA, pruning, another stem) is called instead, on the
+    whole images, and the patches are taken from what it returns.
 
     Args:
         img_size, patch_size: int or (height, width).
@@ -45,9 +61,39 @@ class PatchEmbed(nn.Module):
         mean: Stat = None,
         std: Stat = None,
     ) -> Tensor:
-        """images (B, C, H, W) -> tokens (B, N+K, D) of the patches `ids_keep` (B, K), by default all L in order."""
+        """images (B, C, H, W) -> tokens (B, N+K, D) of the patches `ids_keep` (B, K), by default all L in order.
+
+        The tokens begin a residual stream: under autocast they are in float32.
+        """
         if ids_keep is None:
             ids_keep = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
-        return ops.embed_patches(
-            images, ids_keep, self.proj.weight, self.proj.bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
-        )
+        proj = self.proj
+        if cuts_patches(proj) and not watched():
+            tokens = ops.embed_patches(
+                images, ids_keep, proj.weight, proj.bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
+            )
+            return residual_stream(tokens)
+        if cuts_patches(proj):
+            # the convolution of the chosen patches, seen by what follows each module: each patch is an image
+            patches = ops.gather_patches(images, ids_keep, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype)
+            tokens = proj(patches.view(-1, images.shape[1], *self.patch_size)).view(*ids_keep.shape, -1)
+        else:
+            grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
+            whole = proj(_normalised(images, mean, std, next(proj.parameters(), None)))
+            check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
+            tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
+        if pos_embed is not None:
+            tokens = tokens + ops.gather_tokens(pos_embed.expand(images.shape[0], -1, -1), ids_keep)
+        if prefix is not None:
+            tokens = torch.cat([prefix.expand(images.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+        return residual_stream(tokens)
+
+
+def _normalised(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> Tensor:
+    """Return images (B, C, H, W) as `ops.gather_patches` reads them, in the dtype of a floating `weight`."""
+    mean, std = channel_stats(images, mean, std)
+    dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
+    x = images / 255 if images.dtype == torch.uint8 else images
+    x = x if mean is None else x - mean[:, None, None]
+    x = x if std is None else x / std[:, None, None]
+    return x.to(weight.dtype if weight is not None and weight.is_floating_point() else dtype)

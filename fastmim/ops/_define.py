@@ -1,11 +1,13 @@
 """One way to define an op: schema, reference, fake, gradient."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _library
@@ -42,7 +44,41 @@ def define(
         formula = backward if twice else once_differentiable(backward)
         torch.library.register_autograd(qualified, formula, setup_context=setup_context)
     op: Callable[..., Any] = getattr(torch.ops.fastmim, name).default
-    return op
+    return op if internal or backward is None else _refuse_transforms(qualified, op, twice)
+
+
+def transformed() -> bool:
+    """Return whether torch.func or forward-mode AD is at work, neither of which differentiates an op of ours."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callable[..., Any]:
+    """Return `op` with an error where a derivative is asked for in another way than by `backward`.
+
+    PyTorch would drop the tangents of forward-mode AD without a word.
+    """
+
+    @functools.wraps(op)
+    def call(*args: Any) -> Any:
+        if transformed() and any(isinstance(arg, Tensor) and _followed(arg) for arg in args):
+            raise RuntimeError(
+                f"{name} is differentiable{'' if twice else ' once'}, by backward() and torch.autograd.grad(): not by "
+                "torch.func's grad, vjp and jvp, nor in forward mode"
+            )
+        return op(*args)
+
+    return call
+
+
+def _followed(x: Tensor) -> bool:
+    """Return whether torch.func differentiates by `x` at some level, or `x` has a tangent; vmap alone is served."""
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(x):
+        x = functorch.get_unwrapped(x)
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    tracked = functorch.is_gradtrackingtensor(x)
+    return tracked and (x.requires_grad or _followed(functorch.get_unwrapped(x)))
 
 
 def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:

@@ -34,8 +34,7 @@ class Case:
     family: str
 
     def run(self, model: nn.Module, images: Tensor | None = None) -> tuple[Any, ...]:
-        dtype = next(model.parameters()).dtype
-        images = self.images.to(dtype) if images is None else images
+        images = self.images.to(next(model.parameters()).dtype) if images is None else images
         torch.manual_seed(7)
         if self.family == "ViTMAEForPreTraining":
             out = model(images, noise=self.noise)

@@ -154,3 +154,25 @@ def test_another_version_of_transformers_is_named(hugging, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastmim.interop.accelerated.huggingface", None)
     with pytest.raises(UnsupportedModelError, match=f"transformers {transformers.__version__} writes it otherwise"):
         fastmim.accelerate(hugging.model)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ModuleNotFoundError("none", name="torchvision"), r"needs torchvision that can't be imported"),
+        (ImportError("no name 'ViTMLP'", name="transformers.models.vit"), r"writes it otherwise than 5\.15"),
+        (ImportError("libcudart.so: cannot open"), r"needs something that .*: libcudart\.so: cannot open"),
+    ],
+)
+def test_the_package_that_is_missing_is_named(hugging, monkeypatch, error, said):
+    def fails(name, package):
+        # transformers hides what its lazy modules meet behind an error of its own
+        raise ModuleNotFoundError("Could not import module 'ViTModel'") from error
+
+    monkeypatch.setattr("fastmim.interop.accelerate.importlib.import_module", fails)
+    with pytest.raises(
+        fastmim.UnsupportedModelError, match=f"transformers {transformers.__version__} {said}"
+    ) as raised:
+        fastmim.accelerate(hugging.model)
+    assert raised.value.__cause__.__cause__ is error

@@ -263,6 +263,20 @@ def test_without_xformers_it_is_named(monkeypatch, arguments):
     assert memory_efficient_attention(*inputs).shape == (1, 7, 2, 8)
 
 
+@pytest.mark.fault
+def test_the_package_that_xformers_misses_is_named(monkeypatch, tmp_path):
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").touch()
+    (tmp_path / "xformers" / "ops.py").write_text("import a_package_that_is_missing")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    inputs = tensors(1, 7, 2, 8, dtype=torch.float32)
+    with pytest.raises(ImportError, match=r"can't be imported .*: install a_package_that_is_missing") as raised:
+        memory_efficient_attention(*inputs, p=0.1)
+    assert raised.value.name == raised.value.__cause__.name == "a_package_that_is_missing"
+
+
 def test_xformers_itself_is_reached():
     """On CPUs it has no operator, and says so."""
     ops = pytest.importorskip("xformers.ops")

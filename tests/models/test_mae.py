@@ -122,11 +122,12 @@ def test_no_blocks(sizes, predict):
 def test_activation_checkpointing_is_bit_equal():
     model = build()
     images, noise = pictures(model), torch.rand(2, 16)
+    runs = []
+    model.decoder_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
     loss = model(images, noise=noise).loss
     plain = gradients(loss, model)
 
-    runs = []
-    model.decoder_blocks[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    runs.clear()
     model.set_grad_checkpointing()
     recomputed = model(images, noise=noise).loss
     assert torch.equal(recomputed, loss)

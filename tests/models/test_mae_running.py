@@ -12,6 +12,7 @@ from cases import Errors, check_draws
 from plain_mae import build, gradients, overlapping, pictures
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import scatter_gather
 
 import fastmim
 from fastmim import MaskedAutoencoderViT
@@ -134,6 +135,44 @@ def test_two_steps_in_parallel_equal_two_alone(parallel, one_process):
             optimizer.zero_grad()
     for ours, theirs in zip(together.parameters(), alone.parameters()):
         assert torch.equal(ours.full_tensor() if parallel is sharded else ours, theirs)
+
+
+@pytest.mark.fault
+def test_what_several_devices_return_is_gathered(monkeypatch):
+    """By torch's own `gather`, which nn.DataParallel calls; its last step copies from GPUs."""
+
+    class Gather:
+        @staticmethod
+        def apply(device, dim, *parts):
+            return torch.cat([part.reshape(1) if part.dim() == 0 else part for part in parts], dim)
+
+    monkeypatch.setattr(scatter_gather, "Gather", Gather)
+    model = build()
+    images, noise = pictures(model, 4), torch.rand(4, 16)
+    whole = model(images, noise=noise)
+    halves = [model(x, noise=n) for x, n in zip(images.chunk(2), noise.chunk(2))]
+    loss, pred, mask = out = scatter_gather.gather(halves, "cpu")
+    assert (out.loss, out.pred, out.mask) == (loss, pred, mask)
+    torch.testing.assert_close((loss.mean(), pred, mask), tuple(whole))
+    loss.mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.fault
+def test_a_replica_computes_the_same():
+    """What nn.DataParallel runs has its parameters as attributes, and they are no leaves."""
+    model = build()
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, parameter.view_as(parameter))
+    images, noise = pictures(model), torch.rand(2, 16)
+    expected, found = model(images, noise=noise), replicas[model](images, noise=noise)
+    assert torch.equal(found.pred, expected.pred)
+    found.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_a_compiled_step_copies_nothing_to_the_device():

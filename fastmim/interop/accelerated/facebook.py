@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn.linear import linear, untouched
-from .layers import embeds, inverse, maskable, visible_tokens
-from .recognise import disagrees, impure
-from .swap import Choice, Fast
+from ...ops._define import transformed
+from .layers import embeds, inverse, maskable, rows, visible_tokens
+from .recognise import disagrees, idle_but, impure
+from .swap import Choice, Fast, replaced
 from .timm import Block
 
 _MODULES = "patch_embed blocks norm decoder_embed decoder_blocks decoder_norm decoder_pred".split()
@@ -54,7 +55,9 @@ class Encoder(Fast):
         len_keep = int(num_patches * (1 - mask_ratio))
         if not (
             untouched(patches)
+            and idle_but(patches, "proj")
             and untouched(blocks)
+            and not replaced(self, "random_masking")
             and tuple(x.shape[2:]) == _pair(patches.img_size)
             and embeds(x, patches.proj)
             and maskable(noise, x.shape[0], num_patches, len_keep)
@@ -118,7 +121,12 @@ class Loss(Fast):
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """imgs (B, C, H, W), pred (B, L, P), mask (B, L), 1 = removed -> scalar."""
-        if not _scorable(imgs, self.patch_embed) or mask.shape != pred.shape[:2] or not mask.is_floating_point():
+        if (
+            replaced(self, "patchify")
+            or not _scorable(imgs, self.patch_embed)
+            or mask.shape != pred.shape[:2]
+            or not mask.is_floating_point()
+        ):
             out: Tensor = super().forward_loss(imgs, pred, mask)  # type: ignore[misc]
             return out
         ids = torch.arange(pred.shape[1], device=pred.device).expand(pred.shape[0], -1)
@@ -140,13 +148,14 @@ class OnlyMasked(Fast):
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, *noises, **named)
         ids = inverse(ids_restore)
         ids_predict = ids[:, latent.shape[1] - 1 :]
-        if untouched(self.decoder_blocks) and ids_predict.shape[1]:
+        if untouched(self.decoder_blocks) and not replaced(self, "forward_decoder") and ids_predict.shape[1]:
             pred = self.predict_masked(latent, ids)
         else:
-            pred = ops.gather_tokens(self.forward_decoder(latent, ids_restore), ids_predict)
-        if ids_predict.shape[1] and _scorable(imgs, self.patch_embed):
+            pred = rows(self.forward_decoder(latent, ids_restore), ids_predict)
+        known = not replaced(self, "patchify", "forward_loss") and _scorable(imgs, self.patch_embed)
+        if ids_predict.shape[1] and known:
             return _loss(self, imgs, pred, ids_predict, None), pred, mask
-        everywhere = ops.gather_tokens(torch.nn.functional.pad(pred, (0, 0, latent.shape[1] - 1, 0)), ids_restore)
+        everywhere = rows(torch.nn.functional.pad(pred, (0, 0, latent.shape[1] - 1, 0)), ids_restore)
         return self.forward_loss(imgs, everywhere, mask), pred, mask
 
 
@@ -279,7 +288,10 @@ def _images(twin: Any) -> Tensor:
 
 def _scorable(images: Tensor, patches: Any) -> bool:
     return (
-        images.dim() == 4
+        not transformed()
+        # what wraps the convolution, for LoRA say, may not tell its sizes
+        and isinstance(patches.proj, nn.Conv2d)
+        and images.dim() == 4
         and images.shape[0] > 0
         and images.shape[1] == patches.proj.in_channels
         and images.is_floating_point()

@@ -14,6 +14,7 @@ from transformers.utils.generic import can_return_tuple
 
 from ... import ops
 from ...nn.linear import linear, untouched
+from ...ops._define import transformed
 from .layers import (
     attention_serves,
     embeds,
@@ -22,13 +23,13 @@ from .layers import (
     mlp_of,
     no_kernel,
     norm_mlp_of,
-    plain_mlp,
-    plain_norm,
     project,
+    stock_mlp,
+    stock_norm,
     visible_tokens,
 )
 from .recognise import overridden, unknown
-from .swap import Choice, Fast, callable_parts
+from .swap import Choice, Fast, callable_parts, replaced
 
 # the forms of attention whose results ours are; any other was chosen for what it does
 IMPLEMENTATIONS = (None, "eager", "sdpa")
@@ -88,10 +89,14 @@ class MLP(Fast):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if plain_mlp(self.fc1, self.fc2):
+        if self.fuses():
             return mlp_of(hidden_states, self.fc1, self.fc2)
         out: Tensor = super().forward(hidden_states)
         return out
+
+    def fuses(self) -> bool:
+        """Whether nothing but an exact GELU is between two linear layers that may be fused."""
+        return _exact(self.activation_fn) and stock_mlp(self.fc1, self.fc2)
 
 
 class Layer(Fast):
@@ -119,7 +124,7 @@ class Layer(Fast):
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """The second half of the block."""
         attended, mlp, norm = self.dropout(attended), self.mlp, self.layernorm_after
-        if callable_parts(mlp, MLP) and plain_mlp(mlp.fc1, mlp.fc2) and plain_norm(norm):
+        if callable_parts(mlp, MLP) and mlp.fuses() and stock_norm(norm):
             out, residual = norm_mlp_of(attended, residual, norm, mlp.fc1, mlp.fc2)
         else:
             residual = attended + residual
@@ -138,7 +143,8 @@ class Embeddings(Fast):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """pixel_values (B, C, H, W) -> tokens (B, 1+K, D), mask (B, L), 1 = removed, and ids_restore (B, L)."""
         patches, projection = self.patch_embeddings, self.patch_embeddings.projection
-        fits = interpolate_pos_encoding or tuple(pixel_values.shape[2:]) == tuple(self.image_size)
+        fits = not replaced(self, "random_masking")
+        fits = fits and (interpolate_pos_encoding or tuple(pixel_values.shape[2:]) == tuple(self.image_size))
         if not (fits and type(patches) is mae.ViTMAEPatchEmbeddings and untouched(patches)) or not embeds(
             pixel_values, projection
         ):
@@ -172,6 +178,8 @@ class Decoder(Fast):
 
     def forward(self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Any:
         """hidden_states (B, 1+K, D), ids_restore (B, L) -> logits (B, L, P)."""
+        if transformed():
+            return super().forward(hidden_states, ids_restore, interpolate_pos_encoding)
         tokens = ops.unshuffle(
             self._embed(hidden_states),
             ids_restore,
@@ -263,7 +271,7 @@ class ForPreTraining(Fast):
 
     def _scores(self, images: Tensor, interpolate_pos_encoding: bool) -> bool:
         """Whether our loss stands for Hugging Face's on these images; it tells what is wrong with others."""
-        if images.dim() != 4 or images.requires_grad:
+        if images.dim() != 4 or images.requires_grad or transformed() or replaced(self, "patchify"):
             return False
         height, width = images.shape[2:]
         patch = self.config.patch_size
@@ -314,8 +322,11 @@ def _attention(module: Any, predict: str) -> type[Fast] | str:
 
 def _mlp(module: Any, predict: str) -> type[Fast] | str:
     activation = module.activation_fn
-    exact = getattr(activation, "act", None) is F.gelu and untouched(activation)
-    return MLP if exact else f"its activation is {type(activation).__name__}, not the exact GELU"
+    return MLP if _exact(activation) else f"its activation is {type(activation).__name__}, not the exact GELU"
+
+
+def _exact(activation: Any) -> bool:
+    return getattr(activation, "act", None) is F.gelu and untouched(activation)
 
 
 def _pretraining(module: Any, predict: str) -> type[Fast]:

@@ -9,13 +9,15 @@ from ... import ops
 from ...nn.linear import (
     emulated,
     gelu_linear,
+    is_stock,
     linear_of,
     linears_of,
     norm_linear,
-    plain,
     untouched,
+    watched,
 )
-from ...ops._define import autocast_dtype
+from ...nn.patch_embed import cuts_patches
+from ...ops._define import autocast_dtype, transformed
 
 MAX_HEAD_DIM, MAX_LENGTH = 128, 1024
 # device types that our kernels serve in this installation; elsewhere PyTorch's own beat our reference formulas
@@ -25,8 +27,14 @@ SERVED = frozenset(
 
 
 def attention_serves(head_dim: int, x: Tensor) -> bool:
-    """Whether our attention has a kernel for tokens x (B, S, D) in heads of this width."""
-    return x.dim() == 3 and x.device.type in SERVED and _fits(head_dim) and x.shape[1] <= MAX_LENGTH
+    """Whether our attention has a kernel for tokens x (B, S, D) in heads of this width, and a gradient as is asked."""
+    fits = x.dim() == 3 and x.device.type in SERVED and _fits(head_dim) and x.shape[1] <= MAX_LENGTH
+    return fits and not transformed()
+
+
+def rows(tokens: Tensor, ids: Tensor) -> Tensor:
+    """tokens (B, L, D) at `ids` (B, K), by PyTorch's gather, which torch.func follows."""
+    return tokens.gather(1, ids[..., None].expand(-1, -1, tokens.shape[2]))
 
 
 def no_kernel(head_dim: int) -> str | None:
@@ -40,12 +48,12 @@ def _fits(head_dim: int) -> bool:
 
 def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
     """layer(x) of each layer."""
-    if all(plain(layer, nn.Linear) for layer in layers):
+    if all(is_stock(layer, nn.Linear) for layer in layers):
         return linears_of(x, *((layer.weight, layer.bias) for layer in layers))
     return tuple(layer(x) for layer in layers)
 
 
-def plain_norm(norm: nn.Module) -> bool:
+def stock_norm(norm: nn.Module) -> bool:
     """Whether `norm` is a layer norm of the last axis with weight and bias, PyTorch's or timm's."""
     kind = type(norm)
     timm = kind.__module__ == "timm.layers.norm" and kind.__name__ == "LayerNorm" and not norm._fast_norm
@@ -58,10 +66,10 @@ def plain_norm(norm: nn.Module) -> bool:
     )
 
 
-def plain_mlp(first: Any, second: Any) -> bool:
+def stock_mlp(first: Any, second: Any) -> bool:
     """Whether two linear layers may be fused with the GELU between them; the compiler fuses by itself."""
     eager = not torch.compiler.is_compiling()
-    linear = plain(first, nn.Linear) and plain(second, nn.Linear) and first.bias is not None
+    linear = is_stock(first, nn.Linear) and is_stock(second, nn.Linear) and first.bias is not None
     return eager and linear and second.weight.device.type in SERVED
 
 
@@ -87,14 +95,11 @@ def embed(images: Tensor, ids: Tensor, projection: nn.Conv2d) -> Tensor:
     return ops.embed_patches(images, ids, weight, bias)
 
 
-def embeds(images: Tensor, projection: nn.Module) -> bool:
+def embeds(images: Tensor, projection: Any) -> bool:
     """Whether `embed` stands for the convolution `projection` on these images."""
     return (
-        plain(projection, nn.Conv2d)
-        and projection.stride == projection.kernel_size
-        and projection.padding == (0, 0)
-        and projection.dilation == (1, 1)
-        and projection.groups == 1
+        cuts_patches(projection)
+        and not watched()
         and images.dim() == 4
         and images.shape[1] == projection.in_channels
         and all(side % patch == 0 for side, patch in zip(images.shape[2:], projection.kernel_size))

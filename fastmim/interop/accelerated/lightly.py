@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ...nn.linear import untouched
 from .layers import embed, embeds, positions
-from .recognise import idle, overridden, unknown
-from .swap import Choice, Fast
+from .recognise import idle, idle_but, overridden, unknown
+from .swap import Choice, Fast, replaced
 
 # of preprocess, images_to_tokens, prepend_prefix_tokens and add_pos_embed in lightly 1.6
 KNOWN = frozenset("5045cda3417dc5af e58a61d713b511d0 d32ff809d2f2ad4f 4797d42ebd0730ec".split())
@@ -50,14 +50,16 @@ class Encoder(Fast):
         """
         vit = self.vit
         patches, count = vit.patch_embed, vit.num_prefix_tokens
-        plain = untouched(patches) and idle(vit.pos_drop) and tuple(images.shape[2:]) == tuple(patches.img_size)
-        if not plain or not embeds(images, patches.proj) or not idx_keep.is_cpu or torch.compiler.is_compiling():
+        own = replaced(self, "images_to_tokens", "prepend_prefix_tokens", "add_pos_embed")
+        known = not own and untouched(patches) and idle_but(patches, "proj") and idle(vit.pos_drop)
+        fits = known and tuple(images.shape[2:]) == tuple(patches.img_size)
+        if not fits or not embeds(images, patches.proj) or not idx_keep.is_cpu or torch.compiler.is_compiling():
             return False
         leading = torch.equal(idx_keep[:, :count], torch.arange(count).expand(len(idx_keep), -1))
         return leading and idx_keep.shape[1] > count and bool((idx_keep[:, count:] >= count).all())
 
 
-def choose(module: nn.Module) -> Choice | None:
+def choose(module: nn.Module, predict: str) -> Choice | None:
     """What to accelerate `module` as, why it stays as it is, or None: it is no such transformer."""
     if not isinstance(module, MaskedVisionTransformerTIMM):
         return None

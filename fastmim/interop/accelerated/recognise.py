@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._library import reference_serves
-from ...nn.linear import untouched
+from ...nn.linear import untouched, watched
 from .swap import Fast, fast_class
 
 # what a method may name besides its module's own parts: functions of tensors, and of numbers
@@ -119,6 +119,8 @@ def disagrees(
     """
     if any(p.is_meta or type(p) not in (nn.Parameter, Tensor) for p in module.parameters()):
         return "its weights are not here, so that it can't be asked what it computes"
+    if watched():
+        return "a global module hook or torch.func is at work, so that it can't be asked what it computes"
     try:
         twin = _twin(module, stand_ins)
         answers = []
@@ -187,6 +189,11 @@ def idle(part: nn.Module | None) -> bool:
         return True
     nothing = type(part) is nn.Identity or (type(part) is nn.Dropout and part.p == 0)
     return nothing and untouched(part)
+
+
+def idle_but(module: nn.Module, *run: str) -> bool:
+    """Whether calling the parts of `module` changes nothing, those named in `run` aside."""
+    return all(name in run or idle(part) for name, part in module._modules.items())
 
 
 def exact_gelu(activation: nn.Module) -> bool:

@@ -31,6 +31,14 @@ class Fast(nn.Module):
         """`type(model)(config)` makes a new model as it was before: only instances are accelerated."""
         return cls._fastmim_original(*args, **kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """As its own class is replicated, which calls `__new__`."""
+        own = object.__new__(self._fastmim_original)
+        object.__setattr__(own, "__dict__", self.__dict__)
+        replica = own._replicate_for_data_parallel()
+        replica.__class__ = type(self)
+        return replica
+
     def _get_name(self) -> str:
         return f"Fast{self._fastmim_original.__name__}"
 
@@ -43,10 +51,11 @@ class Fast(nn.Module):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to accelerate a module as, and why (else) it stays as it is."""
+    """What to accelerate a module as, and why (else) it stays as it is, for want of an import perhaps."""
 
     mixins: tuple[type[Fast], ...] = ()
     kept: tuple[str, ...] = ()
+    error: ImportError | None = None
 
 
 _classes: dict[Any, type[Fast]] = {}
@@ -113,6 +122,11 @@ def unswap(module: nn.Module, *, dry: bool = False) -> None:
         )
     if not dry:
         module.__class__ = module._fastmim_original  # type: ignore[assignment]
+
+
+def replaced(module: nn.Module, *methods: str) -> bool:
+    """Whether the instance has one of `methods` of its own."""
+    return any(method in module.__dict__ for method in methods)
 
 
 def callable_parts(module: nn.Module, kind: type[Fast]) -> bool:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn.linear import linear
-from .layers import attention_serves, mlp_of, no_kernel, norm_mlp_of, plain_mlp, plain_norm, project
-from .recognise import disagrees, exact_gelu, fingerprint, idle, impure
+from .layers import attention_serves, mlp_of, no_kernel, norm_mlp_of, project, stock_mlp, stock_norm
+from .recognise import disagrees, exact_gelu, fingerprint, idle, idle_but, impure
 from .swap import Choice, Fast, callable_parts
 
 # of forward in timm 1.0.31's Attention, Mlp and Block
@@ -33,8 +33,8 @@ class Attention(Fast):
         return self.attend(x, x)
 
     def serves(self, x: Tensor) -> bool:
-        """Whether a kernel does."""
-        return attention_serves(self._head_dim(), x)
+        """Whether a kernel does, and nothing between the projections does more."""
+        return idle_but(self, "qkv", "proj") and attention_serves(self._head_dim(), x)
 
     def attend(self, queries: Tensor, x: Tensor) -> Tensor:
         """queries, the last Q of x (B, S, D) -> (B, Q, D)."""
@@ -48,7 +48,8 @@ class Attention(Fast):
         return linear(out.flatten(2), self.proj)
 
     def _head_dim(self) -> int:
-        dim: int = self.qkv.out_features // 3 // _heads(self)
+        # what has been put in place of the projection may not tell its width: no kernel serves heads of 0
+        dim: int = getattr(self.qkv, "out_features", 0) // 3 // _heads(self)
         return dim
 
     def _scale(self) -> float | None:
@@ -64,10 +65,16 @@ class Mlp(Fast):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        if plain_mlp(self.fc1, self.fc2):
+        if self.fuses():
             return mlp_of(x, self.fc1, self.fc2)
         out: Tensor = super().forward(x)
         return out
+
+    def fuses(self) -> bool:
+        """Whether nothing but an exact GELU is between or after two linear layers that may be fused."""
+        activation = self._modules.get("act")
+        exact = activation is None or exact_gelu(activation)
+        return exact and idle_but(self, "fc1", "act", "fc2") and stock_mlp(self.fc1, self.fc2)
 
 
 class Block(Fast):
@@ -95,7 +102,7 @@ class Block(Fast):
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
         """The second half of the block."""
         attended, mlp, norm = self._after("1", attended), self.mlp, self.norm2
-        if callable_parts(mlp, Mlp) and plain_mlp(mlp.fc1, mlp.fc2) and plain_norm(norm):
+        if callable_parts(mlp, Mlp) and mlp.fuses() and stock_norm(norm):
             out, residual = norm_mlp_of(attended, residual, norm, mlp.fc1, mlp.fc2)
         else:
             residual = residual + attended
@@ -165,7 +172,7 @@ def _no_block(module: Any) -> str | None:
     mlp = choose(module.mlp)
     if mlp is None or Mlp not in mlp.mixins:
         return "its MLP stays as it is, so that there is nothing to fuse"
-    if not plain_norm(module.norm2):
+    if not stock_norm(module.norm2):
         return f"its norm2 is {module.norm2}"
     others = [name for name, part in module.named_children() if name not in _BLOCK and not idle(part)]
     return f"it has {others[0]} besides" if others else None
