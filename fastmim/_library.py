@@ -105,6 +105,22 @@ def triton_room(op: str) -> str | None:
     return next((room for room, served in kernels.OPS.items() if op in served), None)
 
 
+def most_keys(device: str, dtype: torch.dtype) -> int | None:
+    """Return how many keys a query may have before torch's own attention serves it; None for any number.
+
+    Measured: the C++ kernels are ahead at all lengths in 16 bits, in float32 while a head's rows stay in cache; no
+    kernel of a GPU takes more than 1,024. It is part of the op, no fallback of a backend: a forced one is asked for
+    every length. float64 is the reference's.
+    """
+    if family != "auto" or device == "meta" or dtype == torch.float64:
+        return None
+    if device != "cpu" or build is None:
+        return 1024
+    if dtype != torch.float32:
+        return None
+    return 4096 if build["isa"].startswith("avx512") else 1024
+
+
 def families(op: str) -> tuple[str, ...]:
     """The families that are asked on CUDA devices, in order; the next one gets what one leaves unserved."""
     triton = ("triton",) if triton_devices and triton_room(op) else ()
