@@ -77,8 +77,9 @@ class Mask:
 
 def _can_be_read(ids: Tensor) -> bool:
     """Return whether reading values costs no synchronisation and is no part of a traced or mapped function."""
-    plain = type(ids) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
-    return plain and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return False
+    return type(ids) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 def random(

@@ -422,7 +422,7 @@ def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | 
     axes = {NORM_PATCH: tuple(range(2, target.dim())), NORM_CHANNEL: tuple(range(2, target.dim() - 1))}.get(norm_pix)
     if axes is not None:
         target = target - target.mean(axes, keepdim=True)
-        var = target.square().sum(axes, keepdim=True) / (math.prod(target.shape[axis] for axis in axes) - 1)
+        var = target.square().sum(axes, keepdim=True) / (math.prod([target.shape[axis] for axis in axes]) - 1)
         target = target / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
     return pred.to(target.dtype) - target.flatten(2), row_scale
 

@@ -238,13 +238,16 @@ def _scaled_cosine_loss_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     value = tl.arange(0, BLOCK)
     is_row = row < rows
-    # what lies in a row without weight, NaN too, is not read: a zero row has no gradient
     scale = _row_scale(weight, row.to(tl.int64) * weight_value, weight_total, is_row, share)
-    mask = (scale != 0.0)[:, None] & (value < width)[None, :]
+    counts = (scale != 0.0)[:, None]
+    mask = is_row[:, None] & (value < width)[None, :]
     offset = row_offset(row, inner, pred_outer, pred_inner, UNIT)[:, None] + value[None, :] * pred_value
-    x, x_size, x_norm = _direction(tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32))
+    x = tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32)
     offset = row_offset(row, inner, target_outer, target_inner, UNIT)[:, None] + value[None, :] * target_value
-    y, y_size, y_norm = _direction(tl.load(target + offset, mask=mask, other=0.0).to(tl.float32))
+    y = tl.load(target + offset, mask=mask, other=0.0).to(tl.float32)
+    # what lies in a row without weight, NaN too, counts as zeros, which have no gradient
+    x, x_size, x_norm = _direction(tl.where(counts, x, 0.0))
+    y, y_size, y_norm = _direction(tl.where(counts, y, 0.0))
 
     cosine = tl.sum(x * y, axis=1)
     cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
@@ -255,7 +258,6 @@ def _scaled_cosine_loss_kernel(
     tl.store(losses + row, power * error * scale, mask=is_row)
 
     slope = -gamma * power * scale
-    mask = is_row[:, None] & (value < width)[None, :]
     offset = row.to(tl.int64)[:, None] * width + value[None, :]
     if NEED_PRED_GRAD:
         out = _cosine_gradient(slope, cosine, x, y, x_size, x_norm, LARGEST_PRED)
