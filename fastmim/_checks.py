@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,18 +53,21 @@ def check_count(name: str, value: object, low: int, high: int | None = None) -> 
     # before Integral: a compiler's integers are not registered as such
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    count = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    count: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
     if count < low or (high is not None and count > high):
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{name} must be {allowed}, got {count}")
-    return count
+    checked: int = count
+    return checked
 
 
 def check_number(name: str, value: object) -> float:
     """`value` is a number, NumPy's too; returned as one of Python's."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    return value if isinstance(value, (int, float, torch.SymFloat)) else float(value)
+    number: Any = value if isinstance(value, (int, float, torch.SymFloat)) else float(value)
+    checked: float = number
+    return checked
 
 
 def check_ratio(name: str, value: object, *, one: bool = False) -> float:

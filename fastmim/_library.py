@@ -2,7 +2,8 @@
 
 `FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one backend for the process: a
 public op raises at the call where that backend does not serve its arguments. The reference serves what no caller asks
-for by name (gradients and other inner steps, see `fallback`) and the ops that the backend has no kernel of.
+for by name (gradients and other inner steps, see `fallback`) and the ops that the backend has no kernel of. Long rows,
+which torch's own attention serves otherwise (`most_keys`), are the forced backend's too.
 """
 
 import contextlib

@@ -412,7 +412,10 @@ def parts(**changed):
     [
         (dict(ids_restore=torch.zeros_like), "ids_restore must not repeat an id within a row"),
         (dict(ids_restore=lambda ids: ids + 1), r"ids_restore must be in 0\.\.5; got 6"),
-        (dict(ids_restore=lambda ids: ids.flip(1)), r"ids_restore must hold the rank of each patch.*in row \d ids_keep"),
+        (
+            dict(ids_restore=lambda ids: ids.flip(1)),
+            r"ids_restore must hold the rank of each patch.*in row \d ids_keep",
+        ),
         (dict(ids_restore=lambda ids: ids.argsort(1)), "ids_restore must hold the rank of each patch"),
         (dict(ids_keep=lambda ids: ids * 0), "ids_keep must not repeat an id within a row"),
         (dict(ids_keep=lambda ids: ids + 6), r"ids_keep must be in 0\.\.5; got \d+"),

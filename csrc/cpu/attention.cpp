@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
                                                               const Tensor& v, const OptionalTensor& key_mask,
                                                               const OptionalTensor& bias, double scale,
                                                               bool need_bias_grad) {
-  if (!served(q) || need_bias_grad) {
+  if (!served(q)) {
     return reference<decltype(attention_backward)>("attention_backward")
         .call(grad, q, k, v, key_mask, bias, scale, need_bias_grad);
   }
@@ -62,11 +62,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   Tensor dq = like(q), dk = like(k), dv = like(v);
   Attention args = arguments(q, k, v, key_mask, scale);
   const Tensor wide_bias = bias.has_value() ? bias->to(at::kFloat) : Tensor();
-  if (bias.has_value()) set_bias(args, wide_bias, {q.size(0), q.size(2), q.size(1), k.size(1)});
+  const std::vector<int64_t> full = {q.size(0), q.size(2), q.size(1), k.size(1)};
+  if (bias.has_value()) set_bias(args, wide_bias, full);
+  const bool keep = bias.has_value() && need_bias_grad;
+  const Tensor score_grad = at::empty(keep ? full : std::vector<int64_t>{0}, q.options().dtype(at::kFloat));
+  args.score_grad = keep ? score_grad.mutable_data_ptr<float>() : nullptr;
   args.grad = view_of(grad, {0, 1, 2, 3});
   args.dq = view_of(dq, {0, 1, 2, 3}), args.dk = view_of(dk, {0, 1, 2, 3}), args.dv = view_of(dv, {0, 1, 2, 3});
   backward(args, q.size(0));
-  return {dq, dk, dv, at::empty({0}, q.options().dtype(at::kFloat))};
+  return {dq, dk, dv, keep ? at::sum_to(score_grad, bias->sizes()).to(bias->scalar_type()) : score_grad};
 }
 
 Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, double scale) {
@@ -144,10 +148,11 @@ Tensor attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const
   const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
              starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
-  each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first, int64_t, int64_t begin, int64_t end) {
-    args.out = rows_from(out, first);
-    kernels().attention(args, begin, end);
-  });
+  each_sequence(q, k, v, starts_q, starts_k, scale,
+                [&](Attention& args, int64_t first, int64_t, int64_t begin, int64_t end) {
+                  args.out = rows_from(out, first);
+                  kernels().attention(args, begin, end);
+                });
   return out;
 }
 
@@ -165,12 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
     return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
-  each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first_q, int64_t first_k, int64_t begin,
-                                                             int64_t end) {
-    args.grad = rows_from(grad, first_q), args.dq = rows_from(dq, first_q);
-    args.dk = rows_from(dk, first_k), args.dv = rows_from(dv, first_k);
-    kernels().attention_backward(args, begin, end);
-  });
+  each_sequence(q, k, v, starts_q, starts_k, scale,
+                [&](Attention& args, int64_t first_q, int64_t first_k, int64_t begin, int64_t end) {
+                  args.grad = rows_from(grad, first_q), args.dq = rows_from(dq, first_q);
+                  args.dk = rows_from(dk, first_k), args.dv = rows_from(dv, first_k);
+                  kernels().attention_backward(args, begin, end);
+                });
   return {dq, dk, dv};
 }
 

@@ -69,7 +69,7 @@ class _Waiting:
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         if name != _COUNTER:
             return None
-        sys.meta_path.remove(_Waiting)  # type: ignore[arg-type]
+        sys.meta_path.remove(_Waiting)
         spec = importlib.util.find_spec(name)
         if spec is None or spec.loader is None:
             return spec
@@ -84,8 +84,11 @@ class _Waiting:
 
 
 def register() -> None:
-    """Register the formulas, at once or when the counter is imported: it imports Triton, which `import fastmim` must not."""
+    """Register the formulas, at once or when the counter is imported, which `import fastmim` leaves to others.
+
+    It imports Triton.
+    """
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])
     else:
-        sys.meta_path.insert(0, _Waiting)  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _Waiting)

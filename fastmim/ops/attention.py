@@ -1,7 +1,11 @@
 """Attention: packed, separate (self or cross) and ragged.
 
-The kernels are made for short sequences, whose scores stay on the chip. Beyond `_library.most_keys` (1,024 keys on a
-GPU) a call is torch's `scaled_dot_product_attention`, with its gradient: the same values, and no score is stored.
+The kernels are made for short sequences. Beyond as many keys as `_library.most_keys` says (1,024 on a GPU) a call is
+torch's `scaled_dot_product_attention` with its own gradient: masks mean the same, and no score is stored. On a GPU its
+gradient repeats bit for bit only under `torch.use_deterministic_algorithms(True)`, and a bias is read in the dtype of
+q. For the gradient
+of a bias torch's attention stores the scores. A backend that
+FASTMIM_KERNELS forces is asked for every length, and raises where it does not serve it.
 """
 
 import math
@@ -13,13 +17,14 @@ from torch import Tensor
 
 from .. import _library, reference
 from .._checks import check_count, check_floating, check_number, check_same, check_tensor
-from ._define import autocast_dtype, define, wants_grad, without_autocast
+from ._define import autocast_dtype, define, without_autocast
 
 
 def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v on packed projections, read in place.
 
-    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's. More than 1,024 keys are left
+    to torch's `scaled_dot_product_attention` where that is faster.
 
     Args:
         qkv: (B, S, 3, H, D) floating, any strides.
@@ -39,7 +44,8 @@ def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: f
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = _scale(scale, qkv.shape[4])
     if _is_long(qkv.shape[1], qkv):
-        return _by_torch(*qkv.unbind(2), key_mask, None, scale)
+        q, k, v = qkv.unbind(2)
+        return _by_torch(q, k, v, key_mask, None, scale)
     out: Tensor = _attention_qkvpacked(qkv, key_mask, scale)
     return out
 
@@ -53,7 +59,7 @@ def attention(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v, self or cross.
+    """softmax(scale · q kᵀ + bias) v, self or cross; long rows as in `attention_qkvpacked`.
 
     Args:
         q: (B, Sq, H, D) floating, any strides, read in place.
@@ -89,8 +95,7 @@ def attention(
         bias = bias.reshape(1)
     q, k, v = _one_dtype(q, k, v)
     scale = _scale(scale, dim)
-    # torch's attention stores the scores for the gradient of a bias
-    if _is_long(k.shape[1], q) and (bias is None or not wants_grad(bias)):
+    if _is_long(k.shape[1], q):
         return _by_torch(q, k, v, key_mask, bias, scale)
     out: Tensor = _attention(q, k, v, key_mask, bias, scale)
     return out
@@ -108,6 +113,8 @@ def attention_varlen(
     scale: float | None = None,
 ) -> Tensor:
     """Attention within each of several sequences packed one after another.
+
+    Where `max_seqlen_k` is beyond 1,024, torch's attention of padded sequences serves where that is faster.
 
     Args:
         q: (Tq, H, D) floating, the queries of all sequences.
@@ -185,23 +192,25 @@ def _is_long(keys: int, q: Tensor) -> bool:
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """`attention` by torch; the bias gets no gradient."""
+    """`attention` by torch."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = blind = None
     if key_mask is not None:
-        mask = key_mask[:, None, None]
-        blind = ~mask.any(-1, keepdim=True)
+        seen = key_mask[:, None, None]
+        blind = ~seen.any(-1, keepdim=True)
+        mask = seen | blind
         # so that what lies there can't leak: 0 times NaN
-        k, v = (x.masked_fill(~mask.mT, 0) for x in (k, v))
+        k, v = (x.masked_fill(~seen.mT, 0) for x in (k, v))
     if bias is not None:
-        # in the CPU's kernels the mask may be wider than q
-        bias = bias.detach().to(torch.float32 if bias.device.type == "cpu" else q.dtype)
+        # on the CPU a mask may be wider than q
+        bias = bias.to(torch.float32 if bias.device.type == "cpu" else q.dtype)
         bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, q.shape[2], k.shape[2])
-        mask = bias if mask is None else torch.where(mask, bias, -math.inf)
-        blind = (mask == -math.inf).all(-1, keepdim=True)
+        if key_mask is not None:
+            bias = torch.where(seen, bias, -math.inf)
+        blind = (bias == -math.inf).all(-1, keepdim=True)
+        mask = bias.masked_fill(blind, 0)
     if blind is not None:
-        # a softmax over nothing isn't 0 on every device: let these queries see, and leave out what they saw
-        mask = mask | blind if mask.dtype == torch.bool else mask.masked_fill(blind, 0)
+        # a softmax over nothing isn't 0 on every device: such a query sees keys, and what it saw is left out
         q = q.masked_fill(blind, 0)
     if scale <= 0:
         # not every kernel of torch finds the largest score then

@@ -135,7 +135,7 @@ def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
         check_tensor(name, stat, (channels,), letters="one value per channel")
         check_floating(name, stat)
         return stat.detach()
-    if hasattr(stat, "__array__"):
+    if hasattr(stat, "tolist"):  # NumPy's arrays
         stat = stat.tolist()
     if not isinstance(stat, Sequence) or not all(isinstance(v, (int, float, numbers.Real)) for v in stat):
         raise TypeError(f"{name} must be a sequence of numbers or a 1-D tensor, got {stat!r}")

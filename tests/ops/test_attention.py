@@ -21,7 +21,7 @@ from cases import (
     randn,
     run,
 )
-from contract import ChecksValues, Differentiable, Recorder, host
+from contract import ChecksValues, Differentiable, host
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -325,11 +325,10 @@ class TestLongRows:
         arguments = TestAttention().arguments(keys=9, bias=bias, mask="a sample without", scale=scale)
         check_op(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
 
-    def test_bias_with_gradient_is_ours(self):
-        arguments = TestAttention().sample(keys=9)
-        with Recorder() as recorder:
-            run(ops.attention, arguments)
-        assert torch.ops.fastmim.attention_backward.default in recorder.calls
+    @pytest.mark.fault
+    @pytest.mark.parametrize("bias", ["full", "rows", "keys", "scalar"])
+    def test_bias_with_gradient(self, bias):
+        arguments = TestAttention().sample(keys=9, bias=bias, mask="a sample without")
         check_op(ops.attention, plain, arguments)
 
     @pytest.mark.fault
@@ -349,7 +348,9 @@ class TestLongRows:
     def test_all_keys_masked(self, dtype):
         qkv = torch.randn(2, 9, 3, 2, HEAD_WIDTH, dtype=dtype, device=DEVICE, requires_grad=True)
         nothing = torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
-        assert all((value == 0).all() for value in run(ops.attention_qkvpacked, dict(qkv=qkv, key_mask=nothing)).values())
+        assert all(
+            (value == 0).all() for value in run(ops.attention_qkvpacked, dict(qkv=qkv, key_mask=nothing)).values()
+        )
         q, k, v = qkv.detach().unbind(2)
         arguments = dict(q=q.requires_grad_(), k=k, v=v, bias=torch.full((9,), -math.inf, device=DEVICE))
         assert all((value == 0).all() for value in run(ops.attention, arguments).values())
@@ -425,7 +426,9 @@ def test_beyond_1024_keys(length, dtype):
         (
             ops.attention_varlen,
             TestAttentionVarlen.eager,
-            dict(zip("qkv", qkv[0].unbind(1)), cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=length, max_seqlen_k=length),
+            dict(
+                zip("qkv", qkv[0].unbind(1)), cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=length, max_seqlen_k=length
+            ),
         ),
     ):
         arguments = prepare(arguments, dtype, "contiguous", ("qkv", "q", "k", "v"))
