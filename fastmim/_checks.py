@@ -1,7 +1,9 @@
 """Checks on arguments. Each failure names the argument, what it was and what is allowed."""
 
 import math
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,32 +48,42 @@ def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
     return ids.long()
 
 
-def check_count(name: str, value: object, low: int, high: int | None = None) -> None:
-    """`value` is an int in low..high."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
+    """`value` is an integer in low..high, NumPy's too; returned as an int."""
+    # before Integral: a compiler's integers are not registered as such
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    if value < low or (high is not None and value > high):
+    count: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    if count < low or (high is not None and count > high):
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        raise ValueError(f"{name} must be {allowed}, got {count}")
+    checked: int = count
+    return checked
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` is a number, NumPy's too; returned as one of Python's."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    number: Any = value if isinstance(value, (int, float, torch.SymFloat)) else float(value)
+    checked: float = number
+    return checked
 
 
 def check_ratio(name: str, value: object, *, one: bool = False) -> float:
     """`value` is a finite number in (0, 1), or in (0, 1] where `one`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if math.isnan(value) or not (0 < value < 1 or (one and value == 1)):
-        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, got {value}")
-    return float(value)
+    ratio = check_number(name, value)
+    if math.isnan(ratio) or not (0 < ratio < 1 or (one and ratio == 1)):
+        raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, got {ratio}")
+    return float(ratio)
 
 
 def axes(name: str, value: object, count: int) -> list[int]:
     """An int, or one positive int per axis, as a list of `count` ints."""
-    values = [value] * count if isinstance(value, int) else value
+    values = [value] * count if isinstance(value, (int, numbers.Integral)) else value
     if not isinstance(values, (tuple, list, torch.Size)) or len(values) != count:
         raise ValueError(f"{name} must be an int or one int per axis ({count} of them), got {value!r}")
-    for size in values:
-        check_count(name, size, 1)
-    return list(values)
+    return [check_count(name, size, 1) for size in values]
 
 
 def check_images(images: object) -> None:

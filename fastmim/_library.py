@@ -2,7 +2,8 @@
 
 `FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one backend for the process: a
 public op raises at the call where that backend does not serve its arguments. The reference serves what no caller asks
-for by name (gradients and other inner steps, see `fallback`) and the ops that the backend has no kernel of.
+for by name (gradients and other inner steps, see `fallback`) and the ops that the backend has no kernel of. Long rows,
+which torch's own attention serves otherwise (`most_keys`), are the forced backend's too.
 """
 
 import contextlib
@@ -103,6 +104,22 @@ else:
 def triton_room(op: str) -> str | None:
     """The module of fastmim.kernels that serves `op`."""
     return next((room for room, served in kernels.OPS.items() if op in served), None)
+
+
+def most_keys(device: str, dtype: torch.dtype) -> int | None:
+    """Return how many keys a query may have before torch's own attention serves it; None for any number.
+
+    Measured: the C++ kernels are ahead at all lengths in 16 bits, in float32 while a head's rows stay in cache; no
+    kernel of a GPU takes more than 1,024. It is part of the op, no fallback of a backend: a forced one is asked for
+    every length. float64 is the reference's.
+    """
+    if family != "auto" or device == "meta" or dtype == torch.float64:
+        return None
+    if device != "cpu" or build is None:
+        return 1024
+    if dtype != torch.float32:
+        return None
+    return 4096 if build["isa"].startswith("avx512") else 1024
 
 
 def families(op: str) -> tuple[str, ...]:

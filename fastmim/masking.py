@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import ops
 from ._checks import check_count, check_floating, check_ids, check_ratio, check_same, check_tensor
+from .reference import check_id_values
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Mask:
         ids_predict: (B, M) int64 patches to predict.
         ids_restore: (B, L) int64 rank of each patch; ranks 0..K-1 are the visible ones.
         num_patches: L.
+
+    Raises:
+        TypeError, ValueError: wrong type, shape, dtype or device; ids that are out of range or repeat in a row, and an
+            ids_restore that is not the rank of each patch (looked at on the CPU, not under torch.compile).
     """
 
     ids_keep: Tensor
@@ -36,6 +41,23 @@ class Mask:
         check_ids("ids_predict", self.ids_predict, batch)
         check_tensor("ids_restore", check_ids("ids_restore", self.ids_restore), (batch, self.num_patches))
         check_same("device", ids_keep=self.ids_keep, ids_predict=self.ids_predict, ids_restore=self.ids_restore)
+        if _can_be_read(self.ids_restore):
+            self._check_values()
+
+    def _check_values(self) -> None:
+        """ids_restore is a permutation of which ids_keep holds the first; ids_predict are distinct patches."""
+        restore, keep = self.ids_restore.long(), self.ids_keep.long()
+        check_id_values("ids_restore", restore, self.num_patches)
+        check_id_values("ids_keep", keep, self.num_patches)
+        check_id_values("ids_predict", self.ids_predict, self.num_patches)
+        wrong = restore.gather(1, keep) != torch.arange(keep.shape[1])
+        if bool(wrong.any()):
+            row, place = wrong.nonzero()[0].tolist()
+            patch = int(keep[row, place])
+            raise ValueError(
+                f"ids_restore must hold the rank of each patch, so that ids_restore[b, ids_keep[b, k]] is k; in row "
+                f"{row} ids_keep[{place}] is {patch}, whose rank is {int(restore[row, patch])}"
+            )
 
     @property
     def mask(self) -> Tensor:
@@ -51,6 +73,13 @@ class Mask:
         """The same mask on `device`."""
         keep, predict, restore = (t.to(device) for t in (self.ids_keep, self.ids_predict, self.ids_restore))
         return Mask(keep, predict, restore, self.num_patches)
+
+
+def _can_be_read(ids: Tensor) -> bool:
+    """Return whether reading values costs no synchronisation and is no part of a traced or mapped function."""
+    if torch.compiler.is_compiling() or ids.device.type != "cpu":
+        return False
+    return type(ids) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 def random(
@@ -78,7 +107,7 @@ def random(
         TypeError, ValueError: both or neither of mask_ratio and len_keep; a ratio out of range or NaN; keeping or
             removing nothing; as `fastmim.ops.random_masking`.
     """
-    check_count("num_patches", num_patches, 1)
+    num_patches = check_count("num_patches", num_patches, 1)
     len_keep = count_kept(num_patches, mask_ratio, len_keep)
     len_predict = count_predicted(num_patches - len_keep, decode_ratio)
     ids = ops.random_masking(
@@ -224,8 +253,7 @@ def count_kept(num_patches: int, mask_ratio: float | None, len_keep: int | None 
         if not 0 < len_keep < num_patches:
             verb = "keeps" if len_keep == 0 else "removes"
             raise ValueError(f"mask_ratio {mask_ratio} {verb} none of the {num_patches} patches")
-    check_count("len_keep", len_keep, 1, num_patches - 1)
-    return len_keep
+    return check_count("len_keep", len_keep, 1, num_patches - 1)
 
 
 def count_predicted(removed: int, decode_ratio: float) -> int:
@@ -237,9 +265,8 @@ def _grid(grid: Sequence[int]) -> tuple[int, int]:
     """Frames, and patches of a frame."""
     if not isinstance(grid, Sequence) or len(grid) != 3:
         raise ValueError(f"grid must be (frames, height, width) in patches, got {grid!r}")
-    for size in grid:
-        check_count("grid", size, 1)
-    return grid[0], math.prod(grid[1:])
+    frames, *frame = (check_count("grid", size, 1) for size in grid)
+    return frames, math.prod(frame)
 
 
 def _equal_count(name: str, mask: Tensor) -> int:

@@ -316,16 +316,16 @@ def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | N
     return torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
 
 
-def _sequence(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """For each packed row its sequence and its place in it."""
     row = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].contiguous(), right=True)
     return sequence, row - cu_seqlens[sequence]
 
 
-def _pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     """Packed rows (T, H, D) as (sequences, max_seqlen, H, D), zeros behind, and which of them are rows."""
-    sequence, place = _sequence(cu_seqlens, x.shape[0])
+    sequence, place = places(cu_seqlens, x.shape[0])
     out = x.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:])
     out[sequence, place] = x
     return out, torch.arange(max_seqlen, device=x.device) < cu_seqlens.diff()[:, None]
@@ -360,11 +360,11 @@ def attention_varlen(
     check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     (padded_q, _), (padded_k, is_key), (padded_v, _) = (
-        _pad(q, cu_seqlens_q, max_seqlen_q),
-        _pad(k, cu_seqlens_k, max_seqlen_k),
-        _pad(v, cu_seqlens_k, max_seqlen_k),
+        pad(q, cu_seqlens_q, max_seqlen_q),
+        pad(k, cu_seqlens_k, max_seqlen_k),
+        pad(v, cu_seqlens_k, max_seqlen_k),
     )
-    return attention(padded_q, padded_k, padded_v, is_key, None, scale)[_sequence(cu_seqlens_q, q.shape[0])]
+    return attention(padded_q, padded_k, padded_v, is_key, None, scale)[places(cu_seqlens_q, q.shape[0])]
 
 
 def attention_varlen_backward(
@@ -378,11 +378,11 @@ def attention_varlen_backward(
     max_seqlen_k: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (padded_g, _), (padded_q, _) = (_pad(x, cu_seqlens_q, max_seqlen_q) for x in (grad, q))
-    (padded_k, is_key), (padded_v, _) = (_pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
+    (padded_g, _), (padded_q, _) = (pad(x, cu_seqlens_q, max_seqlen_q) for x in (grad, q))
+    (padded_k, is_key), (padded_v, _) = (pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
     dq, dk, dv, _ = attention_backward(padded_g, padded_q, padded_k, padded_v, is_key, None, scale, False)
-    keys = _sequence(cu_seqlens_k, k.shape[0])
-    return dq[_sequence(cu_seqlens_q, q.shape[0])], dk[keys], dv[keys]
+    keys = places(cu_seqlens_k, k.shape[0])
+    return dq[places(cu_seqlens_q, q.shape[0])], dk[keys], dv[keys]
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -401,17 +401,30 @@ def pixel_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss and, where asked for, its gradient by pred (else empty)."""
     dtype = _wide_dtype(pred.dtype, images.dtype)
-    target = _cut(images, ids, patch_size, mean, std, dtype).movedim(2, -1)
-    axes = {NORM_PATCH: tuple(range(2, target.dim())), NORM_CHANNEL: tuple(range(2, target.dim() - 1))}.get(norm_pix)
-    if axes is not None:
-        target = target - target.mean(axes, keepdim=True)
-        var = target.square().sum(axes, keepdim=True) / (math.prod(target.shape[axis] for axis in axes) - 1)
-        target = target / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
-    error = pred.to(dtype) - target.flatten(2)
-    row_scale = _row_scale(weight, error[..., 0], REDUCE_MEAN)
+    patches = _cut(images, ids, patch_size, mean, std, dtype)
+    error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
     loss = (error.square().mean(-1) * row_scale).sum()
     grad = error * row_scale[..., None] * (2 / pred.shape[-1]) if need_grad else error.new_empty(0)
     return loss, grad.to(gradient_dtype(pred.dtype))
+
+
+def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """pred (B, M, P) minus its target, which is patches (B, M, C, *patch) normalised, and what a row's loss counts.
+
+    Both are 0 for a row without weight, whatever lies in it.
+    """
+    row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), REDUCE_MEAN)
+    if weight is not None:
+        idle = row_scale == 0
+        patches = patches.masked_fill(idle.reshape(*idle.shape, *[1] * (patches.dim() - 2)), 0)
+        pred = pred.masked_fill(idle[..., None], 0)
+    target = patches.movedim(2, -1)
+    axes = {NORM_PATCH: tuple(range(2, target.dim())), NORM_CHANNEL: tuple(range(2, target.dim() - 1))}.get(norm_pix)
+    if axes is not None:
+        target = target - target.mean(axes, keepdim=True)
+        var = target.square().sum(axes, keepdim=True) / (math.prod([target.shape[axis] for axis in axes]) - 1)
+        target = target / ((var + 1e-6).sqrt() if norm_pix == NORM_PATCH else var.sqrt() + 1e-6)
+    return pred.to(target.dtype) - target.flatten(2), row_scale
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -449,10 +462,14 @@ def scaled_cosine_loss(
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
     """
     dtype = _wide_dtype(pred.dtype, target.dtype)
+    row_scale = _row_scale(weight, pred.new_empty(pred.shape[:-1], dtype=dtype), reduction)
+    if weight is not None:
+        # rows without weight are rows of zeros, whatever lies in them
+        idle = row_scale[..., None] == 0
+        pred, target = pred.masked_fill(idle, 0), target.masked_fill(idle, 0)
     (x, x_size, x_norm), (y, y_size, y_norm) = (_direction(t.to(dtype)) for t in (pred, target))
     cosine = (x * y).sum(-1, keepdim=True).clamp(-1, 1)
     error = 1 - cosine
-    row_scale = _row_scale(weight, error[..., 0], reduction)
     loss = error[..., 0] ** gamma * row_scale
     slope = -gamma * error ** (gamma - 1) * row_scale[..., None]
 

@@ -86,8 +86,12 @@ def _pixel_loss_kernel(
     channel = value % CHANNELS
     batch, number = (row // predicted).to(tl.int64), (row % predicted).to(tl.int64)
 
+    # what lies in a row without weight, NaN too, is not read
+    scale = _row_scale(weight, batch * weight_batch + number * weight_value, weight_total, is_row, share)
+    counts = scale != 0.0
+
     # where each patch begins, and where its values lie from there
-    patch = tl.load(ids + batch * ids_batch + number * ids_value, mask=is_row, other=-1).to(tl.int64)
+    patch = tl.load(ids + batch * ids_batch + number * ids_value, mask=counts, other=-1).to(tl.int64)
     known = (patch >= 0) & (patch < patches)
     start = batch * stride_b + patch % grid_w * PW * stride_w
     start += patch // grid_w % grid_h * PH * stride_h + patch // grid_w // grid_h * PT * stride_t
@@ -127,16 +131,15 @@ def _pixel_loss_kernel(
             var = tl.sum(part * part, axis=1) / (AREA - 1)
             target = tl.where(own, part / (tl.sqrt(var) + 1e-6)[:, None], target)
 
-    mask = is_row[:, None] & is_value[None, :]
+    mask = counts[:, None] & is_value[None, :]
     offset = tl.multiple_of(batch * pred_batch + number * pred_row, UNIT)[:, None] + value[None, :] * pred_value
     error = tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32) - target
     error = tl.where(mask, error, 0.0)
-    scale = _row_scale(weight, batch * weight_batch + number * weight_value, weight_total, is_row, share)
     tl.store(losses + row, tl.sum(error * error, axis=1) / VALUES * scale, mask=is_row)
     if NEED_GRAD:
         out = error * (scale * (2.0 / VALUES))[:, None]
         offset = row.to(tl.int64)[:, None] * VALUES + value[None, :]
-        tl.store(grad + offset, out.to(grad.dtype.element_ty), mask=mask)
+        tl.store(grad + offset, out.to(grad.dtype.element_ty), mask=is_row[:, None] & is_value[None, :])
 
 
 def pixel_loss(
@@ -235,11 +238,16 @@ def _scaled_cosine_loss_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     value = tl.arange(0, BLOCK)
     is_row = row < rows
+    scale = _row_scale(weight, row.to(tl.int64) * weight_value, weight_total, is_row, share)
+    counts = (scale != 0.0)[:, None]
     mask = is_row[:, None] & (value < width)[None, :]
     offset = row_offset(row, inner, pred_outer, pred_inner, UNIT)[:, None] + value[None, :] * pred_value
-    x, x_size, x_norm = _direction(tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32))
+    x = tl.load(pred + offset, mask=mask, other=0.0).to(tl.float32)
     offset = row_offset(row, inner, target_outer, target_inner, UNIT)[:, None] + value[None, :] * target_value
-    y, y_size, y_norm = _direction(tl.load(target + offset, mask=mask, other=0.0).to(tl.float32))
+    y = tl.load(target + offset, mask=mask, other=0.0).to(tl.float32)
+    # what lies in a row without weight, NaN too, counts as zeros, which have no gradient
+    x, x_size, x_norm = _direction(tl.where(counts, x, 0.0))
+    y, y_size, y_norm = _direction(tl.where(counts, y, 0.0))
 
     cosine = tl.sum(x * y, axis=1)
     cosine = tl.where(cosine > 1.0, 1.0, tl.where(cosine < -1.0, -1.0, cosine))
@@ -247,7 +255,6 @@ def _scaled_cosine_loss_kernel(
     # error^(gamma - 1); log2(0) is -inf, and 2^-inf is 0
     power = tl.where(gamma == 2.0, error, tl.exp2((gamma - 1.0) * tl.log2(error)))
     power = tl.where(gamma == 1.0, 1.0, power)
-    scale = _row_scale(weight, row.to(tl.int64) * weight_value, weight_total, is_row, share)
     tl.store(losses + row, power * error * scale, mask=is_row)
 
     slope = -gamma * power * scale

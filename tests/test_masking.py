@@ -1,7 +1,9 @@
 """Masks: how many, which, in which order."""
 
 import dataclasses
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -392,3 +394,79 @@ def test_many_unequal_rows_are_named():
     removed[[3, 50, 77]] = True
     with pytest.raises(ValueError, match=r"row 0 marks 12, row 3 marks 16 \(3 rows differ: \[3, 50, 77\]\)"):
         masking.from_bool(removed)
+
+
+# ---- masks that users make -------------------------------------------------------------------------------------------
+
+
+def parts(**changed):
+    """Fields of a mask of two rows of six patches, some of them changed."""
+    mask = masking.random(2, 6, len_keep=2, seeds=torch.arange(2))
+    fields = {name: getattr(mask, name).clone() for name in ("ids_keep", "ids_predict", "ids_restore")}
+    return fields | {name: change(fields[name]) for name, change in changed.items()}
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        (dict(ids_restore=torch.zeros_like), "ids_restore must not repeat an id within a row"),
+        (dict(ids_restore=lambda ids: ids + 1), r"ids_restore must be in 0\.\.5; got 6"),
+        (
+            dict(ids_restore=lambda ids: ids.flip(1)),
+            r"ids_restore must hold the rank of each patch.*in row \d ids_keep",
+        ),
+        (dict(ids_restore=lambda ids: ids.argsort(1)), "ids_restore must hold the rank of each patch"),
+        (dict(ids_keep=lambda ids: ids * 0), "ids_keep must not repeat an id within a row"),
+        (dict(ids_keep=lambda ids: ids + 6), r"ids_keep must be in 0\.\.5; got \d+"),
+        (dict(ids_keep=lambda ids: ids.flip(1)), "whose rank is 1"),
+        (dict(ids_predict=lambda ids: ids - 6), r"ids_predict must be in 0\.\.5; got -\d"),
+        (dict(ids_predict=lambda ids: ids * 0), "ids_predict must not repeat an id within a row"),
+    ],
+)
+def test_ids_that_contradict_each_other_are_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        Mask(**parts(**changed), num_patches=6)
+
+
+@pytest.mark.fault
+def test_values_are_looked_at_in_eager_mode_on_the_cpu_only():
+    Mask(**parts(), num_patches=6)
+    Mask(**{name: ids.int() for name, ids in parts().items()}, num_patches=6)
+    Mask(**{name: ids[:0] for name, ids in parts().items()}, num_patches=6)
+    wrong = parts(ids_restore=torch.zeros_like)
+    Mask(**{name: ids.to("meta") for name, ids in wrong.items()}, num_patches=6)
+    with torch._subclasses.FakeTensorMode() as fake:
+        Mask(**{name: fake.from_tensor(ids) for name, ids in wrong.items()}, num_patches=6)
+
+    def removed(ids_keep, ids_predict, ids_restore):
+        return Mask(ids_keep, ids_predict, ids_restore, 6).mask
+
+    expected = removed(**parts())
+    assert torch.equal(torch.compile(removed, fullgraph=True, backend="aot_eager")(**parts()), expected)
+    rows = [ids[:, None] for ids in parts().values()]
+    assert torch.equal(torch.func.vmap(removed)(*rows)[:, 0], expected)
+
+
+@pytest.mark.fault
+def test_numbers_of_numpy():
+    """A ratio, a count or a size that NumPy made is that number."""
+    noise = torch.rand(2, 16)
+    for ratio in (np.float32(0.75), np.float64(0.75), np.float16(0.75), Fraction(3, 4)):
+        assert same(masking.from_scores(noise, ratio), masking.from_scores(noise, 0.75))
+        assert same(
+            masking.from_scores(noise, 0.5, decode_ratio=ratio), masking.from_scores(noise, 0.5, decode_ratio=0.75)
+        )
+    kept = masking.from_scores(noise, len_keep=np.int64(4))
+    assert same(kept, masking.from_scores(noise, 0.75)) and type(kept.len_keep) is int
+    seeds = torch.arange(2)
+    sizes = np.array([2, 4, 4])
+    assert same(masking.tube(2, list(sizes), 0.5, seeds=seeds), masking.tube(2, (2, 4, 4), 0.5, seeds=seeds))
+    for wrong in (True, np.bool_(True), "0.75", torch.tensor(0.75), 1j):
+        with pytest.raises(TypeError, match="decode_ratio must be a number"):
+            masking.from_scores(noise, 0.5, decode_ratio=wrong)
+    for wrong in (2.0, np.float32(2), np.bool_(True), "2"):
+        with pytest.raises(TypeError, match="len_keep must be an int"):
+            masking.from_scores(noise, len_keep=wrong)
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \(0, 1\), got nan"):
+        masking.from_scores(noise, np.float32("nan"))

@@ -4,12 +4,6 @@ namespace fastmim::cpu {
 
 namespace {
 
-constexpr int64_t kMaxKeys = 1024;
-
-bool served(const Tensor& q, const Tensor& k) {
-  return cpu::served(q) && k.size(1) <= kMaxKeys;
-}
-
 // what both directions need; q, k, v are (B, S, H, D) views, the results contiguous
 Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask, double scale) {
   Attention args{};
@@ -44,7 +38,7 @@ void backward(const Attention& args, int64_t batch) {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
                  const OptionalTensor& bias, double scale) {
-  if (!served(q, k)) return reference<decltype(attention)>("attention").call(q, k, v, key_mask, bias, scale);
+  if (!served(q)) return reference<decltype(attention)>("attention").call(q, k, v, key_mask, bias, scale);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
   Attention args = arguments(q, k, v, key_mask, scale);
   const Tensor wide_bias = bias.has_value() ? bias->to(at::kFloat) : Tensor();
@@ -58,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
                                                               const Tensor& v, const OptionalTensor& key_mask,
                                                               const OptionalTensor& bias, double scale,
                                                               bool need_bias_grad) {
-  if (!served(q, k) || need_bias_grad) {
+  if (!served(q)) {
     return reference<decltype(attention_backward)>("attention_backward")
         .call(grad, q, k, v, key_mask, bias, scale, need_bias_grad);
   }
@@ -68,23 +62,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
   Tensor dq = like(q), dk = like(k), dv = like(v);
   Attention args = arguments(q, k, v, key_mask, scale);
   const Tensor wide_bias = bias.has_value() ? bias->to(at::kFloat) : Tensor();
-  if (bias.has_value()) set_bias(args, wide_bias, {q.size(0), q.size(2), q.size(1), k.size(1)});
+  const std::vector<int64_t> full = {q.size(0), q.size(2), q.size(1), k.size(1)};
+  if (bias.has_value()) set_bias(args, wide_bias, full);
+  const bool keep = bias.has_value() && need_bias_grad;
+  const Tensor score_grad = at::empty(keep ? full : std::vector<int64_t>{0}, q.options().dtype(at::kFloat));
+  args.score_grad = keep ? score_grad.mutable_data_ptr<float>() : nullptr;
   args.grad = view_of(grad, {0, 1, 2, 3});
   args.dq = view_of(dq, {0, 1, 2, 3}), args.dk = view_of(dk, {0, 1, 2, 3}), args.dv = view_of(dv, {0, 1, 2, 3});
   backward(args, q.size(0));
-  return {dq, dk, dv, at::empty({0}, q.options().dtype(at::kFloat))};
+  return {dq, dk, dv, keep ? at::sum_to(score_grad, bias->sizes()).to(bias->scalar_type()) : score_grad};
 }
 
 Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, double scale) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
-  if (!served(q, k)) return reference<decltype(attention_qkvpacked)>("attention_qkvpacked").call(qkv, key_mask, scale);
+  if (!served(q)) return reference<decltype(attention_qkvpacked)>("attention_qkvpacked").call(qkv, key_mask, scale);
   return attention(q, k, v, key_mask, {}, scale);
 }
 
 Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask,
                                     double scale) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
-  if (!served(q, k)) {
+  if (!served(q)) {
     return reference<decltype(attention_qkvpacked_backward)>("attention_qkvpacked_backward")
         .call(grad, qkv, key_mask, scale);
   }
@@ -98,7 +96,7 @@ Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const
   return out;
 }
 
-// ---- ragged: a call for the heads of each sequence, lengths from cu_seqlens -----------------------------------------
+// ---- ragged: a call for some heads of a sequence, lengths from cu_seqlens -------------------------------------------
 
 std::vector<int64_t> offsets(const char* name, const Tensor& cu_seqlens, int64_t total, int64_t max_seqlen) {
   const Tensor cu = cu_seqlens.to(at::kLong).contiguous();
@@ -123,36 +121,38 @@ View rows_from(const Tensor& packed, int64_t start) {
   return view;
 }
 
+// run(args, first query, first key, heads begin..end) for all heads of all sequences
 template <typename Run>
 void each_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const std::vector<int64_t>& starts_q,
                    const std::vector<int64_t>& starts_k, double scale, const Run& run) {
-  const int64_t sequences = static_cast<int64_t>(starts_q.size()) - 1;
-  for_rows(sequences, (q.size(0) + k.size(0)) / std::max<int64_t>(sequences, 1) * q.size(1) * q.size(2),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t i = begin; i < end; ++i) {
-               Attention args{};
-               args.heads = q.size(1), args.dim = q.size(2), args.scale = static_cast<float>(scale);
-               args.queries = starts_q[i + 1] - starts_q[i], args.keys = starts_k[i + 1] - starts_k[i];
-               args.q = rows_from(q, starts_q[i]), args.k = rows_from(k, starts_k[i]),
-               args.v = rows_from(v, starts_k[i]);
-               run(args, starts_q[i], starts_k[i]);
-             }
-           });
+  const int64_t heads = q.size(1), items = (static_cast<int64_t>(starts_q.size()) - 1) * heads;
+  for_rows(items, (q.numel() + k.numel()) / std::max<int64_t>(items, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end;) {
+      const int64_t i = item / heads, head = item % heads, last = std::min(heads, head + end - item);
+      Attention args{};
+      args.heads = heads, args.dim = q.size(2), args.scale = static_cast<float>(scale);
+      args.queries = starts_q[i + 1] - starts_q[i], args.keys = starts_k[i + 1] - starts_k[i];
+      args.q = rows_from(q, starts_q[i]), args.k = rows_from(k, starts_k[i]), args.v = rows_from(v, starts_k[i]);
+      run(args, starts_q[i], starts_k[i], head, last);
+      item += last - head;
+    }
+  });
 }
 
 Tensor attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                         const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
-  if (!cpu::served(q) || max_seqlen_k > kMaxKeys) {
+  if (!served(q)) {
     return reference<decltype(attention_varlen)>("attention_varlen")
         .call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }
   const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
              starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
-  each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first, int64_t) {
-    args.out = rows_from(out, first);
-    kernels().attention(args, 0, args.heads);
-  });
+  each_sequence(q, k, v, starts_q, starts_k, scale,
+                [&](Attention& args, int64_t first, int64_t, int64_t begin, int64_t end) {
+                  args.out = rows_from(out, first);
+                  kernels().attention(args, begin, end);
+                });
   return out;
 }
 
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
                                                              const Tensor& v, const Tensor& cu_seqlens_q,
                                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                                              int64_t max_seqlen_k, double scale) {
-  if (!cpu::served(q) || max_seqlen_k > kMaxKeys) {
+  if (!served(q)) {
     return reference<decltype(attention_varlen_backward)>("attention_varlen_backward")
         .call(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
   }
@@ -170,11 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
     return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
   };
   Tensor dq = like(q), dk = like(k), dv = like(v);
-  each_sequence(q, k, v, starts_q, starts_k, scale, [&](Attention& args, int64_t first_q, int64_t first_k) {
-    args.grad = rows_from(grad, first_q), args.dq = rows_from(dq, first_q);
-    args.dk = rows_from(dk, first_k), args.dv = rows_from(dv, first_k);
-    kernels().attention_backward(args, 0, args.heads);
-  });
+  each_sequence(q, k, v, starts_q, starts_k, scale,
+                [&](Attention& args, int64_t first_q, int64_t first_k, int64_t begin, int64_t end) {
+                  args.grad = rows_from(grad, first_q), args.dq = rows_from(dq, first_q);
+                  args.dk = rows_from(dk, first_k), args.dv = rows_from(dv, first_k);
+                  kernels().attention_backward(args, begin, end);
+                });
   return {dq, dk, dv};
 }
 

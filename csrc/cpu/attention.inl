@@ -53,6 +53,7 @@ struct FloatItem : AttentionItem {
       read(args.grad, start, rows, rows, g, dim, false);
       matmul(rows, keys, args.dim, g, dim, 1, vt, keys, dp, keys, false);
       for (int64_t i = 0; i < rows; ++i) slopes(p + i * keys, dp + i * keys, sums[i]);
+      keep_slopes(start, rows);
       // q holds scale Q already
       matmul(args.keys, dim, rows, dp, 1, keys, q, dim, dk, dim, start > 0);
       matmul(args.keys, dim, rows, p, 1, keys, g, dim, dv, dim, start > 0);

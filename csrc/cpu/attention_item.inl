@@ -54,6 +54,14 @@ struct AttentionItem {
       store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
   }
 
+  // keeps dS of a block, which is what a bias has as its gradient before it is summed
+  void keep_slopes(int64_t start, int64_t rows) const {
+    if (args.score_grad == nullptr) return;
+    float* to = args.score_grad + ((sequence * args.heads + head) * args.queries + start) * args.keys;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < args.keys; ++j) to[i * args.keys + j] = dp[i * keys + j];
+  }
+
   // asks for a row of the next item while this one is worked on: heads lie far apart for the hardware to guess
   void prefetch(const View& view, int64_t item, int64_t rows) const {
     const int64_t size = view.type == Type::f32 ? 4 : 2;

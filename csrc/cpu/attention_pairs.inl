@@ -106,6 +106,7 @@ struct PairItem : AttentionItem {
       read_queries(args.grad, start, count, g);
       by_keys(count, g, vt, dp);
       for (int64_t i = 0; i < count; ++i) slopes(p + i * keys, dp + i * keys, sums[i]);
+      keep_slopes(start, count);
       by_queries(start, count, dp, q, dk);
       by_queries(start, count, p, g, dv);
       round(count, dp);

@@ -68,6 +68,7 @@ struct Attention {
   int64_t key_mask_stride[2];
   const float* bias;  // (B, H, Sq, Sk) or null
   int64_t bias_stride[4];
+  float* score_grad;     // (B, H, Sq, Sk), contiguous, or null
   View out, dq, dk, dv;  // (B, S, H, D)
 };
 

@@ -11,11 +11,24 @@ FASTMIM_HD void normalize(NormPix norm, float* values, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] /= divisor;
 }
 
+static void write_zeros(const View& out, int64_t row, int64_t width, float* scratch) {
+  if (out.data == nullptr) return;
+  float* to = target_of(out, row, scratch);
+  for (int64_t i = 0; i < width; ++i) to[i] = 0;
+  finish(out, row, width, scratch);
+}
+
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   const int64_t values = patch_values(args.patches), channels = args.patches.channels, area = values / channels;
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
+    // what lies in a row without weight, NaN too, is not looked at
+    if (args.row_scale[row] == 0) {
+      args.row_loss[row] = 0;
+      write_zeros(args.grad, row, values, out);
+      continue;
+    }
     const int64_t b = row / args.rows, m = row % args.rows;
     read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
     if (args.norm == NormPix::patch) {
@@ -75,6 +88,12 @@ static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *x = memory.take(width), *y = memory.take(width), *a = memory.take(width), *b = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
+    if (args.row_scale[row] == 0) {
+      args.row_loss[row] = 0;
+      write_zeros(args.dpred, row, width, a);
+      write_zeros(args.dtarget, row, width, b);
+      continue;
+    }
     float x_size, x_norm, y_size, y_norm;
     direction(row_of(args.pred, row, width, a), width, x, x_size, x_norm);
     direction(row_of(args.target, row, width, b), width, y, y_size, y_norm);

@@ -4,6 +4,7 @@
 //           loss[row] = w sum((pred - t)^2) / P,  grad = w 2 (pred - t) / P
 //   cosine: x = pred / |pred|, y = target / |target|, c = x . y;  loss[row] = w (1 - c)^gamma
 //           dpred = -w gamma (1 - c)^(gamma - 1) (y - c x) / |pred|, and the same for target
+//   a row of w = 0 is not read: its loss and gradients are 0, whatever lies there
 //
 // Who owns what: a warp owns a row, its lanes every 32nd value, or run of pixels (reader.h). Sums are of lanes in one
 // order, so that they repeat; the rows' losses are summed by the caller.
@@ -55,6 +56,12 @@ FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormP
   sync_warp();
 }
 
+// a row without weight has no loss and no gradient
+FASTMIM_DEVICE void write_zeros(void* to, Type type, int64_t first, int width) {
+  if (to == nullptr) return;
+  for (int i = lane(); i < width; i += kLanes) store_value(type, to, first + i, 0.0f);
+}
+
 template <typename T, Layout LAYOUT>
 FASTMIM_KERNEL(kThreads, 4)
 pixel_loss_kernel(PixelLoss args) {
@@ -64,6 +71,12 @@ pixel_loss_kernel(PixelLoss args) {
   const int area = values / channels, runs = values / (kPixels * kChannels);
   const int64_t row = own_row();
   if (row >= args.target.rows) return;
+  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
+  if (scale == 0) {
+    if (lane() == 0) store(args.losses + row, 0.0f);
+    write_zeros(args.grad, args.grad_type, row * values, values);
+    return;
+  }
   float* target = reinterpret_cast<float*>(shared_memory()) + warp() * values;
 
   const int64_t start = row_start(args.target, row);
@@ -85,7 +98,6 @@ pixel_loss_kernel(PixelLoss args) {
     for (int c = 0; c < channels; ++c) normalize(target, c, channels, values, args.norm);
   }
 
-  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
   const float slope = scale * (2.0f / static_cast<float>(values));
   const int64_t from =
       row / args.target.per_image * args.pred_stride[0] + row % args.target.per_image * args.pred_stride[1];
@@ -141,6 +153,13 @@ FASTMIM_KERNEL(kThreads, 4) cosine_loss_kernel(CosineLoss args) {
   if (row >= args.rows) return;
   const int width = static_cast<int>(args.width);
   const int64_t first = row * args.width;
+  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
+  if (scale == 0) {
+    if (lane() == 0) store(args.losses + row, 0.0f);
+    write_zeros(args.dpred, args.dpred_type, first, width);
+    write_zeros(args.dtarget, args.dtarget_type, first, width);
+    return;
+  }
   float* x = reinterpret_cast<float*>(shared_memory()) + warp() * 2 * width;
   float* y = x + width;
   const Direction of_x = read_direction(args.pred_type, args.pred, first, width, x);
@@ -150,7 +169,6 @@ FASTMIM_KERNEL(kThreads, 4) cosine_loss_kernel(CosineLoss args) {
   cosine = sum_of_lanes(cosine);
   cosine = cosine > 1 ? 1 : cosine < -1 ? -1 : cosine;
   const CosineError error = cosine_error(cosine, args.gamma);
-  const float scale = scale_of(args.weight, args.weight_total, args.share, row);
   if (lane() == 0) store(args.losses + row, error.loss * scale);
   const float slope = error.slope * scale;
   write_gradient(args.dpred, args.dpred_type, args.pred_type, first, width, slope, cosine, x, y, of_x);

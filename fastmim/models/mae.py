@@ -290,7 +290,7 @@ class MaskedAutoencoderViT(nn.Module):
         mean, std = self._stats(images)
         return ops.pixel_loss(
             pred,
-            images.detach(),
+            images,
             ids,
             self.patch_embed.patch_size,
             norm_pix=self.norm_pix_loss,

@@ -1,5 +1,6 @@
 """The ops: plain functions on tensors, each defined once and served by the fastest kernel there is."""
 
+from . import _flops
 from .attention import attention, attention_qkvpacked, attention_varlen
 from .loss import pixel_loss, scaled_cosine_loss
 from .masking import random_masking
@@ -22,3 +23,5 @@ __all__ = [
     "scaled_cosine_loss",
     "unshuffle",
 ]
+
+_flops.register()

@@ -1,20 +1,30 @@
-"""Attention over short sequences: packed, separate (self or cross) and ragged."""
+"""Attention: packed, separate (self or cross) and ragged.
+
+The kernels are made for short sequences. Beyond as many keys as `_library.most_keys` says (1,024 on a GPU) a call is
+torch's `scaled_dot_product_attention` with its own gradient: masks mean the same, and no score is stored. On a GPU its
+gradient repeats bit for bit only under `torch.use_deterministic_algorithms(True)`, and a bias is read in the dtype of
+q. For the gradient
+of a bias torch's attention stores the scores. A backend that
+FASTMIM_KERNELS forces is asked for every length, and raises where it does not serve it.
+"""
 
 import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from .._checks import check_count, check_floating, check_same, check_tensor
-from ._define import autocast_dtype, define
+from .. import _library, reference
+from .._checks import check_count, check_floating, check_number, check_same, check_tensor
+from ._define import autocast_dtype, define, without_autocast
 
 
 def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v on packed projections, read in place.
 
-    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's. More than 1,024 keys are left
+    to torch's `scaled_dot_product_attention` where that is faster.
 
     Args:
         qkv: (B, S, 3, H, D) floating, any strides.
@@ -32,7 +42,11 @@ def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: f
     _check_key_mask(key_mask, qkv.shape[:2])
     check_same("device", qkv=qkv, key_mask=key_mask)
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
-    out: Tensor = _attention_qkvpacked(qkv, key_mask, _scale(scale, qkv.shape[4]))
+    scale = _scale(scale, qkv.shape[4])
+    if _is_long(qkv.shape[1], qkv):
+        q, k, v = qkv.unbind(2)
+        return _by_torch(q, k, v, key_mask, None, scale)
+    out: Tensor = _attention_qkvpacked(qkv, key_mask, scale)
     return out
 
 
@@ -45,7 +59,7 @@ def attention(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v, self or cross.
+    """softmax(scale · q kᵀ + bias) v, self or cross; long rows as in `attention_qkvpacked`.
 
     Args:
         q: (B, Sq, H, D) floating, any strides, read in place.
@@ -80,7 +94,10 @@ def attention(
     if bias is not None and bias.dim() == 0:
         bias = bias.reshape(1)
     q, k, v = _one_dtype(q, k, v)
-    out: Tensor = _attention(q, k, v, key_mask, bias, _scale(scale, dim))
+    scale = _scale(scale, dim)
+    if _is_long(k.shape[1], q):
+        return _by_torch(q, k, v, key_mask, bias, scale)
+    out: Tensor = _attention(q, k, v, key_mask, bias, scale)
     return out
 
 
@@ -96,6 +113,8 @@ def attention_varlen(
     scale: float | None = None,
 ) -> Tensor:
     """Attention within each of several sequences packed one after another.
+
+    Where `max_seqlen_k` is beyond 1,024, torch's attention of padded sequences serves where that is faster.
 
     Args:
         q: (Tq, H, D) floating, the queries of all sequences.
@@ -126,21 +145,21 @@ def attention_varlen(
             "cu_seqlens_q and cu_seqlens_k must have one entry per sequence and one more; "
             f"got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
         )
-    check_count("max_seqlen_q", max_seqlen_q, 0)
-    check_count("max_seqlen_k", max_seqlen_k, 0)
+    max_seqlen_q = check_count("max_seqlen_q", max_seqlen_q, 0)
+    max_seqlen_k = check_count("max_seqlen_k", max_seqlen_k, 0)
     check_same("device", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     q, k, v = _one_dtype(q, k, v)
-    out: Tensor = _attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
-    )
+    sizes = max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
+    if _is_long(max_seqlen_k, q):
+        return _varlen_by_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes)
+    out: Tensor = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes)
     return out
 
 
 def _scale(scale: float | None, dim: int) -> float:
     if scale is None:
         return 1 / math.sqrt(max(dim, 1))
-    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    scale = check_number("scale", scale)
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return scale
@@ -162,6 +181,65 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
         return q.to(dtype), k.to(dtype), v.to(dtype)
     check_same("dtype", q=q, k=k, v=v)
     return q, k, v
+
+
+# ---- torch's own, for long rows --------------------------------------------------------------------------------------
+
+
+def _is_long(keys: int, q: Tensor) -> bool:
+    most = _library.most_keys(q.device.type, q.dtype)
+    return most is not None and keys > most
+
+
+def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
+    """`attention` by torch."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = blind = None
+    if key_mask is not None:
+        seen = key_mask[:, None, None]
+        blind = ~seen.any(-1, keepdim=True)
+        mask = seen | blind
+        # so that what lies there can't leak: 0 times NaN
+        k, v = (x.masked_fill(~seen.mT, 0) for x in (k, v))
+    if bias is not None:
+        # on the CPU a mask may be wider than q
+        bias = bias.to(torch.float32 if bias.device.type == "cpu" else q.dtype)
+        bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, q.shape[2], k.shape[2])
+        if key_mask is not None:
+            bias = torch.where(seen, bias, -math.inf)
+        blind = (bias == -math.inf).all(-1, keepdim=True)
+        mask = bias.masked_fill(blind, 0)
+    if blind is not None:
+        # a softmax over nothing isn't 0 on every device: such a query sees keys, and what it saw is left out
+        q = q.masked_fill(blind, 0)
+    if scale <= 0:
+        # not every kernel of torch finds the largest score then
+        q, scale = q * scale, 1.0
+    with without_autocast(q.device.type):
+        out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    if blind is not None:
+        out = out.masked_fill(blind, 0)
+    return out.transpose(1, 2).contiguous()
+
+
+def _varlen_by_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+) -> Tensor:
+    """`attention_varlen` by torch on padded sequences: the host reads no length."""
+    if not torch.compiler.is_compiling():
+        reference.check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        reference.check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    padded_q, _ = reference.pad(q, cu_seqlens_q, max_seqlen_q)
+    (padded_k, is_key), (padded_v, _) = (reference.pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
+    out = _by_torch(padded_q, padded_k, padded_v, is_key, None, scale)
+    return out[reference.places(cu_seqlens_q, q.shape[0])]
 
 
 # ---- attention_qkvpacked ---------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._checks import check_floating, check_ids, check_same, check_tensor, patch_grid
+from .._checks import check_floating, check_ids, check_number, check_same, check_tensor, patch_grid
 from ._define import define, wants_grad
-from .patches import Stat, channel_stats
+from .patches import Stat, _gather_patches, channel_stats
 
 _NORMS = {False: reference.NORM_NONE, True: reference.NORM_PATCH, "channel": reference.NORM_CHANNEL}
 _REDUCTIONS = {"none": reference.REDUCE_NONE, "mean": reference.REDUCE_MEAN, "sum": reference.REDUCE_SUM}
@@ -33,27 +33,27 @@ def pixel_loss(
 
     Args:
         pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, without gradient.
+        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. Where they require grad they get
+            theirs, by way of the target as in facebookresearch/mae; the target is then stored.
         ids: (B, M) int64 patch of each prediction, distinct in a row.
         patch_size: one int, or one per axis.
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
             P values. "channel": per channel, over sqrt(var) + 1e-6. False: none.
-        weight: (B, M) of each patch; the loss is sum(w·l) / sum(w), 0 where that sum is 0. No gradient.
+        weight: (B, M) of each patch; the loss is sum(w·l) / sum(w), 0 where that sum is 0. No gradient. A patch of
+            weight 0 adds nothing to the loss nor to a gradient, even where it holds NaN.
         mean, std: as in `gather_patches`, applied before `norm_pix`.
 
     Returns:
         scalar float32 (float64 for float64 inputs): the mean over values, then over patches; 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: as `gather_patches`; images that require grad; a norm over fewer than two values.
+        TypeError, ValueError: as `gather_patches`; a norm over fewer than two values.
     """
     patch, _ = patch_grid(images, patch_size)
     ids = check_ids("ids", ids, images.shape[0])
     values = math.prod(patch) * images.shape[1]
     check_tensor("pred", pred, (*ids.shape, values), letters="(batch, predicted patches, values of a patch)")
     check_floating("pred", pred)
-    if images.requires_grad:
-        raise ValueError("images must not require grad: pixel_loss reads its target from them; pass images.detach()")
     if not isinstance(norm_pix, (bool, str)) or norm_pix not in _NORMS:
         raise ValueError(f'norm_pix must be True, False or "channel", got {norm_pix!r}')
     if norm_pix and math.prod(patch) * (1 if norm_pix == "channel" else images.shape[1]) < 2:
@@ -63,7 +63,13 @@ def pixel_loss(
     weight = _check_weight(weight, tuple(ids.shape), "(batch, predicted patches)")
     mean, std = channel_stats(images, mean, std)
     check_same("device", pred=pred, images=images, ids=ids, weight=weight, mean=mean, std=std)
-    loss: Tensor = _pixel_loss(pred, images, ids, patch, _NORMS[norm_pix], weight, mean, std, wants_grad(pred))[0]
+    norm = _NORMS[norm_pix]
+    if wants_grad(images):
+        # for saliency maps and the like; kernels of the loss have no such gradient
+        cut = _gather_patches(images, ids, patch, mean, std, _wide_dtype(pred, images))
+        error, scale = reference.pixel_errors(pred, cut.unflatten(2, (images.shape[1], *patch)), norm, weight)
+        return (error.square().mean(-1) * scale).sum()
+    loss: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, wants_grad(pred))[0]
     return loss
 
 
@@ -82,7 +88,7 @@ def scaled_cosine_loss(
     Args:
         pred, target: (..., D) floating. A row of zero norm has cosine 0 and gradient 0.
         gamma: at least 1.
-        weight: (...) of each row, without gradient.
+        weight: (...) of each row, without gradient; a row of weight 0 counts nothing, even where it holds NaN.
         reduction: "mean": sum(w·l) / sum(w), 0 where that sum is 0; "sum": sum(w·l); "none": w·l.
 
     Returns:
@@ -98,8 +104,7 @@ def scaled_cosine_loss(
         raise ValueError("pred must have shape (..., width), got a scalar")
     check_tensor("target", target, tuple(pred.shape), letters="that of pred")
     check_floating("target", target)
-    if isinstance(gamma, bool) or not isinstance(gamma, (int, float)):
-        raise TypeError(f"gamma must be a number, got {type(gamma).__name__}")
+    gamma = check_number("gamma", gamma)
     if not (math.isfinite(gamma) and gamma >= 1):
         raise ValueError(f"gamma must be finite and at least 1, got {gamma}")
     if reduction not in _REDUCTIONS:

@@ -43,12 +43,11 @@ def random_masking(
         TypeError, ValueError: an argument of the wrong type, shape, device or range; NaN noise (checked on the
             CPU, and on other devices where FASTMIM_CHECK_IDS=1).
     """
-    check_count("batch", batch, 0)
-    check_count("num_patches", num_patches, 1)
-    check_count("len_keep", len_keep, 1, num_patches)
+    batch = check_count("batch", batch, 0)
+    num_patches = check_count("num_patches", num_patches, 1)
+    len_keep = check_count("len_keep", len_keep, 1, num_patches)
     removed = num_patches - len_keep
-    len_predict = removed if len_predict is None else len_predict
-    check_count("len_predict", len_predict, 0, removed)
+    len_predict = check_count("len_predict", removed if len_predict is None else len_predict, 0, removed)
     if sum(source is not None for source in (noise, seeds, generator)) > 1:
         raise ValueError("give one of noise, seeds and generator, got several")
     if noise is not None:

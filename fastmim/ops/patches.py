@@ -1,6 +1,7 @@
 """Reading patches: cut, normalise and embed the chosen ones, touching no other pixel."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -134,7 +135,9 @@ def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
         check_tensor(name, stat, (channels,), letters="one value per channel")
         check_floating(name, stat)
         return stat.detach()
-    if not isinstance(stat, Sequence) or not all(isinstance(v, (int, float)) for v in stat):
+    if hasattr(stat, "tolist"):  # NumPy's arrays
+        stat = stat.tolist()
+    if not isinstance(stat, Sequence) or not all(isinstance(v, (int, float, numbers.Real)) for v in stat):
         raise TypeError(f"{name} must be a sequence of numbers or a 1-D tensor, got {stat!r}")
     if len(stat) != channels:
         raise ValueError(
@@ -142,6 +145,7 @@ def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
         )
     if not all(math.isfinite(v) for v in stat) or (name == "std" and min(stat) <= 0):
         raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(stat)}")
+    stat = [float(value) for value in stat]
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     if torch.compiler.is_compiling() or type(images) is not Tensor:
         # traced: filled on the device, where torch.tensor would be a copy to it at each step, which no graph captures

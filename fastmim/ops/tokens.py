@@ -121,7 +121,9 @@ def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_p
     check_tensor("pos_embed", pos_embed, (None, visible.shape[2]), letters="(prefix + patches, width)")
     for name, value in (("visible", visible), ("mask_token", mask_token), ("pos_embed", pos_embed)):
         check_floating(name, value)
-    check_count("num_prefix_tokens", num_prefix_tokens, 0, min(visible.shape[1], pos_embed.shape[0]))
+    num_prefix_tokens = check_count(
+        "num_prefix_tokens", num_prefix_tokens, 0, min(visible.shape[1], pos_embed.shape[0])
+    )
 
 
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------

@@ -166,6 +166,21 @@ def test_flops_are_those_that_pytorch_counts(template, form, cell):
     assert counter.get_total_flops() == 2 * train_flops(contestant.sizes, form, cell)
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("cell", CELLS)
+def test_pytorch_counts_the_flops_of_our_ops(template, cell):
+    """Those of the algorithm, and the scores once more in each block's backward pass, as of PyTorch's own attention."""
+    contestant = entered("fastmim", template, cell)
+    sizes = contestant.sizes
+    with FlopCounterMode(display=False) as counter:
+        contestant.loss(batch()).backward()
+    visible, predicted = 1 + sizes.visible(cell), sizes.predicted(cell)
+    tokens = visible + predicted
+    again = 2 * sizes.depth * visible**2 * sizes.width
+    again += 2 * ((sizes.decoder_depth - 1) * tokens + predicted) * tokens * sizes.decoder_width
+    assert counter.get_total_flops() == 2 * (train_flops(sizes, "fastmim", cell) + again)
+
+
 def test_saved_bytes_count_a_storage_once_and_no_parameters():
     linear = torch.nn.Linear(8, 8, bias=False)
     x = torch.ones(4, 8)

@@ -104,7 +104,7 @@ def plain_decoder(model: MaskedAutoencoderViT, latent: Tensor, ids_restore: Tens
 
 
 def plain_loss(model: MaskedAutoencoderViT, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-    target = plain_patchify(model, images.detach())
+    target = plain_patchify(model, images)
     if model.norm_pix_loss:
         mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         target = (target - mean) / (var + 1e-6) ** 0.5

@@ -43,7 +43,7 @@ def test_equals_the_plain_form(variant, mask_ratio, predict):
     assert torch.equal(out.mask.double(), mask) and torch.equal(out.ids_restore, ids_restore)
     assert_exact(out.pred, pred if predict == "all" else pick(pred, out.ids_predict))
     assert_exact(out.loss, loss)
-    # an image learns through the embedding only: the target carries no gradient
+    # as in facebookresearch/mae, images that require grad learn through the target too
     assert_exact(gradients(out.loss, model, images=images), gradients(loss, model, images=images))
 
 

@@ -17,6 +17,7 @@ from cases import (
     TEST_CUDA,
     bits,
     check_op,
+    prepare,
     randn,
     run,
 )
@@ -24,7 +25,7 @@ from contract import ChecksValues, Differentiable, host
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmim import ops
+from fastmim import _library, ops
 
 BAD_SCALE = (
     (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
@@ -291,6 +292,169 @@ class TestAttention(Differentiable):
     )
     def test_fuzz(self, **case):
         self.check(**case)
+
+
+# ---- rows that torch's own attention serves --------------------------------------------------------------------------
+
+
+class TestLongRows:
+    """Beyond `most_keys` a call is torch's attention, with our meaning of masks, scales and empty tensors."""
+
+    @pytest.fixture(autouse=True)
+    def three_keys_are_long(self, monkeypatch):
+        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: None if dtype == torch.float64 else 3)
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("mask", KEY_MASKS)
+    @pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded gradient"])
+    def test_close_to_float64(self, dtype, mask, layout):
+        packed = TestAttentionQkvpacked().arguments(length=9, mask=mask)
+        separate = TestAttention().arguments(keys=9, mask=mask, bias="none")
+        ragged = TestAttentionVarlen().arguments((7, 1, 0, 9))
+        for of, arguments in ((TestAttentionQkvpacked, packed), (TestAttention, separate)):
+            check_op(of.op, of.eager, prepare(arguments, dtype, layout, of.leaves), layout)
+        of = TestAttentionVarlen
+        check_op(of.op, of.eager, prepare(ragged, dtype, layout, of.leaves), layout)
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("bias", ["full", "rows", "keys", "scalar"])
+    @pytest.mark.parametrize("scale", [None, -0.5, 0.0])
+    def test_bias_without_gradient(self, dtype, bias, scale):
+        arguments = TestAttention().arguments(keys=9, bias=bias, mask="a sample without", scale=scale)
+        check_op(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("bias", ["full", "rows", "keys", "scalar"])
+    def test_bias_with_gradient(self, bias):
+        arguments = TestAttention().sample(keys=9, bias=bias, mask="a sample without")
+        check_op(ops.attention, plain, arguments)
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_masked_does_not_leak(self, value):
+        """Nor does a query that no key is shown."""
+        arguments = TestAttention().sample(keys=9, mask="a sample without") | dict(bias=None)
+        hidden = ~arguments["key_mask"]
+        clean = run(ops.attention, arguments)
+        with torch.no_grad():
+            arguments["k"][hidden], arguments["v"][hidden], arguments["q"][-1] = value, value, value
+        results = run(ops.attention, arguments)
+        assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
+        assert (results["output 0"][-1] == 0).all() and (results["gradient of q"][-1] == 0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_all_keys_masked(self, dtype):
+        qkv = torch.randn(2, 9, 3, 2, HEAD_WIDTH, dtype=dtype, device=DEVICE, requires_grad=True)
+        nothing = torch.zeros(2, 9, dtype=torch.bool, device=DEVICE)
+        assert all(
+            (value == 0).all() for value in run(ops.attention_qkvpacked, dict(qkv=qkv, key_mask=nothing)).values()
+        )
+        q, k, v = qkv.detach().unbind(2)
+        arguments = dict(q=q.requires_grad_(), k=k, v=v, bias=torch.full((9,), -math.inf, device=DEVICE))
+        assert all((value == 0).all() for value in run(ops.attention, arguments).values())
+
+    @pytest.mark.parametrize("shape", [(0, 9), (2, 0)])
+    def test_empty(self, shape, monkeypatch):
+        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: -1)
+        qkv = torch.randn(*shape, 3, 2, HEAD_WIDTH, device=DEVICE, requires_grad=True)
+        results = run(ops.attention_qkvpacked, dict(qkv=qkv))
+        assert results["output 0"].shape == (*shape, 2, HEAD_WIDTH)
+        assert results["gradient of qkv"].shape == qkv.shape
+
+    @host
+    def test_autocast(self):
+        """The dtype is autocast's, and a bias keeps its own."""
+        arguments = TestAttention().sample(bias="full", keys=9)
+        arguments["bias"] = arguments["bias"].detach()
+        narrow = {name: arguments[name].detach().bfloat16() for name in "qkv"}
+        with torch.autocast("cpu", torch.bfloat16):
+            found = run(ops.attention, arguments)
+        assert found["output 0"].dtype == torch.bfloat16 and found["gradient of q"].dtype == torch.float32
+        assert torch.equal(found["output 0"], ops.attention(**(arguments | narrow)))
+
+    @host
+    def test_bad_cu_seqlens(self):
+        arguments = TestAttentionVarlen().sample(lengths=(4, 9))
+        arguments["cu_seqlens_k"][1] = 20
+        with pytest.raises(ValueError, match="cu_seqlens_k must start at 0, never fall and end at the 13"):
+            ops.attention_varlen(**arguments)
+
+    @host
+    @pytest.mark.fault
+    def test_compiles_once_on_each_side(self, monkeypatch):
+        """Of the length from which torch serves."""
+        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: 16)
+        torch.compiler.reset()
+        compiled = torch.compile(ops.attention_qkvpacked, fullgraph=True, dynamic=True, backend="aot_eager")
+        for place, length in enumerate((9, 10, 12, 20, 21, 33)):
+            arguments = dict(qkv=torch.randn(6, length, 3, 7, 8, requires_grad=True))
+            with torch._dynamo.config.patch(error_on_recompile=place not in (0, 3)):
+                found, expected = run(compiled, arguments), run(ops.attention_qkvpacked, arguments)
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name])
+
+
+def saved_bytes(function, *inputs):
+    """What a call keeps for its backward pass, its inputs aside."""
+    given = {x.untyped_storage().data_ptr() for x in inputs}
+    kept = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in given:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        function(*inputs).sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [1157])
+def test_beyond_1024_keys(length, dtype):
+    """Whatever serves them, the values are those of shorter rows, and nothing of S x S is kept."""
+    if _library.family in ("triton", "cuda"):
+        pytest.skip("a forced backend serves up to 1,024 keys")
+    qkv = torch.randn(1, length, 3, 2, 64, dtype=torch.float64)
+    cu = torch.tensor([0, 3, length], dtype=torch.int32, device=DEVICE)
+    for op, eager, arguments in (
+        (ops.attention_qkvpacked, TestAttentionQkvpacked.eager, dict(qkv=qkv)),
+        (ops.attention, plain, dict(q=qkv[:, :5, 0], k=qkv[:, :, 1], v=qkv[:, :, 2])),
+        (
+            ops.attention_varlen,
+            TestAttentionVarlen.eager,
+            dict(
+                zip("qkv", qkv[0].unbind(1)), cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=length, max_seqlen_k=length
+            ),
+        ),
+    ):
+        arguments = prepare(arguments, dtype, "contiguous", ("qkv", "q", "k", "v"))
+        check_op(op, eager, arguments)
+    single = qkv.to(DEVICE, dtype).requires_grad_()
+    if _library.family == "auto":
+        assert saved_bytes(ops.attention_qkvpacked, single) <= 2 * single.nbytes
+
+
+@host
+@pytest.mark.fault
+def test_from_which_length_torch_serves(monkeypatch):
+    """Where it is faster than the kernels: where there are none sooner; never in place of a forced backend."""
+    monkeypatch.setattr(_library, "family", "auto")
+    monkeypatch.setattr(_library, "build", dict(isa="avx512"))
+    assert _library.most_keys("cuda", torch.bfloat16) == _library.most_keys("cuda", torch.float32) == 1024
+    assert _library.most_keys("cpu", torch.float32) == 4096
+    assert _library.most_keys("cpu", torch.bfloat16) is _library.most_keys("cpu", torch.float16) is None
+    monkeypatch.setattr(_library, "build", dict(isa="avx2"))
+    assert _library.most_keys("cpu", torch.float32) == 1024
+    monkeypatch.setattr(_library, "build", None)
+    assert _library.most_keys("cpu", torch.bfloat16) == 1024
+    assert _library.most_keys("cuda", torch.float64) is _library.most_keys("meta", torch.float32) is None
+    for family in ("reference", "cpp", "triton", "cuda"):
+        monkeypatch.setattr(_library, "family", family)
+        assert _library.most_keys("cuda", torch.bfloat16) is None
 
 
 class TestAttentionVarlen(ChecksValues, Differentiable):

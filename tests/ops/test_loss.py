@@ -69,7 +69,6 @@ class TestPixelLoss(Indexed):
         (dict(pred=lambda x: x[0]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(4, 18\)"),
         (dict(pred=lambda x: x[:, 1:]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(2, 3, 18\)"),
         (dict(pred=lambda x: x[..., 1:]), ValueError, r"pred must have shape \(2, 4, 18\).*; got \(2, 4, 17\)"),
-        (dict(images=lambda x: x.requires_grad_()), ValueError, r"images must not require grad.*images\.detach\(\)"),
         (dict(norm_pix="patch"), ValueError, "norm_pix must be True, False or \"channel\", got 'patch'"),
         (dict(norm_pix=1), ValueError, 'norm_pix must be True, False or "channel", got 1'),
         (dict(norm_pix=None), ValueError, 'norm_pix must be True, False or "channel", got None'),
@@ -164,6 +163,53 @@ class TestPixelLoss(Indexed):
         results = run(self.op, arguments)
         assert results["output 0"] == 0 and results["output 0"].dtype == torch.float32
         assert torch.equal(results["gradient of pred"], torch.zeros_like(arguments["pred"]))
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("norm_pix", [True, "channel", False])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_patches_without_weight_count_nothing(self, dtype, norm_pix):
+        """Not even where the prediction or the picture is NaN."""
+        arguments = self.sample(dtype, norm_pix=norm_pix)
+        idle = torch.tensor([[False, True, False, False], [True, False, False, True]], device=DEVICE)
+        arguments["weight"][idle] = 0
+        clean = run(self.op, arguments)
+        assert (clean["gradient of pred"][idle] == 0).all() and clean["output 0"] > 0
+        with torch.no_grad():
+            arguments["pred"][idle] = math.nan
+            for row, number in idle.nonzero().tolist():
+                y, x = divmod(int(arguments["ids"][row, number]), 3)
+                arguments["images"][row, :, 2 * y : 2 * y + 2, 3 * x : 3 * x + 3] = (math.nan, math.inf)[row]
+        found = run(self.op, arguments)
+        assert all(torch.equal(bits(found[name]), bits(clean[name])) for name in clean)
+        arguments["weight"].zero_()
+        assert all((value == 0).all() for value in run(self.op, arguments).values())
+        if dtype == torch.float32:
+            arguments["images"].requires_grad_()
+            arguments["weight"][:, 2] = 1
+            gradients = run(self.op, arguments)
+            assert gradients["output 0"].isfinite() and gradients["gradient of pred"].isfinite().all()
+            assert gradients["gradient of images"].isfinite().all() and gradients["gradient of images"].any()
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("norm_pix", [True, "channel", False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_gradient_through_the_target(self, dtype, norm_pix):
+        """Of images that require one, as in facebookresearch/mae; the loss is that of images without."""
+        arguments = self.sample(dtype, norm_pix=norm_pix)
+        loss = self.op(**arguments).detach()
+        arguments["images"] = arguments["images"].detach().requires_grad_()
+        check_op(self.op, self.eager, arguments)
+        torch.testing.assert_close(self.op(**arguments).detach(), loss)
+
+    @host
+    @pytest.mark.fault
+    def test_gradient_through_the_target_compiled(self):
+        arguments = self.sample()
+        arguments["images"].requires_grad_()
+        compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager")
+        found, expected = run(compiled, arguments), run(self.op, arguments)
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name])
 
     def test_bool_weight_counts(self):
         arguments = self.sample()
@@ -275,6 +321,23 @@ class TestScaledCosineLoss(Differentiable):
 
     def mixed(self):
         return ("pred", "target", "weight")
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_rows_without_weight_count_nothing(self, dtype, reduction):
+        """Not even where they are NaN."""
+        arguments = self.sample(dtype, reduction=reduction, gamma=1.5)
+        idle = arguments["weight"] > arguments["weight"].median()
+        arguments["weight"][idle] = 0
+        clean = run(self.op, arguments)
+        assert all((clean[f"gradient of {name}"][idle] == 0).all() for name in self.leaves)
+        with torch.no_grad():
+            arguments["pred"][idle], arguments["target"][idle] = math.nan, math.inf
+        found = run(self.op, arguments)
+        assert all(torch.equal(bits(found[name]), bits(clean[name])) for name in clean)
+        arguments["weight"].zero_()
+        assert all((value == 0).all() for value in run(self.op, arguments).values())
 
     @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 2, 5), (0, 5)])
     def test_any_number_of_axes(self, shape):
