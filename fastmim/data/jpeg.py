@@ -17,11 +17,15 @@ PROGRESSIVE = 0xC2
 # libjpeg's limit
 MAX_SIDE = 65500
 COMPONENTS = b"\1\2\3"
-# sampling factors of luma for 4:4:4, 4:2:2, 4:4:0 and 4:2:0
-LUMA = {0x11: (1, 1), 0x21: (2, 1), 0x12: (1, 2), 0x22: (2, 2)}
+# sampling factors, horizontal and vertical: of luma for 4:4:4, 4:2:2, 4:4:0 and 4:2:0, and of chroma
+SAMPLING = {0x11: (1, 1), 0x21: (2, 1), 0x12: (1, 2), 0x22: (2, 2)}
+CHROMA = b"\x11\x11"
 ADOBE_YCC = 1
-# coefficients of which no bit has been sent
+# bits, of those of a set of tables; see _tables
+DC, AC = 1 << 4, 1 << 8
+# low bits that are missing of a coefficient, or that none has been sent; of the 64 of a block at the start and the end
 UNSEEN = 0xFF
+ALL, NONE = bytes([UNSEEN]) * 64, bytes(64)
 # orientation in XMP, an attribute or an element, that isn't plainly 1
 TURNED = re.compile(rb'Orientation(?!="1"|>1<)(?<!</tiff:Orientation)')
 
@@ -48,38 +52,34 @@ class _Markers:
 
     def __init__(self, data: bytes) -> None:
         self.data = data
-        self.tables: set[int] = set()
-        self.interval = 0
-        self.exif = False
-        self.width = self.height = 0
-        self.progressive = False
-        # component: its sampling factors and quantisation table, and the bits that are missing of each coefficient
+        self.interval = self.tables = self.width = self.height = 0
+        self.progressive = self.exif = False
+        # of each component: sampling factors and quantisation table; bits that are missing of each coefficient
         self.components: dict[int, tuple[int, int, int]] = {}
-        self.missing: dict[int, bytearray] = {}
-        self.scans = 0
+        self.missing: dict[int, bytes] = {}
 
     def size(self) -> tuple[int, int]:
         data, at, starts = self.data, 2, b""
         while data[at] == 0xFF:
-            marker, (length,) = data[at + 1], struct.unpack_from(">H", data, at + 2)
+            marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
             segment = data[at + 4 : at + 2 + length]
             _demand(len(segment) == length - 2)
             at += 2 + length
-            if marker == SOS:
+            if marker == DHT or marker == DQT:
+                self.tables |= _tables(marker, segment)
+            elif marker == SOS:
                 starts = starts or _starts(data)
                 at = self._behind(at, self._scan(segment), starts)
                 if data[at + 1] == EOI:
-                    _demand(at + 2 == len(data) and not any(map(any, self.missing.values())))
+                    _demand(at + 2 == len(data) and all(missing == NONE for missing in self.missing.values()))
                     return self.width, self.height
-            elif marker in (DHT, DQT):
-                self.tables |= _tables(marker, segment)
-            elif marker == DRI:
-                (self.interval,) = struct.unpack(">H", segment)
             elif marker in SOF:
                 self._frame(marker, segment)
+            elif marker == DRI:
+                (self.interval,) = struct.unpack(">H", segment)
             elif marker in APPS:
                 # Pillow reads them up to the first scan, libjpeg all
-                _demand(not self.scans and self._harmless(marker, segment))
+                _demand(not starts and self._harmless(marker, segment))
             else:
                 _demand(marker == COM)
         raise ValueError
@@ -89,39 +89,39 @@ class _Markers:
         _demand(not self.components and bits == 8 and count == 3 and len(segment) == 15)
         _demand(0 < self.width * self.height <= MAX_PIXELS and max(self.width, self.height) <= MAX_SIDE)
         # others may be RGB
-        _demand(segment[6::3] == COMPONENTS and segment[7] in LUMA and segment[10::3] == b"\x11\x11")
+        _demand(segment[6::3] == COMPONENTS and segment[10::3] == CHROMA and max(segment[8::3]) < 4)
         self.progressive = marker == PROGRESSIVE
-        for name, factors, table in zip(segment[6::3], segment[7::3], segment[8::3]):
-            self.components[name] = *LUMA[factors], table
-            self.missing[name] = bytearray([UNSEEN]) * 64
+        for name, factors, table in zip(COMPONENTS, segment[7::3], segment[8::3]):
+            self.components[name] = *SAMPLING[factors], table
+            self.missing[name] = ALL
 
     def _scan(self, segment: bytes) -> int:
         """Minimum coded units of a scan, which must send what is due: neither too little nor again."""
         count = segment[0]
         names, selected = segment[1 : 1 + 2 * count : 2], segment[2 : 2 + 2 * count : 2]
         first, last, bits = segment[1 + 2 * count :]
+        _demand(count > 0)
         high, low = bits >> 4, bits & 15
         if self.progressive:
             _demand((last == 0 if first == 0 else count == 1) and low <= 13 and (not high or low == high - 1))
+            _demand(first <= last < 64)
         else:
-            _demand((first, last, bits) == (0, 63, 0))
-        _demand(0 < count == len(set(names)) and first <= last < 64)
-        sent = last + 1 - first
+            _demand(first == 0 and last == 63 and bits == 0)
+        due, sent = bytes([high or UNSEEN]) * (last + 1 - first), bytes([low]) * (last + 1 - first)
         for name, chosen in zip(names, selected):
-            needed = {_table(DQT, 0, self.components[name][2])}
-            if first == 0 and not high:
-                needed.add(_table(DHT, 0, chosen >> 4))
+            _demand(chosen & 0xCC == 0)
+            needed = 1 << self.components[name][2]
+            if first == 0 and high == 0:
+                needed |= DC << (chosen >> 4)
             if last > 0:
-                needed.add(_table(DHT, 1, chosen & 15))
-            _demand(needed <= self.tables)
+                needed |= AC << (chosen & 15)
             missing = self.missing[name]
-            _demand(missing[first : last + 1] == bytes([high or UNSEEN]) * sent)
-            missing[first : last + 1] = bytes([low]) * sent
-        self.scans += 1
-        across, down, _ = self.components[COMPONENTS[0]]
+            _demand(needed & self.tables == needed and missing[first : last + 1] == due)
+            self.missing[name] = missing[:first] + sent + missing[last + 1 :]
         # a component alone is coded block by block
-        own = self.components[names[0]] if count == 1 else (1, 1)
-        return -(-self.width * own[0] // (8 * across)) * -(-self.height * own[1] // (8 * down))
+        wide, tall = self.components[COMPONENTS[0]][:2]
+        across, down = self.components[names[0]][:2] if count == 1 else (1, 1)
+        return -(-self.width * across // (8 * wide)) * -(-self.height * down // (8 * tall))
 
     def _behind(self, at: int, units: int, starts: bytes) -> int:
         """Where the marker behind a scan's data begins; restart markers in them must be all there, and in order."""
@@ -161,35 +161,30 @@ def _starts(data: bytes) -> bytes:
     return found.tobytes()
 
 
-def _table(marker: int, kind: int, number: int) -> int:
-    """A name for a table: of quantisation, or of Huffman codes for DC (kind 0) or AC (kind 1)."""
-    return marker << 8 | kind << 4 | number
-
-
 # most files have the same Huffman codes
 @lru_cache(256)
-def _tables(marker: int, segment: bytes) -> frozenset[int]:
-    """The tables that a segment defines."""
-    found, at = set(), 0
+def _tables(marker: int, segment: bytes) -> int:
+    """The tables that a segment defines: 1 << n, DC << n and AC << n for number n of each kind."""
+    found = at = 0
     while at < len(segment):
         kind, number = segment[at] >> 4, segment[at] & 15
         _demand(kind < 2 and number < 4)
         if marker == DQT:
+            found |= 1 << number
             at += 1 + 64 * (1 + kind)
-            found.add(_table(DQT, 0, number))
             continue
-        code = 0
-        for bits, count in enumerate(segment[at + 1 : at + 17], 1):
+        found |= (AC if kind else DC) << number
+        counts, code = segment[at + 1 : at + 17], 0
+        at += 17 + sum(counts)
+        symbols = segment[at - sum(counts) : at]
+        _demand(len(symbols) <= 256 and (kind == 1 or max(symbols, default=0) < 16))
+        for bits, count in enumerate(counts, 1):
             code += count
             # no code is all ones
             _demand(not count or code < 1 << bits)
             code <<= 1
-        codes = sum(segment[at + 1 : at + 17])
-        _demand(codes <= 256 and (kind == 1 or max(segment[at + 17 : at + 17 + codes], default=0) < 16))
-        at += 17 + codes
-        found.add(_table(DHT, kind, number))
     _demand(at == len(segment))
-    return frozenset(found)
+    return found
 
 
 def _upright(tiff: bytes) -> bool:
