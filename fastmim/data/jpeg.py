@@ -65,7 +65,7 @@ class _Markers:
             segment = data[at + 4 : at + 2 + length]
             _demand(len(segment) == length - 2)
             at += 2 + length
-            if marker == DHT or marker == DQT:
+            if marker in (DHT, DQT):
                 self.tables |= _tables(marker, segment)
             elif marker == SOS:
                 starts = starts or _starts(data)

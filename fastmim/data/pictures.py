@@ -32,7 +32,7 @@ WHITE_IS_ZERO, SIGNED = 0, 2
 SIXTEEN = (0, 0xFFFF)
 # Pillow gives grey pictures of more than 8 bits in these as 16 bits, whatever the file says their largest value is
 SCALED = {"PNG", "PPM", "JPEG2000"}
-DIM = "its 16-bit values are all below 4096, so that it is served nearly black: scale them, or state their range in TIFF"
+DIM = "16-bit values that are all below 4096 are served nearly black: scale them, or state their range in TIFF"
 # elements below which PyTorch doesn't hand an op to its own threads, which would be threads of threads here
 SERIAL = 32768
 
@@ -154,7 +154,7 @@ def _tiff_range(image: Any) -> tuple[float, float]:
         kind = "signed" if signed else "unsigned"
         stated = " and ".join("nothing" if math.isnan(value) else f"{value:g}" for value in (low, high))
         raise Unreadable(
-            f"{bits}-bit {kind} values have no known range: for SMinSampleValue and SMaxSampleValue the file has {stated}"
+            f"{bits}-bit {kind} values have no known range: SMinSampleValue and SMaxSampleValue state {stated}"
         )
     return low, high
 
