@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits, of colours multiplied by alpha, and in L*a*b*: their greys, or a refusal that says why."""
+"""Pictures of more than 8 bits, of colours multiplied by alpha, in L*a*b*: greys, or a refusal that says why."""
 
 import io
 import logging
