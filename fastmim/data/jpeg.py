@@ -158,7 +158,8 @@ def _starts(data: bytes) -> bytes:
     values = np.frombuffer(data, np.uint8)
     found = values[:-1] == 0xFF
     found &= values[1:] != 0
-    return found.tobytes()
+    starts: bytes = found.tobytes()
+    return starts
 
 
 # most files have the same Huffman codes

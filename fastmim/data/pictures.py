@@ -139,9 +139,10 @@ def _grey(image: Any, note: Note) -> Pixels:
         values &= 0xFFFFFFFF
     if (low, high) == SIXTEEN and values.max() < 4096:
         note(DIM)
-    grey = np.clip((values - low) * 256 // (high - low + 1), 0, 255).astype(np.uint8)
-    white_is_zero = tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO
-    return 255 - grey if white_is_zero else grey
+    grey: Pixels = np.clip((values - low) * 256 // (high - low + 1), 0, 255).astype(np.uint8)
+    if tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        np.subtract(255, grey, out=grey)
+    return grey
 
 
 def _tiff_range(image: Any) -> tuple[float, float]:
