@@ -124,7 +124,7 @@ class _Markers:
         return -(-self.width * across // (8 * wide)) * -(-self.height * down // (8 * tall))
 
     def _behind(self, at: int, units: int, starts: bytes) -> int:
-        """Where the marker behind a scan's data begins; restart markers in them must be all there, and in order."""
+        """Position of the marker behind a scan's data, whose restart markers must be all there, and in order."""
         for restart in range((units - 1) // self.interval if self.interval else 0):
             at = starts.index(1, at)
             _demand(self.data[at + 1] == 0xD0 + restart % 8)
@@ -132,7 +132,7 @@ class _Markers:
         return starts.index(1, at)
 
     def _harmless(self, marker: int, segment: bytes) -> bool:
-        """Whether a segment of an application leaves the picture as it is, and Pillow can read it."""
+        """Return whether a segment of an application leaves the picture as it is, and Pillow can read it."""
         if marker == APP1 and segment[:4] == b"Exif":
             first, self.exif = not self.exif, True
             return first and _upright(segment[6:])
@@ -189,7 +189,7 @@ def _tables(marker: int, segment: bytes) -> int:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Whether EXIF data leave the picture as it is; only data that say so plainly do."""
+    """Return whether EXIF data leave the picture as it is; only data that say so plainly do."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return False

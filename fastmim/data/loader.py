@@ -49,12 +49,14 @@ class ImageLoader:
     What can't be read is skipped, and the samples that follow in the shard's own part move up: other shards are not
     concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to keep batches whole,
     `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in `skipped`, and in
-    the quarantine file with their reasons. Grey, CMYK, 16-bit, palette, transparent and animated images (the first
-    frame) are converted to RGB, the orientation of EXIF or XMP is applied, alpha is dropped, and colour profiles are
-    ignored. Of 16-bit values the 8 high bits are kept: they span 0 to 65535, but for grey TIFFs that state another
-    range (BitsPerSample, SMinSampleValue, SMaxSampleValue). The first picture whose 16-bit values are all below 4096 is
-    logged as a warning. Values without a known range are unreadable: floating-point, signed, and 32-bit ones, unless a
-    TIFF states the range of its integers.
+    the quarantine file with their reasons. Damaged files that Pillow still decodes are served, on every backend:
+    `fastmim check-data` names them.
+
+    Grey, CMYK, L*a*b*, palette, transparent and animated images (the first frame) are converted to RGB, and the
+    orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. Of 16-bit values the 8 high
+    bits are kept: they span 0 to 65535, but in grey TIFFs the range that BitsPerSample or SMinSampleValue and
+    SMaxSampleValue state. The first image whose 16-bit values are all below 4096 is logged as a warning. Values without
+    a known range are unreadable: floating-point ones, and signed and 32-bit integers unless a TIFF states their range.
 
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar

@@ -48,7 +48,7 @@ def check(source: str | os.PathLike[str] | list[str], *, num_threads: int = 1) -
 
 
 def damage(data: bytes) -> str | None:
-    """What a strict decoder finds in a file that Pillow reads; None if nothing.
+    """Return what a strict decoder finds wrong with a file that Pillow reads; None if nothing.
 
     simplejpeg judges JPEGs, where it is installed, and checksums PNGs. Pillow itself refuses other formats that end
     early; without checksums they don't show what else befell them.

@@ -29,7 +29,7 @@ LEVELS = 2
 
 
 def served_as_pillow_serves_it(data):
-    """Whether a file is plain; if so, Pillow must read it as simplejpeg does, who may find damage in it."""
+    """Return whether a file is plain; Pillow must read it then, and as simplejpeg does, unless that finds damage."""
     size = plain_size(data)
     if size is None:
         return False
@@ -169,6 +169,7 @@ def test_what_applications_add(segments):
     served_as_pillow_serves_it(with_segments(BASE[:2] + BASE[20:], segments))
 
 
+# options of Pillow 10.2 and later
 RESTARTS = as_jpeg(picture(4, SIZE), restart_marker_blocks=2)
 PROGRESSIVE = as_jpeg(picture(5, SIZE), progressive=True)
 BASES = [
