@@ -53,8 +53,8 @@ class ImageLoader:
     `fastmim check-data` names them.
 
     Grey, CMYK, L*a*b*, palette, transparent and animated images (the first frame) are converted to RGB, and the
-    orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. Of 16-bit values the 8 high
-    bits are kept: they span 0 to 65535, but in grey TIFFs the range that BitsPerSample or SMinSampleValue and
+    orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. Of 16-bit values the 8
+    high bits are kept: they span 0 to 65535, but in grey TIFFs the range that BitsPerSample or SMinSampleValue and
     SMaxSampleValue state. The first image whose 16-bit values are all below 4096 is logged as a warning. Values without
     a known range are unreadable: floating-point ones, and signed and 32-bit integers unless a TIFF states their range.
 
