@@ -1,4 +1,4 @@
-"""Writing packed datasets (packed.py says what they are), and looking for what can't be read."""
+"""Writing packed datasets (packed.py says what they are)."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from .._checks import check_count
 from . import pictures
 from .crops import Crop
 from .packed import FORMAT, INDEX, Packed, read_json, shard_files, write_json
-from .pictures import Pixels, Unreadable
+from .pictures import Note, Notes, Pixels, Unreadable
 from .quarantine import NAME, Quarantine
 from .sources import Source, open_source
 
@@ -72,7 +72,7 @@ def pack(
         "classes": images.classes,
     }
     _claim(root, said)
-    quarantine = Quarantine(root / NAME, total)
+    quarantine, notes = Quarantine(root / NAME, total), Notes()
     for shard in range(shards):
         samples = range(shard * shard_size, min(total, (shard + 1) * shard_size))
         if _is_whole(root, shard, plan):
@@ -81,7 +81,7 @@ def pack(
                 quarantine.add(samples[int(at)], images.names[samples[int(at)]], reason)
             progress(len(samples))
         else:
-            _write_shard(images, samples, root, shard, plan, short_side, num_threads, quarantine, progress)
+            _write_shard(images, samples, root, shard, plan, short_side, num_threads, quarantine, notes, progress)
     quarantine.check(0, 0)
     write_json(root / INDEX, {**said, "complete": True})
     return Packed(root)
@@ -125,6 +125,7 @@ def _write_shard(
     short_side: int,
     threads: int,
     quarantine: Quarantine,
+    notes: Notes,
     progress: Callable[[int], object],
 ) -> None:
     """Pixels first, then the index: a shard without it isn't there."""
@@ -132,7 +133,10 @@ def _write_shard(
     part = data.with_name(f"{data.name}.{os.getpid()}.part")
     places, reasons, start = [], {}, 0
     with open(part, "wb") as file:
-        for at, pixels in enumerate(ahead(threads, lambda sample: _shrunk(images, sample, short_side), samples)):
+        shrunk = ahead(
+            threads, lambda sample: _shrunk(images, sample, short_side, notes.on(images.names[sample])), samples
+        )
+        for at, pixels in enumerate(shrunk):
             if isinstance(pixels, Unreadable):
                 reasons[at] = str(pixels)
                 quarantine.add(samples[at], images.names[samples[at]], str(pixels))
@@ -152,11 +156,11 @@ def _write_shard(
     write_json(index, held)
 
 
-def _shrunk(images: Source, sample: int, short_side: int) -> Pixels | Unreadable:
+def _shrunk(images: Source, sample: int, short_side: int, note: Note) -> Pixels | Unreadable:
     try:
         data = images.read(sample)
         assert isinstance(data, bytes)
-        image = pictures.decode(data)
+        image = pictures.decode(data, note)
     except Unreadable as error:
         return error
     width, height = image.size
@@ -165,27 +169,6 @@ def _shrunk(images: Source, sample: int, short_side: int) -> Pixels | Unreadable
         return np.asarray(image)
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
     return pictures.resize(image, Crop(0, 0, width, height, False), size)
-
-
-def check(source: str | os.PathLike[str] | list[str], *, num_threads: int = 1) -> Iterator[tuple[str, str | None]]:
-    """Decode every sample of a source in full: its name, and None or why it can't be read, in order.
-
-    Raises:
-        ValueError: the source holds no image, or is a packed dataset with a damaged shard.
-    """
-    images = open_source(source)
-
-    def problem(sample: int) -> str | None:
-        try:
-            data = images.read(sample)
-            if isinstance(data, bytes):
-                pictures.decode(data)
-        except Unreadable as error:
-            return str(error)
-        return None
-
-    samples = range(len(images.names))
-    yield from zip(images.names, ahead(num_threads, problem, samples))
 
 
 def ahead(threads: int, function: Callable[[int], T], samples: range) -> Iterator[T]:
