@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -23,8 +23,9 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
 )
-# sizes that are part of a source's identity: all of a small one, some of a large one
-SIZES = 1024
+
+
+Stamp = tuple[int, int, int]
 
 
 class Source(Protocol):
@@ -38,11 +39,14 @@ class Source(Protocol):
     classes: list[str]
     root: Path
 
-    def read(self, sample: int) -> bytes | Pixels:
-        """The bytes of a file, or pixels that need no decoding. Raises Unreadable."""
+    def read(self, sample: int, most: int = -1) -> bytes | Pixels:
+        """The bytes of a file, at most so many, or pixels that need no decoding. Raises Unreadable."""
+
+    def stamp(self, sample: int) -> Stamp | None:
+        """Size, and when a file was modified and changed, in ns; None where it can't be found."""
 
     def identity(self) -> str:
-        """A hash that other data don't have."""
+        """A hash of names and labels; files that are repaired stay the same samples."""
 
 
 def open_source(source: object) -> Source:
@@ -82,25 +86,26 @@ class Files:
         self.root, self.names, self.classes = root, names, classes
         self.labels: Ints | None = labels
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, most: int = -1) -> bytes:
         try:
             # a pipe would wait for its other end for ever
             handle = os.open(self.root / self.names[sample], os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise Unreadable("no regular file")
-                return file.read()
+                return file.read(most)
         except OSError as error:
             raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
-    def identity(self) -> str:
-        return identity(self.names, self.labels, self._size)
-
-    def _size(self, sample: int) -> int:
+    def stamp(self, sample: int) -> Stamp | None:
         try:
-            return (self.root / self.names[sample]).stat().st_size
+            found = (self.root / self.names[sample]).stat()
         except OSError:
-            return -1
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def identity(self) -> str:
+        return digest(self.names, self.labels).hexdigest()
 
 
 def folder(root: Path) -> Files:
@@ -167,8 +172,9 @@ class Tars:
         self.labels: Ints | None = None if None in labels else np.array(labels, dtype=np.int64)
         self.classes: list[str] = []
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, most: int = -1) -> bytes:
         shard, start, size = self._places[sample]
+        size = size if most < 0 else min(size, most)
         try:
             handle = os.open(self.root / shard, os.O_RDONLY)
             try:
@@ -181,8 +187,16 @@ class Tars:
             raise Unreadable(f"{shard} is truncated: {len(data)} of {size} bytes are there")
         return data
 
+    def stamp(self, sample: int) -> Stamp | None:
+        shard, _, size = self._places[sample]
+        try:
+            found = (self.root / shard).stat()
+        except OSError:
+            return None
+        return size, found.st_mtime_ns, found.st_ctime_ns
+
     def identity(self) -> str:
-        return identity(self.names, self.labels, lambda sample: self._places[sample][2])
+        return digest(self.names, self.labels).hexdigest()
 
 
 def _members(shard: Path, name: str) -> list[tuple[str, str, int, int, int | None]]:
@@ -206,11 +220,9 @@ def _members(shard: Path, name: str) -> list[tuple[str, str, int, int, int | Non
     return [(f"{name}/{image}", name, start, size, labels.get(key)) for image, key, start, size in images]
 
 
-def identity(names: Sequence[str], labels: Ints | None, size: Callable[[int], int]) -> str:
-    """SHA-256 of names and labels, and of SIZES sizes evenly spread."""
-    digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
+def digest(names: Sequence[str], labels: Ints | None) -> "hashlib._Hash":
+    """SHA-256 of names and labels."""
+    total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
     if labels is not None:
-        digest.update(labels.tobytes())
-    step = max(1, len(names) // SIZES)
-    digest.update(str([size(sample) for sample in range(0, len(names), step)]).encode())
-    return digest.hexdigest()
+        total.update(labels.tobytes())
+    return total

@@ -96,8 +96,8 @@ def test_interrupted_packing_goes_on(photographs, packed, tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="is not finished: run the same `fastmim pack` again"):
         load(out)
     written = []
-    write = packing._write_shard
-    monkeypatch.setattr(packing, "_write_shard", lambda *args: (written.append(args[3]), write(*args)))
+    write = packing._Packing._write
+    monkeypatch.setattr(packing._Packing, "_write", lambda *args: (written.append(args[1]), write(*args)))
     pack(photographs, out, **options)
     assert written == list(range(min(after // 8, 3), 4))
     assert contents(out) == contents(packed)
