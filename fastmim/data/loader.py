@@ -258,6 +258,8 @@ class ImageLoader:
             epoch, batches, consumed, rank = (int(state[key]) for key in ("epoch", "batches", "consumed", "rank"))
             bad = {int(sample): str(reason) for sample, reason in state["bad"]}
             before = [int(number) for number in state.get("contents", self._contents)]
+            if len(before) != len(self._contents) and theirs["samples"] == ours["samples"]:
+                raise ValueError(f"{len(before)} contents")
             theirs["batch_size"], theirs["world"] = int(theirs["batch_size"]), int(theirs["world"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what ImageLoader.state_dict() returned; it isn't: {error!r}") from error

@@ -175,12 +175,12 @@ def places(photos, straight, tmp_path):
 
 
 MISTAKES = [
-    ("data={here}/nowhere", "source must be a folder"),
+    ("data={here}/nowhere", "nowhere: must be a folder"),
     ("data={here}/empty", "holds no file that ends in"),
     ("data={here}/text", "holds no file that ends in"),
     ("data={here}/bad", "samples can't be read, and at most 10% may be"),
     ("data={here}/few", "must be at most the 2 images"),
-    ("data={photos}/00.png", "source must be a folder"),
+    ("data={photos}/00.png", "00.png: must be a folder"),
     ("batch_size=64", "must be at most the 18 images"),
     ("output_dir={here}/file", "can't be made"),
     ("output_dir={here}/file/run", "can't be made"),
