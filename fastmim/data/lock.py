@@ -53,7 +53,6 @@ class Lock:
 
     def __init__(self, what: str, folder: Path) -> None:
         self.what, self.folder, self.path = what, folder, folder / NAME
-        self._over = threading.Event()
 
     def __enter__(self) -> "Lock":
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -72,6 +71,7 @@ class Lock:
             os.close(self._file)
             raise
         _held.add(self)
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="fastmim-lock", daemon=True)
         self._thread.start()
         return self

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from .lock import NAME as LOCK
 from .packed import INDEX, Packed
 from .philox import Ints
 from .pictures import Pixels, Unreadable
@@ -129,6 +130,9 @@ def _walk(root: Path, inside: str, above: tuple[tuple[int, int], ...]) -> list[s
     here = os.stat(root / inside)
     key = here.st_dev, here.st_ino
     if key in above:
+        return []
+    if inside and (root / inside / LOCK).exists():
+        # the output of a run
         return []
     names = []
     with os.scandir(root / inside) as entries:

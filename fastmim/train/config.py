@@ -248,7 +248,7 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, no TOML, or settings that can't be served.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not path.is_file() and path.name == str(source):
         path = SHIPPED / f"{path.name}.toml"
     if not path.is_file():
