@@ -1,6 +1,5 @@
 """Changes of files whose names and labels stay the same, found without reading all of them."""
 
-import hashlib
 import zlib
 from collections.abc import Sequence
 

@@ -204,7 +204,7 @@ class Feed:
         self._tried += count
         self.quarantine.check(self._tried, self._failed)
         served = [sample for place, sample in enumerate(good) if place not in bad]
-        for sample in self.quarantine.reasons.keys() & served:
+        for sample in served:
             self.quarantine.remove(sample, self.source.names[sample])
         return served, rows
 

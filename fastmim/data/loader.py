@@ -60,11 +60,11 @@ class ImageLoader:
     of an epoch of one shard. The epoch's order is cut into global batches; every shard yields equally many. With
     `drop_last=False` the remainder is dealt out evenly, and repeated only where fewer samples than shards are left.
 
-    What can't be read is skipped, tried again in the next epoch, and the samples that follow in the shard's own part move up: other shards are not
-    concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to keep batches whole,
-    `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in `skipped`, and in
-    the quarantine file with their reasons. Grey, CMYK, 16-bit, palette, transparent and animated images (the first
-    frame) are converted to RGB; EXIF orientation is applied.
+    What can't be read is skipped, and tried again in the next epoch; the samples that follow in the shard's own part
+    move up: other shards are not concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to
+    keep batches whole, `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in
+    `skipped`, and in the quarantine file with their reasons. Grey, CMYK, 16-bit, palette, transparent and animated
+    images (the first frame) are converted to RGB; EXIF orientation is applied.
 
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar
@@ -270,9 +270,7 @@ class ImageLoader:
         moved = consumed - batches * theirs["batch_size"]
         same_batch = theirs["batch_size"] * theirs["world"] == ours["batch_size"] * ours["world"]
         free = {"batch_size", "world"} if same_batch and not moved else set()
-        different = [
-            key for key, value in ours.items() if key not in free and _plain(theirs.get(key)) != _plain(value)
-        ]
+        different = [key for key, value in ours.items() if key not in free and _plain(theirs.get(key)) != _plain(value)]
         differences = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in different if key != "data"]
         changed, too_many = (0, False) if "samples" in different else compare(before, self._contents)
         if "data" in different:

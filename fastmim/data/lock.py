@@ -1,7 +1,7 @@
 """Exclusive use of a folder: processes that write into the same one would delete each other's files.
 
-The kernel's lock (flock) on a file in the folder decides between processes of one machine, and of several where the file
-system carries it from one to another. Where it doesn't, or has no such locks, the file says who holds it, and its
+The kernel's lock (flock) on a file in the folder decides between processes of one machine, and of several where the
+file system carries it from one to another. Where it doesn't, or has no such locks, the file says who holds it, and its
 modification time, which the holder renews, that the holder is alive.
 """
 

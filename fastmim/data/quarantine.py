@@ -44,7 +44,8 @@ class Quarantine:
         """Append a line, unless the file says so already."""
         try:
             if self._listed is None:
-                self._listed = {str(entry["file"]) for entry in listed(self.path)}
+                self._listed = set()
+                self._listed |= {str(entry["file"]) for entry in listed(self.path)}
             if (name in self._listed) == (reason is None):
                 self._listed ^= {name}
                 # one write, so that lines of several processes don't mix

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-
 PREFIX = "events.out.tfevents."
 
 
@@ -26,7 +25,9 @@ class Board:
         self._event, self._summary = Event, Summary
         folder.mkdir(exist_ok=True)
         # TensorBoard reads a folder's files by name: after all others, even if the clock was set back since
-        others = [(int(path.name.split(".")[3]), path.stat().st_mtime_ns) for path in folder.glob(f"{PREFIX}{'[0-9]' * 20}.*")]
+        others = [
+            (int(path.name.split(".")[3]), path.stat().st_mtime_ns) for path in folder.glob(f"{PREFIX}{'[0-9]' * 20}.*")
+        ]
         self._began = max([time.time_ns(), *(max(times) + 1 for times in others)])
         self._clock = time.monotonic_ns()
         name = f"{PREFIX}{self._began:020}.{socket.gethostname()}.{os.getpid()}"

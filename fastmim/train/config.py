@@ -329,7 +329,7 @@ def _expanded(name: str, path: str) -> str:
     """A path without `~`."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ConfigError(f"{name} {path} is in the home folder of a user who isn't there; write ./{path} if it is a name")
+        raise ConfigError(f"{name} {path} is in the home folder of no user; write ./{path} if ~ is part of the name")
     return expanded
 
 

@@ -96,8 +96,8 @@ class Trainer:
                 problem = str(error)
             except OSError as error:
                 problem = f"output_dir {self.folder} can't be made or written to: {error}"
-            for problem in filter(None, self.processes.gather(problem)):
-                raise ConfigError(problem)
+            if problems := [said for said in self.processes.gather(problem) if said]:
+                raise ConfigError(problems[0])
             yield lock
 
     def _prepare(self) -> None:

@@ -203,7 +203,7 @@ def touched(before, root):
 
 @pytest.mark.fault
 def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
-    """Three of them, in two shards; the others stay as they are, and the result is that of files that were never bad."""
+    """Three of them, in two shards; the others stay, and the result is that of files that were never bad."""
     names = names_of(own)
     good = {index: (own / names[index]).read_bytes() for index in (3, 9, 11)}
     for index, data in good.items():
@@ -324,9 +324,11 @@ def test_a_dataset_of_an_earlier_version(own, tmp_path):
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "size, short_side, name", [(100_000, 64, "shard-00000.bin"), (2_000, 1, "shard-00000.json"), (100, 1, "packed.json")]
+    "size, short_side, name",
+    [(100_000, 64, "shard-00000.bin"), (2_000, 1, "shard-00000.json"), (100, 1, "packed.json")],
 )
 def test_a_full_disk_is_one_line_that_names_the_file(own, tmp_path, size, short_side, name):
     """A file that may not grow on is refused as on a full disk, with EFBIG in the place of ENOSPC."""

@@ -65,7 +65,20 @@ def test_values_on_the_command_line():
 @pytest.mark.fault
 @pytest.mark.parametrize(
     "text",
-    ["1e-4", "1.50", "true", "2024-01-01", "none", "0x10", "[1, 2]", "{a = 1}", "inf", "07:32:00", "runs/lr=1e-4", "a#b"],
+    [
+        "1e-4",
+        "1.50",
+        "true",
+        "2024-01-01",
+        "none",
+        "0x10",
+        "[1, 2]",
+        "{a = 1}",
+        "inf",
+        "07:32:00",
+        "runs/lr=1e-4",
+        "a#b",
+    ],
 )
 def test_the_value_of_a_key_of_text_is_that_text(text):
     for key in ("output_dir", "data"):
@@ -85,7 +98,7 @@ def test_quotes_are_those_of_toml():
 @pytest.mark.parametrize("key", ["data", "output_dir"])
 @pytest.mark.parametrize("value", ["1e-4", "5", "true", "2024-01-01", "1_000"])
 def test_what_is_no_text_in_a_file_is_refused_rather_than_rewritten(tmp_path, key, value):
-    (tmp_path / "run.toml").write_text(f"data = 'x'\noutput_dir = 'y'\n".replace(f"{key} = ", f"{key} = {value} #"))
+    (tmp_path / "run.toml").write_text("data = 'x'\noutput_dir = 'y'\n".replace(f"{key} = ", f"{key} = {value} #"))
     with pytest.raises(ConfigError, match=rf"^{key} must be text \(in TOML, in quotes\), got "):
         read(tmp_path / "run.toml")
 
@@ -98,7 +111,7 @@ def test_the_home_folder(tmp_path, monkeypatch):
     assert (home.data, home.output_dir) == (f"{tmp_path}/images", str(tmp_path))
     assert read("~/run.toml", ["output_dir=~/a b"]).output_dir == f"{tmp_path}/a b"
     assert read("~/run.toml", ["output_dir=./~"]).output_dir == "./~"
-    with pytest.raises(ConfigError, match=r"^output_dir ~nobody-here/x is in the home folder of a user who isn't there"):
+    with pytest.raises(ConfigError, match=r"^output_dir ~nobody-here/x is in the home folder of no user"):
         read("~/run.toml", ["output_dir=~nobody-here/x"])
 
 
