@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .data.formats import told
 from .data.loader import available_cpus
 from .data.quarantine import NAME, Quarantine
 from .data.sources import open_source
@@ -102,6 +103,8 @@ def _check_data(args: argparse.Namespace) -> int:
             quarantine.add(sample, name, reason)
     bad = len(quarantine.reasons)
     print(f"{args.source}: {len(source.names)} images, {bad} can't be read" + (f": {quarantine.path}" if bad else ""))
+    if source.left_out:
+        print(f"left out: {told(source.left_out)}")
     return 1 if bad else 0
 
 

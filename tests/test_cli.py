@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -58,6 +59,30 @@ def test_check_data(folder, tmp_path, capsys):
     (folder / "05.jpg").unlink()
     assert cli.main(["check-data", str(folder), "--quarantine", str(tmp_path / "q")]) == 0
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.fault
+def test_check_data_says_what_is_left_out(folder, capsys):
+    (folder / "05.jpg").unlink()
+    cli.main(["check-data", str(folder)])
+    assert "left out" not in capsys.readouterr().out
+    for name in ("a.psd", "b.psd", "c.txt", "d"):
+        (folder / name).write_bytes(b"")
+    assert cli.main(["check-data", str(folder)]) == 0
+    assert "left out: .psd: 2, .txt: 1, no suffix: 1" in capsys.readouterr().out
+
+
+@pytest.mark.fault
+def test_a_damaged_tar_is_one_line_and_an_exit_status(folder, tmp_path, capsys):
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder / "00.jpg", "0.jpg")
+        end = tar.offset
+        tar.add(folder / "01.jpg", "1.jpg")
+    path.write_bytes(path.read_bytes()[:end])
+    assert cli.main(["check-data", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert f"source {path} can't be read as an uncompressed tar file: at byte {end}, after '0.jpg': " in said
 
 
 def test_check_data_of_a_damaged_packed_dataset(folder, tmp_path, capsys):

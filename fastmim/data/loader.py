@@ -68,7 +68,10 @@ class ImageLoader:
 
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar
-            file, a list of them or a folder of them, as WebDataset writes them; a dataset that `fastmim pack` wrote.
+            file, a list of them or a folder of them, as WebDataset writes them: uncompressed, `key.jpg` with its label,
+            an integer, in `key.cls`; a dataset that `fastmim pack` wrote. Of folders and tars, files whose suffix is
+            no image's are left out, and of folders hidden names and output folders of runs; `source.left_out` counts
+            them, and a warning says so where images may be among them. HEIC is read where pillow-heif is installed.
         batch_size: different images in a batch of this shard.
         image_size: int, or (height, width).
         scale: share of the image's area that a crop covers, between the two.

@@ -95,6 +95,7 @@ class Packed:
         self.classes: list[str] = said["classes"]
         self.short_side: int = said["short_side"]
         self.names: list[str] = []
+        self.left_out: dict[str, int] = {}
         self.reasons: dict[int, str] = {}
         self._shard_size: int = said["shard_size"]
         self._plan: str = said["plan"]

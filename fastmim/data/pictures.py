@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import formats
 from .crops import Crop
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3)
@@ -41,6 +42,7 @@ def decode(data: bytes) -> Any:
 
     if not data:
         raise Unreadable("the file is empty")
+    formats.register()
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

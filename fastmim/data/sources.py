@@ -1,30 +1,30 @@
 """Where samples come from: a folder, a list of files, WebDataset tar shards, or a packed dataset.
 
 Each is a numbered list of samples: the number of a sample is its place among all files of the source, readable or not,
-sorted by relative path.
+sorted by relative path. Which names are images is in formats.py.
 """
 
 import hashlib
+import logging
 import os
 import stat
-import tarfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from . import formats, tars
 from .lock import NAME as LOCK
 from .packed import INDEX, Packed
 from .philox import Ints
 from .pictures import Pixels, Unreadable
+from .quarantine import NAME
 
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"),
-)
-
+# in the output folder of a run by an earlier version, which has no lock
+RUN = {"checkpoints", "metrics.jsonl"}
 
 Stamp = tuple[int, int, int]
 
@@ -32,13 +32,15 @@ Stamp = tuple[int, int, int]
 class Source(Protocol):
     """A numbered list of samples.
 
-    `names` are relative paths, sorted; `labels` (N,) int64 or None; `root` the folder that holds it all.
+    `names` are relative paths, sorted; `labels` (N,) int64 or None; `root` the folder that holds it all; `left_out` how
+    many files of which kind lie there and are no samples (formats.kind).
     """
 
     names: list[str]
     labels: Ints | None
     classes: list[str]
     root: Path
+    left_out: dict[str, int]
 
     def read(self, sample: int, most: int = -1) -> bytes | Pixels:
         """The bytes of a file, at most so many, or pixels that need no decoding. Raises Unreadable."""
@@ -51,40 +53,75 @@ class Source(Protocol):
 
 
 def open_source(source: object) -> Source:
-    """The source that a user means by a path or a list of paths.
+    """The source that a user means by a path or a list of paths; what it leaves out is logged.
 
     Raises:
         TypeError: it is neither.
         ValueError: it doesn't exist, holds no image, or is damaged.
     """
+    given: Path | list[Path]
     if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        if path.suffix == ".tar":
-            return Tars([path])
-        if not path.is_dir():
-            raise ValueError(f"source must be a folder, a .tar file, a packed dataset or a list of files; got {path}")
+        given = Path(source)
+    elif isinstance(source, Sequence) and all(isinstance(path, (str, os.PathLike)) for path in source):
+        given = [Path(path) for path in source]
+    else:
+        raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
+    try:
+        found = _of_path(given) if isinstance(given, Path) else _of_list(given)
+    except OSError as error:
+        raise ValueError(f"source {source!r:.80} can't be read: {type(error).__name__}: {error}") from error
+    formats.report(found.root, found.left_out)
+    return found
+
+
+def _of_path(path: Path) -> Source:
+    if path.is_dir():
         if (path / INDEX).exists():
             return Packed(path)
-        shards = sorted(path.glob("*.tar"))
-        return Tars(shards) if shards else folder(path)
-    if not isinstance(source, Sequence) or not all(isinstance(path, (str, os.PathLike)) for path in source):
-        raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
-    paths = [Path(path) for path in source]
+        shards = [path / name for name in sorted(os.listdir(path)) if name.lower().endswith(".tar")]
+        shards = [shard for shard in shards if shard.is_file() and not shard.name.startswith(".")]
+        return _beside(path, shards) if shards else folder(path)
+    if _is_tar(path):
+        return Tars([path])
+    if formats.is_archive(path.name):
+        raise ValueError(f"source {path}: {tars.COMPRESSED}")
+    raise ValueError(f"source must be a folder, a .tar file, a packed dataset or a list of files; got {path}")
+
+
+def _of_list(paths: list[Path]) -> Source:
     if not paths:
         raise ValueError("source must hold at least one file, got an empty list")
-    tars = [path.suffix == ".tar" for path in paths]
-    if any(tars):
-        if not all(tars):
-            raise ValueError("source must be images or .tar files, got both in one list")
-        return Tars(paths)
-    return listed(paths)
+    for path in paths:
+        if formats.is_archive(path.name) and not _is_tar(path):
+            raise ValueError(f"source holds {path}: {tars.COMPRESSED}")
+        # a name that says what it is costs no look
+        if not formats.is_image(path.name) and path.is_dir():
+            raise ValueError(f"source must be images or .tar files, got the folder {path} in a list")
+    shards = [_is_tar(path) for path in paths]
+    if any(shards) and not all(shards):
+        raise ValueError("source must be images or .tar files, got both in one list")
+    return Tars(paths) if any(shards) else listed(paths)
+
+
+def _is_tar(path: Path) -> bool:
+    return path.suffix.lower() == ".tar"
+
+
+def _beside(root: Path, shards: list[Path]) -> "Tars":
+    """The tar files of a folder; the images beside them are left out."""
+    names, left_out = _walk(root)
+    left_out[".tar"] -= len(shards)
+    left_out[formats.BESIDE] += len(names)
+    return Tars(shards, left_out)
 
 
 class Files:
-    """Files by name under a root; `labels` and `classes` as in Source."""
+    """Files by name under a root; `labels`, `classes` and `left_out` as in Source."""
 
-    def __init__(self, root: Path, names: list[str], labels: Ints | None, classes: list[str]) -> None:
-        self.root, self.names, self.classes = root, names, classes
+    def __init__(
+        self, root: Path, names: list[str], labels: Ints | None, classes: list[str], left_out: dict[str, int]
+    ) -> None:
+        self.root, self.names, self.classes, self.left_out = root, names, classes, left_out
         self.labels: Ints | None = labels
 
     def read(self, sample: int, most: int = -1) -> bytes:
@@ -110,41 +147,71 @@ class Files:
 
 
 def folder(root: Path) -> Files:
-    """All images below a folder; hidden names are left out. Labels are the classes that its subfolders are, by name.
+    """All images below a folder. Labels are the classes that its subfolders are, by name.
 
-    With images directly in the folder there are no classes.
+    With images directly in the folder there are no classes. Left out are hidden names, and the output folders of runs.
     """
-    names = sorted(_walk(root, "", ()))
+    names, left_out = _walk(root)
     if not names:
-        raise ValueError(f"source {root} holds no file that ends in one of {' '.join(SUFFIXES)}")
+        others = f"; it holds {formats.told(left_out)}" if left_out else ""
+        raise ValueError(f"source {root} holds no file that ends in one of {' '.join(formats.served())}{others}")
     heads = [name.partition("/")[0] if "/" in name else None for name in names]
     if None in heads:
-        return Files(root, names, None, [])
+        return Files(root, names, None, [], left_out)
     classes = sorted({head for head in heads if head is not None})
     numbers = {name: number for number, name in enumerate(classes)}
-    return Files(root, names, np.array([numbers[head] for head in heads if head is not None]), classes)
+    labels = np.array([numbers[head] for head in heads if head is not None])
+    return Files(root, names, labels, classes, left_out)
 
 
-def _walk(root: Path, inside: str, above: tuple[tuple[int, int], ...]) -> list[str]:
-    """Relative paths of images; links are followed, but not round in circles."""
-    here = os.stat(root / inside)
-    key = here.st_dev, here.st_ino
-    if key in above:
-        return []
-    if inside and (root / inside / LOCK).exists():
-        # the output of a run
-        return []
-    names = []
-    with os.scandir(root / inside) as entries:
+def _walk(root: Path) -> tuple[list[str], Counter[str]]:
+    """Relative paths of images, sorted, and what is left out; links are followed, but not round in circles."""
+    names: list[str] = []
+    left_out: Counter[str] = Counter()
+    pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
+    while pending:
+        inside, above = pending.pop()
+        try:
+            here = os.stat(root / inside)
+            if (here.st_dev, here.st_ino) in above:
+                continue
+            with os.scandir(root / inside) as listing:
+                entries = list(listing)
+        except OSError as error:
+            if not inside:
+                raise
+            left_out[formats.CLOSED] += 1
+            said = f"source {root}: leaving out {inside!a}: {type(error).__name__}: {error.strerror}"
+            formats.say_once(logging.WARNING, said)
+            continue
+        inner = (*above, (here.st_dev, here.st_ino))
+        found = {entry.name for entry in entries}
+        if LOCK in found or found >= RUN:
+            if not inside:
+                raise ValueError(
+                    f"source {root} is the output folder of a run or of `fastmim pack`: it holds "
+                    + (f"{LOCK} (remove it if that is not so)" if LOCK in found else " and ".join(sorted(RUN)))
+                    + "; the images need a folder of their own"
+                )
+            left_out[formats.RUNS] += 1
+            continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            name = f"{inside}{entry.name}"
-            if entry.is_dir():
-                names += _walk(root, f"{name}/", (*above, key))
-            elif entry.name.lower().endswith(SUFFIXES):
-                names.append(name)
-    return names
+            if _is_folder(entry):
+                pending.append((f"{inside}{entry.name}/", inner))
+            elif formats.is_image(entry.name):
+                names.append(f"{inside}{entry.name}")
+            elif entry.name != NAME:
+                left_out[formats.kind(entry.name)] += 1
+    return sorted(names), left_out
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def listed(paths: list[Path]) -> Files:
@@ -152,76 +219,70 @@ def listed(paths: list[Path]) -> Files:
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names = sorted(Path(os.path.relpath(path, root)).as_posix() for path in absolute)
-    twice = [name for name, after in pairwise(names) if name == after]
+    _once(names)
+    return Files(Path(root), names, None, [], {})
+
+
+def _once(names: list[str]) -> None:
+    twice = [name for name, after in pairwise(sorted(names)) if name == after]
     if twice:
         raise ValueError(f"source must hold a file once, got {twice[0]} twice")
-    return Files(Path(root), names, None, [])
 
 
 class Tars:
-    """Samples in tar shards, as WebDataset writes them: `key.jpg`, and `key.cls` with the label if there is one."""
+    """Samples in tar shards, as WebDataset writes them: `key.jpg`, and `key.cls` with the label if there is one.
 
-    def __init__(self, shards: list[Path]) -> None:
+    There are labels if each shard has them. `left_out`: what lies beside the shards.
+    """
+
+    def __init__(self, shards: list[Path], left_out: Mapping[str, int] | None = None) -> None:
         self.root = Path(os.path.commonpath([shard.absolute().parent for shard in shards]))
-        found = []
-        for shard in shards:
-            found += _members(shard, Path(os.path.relpath(shard, self.root)).as_posix())
-        found.sort()
-        self.names = [name for name, *_ in found]
+        names = [Path(os.path.relpath(shard, self.root)).as_posix() for shard in shards]
+        _once(names)
+        found: list[tuple[str, str, tars.Image]] = []
+        all_left = Counter(left_out)
+        for shard, name in zip(shards, names):
+            images, left = tars.images(shard)
+            found += [(f"{name}/{image.name}", name, image) for image in images]
+            all_left.update(left)
+        self.left_out: dict[str, int] = dict(+all_left)
         if not found:
-            raise ValueError(f"source {', '.join(map(str, shards))} holds no image")
-        # tar file, where in it, how long
-        self._places = [(shard, start, size) for _, shard, start, size, _ in found]
-        labels = [label for *_, label in found]
-        self.labels: Ints | None = None if None in labels else np.array(labels, dtype=np.int64)
+            others = f"; they hold {formats.told(self.left_out)}" if self.left_out else ""
+            raise ValueError(f"source {', '.join(map(str, shards))} holds no image{others}")
+        found.sort(key=lambda each: each[0])
+        self.names = [name for name, *_ in found]
+        self._places = [(shard, image.place) for _, shard, image in found]
+        labels = [image.label for *_, image in found]
+        bare = sorted({shard for _, shard, image in found if image.label is None})
+        self.labels: Ints | None = None if bare else np.array(labels, dtype=np.int64)
+        if 0 < len(bare) < len({shard for _, shard, _ in found}):
+            said = f"source {self.root}: no labels, since {len(bare)} of its tar files have none: {', '.join(bare[:3])}"
+            formats.say_once(logging.WARNING, said)
         self.classes: list[str] = []
 
     def read(self, sample: int, most: int = -1) -> bytes:
-        shard, start, size = self._places[sample]
-        size = size if most < 0 else min(size, most)
+        shard, place = self._places[sample]
         try:
             handle = os.open(self.root / shard, os.O_RDONLY)
             try:
-                data = os.pread(handle, size, start)
+                return place.read(handle, most)
             finally:
                 os.close(handle)
         except OSError as error:
             raise Unreadable(f"{shard}: {type(error).__name__}: {error.strerror}") from error
-        if len(data) < size:
-            raise Unreadable(f"{shard} is truncated: {len(data)} of {size} bytes are there")
-        return data
+        except Unreadable as error:
+            raise Unreadable(f"{shard}: {error}") from error
 
     def stamp(self, sample: int) -> Stamp | None:
-        shard, _, size = self._places[sample]
+        shard, place = self._places[sample]
         try:
             found = (self.root / shard).stat()
         except OSError:
             return None
-        return size, found.st_mtime_ns, found.st_ctime_ns
+        return place.size, found.st_mtime_ns, found.st_ctime_ns
 
     def identity(self) -> str:
         return digest(self.names, self.labels).hexdigest()
-
-
-def _members(shard: Path, name: str) -> list[tuple[str, str, int, int, int | None]]:
-    """(name, shard, start, size, label) of each image."""
-    images: list[tuple[str, str, int, int]] = []
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                if not member.isreg() or base.startswith("."):
-                    continue
-                if f".{suffix}".lower().endswith(SUFFIXES):
-                    images.append((member.name, f"{folder}/{stem}", member.offset_data, member.size))
-                elif suffix == "cls":
-                    file = tar.extractfile(member)
-                    labels[f"{folder}/{stem}"] = int(file.read()) if file else -1
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise ValueError(f"source {shard} can't be read as an uncompressed tar file: {error}") from error
-    return [(f"{name}/{image}", name, start, size, labels.get(key)) for image, key, start, size in images]
 
 
 def digest(names: Sequence[str], labels: Ints | None) -> "hashlib._Hash":

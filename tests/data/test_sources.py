@@ -1,11 +1,20 @@
 """Folders, lists and tar shards as sources."""
 
+import inspect
 import io
+import os
+import re
+import shutil
+import sys
 import tarfile
 
 import pytest
 from photos import SAMPLES, picture, write_pictures
 from test_loader import load, names_of, same
+
+from fastmim.data import formats
+from fastmim.data.pictures import Unreadable, decode
+from fastmim.data.sources import open_source
 
 
 def ids_of(loader):
@@ -111,3 +120,243 @@ def test_names_of_any_kind(tmp_path):
     with pytest.raises(RuntimeError, match="1 of 5 samples"):
         ids_of(loader)
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+# ---- what is left out ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Three images, and what is none."""
+    for name in ("a.jpg", "b.TGA", "sub/c.j2k", "sub/d.heic", "sub/e.HEIC", "sub/f.txt", "LICENSE", "photo.0001"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "g.jpg?width=640").write_bytes(b"")
+    (tmp_path / "h.tar.zst").write_bytes(b"")
+    (tmp_path / ".hidden.heic").write_bytes(b"")
+    (tmp_path / "quarantine.jsonl").write_bytes(b"")
+    return tmp_path
+
+
+LEFT_OUT = {".heic": 2, ".txt": 1, "no suffix": 2, ".jpg*": 1, ".tar.zst": 1}
+
+
+@pytest.fixture
+def no_heif(monkeypatch):
+    """As if pillow-heif were not installed, also where it is."""
+    monkeypatch.setattr(formats, "served", lambda: formats.SUFFIXES)
+
+
+@pytest.mark.fault
+def test_what_a_folder_leaves_out_is_counted_and_said_once(mixed, caplog, no_heif):
+    for _ in range(2):
+        source = open_source(mixed)
+    assert source.names == ["a.jpg", "b.TGA", "sub/c.j2k"] and source.left_out == LEFT_OUT
+    (said,) = caplog.records
+    assert said.levelname == "WARNING" and said.name == "fastmim.data"
+    assert said.getMessage() == (
+        f"source {mixed}: left out .heic: 2 (pip install pillow-heif), no suffix: 2, .jpg*: 1, .tar.zst: 1, .txt: 1"
+    )
+
+
+@pytest.mark.fault
+def test_what_is_surely_no_image_is_no_warning(tmp_path, caplog):
+    for name in ("a.jpg", "b.txt", "c.json", "d.csv", "e.md", "f.npy"):
+        (tmp_path / name).write_bytes(b"")
+    with caplog.at_level("INFO"):
+        assert sum(open_source(tmp_path).left_out.values()) == 5
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+@pytest.mark.fault
+def test_many_kinds_are_one_line(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    for number in range(30):
+        (tmp_path / f"a.x{number}x").write_bytes(b"")
+    assert formats.told(open_source(tmp_path).left_out).endswith(", 20 other kinds: 20")
+
+
+@pytest.mark.fault
+def test_a_folder_of_what_is_left_out_says_so(tmp_path, no_heif):
+    (tmp_path / "a.heic").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds no file .*; it holds \.heic: 1 \(pip install pillow-heif\)"):
+        open_source(tmp_path)
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        tar.add(tmp_path / "a.heic", "a.heic")
+    with pytest.raises(ValueError, match=r"b\.tar holds no image; they hold \.heic: 1"):
+        open_source(tmp_path / "b.tar")
+
+
+@pytest.mark.fault
+def test_tars_hide_the_images_beside_them(mixed, photographs, caplog, no_heif):
+    write_tars(photographs, mixed)
+    (mixed / "sub" / "further.tar").write_bytes(b"")
+    (mixed / "._shard-000.tar").write_bytes(b"written by macOS")
+    source = open_source(mixed)
+    assert len(source.names) == SAMPLES and all(name.startswith("shard-") for name in source.names)
+    assert source.left_out == {**LEFT_OUT, "images beside .tar files": 3, ".tar": 1, ".json": SAMPLES}
+    assert "images beside .tar files: 3" in caplog.text
+
+
+@pytest.mark.fault
+def test_what_a_tar_leaves_out(mixed, tmp_path_factory, caplog, no_heif):
+    path = tmp_path_factory.mktemp("tars") / "s.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(mixed, ".")
+    source = open_source([path])
+    assert source.names == [f"s.tar/./{name}" for name in ("a.jpg", "b.TGA", "sub/c.j2k")]
+    assert source.left_out == {**LEFT_OUT, ".jsonl": 1} and "left out .heic: 2" in caplog.text
+
+
+@pytest.mark.fault
+def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
+    """A package that reads as HEIC what is a PNG: the names are served, its opener is registered once."""
+    (tmp_path / "pillow_heif.py").write_text("called = []\ndef register_heif_opener():\n    called.append(1)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    (tmp_path / "images").mkdir()
+    for name in ("a.heic", "b.HEIF", "c.hif"):
+        with open(tmp_path / "images" / name, "wb") as file:
+            picture(1).save(file, "PNG")
+    for cached in (formats.served, formats._register):
+        cached.cache_clear()
+    try:
+        source = open_source(tmp_path / "images")
+        assert source.names == ["a.heic", "b.HEIF", "c.hif"] and not source.left_out
+        assert all(decode(source.read(i)).size == (96, 64) for i in range(3))
+        assert sys.modules["pillow_heif"].called == [1]
+    finally:
+        monkeypatch.undo()
+        sys.modules.pop("pillow_heif", None)
+        for cached in (formats.served, formats._register):
+            cached.cache_clear()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "suffix", ["tga", "dib", "j2k", "j2c", "jpc", "jpf", "jpx", "jp2", "apng", "mpo", "pcx", "qoi"]
+)
+def test_what_pillow_reads_is_served(tmp_path, suffix):
+    try:
+        picture(1).save(tmp_path / f"a.{suffix}")
+    except (KeyError, OSError, ValueError) as error:
+        pytest.skip(f"this Pillow doesn't write it: {error}")
+    source = open_source(tmp_path)
+    assert decode(source.read(0)).size == (96, 64)
+
+
+# ---- folders that can't be read as they are --------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+def test_links_to_nowhere_and_to_themselves(photographs, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(photographs, root)
+    names = names_of(root)
+    for name in ("itself", "class0/itself", "class0/itself.jpg"):
+        (root / name).symlink_to(os.path.basename(name))
+    (root / "class1" / "nowhere").symlink_to("no such folder", target_is_directory=True)
+    source = open_source(root)
+    # a picture by its name has a number, whatever it is
+    assert source.names == sorted([*names, "class0/itself.jpg"]) and source.left_out == {"no suffix": 3}
+    with pytest.raises(Unreadable, match="OSError"):
+        source.read(source.names.index("class0/itself.jpg"))
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), FileNotFoundError(2, "vanished")])
+def test_a_folder_that_can_not_be_read_is_left_out(own, monkeypatch, caplog, error):
+    (own / "lost+found").mkdir()
+    (own / "class1" / "inner").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.path.basename(os.path.normpath(path)) in ("lost+found", "inner"):
+            raise error
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    source = open_source(own)
+    assert len(source.names) == SAMPLES and source.left_out == {"folders that can't be read": 2}
+    assert source.classes == ["class0", "class1", "class2"]
+    for name in ("lost+found/", "class1/inner/"):
+        assert f"leaving out '{name}': {type(error).__name__}: {error.strerror}" in caplog.text
+    with pytest.raises(ValueError, match=rf"source .* can't be read: {type(error).__name__}"):
+        open_source(own / "lost+found")
+
+
+@pytest.mark.fault
+def test_a_folder_deeper_than_recursion(tmp_path):
+    inner = tmp_path.joinpath(*["d"] * 250)
+    inner.mkdir(parents=True)
+    (inner / "a.jpg").write_bytes(b"")
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        names = open_source(tmp_path).names
+    finally:
+        sys.setrecursionlimit(limit)
+    assert names == ["d/" * 250 + "a.jpg"]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("a.tgz", "a.tgz: compressed archives can't be read at random: decompress it"),
+        ("a.tar.gz", "a.tar.gz: compressed archives"),
+        ("nowhere.tar.zst", "nowhere.tar.zst: compressed archives"),
+        ("a.zip", "a.zip: compressed archives"),
+        (["a.jpg", "a.tgz"], "source holds a.tgz: compressed archives"),
+        (["a.tar", "a.TAR.XZ"], "source holds a.TAR.XZ: compressed archives"),
+        (["a.jpg", "folder"], "got the folder folder in a list"),
+        (["a.jpg", "folder.tar"], "got the folder folder.tar in a list"),
+        (["a.tar", "./a.tar"], "source must hold a file once, got a.tar twice"),
+        ("gzip.tar", "it is compressed by gzip, and compressed archives can't be read at random"),
+        ("pipe.tar", "no regular file"),
+        ("none.tar", "no such file"),
+    ],
+)
+def test_archives_and_folders_where_they_are_no_source(tmp_path, monkeypatch, source, said):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.tgz", "a.tar.gz", "a.zip", "a.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    with tarfile.open("a.tar", "w") as tar:
+        tar.add("a.jpg")
+    with tarfile.open("gzip.tar", "w:gz") as tar:
+        tar.add("a.jpg")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.tar").mkdir()
+    os.mkfifo(tmp_path / "pipe.tar")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        open_source(source)
+
+
+@pytest.mark.fault
+def test_names_in_capitals_and_folders_that_end_in_tar(photographs, tmp_path):
+    (path, *_) = write_tars(photographs, tmp_path)
+    path.rename(tmp_path / "A.TAR")
+    assert len(open_source(tmp_path / "A.TAR").names) == len(open_source([tmp_path / "A.TAR"]).names) == 11
+    unpacked = tmp_path / "unpacked.tar"
+    shutil.copytree(photographs, unpacked)
+    assert len(open_source(unpacked).names) == SAMPLES
+    assert all(not name.startswith("unpacked") for name in open_source(tmp_path).names)
+
+
+# ---- runs below the data ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("marks", [["run/.fastmim.lock"], ["run/metrics.jsonl", "run/checkpoints/0/state.json"]])
+def test_pictures_of_a_run_are_no_data(own, caplog, marks):
+    before = open_source(own)
+    for name in ("run/reconstructions/1.png", "run/loss.png", "run/data/digits/train/0/1.png", *marks):
+        (own / name).parent.mkdir(parents=True, exist_ok=True)
+        (own / name).write_bytes(b"")
+    after = open_source(own)
+    assert after.names == before.names and after.classes == before.classes and after.identity() == before.identity()
+    assert after.left_out == {"folders of runs": 1} and not caplog.records
+    # digits that a run wrote for itself
+    assert open_source(own / "run" / "data" / "digits" / "train").names == ["0/1.png"]
+    with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`: it holds "):
+        open_source(own / "run")
