@@ -85,6 +85,41 @@ def test_a_damaged_tar_is_one_line_and_an_exit_status(folder, tmp_path, capsys):
     assert f"source {path} can't be read as an uncompressed tar file: at byte {end}, after '0.jpg': " in said
 
 
+@pytest.mark.fault
+def test_check_data_tells_what_is_damaged_and_served(folder, tmp_path, capsys, monkeypatch):
+    """Training serves it, so that it isn't listed, and alone is no failure."""
+    (folder / "05.jpg").unlink()
+    data = (folder / "03.jpg").read_bytes()
+    (folder / "03.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
+    Image.fromarray(np.arange(4000, dtype=np.uint16).reshape(50, 80)).save(folder / "dark.png")
+    Image.new("RGB", (9, 9)).save(folder / "end.png")
+    (folder / "end.png").write_bytes((folder / "end.png").read_bytes()[:-13])
+    assert cli.main(["check-data", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "13 images, 0 can't be read" in said and not (folder / "quarantine.jsonl").exists()
+    assert "damaged: '03.jpg': Corrupt JPEG data: premature end" in said and "dim: 'dark.png': 16-bit values" in said
+    assert "damaged: 'end.png': " in said and "served: 2 damaged but decodable, 1 of 16 bits" in said
+    (folder / "05.jpg").write_bytes(b"no picture")
+    assert cli.main(["check-data", str(folder)]) == 1
+    assert "1 can't be read" in capsys.readouterr().out
+    assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 1
+    monkeypatch.setattr("fastmim.data.verdicts.installed", lambda name: False)
+    monkeypatch.setattr("fastmim.data.decoders.installed", lambda name: False)
+    cli.main(["check-data", str(folder)])
+    said = capsys.readouterr().out
+    assert "damage in JPEGs wasn't looked for: pip install" in said and "03.jpg" not in said
+
+
+@pytest.mark.fault
+def test_pack_warns_once_of_nearly_black_pictures(tmp_path, caplog):
+    (tmp_path / "photos").mkdir()
+    for index in range(3):
+        Image.fromarray(np.full((9, 9), index, np.uint16)).save(tmp_path / "photos" / f"{index}.png")
+    assert cli.main(["pack", str(tmp_path / "photos"), str(tmp_path / "packed")]) == 0
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "png' and perhaps others: 16-bit values that are all below 4096" in line
+
+
 def test_check_data_of_a_damaged_packed_dataset(folder, tmp_path, capsys):
     (folder / "05.jpg").unlink()
     cli.main(["pack", str(folder), str(tmp_path / "packed")])

@@ -20,7 +20,7 @@ from . import jpeg, pictures
 from .crops import Crop, Crops
 from .decoders import Decoder
 from .philox import Floats
-from .pictures import Pixels, Unreadable
+from .pictures import Note, Pixels, Unreadable, ignore
 from .transfer import Link, Row
 
 
@@ -48,13 +48,13 @@ class Dali(Decoder):
         self._pipeline: Any = None
         self._room = 0
 
-    def prepare(self, data: bytes | Pixels, draws: Floats) -> Job | list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> Job | list[Pixels]:
         assert isinstance(data, bytes)
         size = jpeg.plain_size(data)
         if size:
             crops = self.crops.of(draws, *size)
             return Job(data, crops, _around(crops) if self.regions else Crop(0, 0, *size, False))
-        return self._resized(pictures.decode(data), draws)
+        return self._resized(pictures.decode(data, note), draws)
 
     def _cut(self, picture: Any, crops: list[Crop]) -> list[Pixels]:
         return [pictures.resize(picture, crop, self.crops.size) for crop in crops]

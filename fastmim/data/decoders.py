@@ -14,7 +14,7 @@ import torch
 from . import jpeg, pictures, regions
 from .crops import Crops
 from .philox import Floats
-from .pictures import Pixels
+from .pictures import Note, Pixels, ignore
 from .transfer import Row, link_to
 
 BACKENDS = ("dali", "simplejpeg", "pillow")
@@ -59,8 +59,8 @@ class Decoder:
     def __init__(self, crops: Crops) -> None:
         self.crops = crops
 
-    def prepare(self, data: bytes | Pixels, draws: Floats) -> Any:
-        """A list of crops (H, W, 3), or what `finish` makes them of. Raises Unreadable."""
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> Any:
+        """A list of crops (H, W, 3), or what `finish` makes them of; `note` takes remarks. Raises Unreadable."""
         raise TypeError(f"{type(self).__name__} is no decoder")
 
     def _resized(self, picture: Any, draws: Floats) -> list[Pixels]:
@@ -79,23 +79,23 @@ class Decoder:
 class Pillow(Decoder):
     """Pillow decodes."""
 
-    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
         assert isinstance(data, bytes)
-        return self._resized(pictures.decode(data), draws)
+        return self._resized(pictures.decode(data, note), draws)
 
 
 class Simplejpeg(Decoder):
     """simplejpeg decodes plain JPEGs, Pillow the rest."""
 
-    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
         assert isinstance(data, bytes)
-        return self._resized(jpeg.decode(data), draws)
+        return self._resized(jpeg.decode(data, note), draws)
 
 
 class Undecoded(Decoder):
     """Pixels as a packed dataset holds them."""
 
-    def prepare(self, data: bytes | Pixels, draws: Floats) -> list[Pixels]:
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
         return self._resized(data, draws)
 
 

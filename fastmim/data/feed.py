@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .decoders import Decoder
 from .order import Order
-from .pictures import Unreadable
+from .pictures import Notes, Unreadable
 from .quarantine import Quarantine
 from .sources import Source
 from .transfer import Host, Row, Sent
@@ -60,6 +60,7 @@ class Feed:
     decoder: Decoder
     transfer: Host
     quarantine: Quarantine
+    notes: Notes
     threads: int
     raising: bool
     start: Position
@@ -150,7 +151,7 @@ class Feed:
             raise RuntimeError("stopped")
         if sample in self._bad:
             raise Unreadable(self._bad[sample])
-        return self.decoder.prepare(self.source.read(sample), draws)
+        return self.decoder.prepare(self.source.read(sample), draws, self.notes.on(self.source.names[sample]))
 
     def _next(self) -> tuple[int, Future[Any]]:
         # nothing is decoded ahead from beyond this shard's part: few epochs need it

@@ -19,6 +19,7 @@ from .decoders import choose, make
 from .feed import Feed, Position, labels_of
 from .order import Order
 from .packed import Packed
+from .pictures import Notes
 from .quarantine import NAME, Quarantine
 from .sources import open_source
 from .transfer import transfer_to
@@ -64,7 +65,12 @@ class ImageLoader:
     move up: other shards are not concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to
     keep batches whole, `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in
     `skipped`, and in the quarantine file with their reasons. Grey, CMYK, 16-bit, palette, transparent and animated
-    images (the first frame) are converted to RGB; EXIF orientation is applied.
+    images (the first frame) are converted to RGB, the orientation of EXIF or XMP is applied, alpha is dropped, and
+    colour profiles are
+    ignored. Of 16-bit values the 8 high bits are kept: they span 0 to 65535, but for grey TIFFs that state another
+    range (BitsPerSample, SMinSampleValue, SMaxSampleValue). The first picture whose 16-bit values are all below 4096 is
+    logged as a warning. Values without a known range are unreadable: floating-point, signed, and 32-bit ones, unless a
+    TIFF states the range of its integers.
 
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar
@@ -140,6 +146,7 @@ class ImageLoader:
         self.on_error = on_error
         path = Path(quarantine) if quarantine is not None else self.source.root / NAME
         self.quarantine = Quarantine(path, len(self.source.names))
+        self._notes = Notes()
         self._identity, self._contents = self.source.identity(), contents(self.source)
         self._position = Position()
         # whether an iteration has begun at the position's epoch
@@ -194,6 +201,7 @@ class ImageLoader:
             make(self.backend, self.crops, device, self.num_threads),
             transfer_to(device),
             self.quarantine,
+            self._notes,
             self.num_threads,
             self.on_error == "raise",
             start,

@@ -1,4 +1,4 @@
-"""Writing packed datasets (packed.py says what they are), and looking for what can't be read."""
+"""Writing packed datasets (packed.py says what they are)."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from .crops import Crop
 from .lock import NAME as LOCK
 from .lock import Lock
 from .packed import FORMAT, INDEX, Packed, read_json, replaced, shard_files, write_json
-from .pictures import Pixels, Unreadable
+from .pictures import Note, Notes, Pixels, Unreadable
 from .quarantine import NAME, Quarantine
 from .sources import Source, open_source
 
@@ -109,7 +109,7 @@ class _Packing:
     def run(self) -> None:
         total, size = self.said["samples"], self.said["shard_size"]
         self._claim()
-        self.quarantine = Quarantine(self.root / NAME, total)
+        self.quarantine, self.notes = Quarantine(self.root / NAME, total), Notes()
         # names of files: decoded again, and gone or damaged since
         self.renewed: list[str] = []
         self.kept: list[str] = []
@@ -292,12 +292,13 @@ class _Packing:
         except Unreadable as error:
             return error, None
         assert isinstance(data, bytes)
-        return _shrunk(data, self.said["short_side"]), stamp and [*stamp, zlib.crc32(data)]
+        note = self.notes.on(self.images.names[sample])
+        return _shrunk(data, self.said["short_side"], note), stamp and [*stamp, zlib.crc32(data)]
 
 
-def _shrunk(data: bytes, short_side: int) -> Pixels | Unreadable:
+def _shrunk(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
     try:
-        image = pictures.decode(data)
+        image = pictures.decode(data, note)
     except Unreadable as error:
         return error
     width, height = image.size
@@ -306,27 +307,6 @@ def _shrunk(data: bytes, short_side: int) -> Pixels | Unreadable:
         return np.asarray(image)
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
     return pictures.resize(image, Crop(0, 0, width, height, False), size)
-
-
-def check(source: str | os.PathLike[str] | list[str], *, num_threads: int = 1) -> Iterator[tuple[str, str | None]]:
-    """Decode every sample of a source in full: its name, and None or why it can't be read, in order.
-
-    Raises:
-        ValueError: the source holds no image, or is a packed dataset with a damaged shard.
-    """
-    images = open_source(source)
-
-    def problem(sample: int) -> str | None:
-        try:
-            data = images.read(sample)
-            if isinstance(data, bytes):
-                pictures.decode(data)
-        except Unreadable as error:
-            return str(error)
-        return None
-
-    samples = range(len(images.names))
-    yield from zip(images.names, ahead(num_threads, problem, samples))
 
 
 def ahead(threads: int, function: Callable[[int], T], samples: range) -> Iterator[T]:

@@ -4,7 +4,11 @@ Pillow decides what is readable on every backend; the others serve the plain JPE
 """
 
 import io
+import logging
+import math
+import re
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,11 +18,22 @@ import torch.nn.functional as F
 from . import formats
 from .crops import Crop
 
+logger = logging.getLogger("fastmim.data")
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3)
+# takes a remark on a picture that is served all the same
+Note = Callable[[str], object]
 
 # more pixels than that are a decompression bomb: Pillow's own limit, which a program may have lifted
 MAX_PIXELS = 178_956_970
 ORIENTATION = 0x0112
+# tags of TIFF
+BITS, PHOTOMETRIC, SAMPLE_FORMAT, SMALLEST, LARGEST = 258, 262, 339, 340, 341
+WHITE_IS_ZERO, SIGNED = 0, 2
+SIXTEEN = (0, 0xFFFF)
+# Pillow gives grey pictures of more than 8 bits in these as 16 bits, whatever the file says their largest value is
+SCALED = {"PNG", "PPM", "JPEG2000"}
+DIM = "16-bit values that are all below 4096 are served nearly black: scale them, or state their range in TIFF"
 # elements below which PyTorch doesn't hand an op to its own threads, which would be threads of threads here
 SERIAL = 32768
 
@@ -29,14 +44,38 @@ class Unreadable(Exception):
     """A sample that can't be served; says why."""
 
 
-def decode(data: bytes) -> Any:
+class Notes:
+    """Remarks on the pictures of a source, each logged once, for the first picture."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, object] = {}
+
+    def on(self, name: str) -> Note:
+        """A function that takes remarks on the picture `name`."""
+
+        def note(text: str) -> None:
+            mine = object()
+            # one step, whichever thread it is
+            if self._said.setdefault(text, mine) is mine:
+                logger.warning("%a and perhaps others: %s (fastmim check-data lists them)", name, text)
+
+        return note
+
+
+def ignore(text: str) -> None:
+    """Take a remark that nobody asked for."""
+
+
+def decode(data: bytes, note: Note = ignore) -> Any:
     """The picture (a PIL image in RGB) in the bytes of a file.
 
-    Grey, CMYK and palette pictures become RGB, alpha is dropped, 16-bit grey keeps its 8 high bits, the first frame
-    of an animation is taken, and EXIF's orientation is applied.
+    Grey, CMYK, L*a*b* and palette pictures become RGB, alpha is dropped, colour profiles are ignored, the first frame
+    of an animation is taken, and the orientation of EXIF or XMP is applied. Of 16-bit values the 8 high bits are kept,
+    or of grey ones in TIFF those of the range that the file states; `note` is told where they use less than 12 bits.
 
     Raises:
-        Unreadable: empty, no picture, truncated, broken, without pixels, with more than MAX_PIXELS, or floating.
+        Unreadable: empty, no picture, truncated, broken, without pixels, with more than MAX_PIXELS, or of values whose
+            range isn't known: floating, signed, or of 32 bits.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -50,8 +89,10 @@ def decode(data: bytes) -> Any:
                 raise Unreadable(f"the picture has no pixels: {width}x{height}")
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"decompression bomb: {width}x{height} pixels")
+            # of colours Pillow keeps 8 bits, and then no longer says so
+            sixteen = re.search(";16[BLN]", str(image.tile)) is not None
             image.load()
-            return _upright(image, _rgb(image))
+            return _upright(image, _rgb(image, sixteen, note))
     except (Unreadable, MemoryError):
         raise
     except UnidentifiedImageError:  # its message is an address
@@ -60,18 +101,65 @@ def decode(data: bytes) -> Any:
         raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
-def _rgb(image: Any) -> Any:
+def _rgb(image: Any, sixteen: bool, note: Note) -> Any:
     from PIL import Image
 
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F":
-        raise Unreadable("floating-point pixels")
-    if image.mode.startswith("I"):
-        # Pillow would clip what is above 255
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 0xFFFF) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    mode = image.mode
+    if mode == "F":
+        raise Unreadable("floating-point pixels have no known range")
+    if mode.startswith("I"):
+        return Image.fromarray(_grey(image, note)).convert("RGB")
+    if image.format == "TIFF" and (stated := _tiff_range(image)) != SIXTEEN and sixteen:
+        raise Unreadable("16-bit colours of the range {:g} to {:g}: Pillow keeps 8 of 16 bits".format(*stated))
+    if mode in ("La", "RGBa"):
+        # with colours multiplied by alpha
+        image = image.convert(mode.upper())
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    rgb = image if mode == "RGB" else image.convert("RGB")
+    if sixteen and max(high for _, high in rgb.getextrema()) < 16:
+        note(DIM)
+    return rgb
+
+
+def _grey(image: Any, note: Note) -> Pixels:
+    """The 8 high bits (H, W) of a grey picture of more."""
+    tiff = image.format == "TIFF"
+    if not tiff and image.format not in SCALED:
+        raise Unreadable(f"values of more than 8 bits in {image.format} have no known range")
+    low, high = _tiff_range(image) if tiff else SIXTEEN
+    values = np.asarray(image).astype(np.int64)
+    if tiff and not _signed(image):
+        # Pillow reads 32 bits as signed
+        values &= 0xFFFFFFFF
+    if (low, high) == SIXTEEN and values.max() < 4096:
+        note(DIM)
+    grey: Pixels = np.clip((values - low) * 256 // (high - low + 1), 0, 255).astype(np.uint8)
+    if tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO:
+        np.subtract(255, grey, out=grey)
+    return grey
+
+
+def _tiff_range(image: Any) -> tuple[float, float]:
+    """The values of a TIFF that mean none and all of the light, or ink: those that its bits hold, or that it states."""
+    bits, signed = max(image.tag_v2.get(BITS, (1,))), _signed(image)
+    low, high = (0.0, 2.0**bits - 1) if bits <= 16 and not signed else (math.nan, math.nan)
+    if bits > 8:
+        low, high = (float(np.ravel(image.tag_v2.get(*tag))[0]) for tag in ((SMALLEST, low), (LARGEST, high)))
+    if not low < high:
+        kind = "signed" if signed else "unsigned"
+        stated = " and ".join("nothing" if math.isnan(value) else f"{value:g}" for value in (low, high))
+        raise Unreadable(
+            f"{bits}-bit {kind} values have no known range: SMinSampleValue and SMaxSampleValue state {stated}"
+        )
+    return low, high
+
+
+def _signed(image: Any) -> bool:
+    return bool(image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == SIGNED)
 
 
 def _upright(image: Any, pixels: Any) -> Any:
