@@ -4,6 +4,7 @@ A sub-command is a function here and an entry in COMMANDS; what it needs beyond 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +33,11 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> Path:
+    """A path, `~` expanded: shells don't where it stands in quotes or after an equals sign."""
+    return Path(os.path.expanduser(text))
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=available_cpus(), metavar="N", help="default: all CPUs")
 
@@ -40,8 +46,8 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write: new, or of an interrupted run")
+    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an interrupted run")
     parser.add_argument(
         "--short-side", type=_count, default=256, metavar="PIXELS", help="shrink to it; smaller stay. Default: 256"
     )
@@ -70,9 +76,9 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
     parser.add_argument(
-        "--quarantine", type=Path, metavar="FILE", help=f"list what is bad here. Default: {NAME} in SOURCE"
+        "--quarantine", type=_path, metavar="FILE", help=f"list what is bad here. Default: {NAME} in SOURCE"
     )
     _add_threads(parser)
 
@@ -104,7 +110,9 @@ def _check_data(args: argparse.Namespace) -> int:
         counts[kind] += 1
         if kind == UNREADABLE:
             quarantine.add(sample, name, reason)
-        elif kind:
+            continue
+        quarantine.remove(sample, name)
+        if kind:
             found.write(f"{kind}: {name!a}: {reason}")
     bad = counts[UNREADABLE]
     print(f"{args.source}: {len(source.names)} images, {bad} can't be read" + (f": {quarantine.path}" if bad else ""))
@@ -150,9 +158,9 @@ CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint
 
 
 def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
-    parser.add_argument("images", metavar="IMAGES", type=Path, nargs="+", help="pictures, or folders of them")
-    parser.add_argument("-o", "--out", metavar="PNG", type=Path, required=True, help="the grid to write")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
+    parser.add_argument("images", metavar="IMAGES", type=_path, nargs="+", help="pictures, or folders of them")
+    parser.add_argument("-o", "--out", metavar="PNG", type=_path, required=True, help="the grid to write")
     parser.add_argument("--mask-ratio", type=float, default=0.75, metavar="R", help="share removed. Default: 0.75")
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the masks. Default: 0")
     parser.add_argument("--count", type=_count, default=16, metavar="N", help="at most so many. Default: 16")
@@ -182,9 +190,9 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
     parser.add_argument(
-        "data", metavar="DATA", type=Path, help="a folder of class folders, or of train and test folders of them"
+        "data", metavar="DATA", type=_path, help="a folder of class folders, or of train and test folders of them"
     )
     parser.add_argument("--labels-per-class", type=_count, metavar="N", help="learn from so many only. Default: all")
     parser.add_argument("--pool", choices=("mean", "class"), default="mean", help="of tokens. Default: mean")
@@ -220,9 +228,9 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help=CHECKPOINT)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
     parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="whose format")
-    parser.add_argument("out", metavar="OUT", type=Path, help="a .pth file, a folder, a .safetensors file, in turn")
+    parser.add_argument("out", metavar="OUT", type=_path, help="a .pth file, a folder, a .safetensors file, in turn")
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -67,6 +67,8 @@ class Feed:
     pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
+        # what can't be read in this epoch; in the next it is tried again, since it may be repaired by then
+        self._bad: dict[int, str] = {}
         self._ready: queue.Queue[Made | BaseException | None] = queue.Queue(READY)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastmim-feed", daemon=True)
@@ -147,8 +149,8 @@ class Feed:
     def _prepare(self, sample: int, draws: Any) -> Any:
         if self._stopped.is_set():
             raise RuntimeError("stopped")
-        if sample in self.quarantine.reasons:
-            raise Unreadable(self.quarantine.reasons[sample])
+        if sample in self._bad:
+            raise Unreadable(self._bad[sample])
         return self.decoder.prepare(self.source.read(sample), draws, self.notes.on(self.source.names[sample]))
 
     def _next(self) -> tuple[int, Future[Any]]:
@@ -202,13 +204,17 @@ class Feed:
             self._fail(good[place], reason)
         self._tried += count
         self.quarantine.check(self._tried, self._failed)
-        return [sample for place, sample in enumerate(good) if place not in bad], rows
+        served = [sample for place, sample in enumerate(good) if place not in bad]
+        for sample in served:
+            self.quarantine.remove(sample, self.source.names[sample])
+        return served, rows
 
     def _fail(self, sample: int, reason: str) -> None:
         self._failed += 1
         name = self.source.names[sample]
         if self.raising:
             raise RuntimeError(f"sample {sample}, {name}, can't be read: {reason}")
+        self._bad[sample] = reason
         self.quarantine.add(sample, name, reason)
 
 

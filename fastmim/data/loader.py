@@ -1,5 +1,6 @@
 """The loader: what a user holds."""
 
+import logging
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import axes, check_count
+from .changes import compare, contents, former_identity
 from .crops import Crops
 from .decoders import choose, make
 from .feed import Feed, Position, labels_of
@@ -21,6 +23,8 @@ from .pictures import Notes
 from .quarantine import NAME, Quarantine
 from .sources import open_source
 from .transfer import transfer_to
+
+logger = logging.getLogger("fastmim.data")
 
 FORMAT = 1
 
@@ -38,6 +42,17 @@ class Batch(NamedTuple):
     ids: Tensor
 
 
+class TooFewImages(ValueError):
+    """A source of fewer images, `samples`, than a global batch, with drop_last=True."""
+
+    def __init__(self, samples: int, batch_size: int, world: int) -> None:
+        self.samples = samples
+        super().__init__(
+            f"batch_size {batch_size} times {world} shards must be at most the {samples} images of the source with "
+            "drop_last=True"
+        )
+
+
 class ImageLoader:
     """Batches of random resized crops of the images of a source; each iteration is an epoch.
 
@@ -46,11 +61,11 @@ class ImageLoader:
     of an epoch of one shard. The epoch's order is cut into global batches; every shard yields equally many. With
     `drop_last=False` the remainder is dealt out evenly, and repeated only where fewer samples than shards are left.
 
-    What can't be read is skipped, and the samples that follow in the shard's own part move up: other shards are not
-    concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to keep batches whole,
-    `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in `skipped`, and in
-    the quarantine file with their reasons. Damaged files that Pillow still decodes are served, on every backend:
-    `fastmim check-data` names them.
+    What can't be read is skipped, and tried again in the next epoch; the samples that follow in the shard's own part
+    move up: other shards are not concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to
+    keep batches whole, `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in
+    `skipped`, and in the quarantine file with their reasons. Damaged files that Pillow still decodes are served, on
+    every backend: `fastmim check-data` names them.
 
     Grey, CMYK, L*a*b*, palette, transparent and animated images (the first frame) are converted to RGB, and the
     orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. Of 16-bit values the 8
@@ -126,17 +141,14 @@ class ImageLoader:
             self.backend = "packed"
         self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
         if not len(self.order):
-            raise ValueError(
-                f"batch_size {batch_size} times {world} shards must be at most the {len(self.source.names)} images of "
-                f"the source with drop_last=True"
-            )
+            raise TooFewImages(len(self.source.names), batch_size, world)
         self.crops = Crops(*crops)
         self.num_threads = num_threads or available_cpus()
         self.on_error = on_error
         path = Path(quarantine) if quarantine is not None else self.source.root / NAME
         self.quarantine = Quarantine(path, len(self.source.names))
         self._notes = Notes()
-        self._identity = self.source.identity()
+        self._identity, self._contents = self.source.identity(), contents(self.source)
         self._position = Position()
         # whether an iteration has begun at the position's epoch
         self._begun = False
@@ -217,6 +229,7 @@ class ImageLoader:
             "batches": position.batches,
             "consumed": position.consumed,
             "rank": self.order.rank,
+            "contents": self._contents,
             "bad": [[sample, reason] for sample, reason in sorted(self.quarantine.reasons.items())],
             "of": self._settings(),
         }
@@ -243,6 +256,9 @@ class ImageLoader:
         A state of another world and batch size is converted if their product, the global batch, is the same, and one of
         another rank is taken, as long as the shard it comes from had skipped nothing in that epoch.
 
+        Files may have been repaired or changed since, as long as their names and labels stay and at most a tenth
+        changed, by sizes and beginnings of files evenly spread: the rest of the epoch has them as they are now.
+
         Raises:
             TypeError: `state` is no dict.
             ValueError: it is no state of an ImageLoader, or of one with other data or settings, which are named.
@@ -253,19 +269,26 @@ class ImageLoader:
             theirs, ours = dict(state["of"]), self._settings()
             epoch, batches, consumed, rank = (int(state[key]) for key in ("epoch", "batches", "consumed", "rank"))
             bad = {int(sample): str(reason) for sample, reason in state["bad"]}
+            before = [int(number) for number in state.get("contents", self._contents)]
+            if len(before) != len(self._contents) and theirs["samples"] == ours["samples"]:
+                raise ValueError(f"{len(before)} contents")
             theirs["batch_size"], theirs["world"] = int(theirs["batch_size"]), int(theirs["world"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state must be what ImageLoader.state_dict() returned; it isn't: {error!r}") from error
         if state.get("format") != FORMAT:
             raise ValueError(f"state must be of format {FORMAT}, got {state.get('format')!r}")
+        if "contents" not in state and theirs.get("data") == former_identity(self.source):
+            theirs["data"] = ours["data"]
         moved = consumed - batches * theirs["batch_size"]
         same_batch = theirs["batch_size"] * theirs["world"] == ours["batch_size"] * ours["world"]
         free = {"batch_size", "world"} if same_batch and not moved else set()
-        differences = [
-            f"{key} was {theirs.get(key)!r}, is {value!r}"
-            for key, value in ours.items()
-            if key not in free and _plain(theirs.get(key)) != _plain(value)
-        ]
+        different = [key for key, value in ours.items() if key not in free and _plain(theirs.get(key)) != _plain(value)]
+        differences = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in different if key != "data"]
+        changed, too_many = (0, False) if "samples" in different else compare(before, self._contents)
+        if "data" in different:
+            differences.append("names or labels of the files are others")
+        elif too_many:
+            differences.append(f"{changed} of {len(before)} files that were compared have changed")
         if rank != self.order.rank and moved:
             differences.append(
                 f"it is of shard {rank}, which had skipped {moved} samples, and this is shard {self.order.rank}"
@@ -278,6 +301,11 @@ class ImageLoader:
             raise ValueError(
                 f"state must be at a batch in 0..{len(self) - 1} of an epoch, got batch {batches} of epoch {epoch} "
                 f"with {consumed} samples consumed"
+            )
+        if changed and self.order.rank == 0:
+            logger.warning(
+                "%d of %d files of %s that were compared changed since; they are served as they are now",
+                *(changed, len(before), self.source.root),
             )
         for sample, reason in bad.items():
             self.quarantine.reasons.setdefault(sample, reason)

@@ -2,15 +2,19 @@
 
 A packed dataset is a folder: `packed.json` says what it is, and shard k holds samples k * shard_size and up as
 `shard-k.bin`, their uint8 pixels (H, W, 3) one after the other, and `shard-k.json`, where each begins, its height,
-width and CRC-32, its name and label, or why it couldn't be read. Each .json file holds the SHA-256 of its content.
+width and CRC-32, its name and label, or why it couldn't be read, and of the file that it was made of the size, times of
+modification and change, and CRC-32. Each .json file holds the SHA-256 of its content.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -32,12 +36,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write all or nothing, with a checksum."""
     text = json.dumps(content)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(part, "w") as file:
-        file.write(json.dumps({"sha256": digest, "content": text}))
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    with replaced(path) as file:
+        file.write(json.dumps({"sha256": digest, "content": text}).encode())
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """Write a whole new file, or leave the old one; nothing half written stays.
+
+    Raises:
+        OSError: it can't be written; the message names it.
+    """
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -104,8 +126,8 @@ class Packed:
                 if sample not in self.reasons:
                     self.read(sample)
 
-    def read(self, sample: int) -> Pixels:
-        """Pixels, mapped into memory; their checksum is compared when they are read for the first time."""
+    def read(self, sample: int, most: int = -1) -> Pixels:
+        """Whole pixels, mapped into memory; their checksum is compared when they are read for the first time."""
         if sample in self.reasons:
             raise Unreadable(self.reasons[sample])
         shard = sample // self._shard_size
@@ -121,6 +143,13 @@ class Packed:
                 )
             self._verified[sample] = 1
         return np.asarray(flat).reshape(height, width, 3)
+
+    def checksum(self, sample: int) -> int:
+        """CRC-32 of the pixels; 0 where there are none."""
+        return int(self._places[sample, 3])
+
+    def stamp(self, sample: int) -> None:
+        """None: it is of no file."""
 
     def identity(self) -> str:
         return self._plan

@@ -18,7 +18,7 @@ class Quarantine:
     """The unreadable samples met so far, `reasons` by number, and the file that lists them.
 
     The file is appended to, one JSON object a line with `file`, `id` and `reason`; nothing is written while nothing
-    is bad.
+    is bad. A file that could be read later, since it was repaired, gets a line whose reason is null.
     """
 
     def __init__(self, path: Path, samples: int) -> None:
@@ -32,11 +32,22 @@ class Quarantine:
         self.reasons[sample] = reason
         # %a: a name may hold bytes that are no text
         logger.warning("skipping %a: %s", name, reason)
+        self._list(sample, name, reason)
+
+    def remove(self, sample: int, name: str) -> None:
+        """Note that a sample can be read; says so if it couldn't be before."""
+        if self.reasons.pop(sample, None) is not None:
+            logger.warning("%a can be read again", name)
+        self._list(sample, name, None)
+
+    def _list(self, sample: int, name: str, reason: str | None) -> None:
+        """Append a line, unless the file says so already."""
         try:
             if self._listed is None:
-                self._listed = {str(entry["file"]) for entry in listed(self.path)}
-            if name not in self._listed:
-                self._listed.add(name)
+                self._listed = set()
+                self._listed |= {str(entry["file"]) for entry in listed(self.path)}
+            if (name in self._listed) == (reason is None):
+                self._listed ^= {name}
                 # one write, so that lines of several processes don't mix
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"file": name, "id": sample, "reason": reason}) + "\n")
@@ -59,13 +70,20 @@ class Quarantine:
 
 
 def listed(path: Path) -> list[dict[str, object]]:
-    """The entries of a quarantine file; none where there is no file. Lines that can't be read are left out."""
-    entries = []
+    """The entries of a quarantine file, without those of files that could be read later; none where there is no file.
+
+    Lines that can't be read are left out.
+    """
+    entries: dict[str, dict[str, object]] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except ValueError:
             continue
         if isinstance(entry, dict) and "file" in entry:
-            entries.append(entry)
-    return entries
+            name = str(entry["file"])
+            if entry.get("reason") is None:
+                entries.pop(name, None)
+            else:
+                entries[name] = entry
+    return list(entries.values())

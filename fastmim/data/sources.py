@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -17,17 +17,16 @@ from typing import Protocol
 import numpy as np
 
 from . import formats, tars
+from .lock import NAME as LOCK
 from .packed import INDEX, Packed
 from .philox import Ints
 from .pictures import Pixels, Unreadable
 from .quarantine import NAME
 
-# sizes that are part of a source's identity: all of a small one, some of a large one
-SIZES = 1024
-# in the output folder of a run or of `fastmim pack`
-LOCK = ".fastmim.lock"
-# in that of a run by an earlier version
+# in the output folder of a run by an earlier version, which has no lock
 RUN = {"checkpoints", "metrics.jsonl"}
+
+Stamp = tuple[int, int, int]
 
 
 class Source(Protocol):
@@ -43,11 +42,14 @@ class Source(Protocol):
     root: Path
     left_out: dict[str, int]
 
-    def read(self, sample: int) -> bytes | Pixels:
-        """The bytes of a file, or pixels that need no decoding. Raises Unreadable."""
+    def read(self, sample: int, most: int = -1) -> bytes | Pixels:
+        """The bytes of a file, at most so many, or pixels that need no decoding. Raises Unreadable."""
+
+    def stamp(self, sample: int) -> Stamp | None:
+        """Size, and when a file was modified and changed, in ns; None where it can't be found."""
 
     def identity(self) -> str:
-        """A hash that other data don't have."""
+        """A hash of names and labels; files that are repaired stay the same samples."""
 
 
 def open_source(source: object) -> Source:
@@ -122,25 +124,26 @@ class Files:
         self.root, self.names, self.classes, self.left_out = root, names, classes, left_out
         self.labels: Ints | None = labels
 
-    def read(self, sample: int) -> bytes:
+    def read(self, sample: int, most: int = -1) -> bytes:
         try:
             # a pipe would wait for its other end for ever
             handle = os.open(self.root / self.names[sample], os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise Unreadable("no regular file")
-                return file.read()
+                return file.read(most)
         except OSError as error:
             raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
-    def identity(self) -> str:
-        return identity(self.names, self.labels, self._size)
-
-    def _size(self, sample: int) -> int:
+    def stamp(self, sample: int) -> Stamp | None:
         try:
-            return (self.root / self.names[sample]).stat().st_size
+            found = (self.root / self.names[sample]).stat()
         except OSError:
-            return -1
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+    def identity(self) -> str:
+        return digest(self.names, self.labels).hexdigest()
 
 
 def folder(root: Path) -> Files:
@@ -270,15 +273,21 @@ class Tars:
         except Unreadable as error:
             raise Unreadable(f"{shard}: {error}") from error
 
+    def stamp(self, sample: int) -> Stamp | None:
+        shard, place = self._places[sample]
+        try:
+            found = (self.root / shard).stat()
+        except OSError:
+            return None
+        return place.size, found.st_mtime_ns, found.st_ctime_ns
+
     def identity(self) -> str:
-        return identity(self.names, self.labels, lambda sample: self._places[sample][1].size)
+        return digest(self.names, self.labels).hexdigest()
 
 
-def identity(names: Sequence[str], labels: Ints | None, size: Callable[[int], int]) -> str:
-    """SHA-256 of names and labels, and of SIZES sizes evenly spread."""
-    digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
+def digest(names: Sequence[str], labels: Ints | None) -> "hashlib._Hash":
+    """SHA-256 of names and labels."""
+    total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
     if labels is not None:
-        digest.update(labels.tobytes())
-    step = max(1, len(names) // SIZES)
-    digest.update(str([size(sample) for sample in range(0, len(names), step)]).encode())
-    return digest.hexdigest()
+        total.update(labels.tobytes())
+    return total

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+PREFIX = "events.out.tfevents."
+
 
 class Board:
     """Scalars for `tensorboard --logdir`; those that an interrupted run wrote after `start` are taken back.
@@ -22,8 +24,13 @@ class Board:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads a folder's files by name
-        name = f"events.out.tfevents.{time.time_ns():020}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads a folder's files by name: after all others, even if the clock was set back since
+        others = [
+            (int(path.name.split(".")[3]), path.stat().st_mtime_ns) for path in folder.glob(f"{PREFIX}{'[0-9]' * 20}.*")
+        ]
+        self._began = max([time.time_ns(), *(max(times) + 1 for times in others)])
+        self._clock = time.monotonic_ns()
+        name = f"{PREFIX}{self._began:020}.{socket.gethostname()}.{os.getpid()}"
         self.file = open(folder / name, "ab")  # noqa: SIM115 (closed by close)
         self._writer = RecordWriter(self.file)
         self._add(file_version="brain.Event:2")
@@ -38,5 +45,6 @@ class Board:
         self.file.close()
 
     def _add(self, **parts: Any) -> None:
-        self._writer.write(self._event(wall_time=time.time(), **parts).SerializeToString())
+        now = self._began + time.monotonic_ns() - self._clock
+        self._writer.write(self._event(wall_time=now / 1e9, **parts).SerializeToString())
         self.file.flush()

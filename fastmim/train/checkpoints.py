@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
         state: what JSON can hold.
 
     Raises:
-        OSError: the disk is full or gone; what was there before stays as it was.
+        OSError: the disk is full or gone, naming the file; what was there before stays as it was.
     """
     final = folder / f"step-{step:08d}"
     aside = final.with_name(final.name + ASIDE[0])
@@ -49,9 +50,11 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
         aside.mkdir()
         for name, values in tensors.items():
             write_tensors(aside / f"{name}.safetensors", values)
-        (aside / "state.json").write_text(json.dumps(state, indent=1))
+        with naming(aside / "state.json") as path:
+            path.write_text(json.dumps(state, indent=1))
         sums = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps({"files": sums}, indent=1))
+        with naming(aside / MANIFEST) as path:
+            path.write_text(json.dumps({"files": sums}, indent=1))
         for path in (*aside.iterdir(), aside):
             flush(path)
         if final.exists():
@@ -161,17 +164,35 @@ def flush(path: Path) -> None:
     """Make what was written to a file or folder outlast a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[Path]:
+    """Let an OSError name the file that is being written."""
+    try:
+        yield path
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A whole new file, as `write(place)` writes it, or the old one."""
+    """A whole new file, as `write(place)` writes it, or the old one and nothing beside it."""
     aside = path.with_name(path.name + ASIDE[0])
-    write(aside)
-    flush(aside)
-    aside.replace(path)
+    try:
+        with naming(aside):
+            write(aside)
+        flush(aside)
+        aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,10 @@
 """What a run is: read from a TOML file and `key=value`, checked whole before anything starts."""
 
+import codecs
 import dataclasses
 import math
+import os
+import re
 import sys
 import types
 import typing
@@ -33,7 +36,12 @@ SHORT = {name.split("_")[2]: name for name in MODELS}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 # a run goes on from a checkpoint only where these are what they were
-IDENTITY = ("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype")
+IDENTITY = (
+    *("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype"),
+    # of the loader, which goes on in the middle of an epoch
+    *("crop_scale", "flip"),
+)
+PATHS = ("data", "output_dir")
 
 
 class ConfigError(ValueError):
@@ -44,9 +52,12 @@ class ConfigError(ValueError):
 class Config:
     """The settings of a pretraining run; README lists them.
 
+    In `data` and `output_dir` a leading `~` is the home folder; environment variables are not expanded.
+
     Args:
         data: a folder of images, packed shards, or "digits": those that scikit-learn ships.
-        output_dir: where checkpoints, metrics and the final model go; the same folder resumes.
+        output_dir: where checkpoints, metrics and the final model go; the same folder resumes, for one process or job
+            at a time. Below `data` it is left out of the images.
         seed: of weights, order, crops and masks.
         model: "tiny", "small", "base", "large", "huge" or the function's whole name.
         model_options: arguments of `MaskedAutoencoderViT` that replace the model's own, such as patch_size.
@@ -118,6 +129,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(Config).items():
             object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+        for name in PATHS:
+            object.__setattr__(self, name, _expanded(name, getattr(self, name)))
         replace = {
             "model": SHORT.get(self.model, self.model),
             "device": ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
@@ -171,7 +184,7 @@ class Config:
             raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be two ascending shares in (0, 1], got {list(self.crop_scale)}")
-        for name in ("data", "output_dir"):
+        for name in PATHS:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a path, got an empty one")
         for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss")):
@@ -188,6 +201,9 @@ class Config:
                 model = self.build()
             except TypeError as error:
                 raise ConfigError(f"model_options: {error}") from None
+            except ValueError as error:
+                # the model has another name for it
+                raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
         count_kept(model.patch_embed.num_patches, self.mask_ratio, None)
 
     def build(self) -> mae.MaskedAutoencoderViT:
@@ -224,20 +240,27 @@ class Config:
 
 
 def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in a TOML file, or a shipped one by name, with `key=value` on top.
+    """The config in a TOML file, or a shipped one by name, with `key=value` on top, of which the last of a key counts.
+
+    The value of a key of text, such as `output_dir`, is what follows the equals sign, or a string quoted as in TOML. Of
+    other keys it is a value of TOML, or `none`.
 
     Raises:
         ConfigError: no such file, no TOML, or settings that can't be served.
     """
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if not path.is_file() and path.name == str(source):
         path = SHIPPED / f"{path.name}.toml"
     if not path.is_file():
         raise ConfigError(f"CONFIG must be a TOML file or one of {', '.join(shipped())}; got {str(source)!r}")
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ConfigError(f"{path} is UTF-16, and TOML is UTF-8: save it as UTF-8")
+        settings = tomllib.loads(content.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} can't be read as TOML: {error}") from None
+    kinds = typing.get_type_hints(Config)
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
@@ -249,7 +272,7 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
                 raise ConfigError(f"{name} is no table, so that {text!r} means nothing")
             table[option] = _value(value)
         else:
-            settings[name] = _value(value)
+            settings[name] = _text(value) if kinds.get(name) is str else _value(value)
     return Config.of(settings)
 
 
@@ -270,21 +293,44 @@ def _value(text: str) -> Any:
     return value["value"] if value.keys() == {"value"} else text
 
 
+def _text(text: str) -> str:
+    """The text itself, without the quotes of a TOML string."""
+    value = _value(text)
+    return value if isinstance(value, str) else text.strip()
+
+
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`; whole numbers serve as fractions, lists as tuples, what looks like a number as a path."""
-    if isinstance(kind, types.UnionType):
-        return None if value is None else _typed(name, value, kind.__args__[0])
+    """`value` as `kind`; whole numbers serve as fractions, lists as tuples, paths as text."""
+    optional = isinstance(kind, types.UnionType)
+    if optional:
+        if value is None:
+            return None
+        kind = kind.__args__[0]
+    if name in PATHS and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if origin is str and name in ("data", "output_dir") and isinstance(value, (Path, int, float)):
-        return str(value)
     if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
         return tuple(_typed(name, part, argument) for part, argument in zip(value, arguments))
     if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-        words = {tuple: f"a list of {len(arguments)} numbers", dict: "a table"}.get(origin, origin.__name__)
-        raise ConfigError(f"{name} must be {words}, got {type(value).__name__} {value!r}")
+        words = {
+            tuple: f"a list of {len(arguments)} numbers",
+            dict: "a table",
+            bool: "true or false",
+            str: "text (in TOML, in quotes)",
+        }.get(origin, origin.__name__)
+        got = f"{type(value).__name__} {value!r}"
+        raise ConfigError(f"{name} must be {words}{' or none' if optional else ''}, got {got}")
     return value
+
+
+def _expanded(name: str, path: str) -> str:
+    """A path without `~`."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ConfigError(f"{name} {path} is in the home folder of no user; write ./{path} if ~ is part of the name")
+    return expanded
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:

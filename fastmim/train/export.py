@@ -1,5 +1,6 @@
 """A run's model as other people's code has it, checked by what comes out."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
     What was written is read again and computes on the same images, the reference serving what a forced backend
-    does not; returns by how much outputs differ, at most.
+    does not; returns by how much outputs differ, at most. If it fails, nothing stays behind.
 
     Raises:
         ValueError: an unknown target, `out` is there already, or a model that the target can't hold.
@@ -30,6 +31,19 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}; got {target!r}")
     if out.exists():
         raise ValueError(f"{out} is there already: nothing is written over")
+    try:
+        apart = _export(model, target, out)
+    except BaseException:
+        # half of a model; the next export would refuse to write over it
+        shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
+        raise
+    if not apart <= 1e-3:
+        raise RuntimeError(f"{out} was written, but its outputs differ by {apart:.1e} from the model's")
+    return apart
+
+
+def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
+    """Write it, read it again, and return by how much the outputs differ."""
     model.train(False)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator).to(model.cls_token.dtype)
@@ -58,8 +72,6 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, out, {"format": "pt"})
             vit.load_state_dict(load_file(out))
             apart = _apart(vit.train(False).forward_features(images), tokens)
-    if not apart <= 1e-3:
-        raise RuntimeError(f"{out} was written, but its outputs differ by {apart:.1e} from the model's")
     return apart
 
 

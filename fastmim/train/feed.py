@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..data import ImageLoader
+from ..data.loader import TooFewImages
 from . import samples
 from .config import Config, ConfigError
 from .processes import Processes
@@ -34,5 +35,9 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
             num_threads=config.num_threads,
             quarantine=folder / f"quarantine-{processes.rank}.jsonl",
         )
+    except TooFewImages as error:
+        raise ConfigError(
+            f"batch_size must be at most the {error.samples} images of data {config.data}, got {config.batch_size}"
+        ) from None
     except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"data {config.data}: {error}") from None
+        raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None

@@ -11,6 +11,7 @@ from torch import nn
 
 from .._version import __version__
 from ..data import ImageLoader
+from ..data.lock import Lock
 from . import checkpoints, state
 from .config import IDENTITY, Config, ConfigError
 from .processes import Processes
@@ -26,6 +27,7 @@ class Keeper:
     Args:
         config, processes: of the run.
         model, optimizer, loader: what is saved and restored.
+        lock: of the run's folder, on the first process.
         say: told what happens, on the first process.
     """
 
@@ -36,10 +38,11 @@ class Keeper:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         loader: ImageLoader,
+        lock: Lock | None,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.processes, self.say = config, processes, say
-        self.model, self.optimizer, self.loader = model, optimizer, loader
+        self.model, self.optimizer, self.loader, self.lock = model, optimizer, loader, lock
         self.run = Path(config.output_dir)
         self.folder = self.run / "checkpoints"
         self.writer = Writer(self._failed)
@@ -68,9 +71,11 @@ class Keeper:
             "loaders": loaders,
             "config": self.config.to_dict(),
         }
-        folder, config = self.folder, self.config
+        folder, config, lock = self.folder, self.config, self.lock
 
         def job() -> None:
+            if lock is not None and not lock.is_mine():
+                raise OSError(errno.ESTALE, "another process uses a new folder of this name", str(lock.folder))
             checkpoints.write(folder, step, tensors, saved)
             checkpoints.prune(folder, config.keep_last, config.keep_every)
 
@@ -118,12 +123,14 @@ class Keeper:
 
         first, world = self.processes.first, self.processes.world
         saved = self.processes.tell(checkpoints.read_state(path) if first else None)
-        self._compare(saved, path)
+        changed = self._compare(saved, path)
+        self._restore_loader(saved["loaders"])
+        if changed:
+            self.say(f"settings changed since {path.name}: {'; '.join(changed)}")
         read = state.reader(load_file(path / "model.safetensors") if first else None, world)
         state.restore_model(self.model, read)
         read = state.reader(load_file(path / "optimizer.safetensors") if first else None, world)
         state.restore_optimizer(self.model, self.optimizer, read)
-        self._restore_loader(saved["loaders"])
         if len(saved["loaders"]) == world:
             states = self.processes.tell(load_file(path / "generators.safetensors") if first else None)
             mark = f"{self.processes.rank}/"
@@ -132,8 +139,8 @@ class Keeper:
         self.saved = saved["step"]
         return saved["step"], saved["skipped"], saved["streak"]
 
-    def _compare(self, saved: dict[str, Any], path: Path) -> None:
-        """The checkpoint is of this run."""
+    def _compare(self, saved: dict[str, Any], path: Path) -> list[str]:
+        """The checkpoint is of this run; returns which other settings changed."""
         if saved.get("format") != FORMAT:
             raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
         was, now = saved["config"], self.config.to_dict()
@@ -142,8 +149,7 @@ class Keeper:
         }
         if wrong := [changed[key] for key in IDENTITY if key in changed]:
             raise ConfigError(f"output_dir {self.run} holds another run: {'; '.join(wrong)}; choose another output_dir")
-        if changed:
-            self.say(f"settings changed since {path.name}: {'; '.join(changed.values())}")
+        return list(changed.values())
 
     def _restore_loader(self, states: list[dict[str, Any]]) -> None:
         """Each process its own state; if their number changed, the position in the common order."""

@@ -5,8 +5,10 @@ sample), so that a result does not depend on restarts, and on the number of proc
 rounding. The host reads nothing from the device but every `log_every` steps.
 """
 
+import os
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from .. import masking
 from ..data import Batch
+from ..data.lock import Lock, Locked
 from . import metrics
 from .config import DTYPES, Config, ConfigError
 from .cost import Meter
@@ -50,7 +53,7 @@ class Trainer:
 
     Raises:
         ConfigError (a ValueError): before the first step, if the settings, the data or a checkpoint that is there don't
-            go together.
+            go together, or another run uses `config.output_dir`.
         RuntimeError: no finite gradient for `max_skipped` steps in a row, twice at the same place.
         OSError: the last checkpoint, or the final model, can't be written.
         Interrupted (a SystemExit): after SIGTERM or SIGUSR1, once all is saved.
@@ -62,7 +65,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, or until interrupted."""
-        with joined(self.config) as self.processes, Interruptions() as self.interruptions:
+        with joined(self.config) as self.processes, Interruptions() as self.interruptions, self._claimed() as self.lock:
             self._prepare()
             try:
                 self._train()
@@ -75,12 +78,30 @@ class Trainer:
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _claimed(self) -> Iterator[Lock | None]:
+        """Make the folder and keep other runs out of it; the first process locks it for all, and all learn of failure.
+
+        The lock's file tells loaders that images in the folder are a run's own: it is there before the data are opened.
+        """
+        if os.path.realpath(self.folder) == os.path.realpath(self.config.data):
+            raise ConfigError(f"output_dir must be another folder than data, got {self.folder} for both")
+        lock, problem = None, None
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if self.processes.first:
+                    lock = stack.enter_context(Lock("output_dir", self.folder))
+            except Locked as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"output_dir {self.folder} can't be made or written to: {error}"
+            if problems := [said for said in self.processes.gather(problem) if said]:
+                raise ConfigError(problems[0])
+            yield lock
+
     def _prepare(self) -> None:
         config, device = self.config, self.processes.device
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"output_dir {self.folder} can't be made: {error}") from None
         self.loader = open_loader(config, self.processes)
         self.steps = config.max_steps or config.epochs * len(self.loader)
 
@@ -94,7 +115,7 @@ class Trainer:
         self.step = self.skipped = self.streak = 0
         self.failed_at = -1
         self.pending: list[Done] = []
-        self.keeper = Keeper(config, self.processes, self.model, self.optimizer, self.loader, self._say)
+        self.keeper = Keeper(config, self.processes, self.model, self.optimizer, self.loader, self.lock, self._say)
         self.meter = Meter(self.model, config, self.processes, self.dtype)
         if not self._resume():
             self._save()

@@ -18,15 +18,16 @@ STEP = "step"
 
 
 class Journal:
-    """Appends to `metrics.jsonl`; a run that goes on from a step first takes back what was written after it."""
+    """Appends to `metrics.jsonl` and `skipped.jsonl`.
+
+    A run that goes on from a step first takes back what was written after it, in both.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        whole = read_lines(self.path)
-        self.repeated = max([0, *(line[STEP] - start for line in whole)])
-        if self.path.exists():
-            kept = "".join(json.dumps(line) + "\n" for line in whole if line[STEP] <= start)
-            replace(self.path, lambda path: path.write_text(kept))
+        self.path, self.skipped = folder / "metrics.jsonl", folder / "skipped.jsonl"
+        self.repeated = max([0, *(line[STEP] - start for line in read_lines(self.path))])
+        for path in (self.path, self.skipped):
+            _take_back(path, start)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.board = _board(folder / "tensorboard", start)
 
@@ -44,8 +45,7 @@ class Journal:
     def write_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
         """An update that was skipped, with the numbers of its samples, into `skipped.jsonl`."""
         line = {STEP: step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
-        path = self.path.with_name("skipped.jsonl")
-        with forgiving(f"{path} lacks step {step}"), open(path, "a") as file:
+        with forgiving(f"{self.skipped} lacks step {step}"), open(self.skipped, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
@@ -73,6 +73,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get(STEP), int):
             lines.append(line)
     return lines
+
+
+def _take_back(path: Path, start: int) -> None:
+    """Drop the lines of steps after `start`, and those that were cut off."""
+    if path.exists():
+        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
+        replace(path, lambda aside: aside.write_text(kept))
 
 
 def _finite(value: Any) -> Any:

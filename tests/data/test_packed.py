@@ -1,17 +1,24 @@
 """Packed datasets: the same samples without decoding, and nothing half written is believed."""
 
+import hashlib
 import json
+import os
+import resource
 
 import numpy as np
 import pytest
 import torch
-from photos import SAMPLES
+from photos import SAMPLES, write_pictures
+from PIL import Image
 from test_loader import load, names_of, same
 from test_sources import write_tars
 
 from fastmim.data import pack as packing
+from fastmim.data.changes import former_identity
 from fastmim.data.pack import pack
-from fastmim.data.packed import read_json
+from fastmim.data.packed import read_json, write_json
+from fastmim.data.quarantine import listed
+from fastmim.data.sources import open_source
 
 
 @pytest.fixture
@@ -96,8 +103,8 @@ def test_interrupted_packing_goes_on(photographs, packed, tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="is not finished: run the same `fastmim pack` again"):
         load(out)
     written = []
-    write = packing._write_shard
-    monkeypatch.setattr(packing, "_write_shard", lambda *args: (written.append(args[3]), write(*args)))
+    write = packing._Packing._write
+    monkeypatch.setattr(packing._Packing, "_write", lambda *args: (written.append(args[1]), write(*args)))
     pack(photographs, out, **options)
     assert written == list(range(min(after // 8, 3), 4))
     assert contents(out) == contents(packed)
@@ -179,3 +186,161 @@ def test_the_format_is_what_the_module_says(packed):
     start, height, width, _ = index["places"][2]
     pixels = np.fromfile(packed / "shard-00001.bin", np.uint8)[start : start + height * width * 3]
     assert np.array_equal(pixels.reshape(height, width, 3), load(packed).source.read(10))
+
+
+# ---- repaired files --------------------------------------------------------------------------------------------------
+
+OPTIONS = {"short_side": 48, "shard_size": 8, "num_threads": 2}
+
+
+def times(root):
+    return {path.name: path.stat().st_mtime_ns for path in root.glob("shard*")}
+
+
+def touched(before, root):
+    return sorted({name[:11] for name, when in times(root).items() if before.get(name) != when})
+
+
+@pytest.mark.fault
+def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
+    """Three of them, in two shards; the others stay, and the result is that of files that were never bad."""
+    names = names_of(own)
+    good = {index: (own / names[index]).read_bytes() for index in (3, 9, 11)}
+    for index, data in good.items():
+        (own / names[index]).write_bytes(data[: len(data) // 2] if index == 3 else b"bad")
+    out = tmp_path / "again"
+    assert set(pack(own, out, **OPTIONS).reasons) == {3, 9, 11}
+    state, before = load(out).state_dict(), times(out)
+    # nothing changed: nothing is written
+    pack(own, out, **OPTIONS)
+    assert times(out) == before
+    for index, data in good.items():
+        (own / names[index]).write_bytes(data)
+    assert pack(own, out, **OPTIONS).reasons == {}
+    assert touched(before, out) == ["shard-00000", "shard-00001"]
+    assert f"{out}: 3 files changed since and are packed again: '{names[3]}', " in caplog.text
+    for ours, theirs in zip(load(out, drop_last=False), load(packed, drop_last=False), strict=True):
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.ids, theirs.ids)
+    # a run on it goes on
+    load(out).load_state_dict(state)
+    assert listed(out / "quarantine.jsonl") == []
+    assert len((out / "quarantine.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.fault
+def test_a_change_of_the_same_size_is_seen(own, tmp_path):
+    """Pictures that are stored as they are have the same size whatever they show."""
+    for name in names_of(own):
+        Image.open(own / name).resize((20, 20)).save((own / name).with_suffix(".bmp"))
+        (own / name).unlink()
+    out, path = tmp_path / "packed", sorted(own.rglob("*.bmp"))[12]
+    size, before = path.stat().st_size, pack(own, out, **OPTIONS)
+    Image.new("RGB", (20, 20), (9, 8, 7)).save(path)
+    assert path.stat().st_size == size
+    after = pack(own, out, **OPTIONS)
+    assert [i for i in range(SAMPLES) if not np.array_equal(before.read(i), after.read(i))] == [12]
+    assert (after.read(12) == (9, 8, 7)).all()
+
+
+@pytest.mark.fault
+def test_a_new_time_alone_decodes_nothing(own, tmp_path, monkeypatch):
+    out = tmp_path / "packed"
+    pack(own, out, **OPTIONS)
+    before = times(out)
+    os.utime(own / names_of(own)[12], (1, 1))
+    monkeypatch.setattr(packing, "_shrunk", None)
+    pack(own, out, **OPTIONS)
+    assert touched(before, out) == ["shard-00001"]
+    before = times(out)
+    pack(own, out, **OPTIONS)
+    assert times(out) == before
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("gone", [True, False])
+def test_what_was_packed_well_stays(own, tmp_path, caplog, gone):
+    """When its file is gone or damaged; also when another file of its shard was repaired."""
+    out, names = tmp_path / "packed", names_of(own)
+    good = (own / names[10]).read_bytes()
+    (own / names[10]).write_bytes(b"bad")
+    paths = [own / name for name in names]
+    before = pack(paths, out, **OPTIONS)
+    (own / names[12]).unlink() if gone else (own / names[12]).write_bytes(b"bad")
+    pack(paths, out, **OPTIONS)
+    assert f"1 files can't be read any more; their pixels stay as they were: '{names[12]}'" in caplog.text
+    (own / names[10]).write_bytes(good)
+    after = pack(paths, out, **OPTIONS)
+    assert after.reasons == {} and np.array_equal(after.read(12), before.read(12))
+
+
+@pytest.mark.fault
+def test_repaired_members_of_tars_are_packed(own, tmp_path):
+    names = names_of(own)
+    good = (own / names[5]).read_bytes()
+    (own / names[5]).write_bytes(b"bad")
+    paths = write_tars(own, tmp_path)
+    before = pack(paths, tmp_path / "packed", **OPTIONS)
+    (own / names[5]).write_bytes(good)
+    after = pack(write_tars(own, tmp_path), tmp_path / "packed", **OPTIONS)
+    assert len(before.reasons) == 1 and not after.reasons
+    assert all(np.array_equal(before.read(i), after.read(i)) for i in range(SAMPLES) if i not in before.reasons)
+
+
+def as_earlier_version(source, out):
+    """What the version before stamps wrote: sizes were part of the plan."""
+    index = read_json(out / "packed.json")
+    index["plan"] = hashlib.sha256(f"{former_identity(open_source(source))} 48 8".encode()).hexdigest()
+    write_json(out / "packed.json", index)
+    for path in out.glob("shard*.json"):
+        held = read_json(path)
+        del held["stamps"]
+        write_json(path, {**held, "plan": index["plan"]})
+    return index["plan"]
+
+
+@pytest.mark.fault
+def test_a_dataset_of_an_earlier_version(own, tmp_path):
+    """Is read, and brought up to date under its name when it is packed again."""
+    out, names = tmp_path / "packed", names_of(own)
+    good = (own / names[9]).read_bytes()
+    (own / names[9]).write_bytes(b"bad")
+    pack(own, out, **OPTIONS)
+    plan = as_earlier_version(own, out)
+    state = load(out).state_dict()
+    del state["contents"]
+    (own / names[9]).write_bytes(good)
+    assert pack(own, out, **OPTIONS).reasons == {}
+    assert load(out).source.identity() == plan
+    load(out).load_state_dict(state)
+    assert "stamps" in read_json(out / "shard-00003.json")
+    other = write_pictures(tmp_path / "other", classes=3)
+    first = names_of(other)[0]
+    (other / first).rename((other / first).with_name("new.jpg"))
+    before = contents(out)
+    with pytest.raises(ValueError, match=rf"another packed dataset: sample 0 was {first}, is "):
+        pack(other, out, **OPTIONS)
+    assert {**contents(out), "packed.json": b""} == {**before, "packed.json": b""}
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "size, short_side, name",
+    [(100_000, 64, "shard-00000.bin"), (2_000, 1, "shard-00000.json"), (100, 1, "packed.json")],
+)
+def test_a_full_disk_is_one_line_that_names_the_file(own, tmp_path, size, short_side, name):
+    """A file that may not grow on is refused as on a full disk, with EFBIG in the place of ENOSPC."""
+    out = tmp_path / "packed"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            pack(own, out, short_side=short_side)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value) == f"[Errno 27] File too large: '{out / name}'"
+    assert not list(out.glob("*.part"))
+    # with room it goes on
+    assert len(pack(own, out, short_side=short_side).names) == SAMPLES

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from photos import BACKENDS, SAMPLES
-from test_loader import load, same
+from test_loader import load, names_of, same
 
 from fastmim.data import ImageLoader
+from fastmim.data.changes import former_identity
+from fastmim.data.quarantine import listed
 
 
 def damage(root):
@@ -135,12 +137,84 @@ def test_a_state_of_other_data_is_refused(photographs, own):
     state = load(photographs).state_dict()
     load(shutil.copytree(photographs, own.parent / "copy")).load_state_dict(state)
     path = next(own.rglob("*.jpg"))
-    path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="data was"):
+    path.rename(path.with_name("other.jpg"))
+    with pytest.raises(ValueError, match="names or labels of the files are others"):
         load(own).load_state_dict(state)
-    path.unlink()
+    path.with_name("other.jpg").unlink()
     with pytest.raises(ValueError, match="samples was 31, is 30"):
         load(own).load_state_dict(state)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("same_size", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_few_files_may_have_changed_and_that_is_said(photographs, own, caplog, same_size, count):
+    """A tenth at most: more are other data."""
+    state = load(photographs).state_dict()
+    for path in sorted(own.rglob("*.jpg"))[:count]:
+        data = path.read_bytes()
+        path.write_bytes(data[:300] + bytes(9) + data[309:] if same_size else data + b" ")
+    if count < 4:
+        load(own).load_state_dict(state)
+        assert f"{count} of 31 files of {own} that were compared changed since" in caplog.text
+    else:
+        with pytest.raises(ValueError, match="4 of 31 files that were compared have changed"):
+            load(own).load_state_dict(state)
+
+
+@pytest.mark.fault
+def test_a_state_of_an_earlier_version(photographs, own):
+    """Sizes were part of its identity, so that any change is other data."""
+    loader = load(photographs)
+    iterator = iter(loader)
+    next(iterator)
+    state = loader.state_dict()
+    del state["contents"]
+    state["of"]["data"] = former_identity(loader.source)
+    other = load(photographs)
+    other.load_state_dict(state)
+    assert same(other, iterator)
+    path = next(own.rglob("*.jpg"))
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match="names or labels"):
+        load(own).load_state_dict(state)
+
+
+@pytest.mark.fault
+def test_a_repaired_file_is_served_from_then_on(own, tmp_path, caplog):
+    """At its place in the epoch, or in the next epoch; all others as they were."""
+    names = names_of(own)
+    whole = [(own / name).read_bytes() for name in names]
+    good = {index: whole[index] for index in damage(own)}
+    options = {"drop_last": False, "quarantine": tmp_path / "quarantine.jsonl"}
+    loader = load(own, **options)
+    order = [i for batch in load(own, **options, num_threads=1) for i in batch.ids.tolist()]
+    iterator = iter(loader)
+    served = [next(iterator) for _ in range(3)]
+    state = json.loads(json.dumps(loader.state_dict()))
+    for index, data in good.items():
+        (own / names[index]).write_bytes(data)
+    other = load(own, **options)
+    other.load_state_dict(state)
+    assert other.skipped == dict(map(tuple, state["bad"]))
+    first = [i for batch in (*served, *other) for i in batch.ids.tolist()]
+    # where all are readable none need be repeated to fill the last batch
+    assert [i for i in first if i not in good] == list(dict.fromkeys(order))
+    second = [i for batch in other for i in batch.ids.tolist()]
+    assert sorted(second) == list(range(SAMPLES)) and other.skipped == {}
+    assert all(f"'{names[i]}' can be read again" in caplog.text for i in good if i in dict(map(tuple, state["bad"])))
+    assert listed(tmp_path / "quarantine.jsonl") == []
+
+
+@pytest.mark.fault
+def test_a_file_that_is_repaired_during_the_run_is_served_in_the_next_epoch(own):
+    path = own / names_of(own)[7]
+    path.rename(own / "aside")
+    path.touch()
+    loader = load(own, drop_last=False)
+    assert 7 not in [i for batch in loader for i in batch.ids.tolist()] and list(loader.skipped) == [7]
+    (own / "aside").rename(path)
+    assert 7 in [i for batch in loader for i in batch.ids.tolist()] and loader.skipped == {}
 
 
 @pytest.mark.parametrize(

@@ -143,3 +143,18 @@ def test_what_can_not_be_done_is_one_line(straight, photos, tmp_path, capsys, ar
     assert cli.main([argument.format(**places) for argument in arguments]) == 1
     said = capsys.readouterr().err
     assert said.startswith("fastmim: ") and said.count("\n") == 1
+
+
+@pytest.mark.fault
+def test_an_export_that_fails_leaves_nothing_in_the_way(straight, tmp_path, monkeypatch):
+    def full(model, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastmim.train.export.to_facebook", full)
+        assert cli.main(["export", str(straight), "--to", "facebook", str(tmp_path / "model.pth")]) == 1
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["export", str(straight), "--to", "facebook", "~/model.pth"]) == 0
+    assert (tmp_path / "model.pth").is_file()

@@ -15,6 +15,10 @@ from fastmim.train.config import read
 from fastmim.train.processes import Processes, spread
 
 
+def fault(*values):
+    return pytest.param(*values, marks=pytest.mark.fault)
+
+
 @pytest.mark.parametrize("name", config.shipped())
 def test_shipped_configs_can_be_read(name):
     assert read(name, ["data=somewhere", "output_dir=out"]).data == "somewhere"
@@ -62,6 +66,78 @@ def test_values_on_the_command_line():
     assert read("quickstart_cpu", ["dtype=bf16"]).dtype == "bfloat16"
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1e-4",
+        "1.50",
+        "true",
+        "2024-01-01",
+        "none",
+        "0x10",
+        "[1, 2]",
+        "{a = 1}",
+        "inf",
+        "07:32:00",
+        "runs/lr=1e-4",
+        "a#b",
+    ],
+)
+def test_the_value_of_a_key_of_text_is_that_text(text):
+    for key in ("output_dir", "data"):
+        assert getattr(read("quickstart_cpu", [f"{key}={text}"]), key) == text
+
+
+@pytest.mark.fault
+def test_quotes_are_those_of_toml():
+    for text in ('"a b "', "'a b '", '"a\\u0020b "'):
+        assert read("quickstart_cpu", [f"data={text}"]).data == "a b "
+    for text in ('"a', 'a"', "it's", '"a" b'):
+        assert read("quickstart_cpu", [f"data={text}"]).data == text
+    assert read("quickstart_cpu", ["seed=1", "seed=2", "model=small", "model=base"]).seed == 2, "the last counts"
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("key", ["data", "output_dir"])
+@pytest.mark.parametrize("value", ["1e-4", "5", "true", "2024-01-01", "1_000"])
+def test_what_is_no_text_in_a_file_is_refused_rather_than_rewritten(tmp_path, key, value):
+    (tmp_path / "run.toml").write_text("data = 'x'\noutput_dir = 'y'\n".replace(f"{key} = ", f"{key} = {value} #"))
+    with pytest.raises(ConfigError, match=rf"^{key} must be text \(in TOML, in quotes\), got "):
+        read(tmp_path / "run.toml")
+
+
+@pytest.mark.fault
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.toml").write_text('data = "~/images"\noutput_dir = "~"')
+    home = read("~/run.toml")
+    assert (home.data, home.output_dir) == (f"{tmp_path}/images", str(tmp_path))
+    assert read("~/run.toml", ["output_dir=~/a b"]).output_dir == f"{tmp_path}/a b"
+    assert read("~/run.toml", ["output_dir=./~"]).output_dir == "./~"
+    with pytest.raises(ConfigError, match=r"^output_dir ~nobody-here/x is in the home folder of no user"):
+        read("~/run.toml", ["output_dir=~nobody-here/x"])
+
+
+@pytest.mark.fault
+def test_paths_of_python(tmp_path):
+    small = Config(data=tmp_path, output_dir=tmp_path / "run")
+    assert (small.data, small.output_dir) == (str(tmp_path), f"{tmp_path}/run")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_files_of_other_editors(tmp_path, encoding):
+    text = 'data = "bäume"\r\noutput_dir = "y"\r\n'
+    (tmp_path / "run.toml").write_bytes(text.encode(encoding))
+    if encoding == "utf-8-sig":
+        assert read(tmp_path / "run.toml").data == "bäume"
+        return
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "run.toml")
+    assert "is UTF-16" in str(caught.value) if encoding == "utf-16" else "can't be read as TOML" in str(caught.value)
+
+
 def test_settings_survive_json():
     import json
 
@@ -70,6 +146,10 @@ def test_settings_survive_json():
 
 
 BAD = [
+    fault("clip_grad=null", "clip_grad must be float or none, got str 'null'"),
+    fault("flip=True", "flip must be true or false, got str 'True'"),
+    fault("image_size=33", "image_size (33, 33) must be a multiple of patch_size"),
+    fault("output_dir=", "output_dir must be a path, got an empty one"),
     ("sed=1", "unknown key 'sed'"),
     ("seed=x", "seed must be int, got str 'x'"),
     ("seed=true", "seed must be int, got bool True"),
@@ -175,13 +255,16 @@ def places(photos, straight, tmp_path):
 
 
 MISTAKES = [
-    ("data={here}/nowhere", "source must be a folder"),
+    ("data={here}/nowhere", "nowhere: must be a folder"),
     ("data={here}/empty", "holds no file that ends in"),
     ("data={here}/text", "holds no file that ends in"),
     ("data={here}/bad", "samples can't be read, and at most 10% may be"),
     ("data={here}/few", "must be at most the 2 images"),
-    ("data={photos}/00.png", "source must be a folder"),
-    ("batch_size=64", "must be at most the 18 images"),
+    ("data={photos}/00.png", "00.png: must be a folder"),
+    fault("batch_size=64", "batch_size must be at most the 18 images of data {photos}, got 64"),
+    fault("output_dir={photos}", "output_dir must be another folder than data, got {photos} for both"),
+    fault("output_dir={straight} flip=false", "holds another run: flip was True, is False;"),
+    fault("output_dir={straight} crop_scale=[0.5,1]", "holds another run: crop_scale was [0.2, 1.0], is [0.5, 1.0];"),
     ("output_dir={here}/file", "can't be made"),
     ("output_dir={here}/file/run", "can't be made"),
     ("output_dir={straight} model=small", "holds another run: model was"),
@@ -198,4 +281,5 @@ def test_mistakes_of_newcomers_are_one_clear_line(places, tmp_path, capsys, sett
     assert cli.main(["pretrain", path, *settings.format(**places).split()]) == 1
     # that some pictures are skipped comes first
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipping ")]
-    assert len(lines) == 1 and lines[0].startswith("fastmim: ") and said in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("fastmim: ") and said.format(**places) in lines[0]
+    assert "drop_last" not in lines[0] and "settings changed" not in lines[0]

@@ -136,18 +136,23 @@ def test_one_is_skipped_counted_and_recorded(config, straight, tmp_path, monkeyp
     assert curve(tmp_path / "run")[5][1] != curve(straight)[5][1]
 
 
+@pytest.mark.fault
 def test_several_go_back_and_a_passing_fault_leaves_no_trace(config, straight, tmp_path, monkeypatch, capsys):
     poison(monkeypatch, [6, 7, 8], times=1)
     Trainer(config(max_skipped=3)).run()
     assert "back to the last good checkpoint" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(straight)
+    assert (tmp_path / "run" / "skipped.jsonl").read_text() == ""
 
 
+@pytest.mark.fault
 def test_several_again_stop_the_run(config, tmp_path, monkeypatch):
     poison(monkeypatch, [6, 7, 8])
     with pytest.raises(RuntimeError, match=r"in 3 steps in a row, up to step 8, again after going back: stopped"):
         Trainer(config(max_skipped=3, log_every=5)).run()
     assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == "step-00000004"
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [6, 7, 8]
     monkeypatch.undo()
     Trainer(config(max_skipped=3)).run()
     assert [line[0] for line in curve(tmp_path / "run")][-1] == 12

@@ -1,6 +1,7 @@
 """What a run tells of itself."""
 
 import sys
+import time
 
 import pytest
 from small_run import curve, outcome
@@ -29,6 +30,22 @@ def test_tensorboard_takes_back_what_is_repeated(config, straight, tmp_path, mon
         Trainer(config()).run()
     Trainer(config()).run()
     assert shown(tmp_path / "run") == shown(straight)
+
+
+@pytest.mark.fault
+def test_tensorboard_shows_steps_after_the_clock_went_backwards(config, straight, tmp_path, monkeypatch):
+    update, now = Trainer._update, time.time_ns
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(Trainer, "_update", lambda self, batch: update(self, batch) if self.step < 7 else 1 / 0)
+        Trainer(config()).run()
+    # an hour before, as where the first part ran on a machine whose clock is ahead
+    monkeypatch.setattr(time, "time_ns", lambda: now() - 3600 * 10**9)
+    Trainer(config()).run()
+    assert shown(tmp_path / "run") == shown(straight)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    times = [event.wall_time for event in board.Scalars("loss")]
+    assert times == sorted(times)
 
 
 def test_without_matplotlib_a_run_ends_well(config, straight, tmp_path, monkeypatch, capsys):

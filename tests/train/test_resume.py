@@ -3,15 +3,20 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from cases import TEST_ALL
 from small_run import ENVIRONMENT, command, curve, outcome
 
+from fastmim.data import ImageLoader
+from fastmim.data.lock import NAME, Lock
 from fastmim.train import Interrupted, Trainer, checkpoints
 
 KILLER = Path(__file__).with_name("killer.py")
@@ -120,6 +125,149 @@ def test_unreadable_images_are_skipped_alike(config, photos, tmp_path):
     Trainer(config(data=str(data))).run()
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     assert "07.png" in (tmp_path / "run" / "quarantine-0.jsonl").read_text()
+
+
+# ---- data that changed -----------------------------------------------------------------------------------------------
+
+
+def copied(photos, folder):
+    shutil.copytree(photos, folder)
+    return folder
+
+
+@pytest.mark.fault
+def test_a_repaired_image_is_trained_on_from_then_on(config, photos, tmp_path, capsys, caplog):
+    """A run that was interrupted is resumed, and has the epochs to come as if the image had never been bad."""
+    data = copied(photos, tmp_path / "data")
+    good = (data / "07.png").read_bytes()
+    (data / "07.png").write_bytes(b"no picture")
+    with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patched:
+        interrupt_at(patched, 6, signal.SIGTERM)
+        Trainer(config(data=str(data))).run()
+    (data / "07.png").write_bytes(good)
+    seen = []
+    with pytest.MonkeyPatch.context() as patched:
+        update = Trainer._update
+
+        def watched(self, batch):
+            seen.append((self.step, batch.ids.tolist()))
+            update(self, batch)
+
+        patched.setattr(Trainer, "_update", watched)
+        Trainer(config(data=str(data), max_steps=16)).run()
+    assert "1 of 18 files of" in caplog.text and "'07.png' can be read again" in caplog.text
+    assert "other data" not in capsys.readouterr().err
+    loader = ImageLoader(photos, 4, image_size=16, backend="pillow")
+    epochs = [[batch.ids.tolist() for batch in loader] for _ in range(4)]
+    assert [ids for step, ids in seen if step >= 8] == epochs[2] + epochs[3]
+
+
+@pytest.mark.fault
+def test_other_contents_of_many_files_are_other_data(config, straight, photos, tmp_path):
+    data = copied(photos, tmp_path / "data")
+    for path in sorted(data.iterdir())[:4]:
+        path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"holds a run on other data: .*4 of 18 files that were compared have changed"):
+        Trainer(config(output_dir=str(straight), data=str(data))).run()
+
+
+@pytest.mark.fault
+def test_a_run_below_its_data_never_trains_on_its_own_pictures(config, straight, photos, tmp_path):
+    """The images are the same at the first start, at a resume, and for the next run."""
+    data = copied(photos, tmp_path / "data")
+    for name in ("first", "deep/second"):
+        small = config(data=str(data), output_dir=str(data / name), reconstruct_every=3)
+        with pytest.raises(Interrupted), pytest.MonkeyPatch.context() as patched:
+            interrupt_at(patched, 6, signal.SIGTERM)
+            Trainer(small).run()
+        trainer = Trainer(small)
+        trainer.run()
+        assert list((data / name).rglob("*.png"))
+        assert len(trainer.loader.source.names) == 18
+        assert outcome(data / name) == outcome(straight)
+
+
+@pytest.mark.fault
+def test_data_in_the_folder_of_a_run_are_data(config, straight, photos, tmp_path):
+    """As those of data = "digits" are."""
+    data = copied(photos, tmp_path / "run" / "data")
+    for steps in (3, 12):
+        Trainer(config(data=str(data), max_steps=steps, base_lr=0.05)).run()
+    assert [line[0] for line in curve(tmp_path / "run")] == list(range(1, 13))
+
+
+# ---- two in one folder -----------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forked(config, folder):
+    """What a run of two processes, which are forks of this one, says of itself."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+            try:
+                Trainer(config).run()
+            except BaseException as error:
+                (folder / str(rank)).write_text(str(error).partition(" since ")[0])
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    return [(folder / str(rank)).read_text() for rank in range(2)]
+
+
+@pytest.mark.fault
+def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(config, straight, tmp_path, monkeypatch):
+    """In this process, and as two other processes: nobody hangs, and nothing of the first is touched."""
+    update = Trainer._update
+
+    def during(self, batch):
+        if self.step == 6:
+            self.keeper.writer.wait()
+            (self.keeper.folder / "step-00000099.tmp").mkdir()
+            before, host = contents(tmp_path / "run"), socket.gethostname()
+            said = f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on {host}"
+            monkeypatch.setattr(Trainer, "_update", update)
+            with pytest.raises(ValueError, match=r"output_dir .*run is in use by this process already"):
+                Trainer(config(mask_ratio=0.5)).run()
+            assert forked(config(mask_ratio=0.5), tmp_path) == [said, said]
+            assert contents(tmp_path / "run") == before
+            assert (self.keeper.folder / "step-00000099.tmp").is_dir()
+        update(self, batch)
+
+    monkeypatch.setattr(Trainer, "_update", during)
+    Trainer(config()).run()
+    assert outcome(tmp_path / "run") == outcome(straight)
+    assert (tmp_path / "run" / NAME).read_bytes() == b""
+
+
+@pytest.mark.fault
+def test_a_run_whose_folder_was_made_anew_by_another_stops(config, tmp_path, monkeypatch):
+    """Removed while it went on, and taken by a new run."""
+    update = Trainer._update
+
+    def during(self, batch):
+        if self.step == 6:
+            self.keeper.writer.wait()
+            shutil.rmtree(tmp_path / "run")
+            monkeypatch.setattr(Trainer, "_update", update)
+            (tmp_path / "run").mkdir()
+            locked.enter_context(Lock("output_dir", tmp_path / "run"))
+        update(self, batch)
+
+    monkeypatch.setattr(Trainer, "_update", during)
+    with ExitStack() as locked:
+        with pytest.raises(OSError, match=r"another process uses a new folder of this name.* so the run stops"):
+            Trainer(config()).run()
+        assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------

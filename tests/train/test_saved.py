@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import pytest
@@ -143,6 +144,22 @@ def test_on_a_full_disk_training_goes_on(config, straight, tmp_path, monkeypatch
     Trainer(config()).run()
     assert "No space left on device; training goes on" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(straight)
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("size", [150, 3000])
+def test_a_full_disk_is_named_and_left_as_it_was(tmp_path, size):
+    """Small files too, whose errors name none; one that may not grow on is refused as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000001\.tmp/(state|manifest)\.json'|model\.safetensors"):
+            checkpoints.write(tmp_path, 1, {"model": {"a": torch.zeros(3)}}, {"text": "x" * 4000})
+        with pytest.raises(OSError, match=r"run\.json\.tmp'"):
+            checkpoints.replace(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_on_a_full_disk_ends_alone(config, straight, tmp_path, monkeypatch, capsys):

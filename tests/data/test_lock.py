@@ -1,0 +1,222 @@
+"""One process a folder: who is refused, who takes over, and what is left."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fastmim.data import lock, pack
+from fastmim.data.lock import Lock, Locked
+
+pytestmark = pytest.mark.fault
+
+# the module alone: no torch need be imported
+HOLD = """
+import importlib.util, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("lock", sys.argv[3])
+lock = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lock)
+if sys.argv[2] == "without flock":
+    lock.fcntl = None
+lock.BEAT = 0.1
+with lock.Lock("output_dir", Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path until its input ends."""
+    started = []
+
+    def start(how="flock"):
+        command = [sys.executable, "-c", HOLD, str(tmp_path), how, lock.__file__]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "PATIENCE", 0.4)
+
+
+@pytest.fixture(params=["flock", "without flock", "refused"])
+def how(request, monkeypatch, hurried):
+    """With the kernel's lock; on a system without it; on a file system without it."""
+    if request.param == "without flock":
+        monkeypatch.setattr(lock, "fcntl", None)
+    elif request.param == "refused":
+
+        def refuse(*args):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    return request.param
+
+
+def written_by(folder, **changes):
+    """What a process that was killed left."""
+    said = {"host": socket.gethostname(), "pid": 2**22 - 1, "since": "then", "command": "fastmim", "nonce": "x"}
+    (folder / lock.NAME).write_text(json.dumps({**said, **changes}))
+
+
+def test_the_second_process_is_refused_and_told_by_whom(tmp_path, how, holder):
+    process = holder("flock" if how == "flock" else "without flock")
+    with pytest.raises(Locked) as caught, Lock("output_dir", tmp_path):
+        pass
+    said = str(caught.value)
+    assert said.startswith(f"output_dir {tmp_path} is in use by process {process.pid} on {socket.gethostname()} since ")
+    assert "\n" not in said and ("remove" in said) == (how != "flock")
+
+
+@pytest.mark.parametrize("end", ["end", "kill"])
+def test_the_next_starts_without_a_hand(tmp_path, how, holder, end):
+    process = holder("flock" if how == "flock" else "without flock")
+    if end == "kill":
+        process.send_signal(signal.SIGKILL)
+    process.communicate()
+    began = time.monotonic()
+    with Lock("output_dir", tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == os.getpid()
+    assert time.monotonic() - began < (0.2 if how == "flock" or end == "end" else 2)
+    assert (tmp_path / lock.NAME).read_bytes() == b""
+
+
+def test_two_of_one_process(tmp_path, how):
+    with Lock("out", tmp_path):
+        with pytest.raises(Locked, match="is in use by this process already"), Lock("out", tmp_path):
+            pass
+        # the one that was refused took nothing away
+        with pytest.raises(Locked), Lock("out", tmp_path):
+            pass
+    with Lock("out", tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_another_machine_is_asked_for_a_sign_of_life(tmp_path, how, beats, caplog):
+    """Where the kernel's lock doesn't reach other machines too."""
+    written_by(tmp_path, host="elsewhere", pid=7)
+    over = threading.Event()
+
+    def beat():
+        while not over.wait(0.05):
+            os.utime(tmp_path / lock.NAME)
+
+    thread = threading.Thread(target=beat)
+    if beats:
+        thread.start()
+    try:
+        if beats:
+            with pytest.raises(Locked, match="in use by process 7 on elsewhere since then"), Lock("out", tmp_path):
+                pass
+            assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "elsewhere"
+        else:
+            with Lock("out", tmp_path):
+                pass
+    finally:
+        over.set()
+        if beats:
+            thread.join()
+    assert "waiting 0.4 s for a sign of life" in caplog.text
+
+
+def test_a_container_that_starts_again_has_the_old_number(tmp_path, how):
+    written_by(tmp_path, pid=os.getpid())
+    with Lock("out", tmp_path):
+        pass
+
+
+def test_what_is_no_lock_file_holds_nothing(tmp_path, how):
+    for content in (b"", b"{", b"[1]", b"\xff"):
+        (tmp_path / lock.NAME).write_bytes(content)
+        with Lock("out", tmp_path):
+            pass
+
+
+def test_a_child_does_not_hold_it_beyond_its_parent(tmp_path):
+    """Such as a worker that outlives a run that was killed."""
+    context = multiprocessing.get_context("fork")
+    over = context.Event()
+    with Lock("out", tmp_path):
+        child = context.Process(target=over.wait, args=(60,))
+        child.start()
+    try:
+        with Lock("out", tmp_path):
+            pass
+    finally:
+        over.set()
+        child.join()
+
+
+def test_a_folder_that_was_made_anew_is_not_mine(tmp_path, how):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with Lock("out", folder) as mine:
+        assert mine.is_mine()
+        folder.rename(tmp_path / "away")
+        assert mine.is_mine(), "nobody else's"
+        folder.mkdir()
+        with Lock("out", folder) as theirs:
+            assert theirs.is_mine() and not mine.is_mine()
+
+
+def test_a_full_disk_does_not_open_the_lock(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with Lock("out", tmp_path), pytest.raises(Locked), Lock("out", tmp_path):
+        pass
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_that_pack_into_one_folder(photographs, tmp_path):
+    """The second is refused, and the first one's half-written shard stays."""
+    out, seen = tmp_path / "packed", []
+
+    def second(count):
+        if not seen:
+            seen.append(sorted(path.name for path in out.glob("*.part")))
+            with pytest.raises(ValueError, match=f"out {out} is in use by this process"):
+                pack.pack(photographs, out, short_side=48)
+            seen.append(sorted(path.name for path in out.glob("*.part")))
+
+    packed = pack.pack(photographs, out, short_side=48, progress=second)
+    assert seen == [["shard-00000.bin.part"]] * 2 and not packed.reasons
+    assert not list(out.glob("*.part"))
+
+
+def test_what_a_killed_one_left_goes(photographs, tmp_path):
+    out = tmp_path / "packed"
+    out.mkdir()
+    for name in ("shard-00000.bin.part", "shard-00000.bin.1234.part", lock.NAME):
+        (out / name).write_bytes(b"")
+    pack.pack(photographs, out, short_side=48)
+    assert sorted(path.name for path in Path(out).iterdir()) == [
+        lock.NAME,
+        "packed.json",
+        "shard-00000.bin",
+        "shard-00000.json",
+    ]
