@@ -57,7 +57,7 @@ class Lock:
     def __enter__(self) -> "Lock":
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            sure = self._ask_kernel()
+            self._sure = sure = self._ask_kernel()
             holder = self._holder()
             if holder and not (sure and holder.get("host") == socket.gethostname()) and self._is_alive(holder):
                 raise self._refusal(holder, sure)
@@ -86,6 +86,9 @@ class Lock:
         with contextlib.suppress(OSError):
             if self.is_mine():
                 os.ftruncate(self._file, 0)
+            if self._sure:
+                # a child that was just forked may not have closed the file yet
+                fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
 
     def is_mine(self) -> bool:

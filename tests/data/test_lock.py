@@ -156,11 +156,16 @@ def test_what_is_no_lock_file_holds_nothing(tmp_path, how):
 def test_a_child_does_not_hold_it_beyond_its_parent(tmp_path):
     """Such as a worker that outlives a run that was killed."""
     context = multiprocessing.get_context("fork")
-    over = context.Event()
-    with Lock("out", tmp_path):
-        child = context.Process(target=over.wait, args=(60,))
-        child.start()
+    started, over = context.Event(), context.Event()
+    killed = Lock("out", tmp_path).__enter__()
+    child = context.Process(target=lambda: (started.set(), over.wait(60)))
+    child.start()
     try:
+        assert started.wait(60)
+        # what a kill does
+        killed._over.set()
+        killed._thread.join()
+        lock._let_go()
         with Lock("out", tmp_path):
             pass
     finally:
