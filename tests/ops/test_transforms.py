@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from contract import host
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 from fastmim import ops
 
-pytestmark = pytest.mark.fault
+pytestmark = [host, pytest.mark.fault]
 QKV = torch.randn(2, 5, 3, 2, 8, generator=torch.Generator().manual_seed(0))
 
 
