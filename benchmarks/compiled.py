@@ -321,14 +321,14 @@ def launches(architecture: int, record: Record) -> Iterator[None]:
 
 
 def launcher(op: str) -> Callable[..., Any]:
-    """The Triton launcher of `op`."""
+    """Return the Triton launcher of `op`."""
     rooms = {op: room for room, ops in fastmim.kernels.OPS.items() for op in ops}
     found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{rooms[op]}"), op)
     return found
 
 
 def captured(architecture: int) -> list[Launch]:
-    """The launches of all calls, without those that Triton compiles once."""
+    """Return the launches of all calls, without those that Triton compiles once."""
     found: dict[Any, Launch] = {}
     current: list[Call] = []
 
@@ -396,7 +396,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def tensor_cores(ptx: str) -> str | None:
-    """The instruction that multiplies matrices."""
+    """Name of the instruction that multiplies matrices."""
     for word in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
         if word in ptx:
             return word.partition(".")[0]
@@ -404,7 +404,7 @@ def tensor_cores(ptx: str) -> str | None:
 
 
 def wide_share(ptx: str, direction: str) -> float:
-    """Of the bytes that a thread's accesses to global memory move, once each: how much goes 16 or more at a time."""
+    """Share of the bytes that a thread moves to or from global memory 16 or more at a time."""
     accesses = rf"\b{direction}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b"
     sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(accesses, ptx)]
     if direction == "ld":
@@ -417,7 +417,7 @@ def wide_share(ptx: str, direction: str) -> float:
 
 
 def table(architectures: Sequence[int]) -> list[dict[str, Any]]:
-    """The rows of all launches."""
+    """Return the rows of all launches."""
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
     LAUNCHES[:] = [launch for architecture in architectures for launch in captured(architecture)]
@@ -432,7 +432,7 @@ COLUMNS = "warps", "registers", "spill", "shared", "tensor_cores"
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table, a kernel and its shapes per line."""
+    """Format the rows as Markdown, a kernel and its shapes per line."""
     architectures = " / ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)
     lines = [
         "# What the Triton kernels compile to",

@@ -1,4 +1,4 @@
-"""A table of rates after the benchmarks of ops.py."""
+"""Print a table of rates after the benchmarks of ops.py."""
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
 
-import peers
 import torch
-from contestants import MODELS, adamw
-from peers import PlainGatherMAE
-from sizes import Cell, Sizes
 
 from fastmim.train.config import Config
 from fastmim.train.flops import CARDS, DEVICE, UPDATE, Card, Count, Stage, count, count_step, optimizer_stages
+from rivals import plain_mae
+from rivals.contestants import MODELS, adamw
+from rivals.plain_mae import PlainGatherMAE
+from rivals.sizes import Cell, Sizes
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = "fastmim", "plain"
@@ -70,7 +69,7 @@ STEPS = [Step(*cell, peer) for cell in CELLS for peer in PEERS]
 
 
 def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
-    """The same algorithm in plain PyTorch, from images that are already normalised."""
+    """Prepare the same algorithm in plain PyTorch, from images that are already normalised."""
     cell = Cell(config.mask_ratio, config.decode_ratio)
     with DEVICE:
         sizes = Sizes.of(config.build())
@@ -92,7 +91,7 @@ def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
         Stage("embedding and tokens", model, "forward"),
         Stage("encoder", model, "encode"),
         *(Stage("decoder", module, "forward") for module in decoder),
-        Stage("loss", peers, "squared_error"),
+        Stage("loss", plain_mae, "squared_error"),
         Stage("clipping", torch.nn.utils, "clip_grad_norm_", UPDATE),
         *optimizer_stages(optimizer),
     ]
@@ -117,7 +116,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def report(step: Step, counted: Count) -> str:
-    """The page of one step."""
+    """Format the page of one step."""
     card = counted.card
     rates = f"{card.copy / 1e12:.2f} TB/s, {card.product / 1e12:.0f} TFLOP/s: {card.source}"
     return "\n".join(

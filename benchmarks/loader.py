@@ -1,7 +1,6 @@
-"""How fast images are loaded, per backend, beside the recipe that people start from and beside reading from memory.
+"""Measure each loading backend beside a DataLoader with Pillow and beside reading from memory.
 
-All in one process, interleaved: in each round everybody gives one whole epoch. Only the recipe works in processes of
-its own.
+All run in one process, interleaved: each gives one whole epoch in each round. Only the DataLoader has worker processes.
 """
 
 import argparse
@@ -13,21 +12,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
 
-import report
 import torch
-from jpegs import write_jpegs
-from measure import interleave, spread
-from photographs import Photographs
-from recipe import recipe
 from tqdm import tqdm
 
 from fastmim.data import ImageLoader
 from fastmim.data.decoders import BACKENDS, installed
 from fastmim.data.loader import available_cpus
 from fastmim.data.pack import pack
+from harness import machine
+from harness.timing import interleave, spread
+from pictures.jpegs import write_jpegs
+from pictures.photographs import Photographs
+from rivals.arguments import positive
+from rivals.recipe import recipe
 
 RECIPE, PACKED, MEMORY = "torch DataLoader, Pillow, float", "packed", "from memory"
 
@@ -36,11 +35,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", metavar="DIR", type=Path, help="folder of JPEGs; default: ImageNet-sized ones are made")
-    add("--images", type=_positive, default=512, metavar="N", help="how many are made. Default: 512")
-    add("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
-    add("--image-size", type=_positive, default=224, metavar="N", help="default: 224")
-    add("--threads", type=_positive, default=available_cpus(), metavar="N", help="and workers. Default: all CPUs")
-    add("--rounds", type=_positive, default=5, metavar="N", help="clocked epochs of everybody. Default: 5")
+    add("--images", type=positive, default=512, metavar="N", help="how many are made. Default: 512")
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    add("--image-size", type=positive, default=224, metavar="N", help="default: 224")
+    add("--threads", type=positive, default=available_cpus(), metavar="N", help="and workers. Default: all CPUs")
+    add("--rounds", type=positive, default=5, metavar="N", help="clocked epochs of everybody. Default: 5")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches. Default: cpu")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
     args = parser.parse_args(argv)
@@ -52,7 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, folder: Path, packed: Path) -> list[dict[str, Any]]:
-    """A row of figures for each contestant."""
+    """Return a row of figures for each way of loading."""
     options = {"image_size": args.image_size, "num_threads": args.threads, "device": args.device}
     epochs: dict[str, Iterable[Any]] = {RECIPE: recipe(folder, args.batch_size, args.image_size, args.threads)}
     for backend in reversed(BACKENDS):
@@ -109,9 +108,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, print, and return the exit status."""
+    """Measure and print; return the exit status."""
     args = parse(argv)
-    environment = report.environment(args.device)
+    environment = machine.environment(args.device)
     with tempfile.TemporaryDirectory() as work:
         folder = args.data or Path(work) / "jpegs"
         if args.data is None:
@@ -119,17 +118,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{args.images} JPEGs of {environment['bytes_per_image'] / 1e3:.0f} KB on average", flush=True)
         pack(folder, Path(work) / "packed", num_threads=args.threads)
         rows = measure(args, folder, Path(work) / "packed")
-    print(f"{report.describe(environment)}\nbatch {args.batch_size}, {args.threads} threads or workers\n{table(rows)}")
+    print(f"{machine.describe(environment)}\nbatch {args.batch_size}, {args.threads} threads or workers\n{table(rows)}")
     if args.json:
         args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
     return 0
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
-    return number
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the pretraining loop costs over a bare step (forward, backward, optimiser), on the same batches, A B A B.
+"""Compare the pretraining loop with a bare step (forward, backward, optimiser) on the same batches, interleaved.
 
     python benchmarks/loop.py [CONFIG] [key=value ...] [--rounds N]
 
@@ -16,13 +16,13 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from measure import interleave, spread
 
 from fastmim.train import Trainer
 from fastmim.train.config import read
 from fastmim.train.interruptions import Interruptions
 from fastmim.train.processes import joined
 from fastmim.train.schedule import adamw
+from harness.timing import interleave, spread
 
 
 def main() -> None:

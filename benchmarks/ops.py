@@ -6,18 +6,15 @@ Parity is asserted before the clock starts. Rates are of the bytes or FLOPs that
 computed; their share is of a large copy or matmul measured in the same run.
 """
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-from op_cases import CASES, DEVICE, Case, nbytes
 from torch import Tensor
 from torch.utils.benchmark import Timer
+
+from rivals.op_cases import CASES, DEVICE, Case, nbytes
 
 
 def step(form: Callable[..., Any], inputs: list[Tensor], upstream: Tensor | None) -> list[Tensor]:

@@ -1,7 +1,7 @@
-"""The main job: train masked autoencoders on real photographs, beside their peers, and print an honest table.
+"""Train masked autoencoders on photographs beside their peers, and print a table of speed and memory.
 
 All contestants run in one process, from the same weights, on the same images and noise, A B A B. Before any clock
-starts they must agree (`agreement.py`); where they don't, no speed-up is printed and the exit status is 1.
+starts they must agree (`rivals/agreement.py`); where they don't, no speed-up is printed and the exit status is 1.
 """
 
 import argparse
@@ -13,23 +13,21 @@ from itertools import islice, product
 from pathlib import Path
 from statistics import median
 
-# a Python that is started with safe paths doesn't look beside the script
 sys.path.insert(0, str(Path(__file__).parent))
 
-import agreement
-import report
-import whole_image
-from arguments import parse
-from contestants import ACCELERATED, Contestant, Setting, batches
-from fed import train_fed
-from jpegs import write_jpegs
-from memory import batch_with_room, peak_in_fresh_process
-from products import share_of_step
-from race import Result, race
-from sizes import Cell, Sizes, classify_flops, train_flops
-from stages import breakdown
 from torch import Tensor
 from tqdm import tqdm
+
+from harness import machine
+from pictures.jpegs import write_jpegs
+from rivals import agreement, tables, whole_image
+from rivals.arguments import parse
+from rivals.breakdown import breakdown, share_of_step
+from rivals.contestants import ACCELERATED, Contestant, Setting, batches
+from rivals.fed import train_fed
+from rivals.footprint import batch_with_room, peak_in_fresh_process
+from rivals.race import Result, race
+from rivals.sizes import Cell, Sizes, classify_flops, train_flops
 
 # batches of different images, which take turns
 POOL = 4
@@ -40,10 +38,10 @@ ACCELERABLE = ("plain", "huggingface")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, print, and return the exit status."""
+    """Measure and print; return the exit status."""
     args = parse(argv)
-    environment = report.environment(args.device)
-    print(report.describe(environment), flush=True)
+    environment = machine.environment(args.device)
+    print(machine.describe(environment), flush=True)
     try:
         with tempfile.TemporaryDirectory() as work:
             if args.loader:
@@ -58,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]:
-    """One model: peak memory, agreement in every cell of the grid, then the clock; `folder` is for --loader."""
+def _run(model: str, args: argparse.Namespace, folder: Path) -> list[tables.Row]:
+    """Measure a model: peak memory, agreement in every cell of the grid, then time; `folder` is for --loader."""
     setting = Setting(model, args.image_size, args.batch_size or 0, args.dtype, args.device)
     template = setting.template()
     sizes = Sizes.of(template)
@@ -93,19 +91,19 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[report.Row]
         here = [_row(c, cell, results, rate, peaks.get((c.compiled, c.form, cell))) for c in contestants]
         rows += here
         attention = {c.name: c.attention for c in contestants}
-        print("\n" + report.table(setting, sizes, cell, here, attention))
+        print("\n" + tables.table(setting, sizes, cell, here, attention))
         clocked = list(islice(supply, args.steps))
-        print(report.stage_line(breakdown(contestants[0], clocked), share_of_step(contestants[0], clocked)), flush=True)
+        print(tables.stage_line(breakdown(contestants[0], clocked), share_of_step(contestants[0], clocked)), flush=True)
         if args.loader:
             here[0]["loader"] = fed = train_fed(contestants[0], folder, args.loader, args.steps)
-            print(report.loader_line(fed), flush=True)
+            print(tables.loader_line(fed), flush=True)
     if args.accelerated:
         rows += _whole_image(setting, sizes, images, args.steps)
     return rows
 
 
-def _whole_image(setting: Setting, sizes: Sizes, images: Tensor, steps: int) -> list[report.Row]:
-    """timm on whole images, which is another job than everybody else's: beside itself only."""
+def _whole_image(setting: Setting, sizes: Sizes, images: Tensor, steps: int) -> list[tables.Row]:
+    """Compare timm on whole images with itself accelerated: it does another job than the others."""
     if not whole_image.installed():
         print("timm is not installed: pip install --no-deps timm", flush=True)
         return []
@@ -115,19 +113,22 @@ def _whole_image(setting: Setting, sizes: Sizes, images: Tensor, steps: int) -> 
     print(f"\n{setting.model}, whole image: {agreed}", flush=True)
     results, rate = race(list(pair), whole_image.WHOLE, supply, steps)
     rows = [_row(contestant, whole_image.WHOLE, results, rate, None) for contestant in pair]
-    print(report.whole_image_line(setting, rows), flush=True)
+    print(tables.whole_image_line(setting, rows), flush=True)
     return rows
 
 
 def _pairs(contestants: list[Contestant]) -> list[tuple[Contestant, Contestant]]:
-    """Each eager peer that takes part as it comes and accelerated."""
+    """Return each eager peer that takes part both as it comes and accelerated."""
     by_name = {contestant.name: contestant for contestant in contestants}
     return [(by_name[n.removesuffix(ACCELERATED)], c) for n, c in by_name.items() if n.endswith(ACCELERATED)]
 
 
-def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: float, peak: int | None) -> report.Row:
-    """What the table shows and the file holds; `ratio` is fastmim's speed over this one's, eager or compiled alike;
-    `speedup` that of an accelerated peer over itself."""
+def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: float, peak: int | None) -> tables.Row:
+    """Return the figures of a contestant, for the table and the file.
+
+    `ratio` is fastmim's speed over this one's, eager or compiled alike; `speedup` that of an accelerated peer over
+    itself.
+    """
     setting, result = contestant.setting, results[contestant.name]
     ours = results.get("fastmim" + "+compile" * contestant.compiled)
     plain = results.get(contestant.name.replace(ACCELERATED, ""))
@@ -159,7 +160,7 @@ def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: f
 
 
 def _speedup(slow: Result | None, fast: Result | None) -> float | None:
-    """Round by round."""
+    """Return the median of the ratios in each round."""
     if slow is None or fast is None:
         return None
     return median(theirs / ours for theirs, ours in zip(slow.seconds, fast.seconds))

@@ -6,10 +6,9 @@ python benchmarks/gpu/carried.py build/flight fastmim/_C.cpython-312-x86_64-linu
 import sys
 from pathlib import Path
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from commit import ROOT, WRITTEN, commit
+from harness.commit import ROOT, WRITTEN, commit
 
 # of all that travels, the repository's files too
 MOST = 64 << 20

@@ -5,9 +5,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from measure import Stopwatch, captured
-from plan import Plan
 from torch import Tensor
+
+from gpu.plans import Plan
+from harness.timing import Stopwatch, captured
 
 
 def seconds_of(call: Callable[[], Any], plan: Plan) -> float:
@@ -46,9 +47,9 @@ def seconds_by_direction(form: Callable[..., Any], inputs: list[Tensor], plan: P
 
 
 def capture(work: Callable[[], Any], device: str, times: int = 1) -> tuple[Callable[[], Any], Any]:
-    """What repeats `work`, so many times over, as one CUDA graph, and the result that a repeat writes.
+    """Return a function that repeats `work` `times` times as one CUDA graph, and the result that each repeat writes.
 
-    On a CPU the work itself, after as many repeats as capturing makes.
+    On a CPU it calls `work`, after as many repeats as capturing makes.
     """
     if device == "cuda":
         graph, result = captured(work, times)

@@ -1,4 +1,4 @@
-"""Kernels called one by one, at the arguments of their ops: right beside the reference, and CUDA C++ beside Triton.
+"""Compare single kernels with the reference, and the time of CUDA C++ with that of Triton.
 
     python benchmarks/gpu/cuda_cpp.py                       # the CUDA C++ kernels beside the reference
     python benchmarks/gpu/cuda_cpp.py --stage compare       # their time beside that of Triton's
@@ -12,18 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-import triton_cache
-from clock import seconds_of
-from plan import Plan, parse
-from rows import Job, run
 from torch import Tensor
 
 from fastmim import _library, kernels, reference
+from gpu import triton_cache
+from gpu.clock import seconds_of
+from gpu.plans import Plan, parse
+from gpu.tensors import as_tuple, dtype_name, in_float64, poisoned
+from harness.rows import UNSERVED, Job, run
 
 Call = tuple[str, tuple[Any, ...]]
 # one row; under a sanitizer too
@@ -81,7 +80,7 @@ class Calls:
         yield "scaled_cosine_loss", (rows[0], rows[1], 2.0, None, 1, True, False)
 
     def seeded(self) -> Iterator[Call]:
-        """Masks that are drawn inside the kernel."""
+        """Yield masks that are drawn inside the kernel."""
         yield "random_masking", (2, 300, 7, 20, None, torch.tensor([3, -5], device=self.device))
 
 
@@ -93,10 +92,10 @@ def small(plan: Plan) -> Makers:
     calls, found = Calls(plan.device), []
     for queries, keys, dim in plan.forms:
         for dtype in NARROW:
-            name = f"{queries} queries, {keys} keys, head {dim}, {named(dtype)}"
+            name = f"{queries} queries, {keys} keys, head {dim}, {dtype_name(dtype)}"
             found.append((name, partial(calls.attention, 2, 3, queries, keys, dim, dtype)))
     for dtype in (torch.float32, *NARROW):
-        found.append((f"pictures, {named(dtype)}", partial(calls.rest, 2, 64, 72, dtype)))
+        found.append((f"pictures, {dtype_name(dtype)}", partial(calls.rest, 2, 64, 72, dtype)))
     return [*found, ("seeds", calls.seeded)]
 
 
@@ -117,35 +116,16 @@ def large(plan: Plan) -> Makers:
     return found
 
 
-def named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 # ---- right -----------------------------------------------------------------------------------------------------------
 
 
 def launcher(backend: str, op: str) -> Callable[..., Any]:
-    """The kernel of an op in a backend; "reference" is one too."""
+    """Return the kernel of an op in a backend, which may be "reference"."""
     return getattr(reference, op) if backend == "reference" else _library.launcher(backend, op)
 
 
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
-def wide(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments in float64."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.double()
-        return torch.float64 if isinstance(value, torch.dtype) else value
-
-    return tuple(map(one, args))
-
-
 def off(ours: Any, exact: Any) -> float:
-    """The largest ||ours - exact|| / ||exact|| of several results; integers differ or don't."""
+    """Return the largest ||ours - exact|| / ||exact|| of several results; inf where integers or shapes differ."""
     shares = [0.0]
     for a, b in zip(as_tuple(ours), as_tuple(exact), strict=True):
         if a.shape != b.shape or (not a.is_floating_point() and not torch.equal(a, b)):
@@ -157,19 +137,19 @@ def off(ours: Any, exact: Any) -> float:
 
 
 def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
-    """Errors of the kernels of a backend beside the reference in float64, in memory that reads NaN until written."""
+    """Return errors of a backend's kernels against the reference in float64, in memory that reads NaN until written."""
     row: dict[str, Any] = {"errors_by_op": {}, "unserved": {}}
     wrong = []
     for op, args in make():
         if backend == "cuda" and op not in _library.CUDA_OPS:
             continue
-        with NaNMemory():
+        with poisoned():
             try:
                 ours = launcher(backend, op)(*args)
             except kernels.Unserved as unserved:
                 row["unserved"][op] = str(unserved)
                 continue
-        error = off(ours, getattr(reference, op)(*wide(args)))
+        error = off(ours, getattr(reference, op)(*map(in_float64, args)))
         dtypes = {x.dtype for x in (*args, *as_tuple(ours)) if isinstance(x, Tensor)} | {
             x for x in args if isinstance(x, torch.dtype)
         }
@@ -181,22 +161,11 @@ def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
     return row | ({"wrong": "; ".join(wrong)} if wrong else {})
 
 
-class NaNMemory:
-    """Context in which what torch.empty returns, from Python or from C++, is filled with NaN."""
-
-    def __enter__(self) -> None:
-        self.before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def __exit__(self, *error: object) -> None:
-        torch.use_deterministic_algorithms(self.before)
-
-
 # ---- fast ------------------------------------------------------------------------------------------------------------
 
 
 def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:
-    """By op: seconds of each backend's kernel in turn, and how far apart their results are."""
+    """Return, by op, seconds of each backend's kernel in turn and the distance of their results."""
     row: dict[str, Any] = {"ops": {}}
     for op, args in make():
         found: dict[str, Any] = {"sizes": _library.sizes_of(op, args), "seconds": {}}
@@ -230,7 +199,7 @@ def main() -> int:
     backend = plan.backends[args.backend]
     if "cuda" in (backend, plan.backends["cuda"] * (args.stage == "compare")) and _library.cuda_build is None:
         print(f"no CUDA C++ kernels: {_library.missing['cuda']}")
-        return 3
+        return UNSERVED
     triton_cache.watch()
     jobs: list[Job]
     if args.stage == "compare":

@@ -1,6 +1,6 @@
-"""The machine: its card, versions, what serves each op, and how fast it copies and multiplies.
+"""Record the card, the versions, the backend of each op, and the rates of a copy and a matrix product.
 
-Exit status 2, with one line that says why, where there is no GPU or one that is too old; 3 where fastmim can't be
+Exit status 2, with one line of reason, where there is no GPU or one that is too old; 3 where fastmim can't be
 imported, as when its extensions were built for another torch.
 """
 
@@ -9,27 +9,22 @@ import platform
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-from clock import seconds_of
-from measure import Matmul
-from plan import Plan, parse
-from rows import record, run
+
+from gpu.clock import seconds_of
+from gpu.plans import LEAST, Plan, parse
+from harness.rows import UNSERVED, record, run
+from harness.timing import Matmul
 
 STAGE = "environment"
-LEAST = (8, 0)
 # a minute without an answer
 HUNG = 60.0
 
 
 def unusable() -> str | None:
-    """Why no GPU can be measured here, if none can."""
+    """Return the reason that no GPU can be measured here, or None."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     capability = torch.cuda.get_device_capability()
@@ -45,16 +40,16 @@ def machine(plan: Plan) -> dict[str, Any]:
     fields = "name,driver_version,clocks.max.sm,clocks.max.memory"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        output = subprocess.run(query, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        said = None
+        output = None
     from fastmim import info
 
     packages = {name: version for name, version in info.collect()["packages"].items() if version}
     return {
         "card": torch.cuda.get_device_name() if on_gpu else f"none: {platform.machine()} CPU",
         "capability": list(torch.cuda.get_device_capability()) if on_gpu else None,
-        "nvidia-smi": said,
+        "nvidia-smi": output,
         "multiprocessors": torch.cuda.get_device_properties(0).multi_processor_count if on_gpu else None,
         "memory": torch.cuda.get_device_properties(0).total_memory if on_gpu else None,
         "cuda": torch.version.cuda,
@@ -94,7 +89,7 @@ def main() -> int:
         import fastmim  # noqa: F401
     except ImportError as error:
         record(STAGE, "import", error=str(error), FASTMIM_KERNELS=os.environ.get("FASTMIM_KERNELS"))
-        return 3
+        return UNSERVED
     run(STAGE, [("machine", partial(machine, plan)), ("served", served), ("ceilings", partial(ceilings, plan))], HUNG)
     return 0
 

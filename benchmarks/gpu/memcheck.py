@@ -12,12 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
-from plan import parse
-from rows import Job, run
+from gpu.plans import parse
+from harness.rows import UNSERVED, Job, run
 
 HERE = Path(__file__).parent
 STAGE = "memcheck"
@@ -36,7 +32,7 @@ def sanitizer() -> str | None:
 
 
 def sanitized(script: list[str], found: str | None) -> dict[str, Any]:
-    """A run of a script under the sanitizer: its exit status and, where memory is misused, what was said of it."""
+    """Run a script under the sanitizer; return its exit status and the complaints about its memory."""
     command = [sys.executable, *script]
     if found:
         # a kernel that is at fault ends alone; torch's own aren't looked at; a failed call of the driver raises anyway
@@ -68,7 +64,7 @@ def main() -> int:
     found = sanitizer()
     if not (found or args.rehearse):
         print("compute-sanitizer is not on PATH, not in CUDA_HOME and not installed from PyPI")
-        return 3
+        return UNSERVED
     rehearse = ["--rehearse"] * args.rehearse
     jobs: list[Job]
     if args.smoke:

@@ -4,22 +4,19 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
-import op_cases
 import torch
-import triton_cache
-from clock import seconds_by_direction
-from plan import Plan, parse
-from rows import Job, run, stored
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpu import triton_cache
+from gpu.clock import seconds_by_direction
+from gpu.plans import Plan, parse
+from gpu.tensors import as_tuple, synchronize
+from harness.rows import Job, run, stored
+from rivals import op_cases
 
 STAGE = "ops"
 # one row; cuDNN takes about a second for a shape it hasn't seen
@@ -80,7 +77,7 @@ def attention_forms(batch: int, length: int, device: str) -> dict[str, Callable[
 
 
 def compared(forms: dict[str, Callable[..., Any]], inputs: list[Tensor], floors: Floors, plan: Plan) -> dict[str, Any]:
-    """Seconds of each form by direction, and how near ours is to the floor that bytes and FLOPs set."""
+    """Return seconds of each form by direction, and the share of the floor set by bytes and FLOPs that ours reaches."""
     row: dict[str, Any] = {}
     results: dict[str, Tensor] = {}
     for name, form in forms.items():
@@ -104,13 +101,13 @@ def compared(forms: dict[str, Callable[..., Any]], inputs: list[Tensor], floors:
                 row[direction]["share of floor"] = max(bytes_ / rates["bytes"], flops / rates["flops"]) / ours
     if "fastmim" not in results:
         row["error"] = row["errors"]["fastmim"]
-    elif said := apart(results):
-        row["wrong"] = said
+    elif text := apart(results):
+        row["wrong"] = text
     return row
 
 
 def apart(results: dict[str, Any]) -> str | None:
-    """Which results differ from ours by more than the narrowest dtype explains."""
+    """Describe results that differ from ours by more than the narrowest dtype explains, or return None."""
     found = []
     ours = as_tuple(results["fastmim"])
     for name, values in results.items():
@@ -124,12 +121,8 @@ def apart(results: dict[str, Any]) -> str | None:
     return "; ".join(found) or None
 
 
-def as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
 def attention(batch: int, heads: int, length: int, dim: int, plan: Plan) -> dict[str, Any]:
-    """The floors are those of a pass that reads and writes each tensor once (8 S D and 14 S D bytes a head)."""
+    """Compare attention's forms; floors count each tensor once (8 S D and 14 S D bytes a head)."""
     qkv = op_cases.randn(batch, length, 3, heads, dim)
     items = batch * heads
     floors = {
@@ -174,13 +167,8 @@ def changing_lengths(plan: Plan) -> dict[str, Any]:
     return row
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def jobs(plan: Plan) -> list[Job]:
-    """The most telling first."""
+    """List the rows, the most informative first."""
     found: list[Job] = []
     for dim in plan.head_dims:
         for length in plan.lengths:

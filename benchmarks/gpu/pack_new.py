@@ -6,10 +6,7 @@ import tarfile
 import time
 from pathlib import Path
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent))
-
-import rows
+from harness import rows
 
 STAGE = "cache"
 # bytes of an archive, and archives; each can be unpacked without the others

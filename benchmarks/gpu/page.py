@@ -1,10 +1,10 @@
-"""The rows of a flight as Markdown."""
+"""Format the rows of a flight as Markdown."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rows import PLANNED, Row, problem
+from harness.rows import PLANNED, Row, problem
 
 Stages = dict[str, dict[str, Row]]
 
@@ -64,7 +64,7 @@ def machine(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def correctness(stages: Stages) -> Iterator[str]:
-    """The smoke test by op, the kernels at small sizes by backend, the suites, the sanitizer; then what is wrong."""
+    """Smoke test by op, kernels at small sizes by backend, suites and sanitizer, followed by every problem."""
     lines = []
     smoke = [row for row in stages["smoke"].values() if "op" in row]
     by_op: dict[str, list[Row]] = defaultdict(list)
@@ -95,15 +95,15 @@ def correctness(stages: Stages) -> Iterator[str]:
         yield from table("Correctness", "what", "right", "wrong", "")
         yield from lines
     wrong = [
-        (f"{stage}: {name}", said)
+        (f"{stage}: {name}", text)
         for stage, rows in stages.items()
         for name, row in rows.items()
-        if (said := problem(row))
+        if (text := problem(row))
     ]
     if wrong:
         yield from table("Wrong or failed", "row", "what")
-        for name, said in wrong:
-            yield cells(name, (said + " " + row_message(stages, name)).strip()[:600])
+        for name, text in wrong:
+            yield cells(name, (text + " " + row_message(stages, name)).strip()[:600])
 
 
 def row_message(stages: Stages, where: str) -> str:
@@ -144,7 +144,7 @@ def steps(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def profile(rows: dict[str, Row]) -> Iterator[str]:
-    """Where a step goes."""
+    """Time of a step by kind of kernel."""
     for name, row in rows.items():
         if "by kind" not in row:
             continue
@@ -213,7 +213,7 @@ def loader(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def missing(stages: Stages) -> Iterator[str]:
-    """What was not measured, and what had to be compiled."""
+    """Rows that were not measured, and kernels that had to be compiled."""
     left = [
         (f"{stage}: {name}", row.get("not_run") or row.get("cut"))
         for stage, rows in stages.items()

@@ -1,8 +1,8 @@
 """A pytest plugin that records each failing test at once, and the counts every few seconds and at the end.
 
-    FASTMIM_SUITE=tests/ops python -m pytest -p pytest_rows tests/ops
+    FASTMIM_SUITE=tests/ops python -m pytest -p gpu.pytest_rows tests/ops
 
-with this folder on PYTHONPATH; under pytest-xdist the process that hands out the tests records them.
+with benchmarks/ on PYTHONPATH; under pytest-xdist the process that hands out the tests records them.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from typing import Any
 
-import rows
+from harness import rows
 
 STAGE = "suites"
 NAME = "FASTMIM_SUITE"
@@ -32,9 +32,9 @@ class Recorder:
         if report.failed:
             self.counts["failed"] += 1
             if self.counts["failed"] <= TOLD:
-                said = report.longreprtext
+                output = report.longreprtext
                 name = f"{self.suite}: {report.nodeid}" + f" ({report.when})" * (report.when != "call")
-                rows.record(STAGE, name, failed=1, message=said[-CHARACTERS:])
+                rows.record(STAGE, name, failed=1, message=output[-CHARACTERS:])
         elif report.when == "call" or report.skipped:
             self.counts[report.outcome] += 1
         if report.when == "call":

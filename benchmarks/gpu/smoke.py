@@ -8,27 +8,26 @@ tiny sizes on the CPU, in Triton's interpreter.
 """
 
 import argparse
-import contextlib
 import importlib
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import rows
 import torch
-from smoke_cases import Case, cases, short
 from torch import Tensor
 
 from fastmim import kernels
+from gpu.smoke_cases import Case, cases
+from gpu.tensors import dtype_name, poisoned, synchronize
+from harness import rows
 
 STAGE = "smoke"
 # a process that is silent for so many seconds is ended
@@ -36,18 +35,6 @@ LIMIT = 30
 
 
 # ---- judged ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill what `torch.empty` and its kin return with NaN, or the largest whole number."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def errors(result: Tensor, expected: Tensor) -> tuple[float, float]:
@@ -70,10 +57,10 @@ def judged(case: Case, device: str) -> dict[str, Any]:
     args = case.make(device)
     with poisoned():
         results = case.call(args)
-        synchronise(device)
+        synchronize(device)
         first = time.monotonic() - begun
         again = case.call(args)
-        synchronise(device)
+        synchronize(device)
     expected = case.expected(args)
     worst, wrong = (0.0, 0.0, 0.0), []
     if len(results) != len(expected):
@@ -93,7 +80,7 @@ def judged(case: Case, device: str) -> dict[str, Any]:
     return {
         "op": case.op,
         "shapes": [list(arg.shape) for arg in args if isinstance(arg, Tensor)],
-        "dtype": short(case.dtype),
+        "dtype": dtype_name(case.dtype),
         "error": worst[0],
         "largest_error": worst[1],
         "bound": worst[2] if worst[2] > 1e-30 else 0.0,
@@ -108,11 +95,6 @@ def as_bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
 
 
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 Source = Callable[[bool], list[Case]]
@@ -124,7 +106,7 @@ def work(source: Source, rehearse: bool, indices: list[int], seed: int, parent: 
     device = "cpu" if rehearse else "cuda"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not rehearse:
-        importlib.import_module("triton_cache").watch()
+        importlib.import_module("gpu.triton_cache").watch()
     found = source(rehearse)
     with poisoned():  # imports much, which is not the first case's
         torch.empty(1, device=device)
@@ -140,12 +122,12 @@ def work(source: Source, rehearse: bool, indices: list[int], seed: int, parent: 
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"[:500]
             try:
-                synchronise(device)
+                synchronize(device)
             except Exception:  # no launch succeeds in this process any more
                 parent.send(("crash", index, reason))
                 os._exit(1)
             unserved = isinstance(error, kernels.Unserved)
-            fields = {"op": case.op, "dtype": short(case.dtype), "right": False}
+            fields = {"op": case.op, "dtype": dtype_name(case.dtype), "right": False}
             fields["wrong"] = f"not served: {error}" if unserved else reason
         rows.record(STAGE, case.name, **fields, seed=seed + index)
         parent.send(("done" if fields["right"] else "wrong", index, fields.get("wrong", "")))

@@ -1,23 +1,19 @@
 """Cases of the smoke test: every Triton op at the shapes of ViT-B, L, H and MAE's decoder, and a training step."""
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 import torch
-from peers import PlainGatherMAE
-from photographs import normalise
-from sizes import Cell
-from sizes import Sizes as ModelSizes
 from torch import Tensor
 
 from fastmim import MaskedAutoencoderViT, _library, reference
+from gpu.tensors import as_tuple, dtype_name, in_float64
+from pictures.photographs import normalise
+from rivals.plain_mae import PlainGatherMAE
+from rivals.sizes import Cell
+from rivals.sizes import Sizes as ModelSizes
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # The largest error, by norms and by largest values, for each dtype of a result. A rounding is 2^-9, 2^-12 and 2^-25 of
@@ -50,16 +46,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.op}, {self.shape}, {short(self.dtype)}"
+        return f"{self.op}, {self.shape}, {dtype_name(self.dtype)}"
 
     def bound(self, result: Tensor) -> float:
         if self.op in EXACT or not result.is_floating_point():
             return 0.0
         return self.bounds[self.dtype if self.op == "step" else result.dtype]
-
-
-def short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def op_case(op: str, shape: str, dtype: torch.dtype, make: Callable[[str], Args]) -> Case:
@@ -81,16 +73,6 @@ def referred(op: str, args: Args) -> Results:
     wide = [in_float64(arg) for arg in args]
     found = getattr(reference, op)(*wide)
     return (wide[0],) if op.endswith("_") else as_tuple(found)
-
-
-def in_float64(arg: Any) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.double() if arg.is_floating_point() else arg
-    return torch.float64 if isinstance(arg, torch.dtype) else arg
-
-
-def as_tuple(results: Tensor | Results) -> Results:
-    return (results,) if isinstance(results, Tensor) else results
 
 
 @dataclass(frozen=True)

@@ -4,23 +4,19 @@ import re
 import sys
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-import triton_cache
-from contestants import Contestant, Setting
-from measure import Stopwatch
-from plan import Plan, parse
-from rows import run
-from sizes import Cell, Sizes, train_flops
-from steps import DTYPE, images_and_noise, template
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
+
+from gpu import triton_cache
+from gpu.plans import Plan, parse
+from gpu.steps import DTYPE, images_and_noise, template
+from harness.rows import run
+from harness.timing import Stopwatch
+from rivals.contestants import Contestant, Setting
+from rivals.sizes import Cell, Sizes, train_flops
 
 STAGE = "profile"
 HUNG = 60.0
@@ -68,7 +64,7 @@ def amounts(sizes: Sizes, cell: Cell, batch: int, parameters: int) -> dict[str, 
 
 
 def profiled(plan: Plan) -> dict[str, Any]:
-    """Of one eager step of fastmim, after three that aren't looked at."""
+    """Profile one eager step of fastmim, after three unprofiled ones."""
     step, on_gpu = plan.profiled, plan.device == "cuda"
     setting = Setting(step.model, step.image_size, step.batch_size, DTYPE, plan.device)
     contestant, cell = Contestant("fastmim", setting, template(setting)), Cell(step.mask_ratio, step.decode_ratio)
@@ -102,7 +98,7 @@ def profiled(plan: Plan) -> dict[str, Any]:
 
 
 def summary(kernels: list[tuple[str, float, float]], known: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Totals of kernels (name, start and end in milliseconds): by kind, by name, and of the time with none."""
+    """Sum up kernels (name, start and end in milliseconds): by kind, by name, and of the time with none."""
     kernels = sorted(kernels, key=lambda kernel: kernel[1])
     kinds: dict[str, dict[str, float]] = defaultdict(lambda: {"milliseconds": 0.0, "launches": 0})
     names: dict[str, dict[str, float]] = defaultdict(lambda: {"milliseconds": 0.0, "launches": 0})

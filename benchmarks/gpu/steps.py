@@ -13,20 +13,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-# a Python that is started with safe paths doesn't look beside the script
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
-import triton_cache
-from clock import capture
-from contestants import DTYPES, Batch, Contestant, Setting
-from measure import Matmul, Stopwatch, peak_memory, spread
-from photographs import normalise
-from plan import BLOCKS, GRAPH, OURS, SAME, Plan, Step, parse
-from rows import Job, Row, record, run, stored
-from sizes import Cell, train_flops
 from torch import Tensor, nn
+
+from gpu import triton_cache
+from gpu.clock import capture
+from gpu.plans import BLOCKS, GRAPH, OURS, SAME, Plan, Step, parse
+from gpu.tensors import synchronize
+from harness.memory import peak_memory
+from harness.rows import Job, Row, record, run, stored
+from harness.timing import Matmul, Stopwatch, spread
+from pictures.photographs import normalise
+from rivals.contestants import DTYPES, Batch, Contestant, Setting
+from rivals.sizes import Cell, train_flops
 
 DTYPE = "bf16"
 # building, warming up, compiling and measuring one row
@@ -38,7 +37,7 @@ TOLERANCES = {"loss": 5e-4, "gradient_norm": 1e-2, "last_loss": 1e-2}
 
 
 def template(setting: Setting) -> nn.Module:
-    """The model whose weights all forms start from, on the CPU."""
+    """Return the model whose weights all forms start from, on the CPU."""
     return _template(setting.model, setting.image_size, setting.device)
 
 
@@ -49,7 +48,7 @@ def _template(model: str, image_size: int, device: str) -> nn.Module:
 
 
 def images_and_noise(step: Step, contestant: Contestant) -> Batch:
-    """The same for every form; normalised images only for those that ask for them."""
+    """Return the same batch for every form, with normalised images only for those that need them."""
     device = contestant.setting.device
     generator = torch.Generator(device).manual_seed(1)
     shape = (step.batch_size, 3, step.image_size, step.image_size)
@@ -72,7 +71,7 @@ def first_step(contestant: Contestant, batch: Batch) -> dict[str, float]:
 
 
 def host_seconds(step: Callable[[], Any], device: str, count: int = 5) -> float:
-    """The time in which a step is launched, while the device may still work on it."""
+    """Return the seconds that the host takes to launch a step."""
     spent = []
     for _ in range(count):
         synchronize(device)
@@ -84,8 +83,8 @@ def host_seconds(step: Callable[[], Any], device: str, count: int = 5) -> float:
 
 
 def synchronisations(step: Callable[[], Any]) -> list[str]:
-    """Where a step waits for the device."""
-    with warnings.catch_warnings(record=True) as said:
+    """Return the lines of code at which a step waits for the device."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.set_warn_always(True)
         torch.cuda.set_sync_debug_mode("warn")
@@ -94,12 +93,7 @@ def synchronisations(step: Callable[[], Any]) -> list[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.set_warn_always(False)
-    return [f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
 
 
 def measured(step: Step, form: str, how: str, plan: Plan) -> dict[str, Any]:
@@ -157,7 +151,7 @@ def measured(step: Step, form: str, how: str, plan: Plan) -> dict[str, Any]:
 
 
 def take_steps(contestant: Contestant, batch: Batch, how: str) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
-    """What makes one more step, after WARM_UP of them, and what returns the last step's loss."""
+    """Return a function that makes one more step, after WARM_UP of them, and one that returns the last loss."""
     losses = [torch.empty(0)]
 
     def eager() -> None:
@@ -174,7 +168,7 @@ def take_steps(contestant: Contestant, batch: Batch, how: str) -> tuple[Callable
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a contestant's model."""
+    """Return the transformer blocks of a contestant's model."""
     return [*model.blocks, *model.decoder_blocks]
 
 
@@ -190,13 +184,13 @@ def matmul_rate(plan: Plan) -> float:
 
 
 def disagreement(row: Row, other: Row) -> str | None:
-    """How a row differs from another by more than rounding, if it does."""
-    said = [
+    """Describe a difference between two rows that is more than rounding, or return None."""
+    found = [
         f"{figure} {row[figure]:.6g} beside {other[figure]:.6g} of {other['form']}, {other['how']}"
         for figure, allowed in TOLERANCES.items()
         if not abs(row[figure] - other[figure]) <= allowed * abs(other[figure])
     ]
-    return "; ".join(said) or None
+    return "; ".join(found) or None
 
 
 def judge(stage: str, name: str) -> None:

@@ -1,15 +1,11 @@
 """Files that are carried to a machine with a GPU are listed with their sizes and their commit."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-
-import carried
-import commit
+from gpu import carried
+from harness import commit
 
 
 @pytest.fixture
@@ -32,10 +28,10 @@ def run(tmp_path, monkeypatch):
 def test_sizes_and_the_commit(run, tmp_path, capsys):
     (tmp_path / "_C.so").write_bytes(b"x" * (1 << 20))
     assert run("build/flight", "_C.so") == 0
-    said = capsys.readouterr().out
-    assert "3.0 MiB  build/flight\n" in said and "1.0 MiB  _C.so\n" in said and "4.0 MiB of at most 64" in said
-    assert "benchmarks/flight.py first" in said and "benchmarks/flight.py second" in said
-    assert (run.folder / "commit").read_text() == "0123456789\n" and "differ" not in said
+    output = capsys.readouterr().out
+    assert "3.0 MiB  build/flight\n" in output and "1.0 MiB  _C.so\n" in output and "4.0 MiB of at most 64" in output
+    assert "benchmarks/flight.py first" in output and "benchmarks/flight.py second" in output
+    assert (run.folder / "commit").read_text() == "0123456789\n" and "differ" not in output
 
 
 def test_what_is_not_built_is_named(run, capsys):

@@ -1,8 +1,6 @@
 """Steps are as the committed table counts them: more launches or bytes need a new table, and a reason."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ import torch
 from fastmim.train.flops import CARDS
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import counted
 
@@ -25,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def as_users_have_it():
-    """Without the fills of fresh memory that tests ask for."""
+    """Turn off the fills of fresh memory that other tests need."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True)
@@ -42,10 +39,10 @@ def test_a_step_is_as_the_table_has_it(step):
         for key in dict.fromkeys((*before, *after))
         if _said(before.get(key)) != _said(vars(after[key]) if key in after else None)
     ]
-    said = "\n".join([f"{step} has changed; `{RENEW}` writes the table anew", *changed])
-    assert found.launches == kept["launches"], said
-    assert found.bytes == pytest.approx(kept["bytes"], rel=1e-3), said
-    assert found.flops == pytest.approx(kept["flops"], rel=1e-3), said
+    output = "\n".join([f"{step} has changed; `{RENEW}` writes the table anew", *changed])
+    assert found.launches == kept["launches"], output
+    assert found.bytes == pytest.approx(kept["bytes"], rel=1e-3), output
+    assert found.flops == pytest.approx(kept["flops"], rel=1e-3), output
 
 
 def _said(row):

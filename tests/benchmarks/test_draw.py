@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
@@ -12,12 +11,9 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import draw
-from measure import spread
-
 import fastmim
+from harness.timing import spread
 
 CHARTS = ["saved_for_backward.svg", "step.svg", "throughput.svg"]
 RESULTS_PAGE = (draw.ROOT / "docs" / "results.md").read_text()

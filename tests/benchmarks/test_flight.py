@@ -1,4 +1,4 @@
-"""The flight without a GPU: what it leaves on disk when a stage crashes, hangs, is cut, or can't be written."""
+"""Rows that a flight without a GPU leaves on disk when a stage crashes, hangs, is cut, or can't be written."""
 
 import json
 import os
@@ -12,22 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-
-import commit
-import environment
 import flight
-import memcheck
-import pack_new
-import rows
+from gpu import environment, memcheck, pack_new, stages
+from harness import commit, rows
 
 BENCHMARKS = Path(flight.__file__).parent
 # a stage's script: `code` defines `jobs`, name and function of each row, and perhaps `limit`
 JOBS = """
 import os, signal, sys, time
-sys.path.insert(0, {gpu!r})
-import rows
+from harness import rows
 limit = 60.0
 {code}
 rows.run({stage!r}, jobs, limit)
@@ -36,11 +29,12 @@ DRIVER = """
 import sys
 sys.path.insert(0, {benchmarks!r})
 import flight
+from gpu.stages import Stage
 flight.card = lambda: ("NVIDIA H100", (9, 0))
 flight.CARRIED = flight.Path({out!r}, "carried")
 for name, (seconds, code) in {stages!r}.items():
     command = flight.Command([sys.executable, "-c", code])
-    flight.STAGES[name] = flight.Stage(seconds, lambda _, command=command: [command])
+    flight.STAGES[name] = Stage(seconds, lambda _, command=command: [command])
 sys.exit(flight.main(["first", "--stages", *{stages!r}, "--out", {out!r}, *sys.argv[1:]]))
 """
 
@@ -52,10 +46,7 @@ def nothing_is_carried(tmp_path, monkeypatch):
 
 def command(out: Path, stages: dict[str, tuple[float, str]], *args: str) -> list[str]:
     """A flight whose stages run so many seconds and such code."""
-    codes = {
-        name: (seconds, JOBS.format(gpu=str(BENCHMARKS / "gpu"), code=code, stage=name))
-        for name, (seconds, code) in stages.items()
-    }
+    codes = {name: (seconds, JOBS.format(code=code, stage=name)) for name, (seconds, code) in stages.items()}
     return [sys.executable, "-c", DRIVER.format(benchmarks=str(BENCHMARKS), stages=codes, out=str(out)), *args]
 
 
@@ -87,7 +78,7 @@ def test_every_result_is_in_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "ends, said",
+    "ends, message",
     [
         ("os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV"),
         ("time.sleep(60)", "Timeout (0:00:01)"),
@@ -96,14 +87,14 @@ def test_every_result_is_in_the_file(tmp_path):
         ("os._exit(0)", "status 0"),
     ],
 )
-def test_what_crashes_or_hangs_costs_one_row(tmp_path, ends, said):
+def test_what_crashes_or_hangs_costs_one_row(tmp_path, ends, message):
     pid = '{"pid": os.getpid()}'
     bad = f'limit = 1.0; jobs = [("a", lambda: {pid}), ("b", lambda: {ends}), ("c", lambda: {pid})]'
     done = fly(tmp_path, {"one": (30, bad), "two": (30, GOOD)})
     kept = found(tmp_path)
-    assert done.returncode == 1 and said in done.stdout
-    assert said in kept["one: b"]["error"] and "begun" not in kept["one: b"]
-    assert (kept["one: a"]["pid"] == kept["one: c"]["pid"]) == (said == "AttributeError")  # else its process is new
+    assert done.returncode == 1 and message in done.stdout
+    assert message in kept["one: b"]["error"] and "begun" not in kept["one: b"]
+    assert (kept["one: a"]["pid"] == kept["one: c"]["pid"]) == (message == "AttributeError")  # else its process is new
     assert kept["two: b"]["value"] == 2
 
 
@@ -362,7 +353,7 @@ def test_torch_may_see_no_gpu_where_the_driver_does(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args, said",
+    "args, message",
     [
         (["first", "--stages", "steps,speed"], "got speed"),
         (["first", "--seconds", "0"], "--seconds"),
@@ -370,17 +361,17 @@ def test_torch_may_see_no_gpu_where_the_driver_does(monkeypatch):
         (["second", "--first", "/nowhere"], "--first"),
     ],
 )
-def test_bad_arguments(args, said, capsys):
+def test_bad_arguments(args, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         flight.main([*args, "--rehearse"])
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_an_unknown_stage_is_answered_with_those_there_are(capsys):
     with pytest.raises(SystemExit, match="2"):
         flight.main(["first", "--stages", "speed"])
-    said = capsys.readouterr().err
-    assert all(name in said for name in flight.STAGES)
+    output = capsys.readouterr().err
+    assert all(name in output for name in flight.STAGES)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------------
@@ -398,7 +389,7 @@ def test_stages_and_their_commands(tmp_path):
             assert part.argv[0] == sys.executable
             assert part.argv[1] == "-m" or Path(part.argv[1]).is_file(), name
     for cuda in (False, True):
-        ops, device = flight.suites(made, cuda)
+        ops, device = stages.suites(made, cuda)
         assert ops.env["FASTMIM_CHECK_IDS"] == device.env["FASTMIM_CHECK_IDS"] == "0"
         assert "tests/ops" in ops.argv and "-n" in ops.argv and "tests/gpu" in device.argv
         assert ops.env["FASTMIM_TEST_DEVICE"] == "cuda" and "FASTMIM_TEST_DEVICE" not in device.env
@@ -411,7 +402,7 @@ def test_the_second_visit_begins_with_what_the_first_found_wrong(tmp_path):
     lines = [{"stage": "smoke", "name": "a", "at": 1, "wrong": "off"}, {"stage": "smoke", "name": "b", "at": 1}]
     (tmp_path / "first.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (command,) = flight.STAGES["suspects"].commands(a_flight(tmp_path, "second"))
-    assert command.argv[-2:] == ["--smoke", "a"] and flight.SECOND[1] == "suspects"
+    assert command.argv[-2:] == ["--smoke", "a"] and stages.SECOND[1] == "suspects"
 
 
 def test_an_extension_that_does_not_load_is_done_without(tmp_path, monkeypatch):
@@ -420,7 +411,7 @@ def test_an_extension_that_does_not_load_is_done_without(tmp_path, monkeypatch):
 
     def run(command, limit):
         seen.append(made.env.get("FASTMIM_KERNELS"))
-        return flight.Ended(0 if seen[-1] else flight.UNSERVED, 0.0, "", False)
+        return flight.Ended(0 if seen[-1] else rows.UNSERVED, 0.0, "", False)
 
     monkeypatch.delenv("FASTMIM_KERNELS", raising=False)
     made.env.pop("FASTMIM_KERNELS", None)
@@ -456,11 +447,11 @@ def test_suites_are_recorded_test_by_test(tmp_path):
     (tmp_path / "test_broken.py").write_text("import no_such_module\n")
     env = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS / "gpu"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]),
         rows.FILE: str(tmp_path / "rows.jsonl"),
         "FASTMIM_SUITE": "small",
     }
-    options = ["-p", "pytest_rows", "-p", "no:cacheprovider", "-n", "1", "--continue-on-collection-errors"]
+    options = ["-p", "gpu.pytest_rows", "-p", "no:cacheprovider", "-n", "1", "--continue-on-collection-errors"]
     pytest_ = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     subprocess.run(pytest_, env=env, cwd=tmp_path, capture_output=True, timeout=90)
     kept = {name: row for (_, name), row in rows.read(tmp_path / "rows.jsonl").items()}
@@ -474,15 +465,15 @@ def test_suites_are_recorded_test_by_test(tmp_path):
 def test_the_sanitizer_is_asked(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        '#!/bin/sh\necho "$@"\necho "cached: $PYTORCH_NO_CUDA_MEMORY_CACHING"\ncat "$(dirname "$0")/said"\n'
+        '#!/bin/sh\necho "$@"\necho "cached: $PYTORCH_NO_CUDA_MEMORY_CACHING"\ncat "$(dirname "$0")/output"\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert memcheck.sanitizer() == str(tool)
-    said = tmp_path / "said"
-    said.write_text("========= ERROR SUMMARY: 0 errors\n")
+    output = tmp_path / "output"
+    output.write_text("========= ERROR SUMMARY: 0 errors\n")
     assert "wrong" not in memcheck.sanitized(["a.py"], str(tool))
-    said.write_text("========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 1 error\n")
+    output.write_text("========= Invalid __global__ read of size 4 bytes\n========= ERROR SUMMARY: 1 error\n")
     row = memcheck.sanitized(["a.py"], str(tool))
     assert "Invalid __global__ read" in row["wrong"] and row["sanitizer"] == str(tool)
     done = memcheck.sanitized(["-c", "raise SystemExit(4)"], None)

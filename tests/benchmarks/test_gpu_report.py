@@ -6,13 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-
-import gpu_report
 import torch
 
+import gpu_report
 from fastmim import _library
 
 STEP = {

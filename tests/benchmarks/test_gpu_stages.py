@@ -1,11 +1,9 @@
 """The stages of a flight over a CPU, some of them as if it were a GPU."""
 
 import json
-import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,22 +11,12 @@ import torch
 from runner import runner_library
 from torch.overrides import TorchFunctionMode
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-
-import clock
-import cuda_cpp
-import environment
-import loading
-import op_cases
-import op_times
-import rows
-import step_profile
-import steps
-from plan import BLOCKS, EAGER, GPU, GRAPH, OURS, REHEARSAL, SAME
-from sizes import Cell, Sizes, train_flops
-
 from fastmim import _library, reference
+from gpu import clock, cuda_cpp, environment, loading, op_times, step_profile, steps
+from gpu.plans import BLOCKS, EAGER, GPU, GRAPH, OURS, REHEARSAL, SAME
+from harness import rows
+from rivals import op_cases
+from rivals.sizes import Cell, Sizes, train_flops
 
 # as a GPU's, at the sizes of a rehearsal; the reference stands for both backends
 PRETENDED = replace(REHEARSAL, device="cuda", backends={"cuda": "reference", "triton": "reference"})
@@ -114,8 +102,8 @@ def test_every_form_of_a_step_is_measured_and_agrees(pretended_gpu, kept):
     rows.run("steps", jobs, 60.0, after=partial(steps.judge, "steps"))
     found = [row for name, row in rows.stored("steps").items() if name != rows.PLANNED]
     # a replay does nothing here, so that what the steps of a graph lead to is another loss
-    said = {row["how"]: row["wrong"] for row in found if row.get("wrong")}
-    assert said.keys() == {GRAPH} and said[GRAPH].startswith("last_loss")
+    wrong = {row["how"]: row["wrong"] for row in found if row.get("wrong")}
+    assert wrong.keys() == {GRAPH} and wrong[GRAPH].startswith("last_loss")
     assert [(row["form"], row["how"]) for row in found] == list(forms)
     for row in found:
         assert row["milliseconds"] > 0 and row["host_milliseconds"] > 0 and row["peak_memory_bytes"] and row["loss"] > 0
@@ -207,7 +195,7 @@ def test_every_op_is_measured(pretended_gpu, kept):
     rows.record("environment", "ceilings", bytes=1e12, flops=1e14)
     rows.run("ops", op_times.jobs(PRETENDED), 60.0)
     found = {name: row for name, row in rows.stored("ops").items() if name != rows.PLANNED}
-    assert not {name: said for name, row in found.items() if (said := rows.problem(row))}
+    assert not {name: text for name, row in found.items() if (text := rows.problem(row))}
     failed = {form for row in found.values() for form in row.get("errors", {})}
     assert failed <= {"sdpa cudnn", "sdpa efficient", "sdpa flash", "varlen"}
     assert len(found) == len(op_times.jobs(PRETENDED)) > 10

@@ -1,17 +1,13 @@
-"""What pretraining teaches: the whole benchmark on noise, and the protocol that it keeps."""
+"""The whole learning benchmark on noise, and the protocol that it keeps."""
 
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import learning
-
 from fastmim.train.config import tomllib
 
 
@@ -44,11 +40,11 @@ def test_it_runs_and_finds_nothing_in_noise(noise, tmp_path, monkeypatch, capsys
     learning.main()
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["seed"] for row in written["rows"]] == [0, 1] and written["settings"] == tomllib.loads(text)
-    said = capsys.readouterr().out
-    assert "160 digits to learn from, 40 to judge by" in said
+    output = capsys.readouterr().out
+    assert "160 digits to learn from, 40 to judge by" in output
     for found in written["rows"][0]["found"].values():
         for name, share in found.items():
-            assert name in said and share < 0.5
+            assert name in output and share < 0.5
     assert set(written["rows"][0]["found"]["fine-tuned, 10 labels a class"]) == {"pretrained", "from scratch"}
 
 

@@ -11,13 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
-
-import rows
-import smoke
-import smoke_cases
-
 from fastmim import kernels
+from gpu import smoke, smoke_cases
+from harness import rows
 
 SCRIPT = str(Path(smoke.__file__))
 
@@ -89,7 +85,7 @@ def packed(cases):
 
 
 @pytest.mark.parametrize(
-    "call, said",
+    "call, message",
     [
         (None, None),
         (off(1e-6), None),
@@ -101,9 +97,9 @@ def packed(cases):
         (lambda x, bias: (right(x, bias) + 1e-7 * torch.rand(5, 8),), "has other bits in the second run"),
     ],
 )
-def test_a_result_is_judged(call, said):
+def test_a_result_is_judged(call, message):
     fields = smoke.judged(case(call), "cpu")
-    assert fields["right"] == (said is None) and (said or "") in fields.get("wrong", "")
+    assert fields["right"] == (message is None) and (message or "") in fields.get("wrong", "")
     assert fields["shapes"] == [[5, 8], [8]] and fields["seconds"] >= 0
 
 
@@ -139,11 +135,11 @@ def test_a_process_that_dies_or_hangs_costs_one_case(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     monkeypatch.setenv(rows.FILE, str(path))
     wrong = smoke.run(planted, True, processes=1, seed=3, limit=15)
-    said = {name.split(", ")[1]: reason for name, reason in wrong.items()}
-    assert said.keys() == {"1", "2", "3", "4"}
-    assert said["1"].startswith("crashed: the process ended with status -11")
-    assert "is off by" in said["2"] and said["4"] == "not served: not this one"
-    assert said["3"].startswith("crashed: silent for 15 seconds")
+    reasons = {name.split(", ")[1]: reason for name, reason in wrong.items()}
+    assert reasons.keys() == {"1", "2", "3", "4"}
+    assert reasons["1"].startswith("crashed: the process ended with status -11")
+    assert "is off by" in reasons["2"] and reasons["4"] == "not served: not this one"
+    assert reasons["3"].startswith("crashed: silent for 15 seconds")
     found = {row["name"]: row for row in rows.read(path).values() if "right" in row}
     assert {name: row["wrong"] for name, row in found.items() if not row["right"]} == wrong
     assert len(found) == 6 and all(row["seed"] == 3 + number for number, row in enumerate(found_in_order(found)))

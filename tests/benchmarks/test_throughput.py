@@ -1,10 +1,9 @@
-"""The main job keeps its promises: peers are who they say they are, and no speed-up is printed that isn't one."""
+"""The throughput benchmark: its peers are what they claim to be, and no wrong speed-up is printed."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +11,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import attention
-import huggingface
 import throughput
-from contestants import PEERS, Contestant, Setting, batches
-from measure import SavedBytes
-from photographs import Photographs, normalise
-from products import Recorded, share_of_step
-from sizes import Cell, train_flops
+from harness.memory import SavedBytes
+from pictures.photographs import Photographs, normalise
+from rivals import attention_forms, vit_mae
+from rivals.breakdown import Recorded, share_of_step
+from rivals.contestants import PEERS, Contestant, Setting, batches
+from rivals.sizes import Cell, train_flops
 
 TINY = ["--models", "tiny", "--image-size", "64", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
 KEYS = {
@@ -54,14 +49,14 @@ def test_accelerated_peers_run_beside_themselves(tmp_path, capsys):
     status = throughput.main(
         [*TINY, "--mask-ratios", "0.75", "--peers", "huggingface", "--accelerated", "--json", str(rows)]
     )
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert status == 0
     found = {row["contestant"]: row for row in json.loads(rows.read_text())["rows"]}
     assert set(found) >= {"fastmim", "plain-gather", "huggingface", "huggingface+accelerated"}
     for name, row in found.items():
         assert (row["speedup"] is not None) == name.endswith("+accelerated")
         assert row["ratio"] is None or row["ratio"] > 0
-    assert said.count("as fast as without") == sum(name.endswith("+accelerated") for name in found)
+    assert output.count("as fast as without") == sum(name.endswith("+accelerated") for name in found)
 
 
 def test_a_run_prints_a_table_and_writes_its_rows(tmp_path):
@@ -112,7 +107,7 @@ def test_peers_compute_what_hugging_face_computes(template, form):
     expected_loss, expected = loss_and_gradients("huggingface")
     torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=0)
     for name, gradient in gradients.items():
-        theirs = torch.cat([expected.pop(key) for key in huggingface.names(name, expected)])
+        theirs = torch.cat([expected.pop(key) for key in vit_mae.names(name, expected)])
         torch.testing.assert_close(gradient, theirs, rtol=1e-7, atol=1e-9, msg=name)
     assert not expected
 
@@ -160,7 +155,7 @@ def test_the_residual_stream_is_fp32_under_autocast(template, form):
 def test_flops_are_those_that_pytorch_counts(template, form, cell):
     contestant = entered(form, template, cell)
     for block in [*contestant.model.blocks, *contestant.model.decoder_blocks]:
-        block.attn.attend = attention.matmuls
+        block.attn.attend = attention_forms.matmuls
     with FlopCounterMode(display=False) as counter:
         contestant.loss(batch()).backward()
     assert counter.get_total_flops() == 2 * train_flops(contestant.sizes, form, cell)
@@ -217,7 +212,7 @@ def test_a_wrong_gradient_prints_no_speed_up(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--models", "giant"], ["--models", "giant", "base"]),
         (["--dtype", "int8"], ["--dtype", "int8", "bf16"]),
@@ -232,12 +227,12 @@ def test_a_wrong_gradient_prints_no_speed_up(monkeypatch, capsys):
         (["--data", "no/such/folder"], ["--data", "no/such/folder", "Pillow"]),
     ],
 )
-def test_a_bad_argument_is_named_with_what_is_allowed(capsys, arguments, said):
+def test_a_bad_argument_is_named_with_what_is_allowed(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_:
         throughput.main(arguments)
     assert exit_.value.code == 2
     err = capsys.readouterr().err
-    assert all(words in err for words in said), err
+    assert all(words in err for words in message), err
 
 
 def test_photographs_of_a_folder(tmp_path):

@@ -1,11 +1,10 @@
-"""A Triton cache that is filled without a GPU holds what the programs that fly launch, and what it lacks is said."""
+"""A Triton cache that is filled without a GPU holds what the programs that fly launch, and reports what it lacks."""
 
 import importlib
 import json
 import os
 import shutil
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -13,16 +12,13 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 
-import plan
-import rows
-import smoke_cases
 import triton
-import triton_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmim.kernels import loss
+from gpu import plans, smoke_cases, triton_cache, triton_fill
+from harness import rows
 
 
 def missing():
@@ -40,7 +36,7 @@ pytestmark = pytest.mark.skipif(missing() is not None, reason=missing() or "")
 
 
 def chosen(*names):
-    return [program for program in triton_cache.programs() if program[0].removeprefix("smoke: ") in names]
+    return [program for program in triton_fill.programs() if program[0].removeprefix("smoke: ") in names]
 
 
 SCALED = "scale_gradient_, 147 patches of 768, bfloat16"
@@ -49,7 +45,7 @@ SCALED = "scale_gradient_, 147 patches of 768, bfloat16"
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("cache") / "triton.tar.gz"
-    found = triton_cache.fill(path, chosen(SCALED), processes=1)
+    found = triton_fill.fill(path, chosen(SCALED), processes=1)
     assert (
         found["kernels"] == found["compiled"] == 1 and found["C modules"] >= 1 and found["bytes"] == path.stat().st_size
     )
@@ -62,24 +58,24 @@ def kernels(misses):
 
 
 def test_nothing_is_compiled_that_the_archive_holds(archive):
-    seen = triton_cache.check(archive, chosen(SCALED))
+    seen = triton_fill.check(archive, chosen(SCALED))
     assert sum(seen.hits.values()) == 1 and not kernels(seen.misses)
 
 
 @pytest.mark.skipif(
-    not hasattr(triton_cache.nvidia, "make_launcher"),
+    not hasattr(triton_fill.nvidia, "make_launcher"),
     reason="later versions name their C module by the folder of the driver's library, too",
 )
 def test_modules_load_with_the_driver_alone(archive, tmp_path):
     """Modules linked without a driver find its functions in one, and are not compiled again."""
-    assert not triton_cache.check(archive, chosen(SCALED)).misses
+    assert not triton_fill.check(archive, chosen(SCALED)).misses
     triton_cache.unpack(archive, tmp_path)
     for module in tmp_path.glob("*/*.so"):
         linked = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True).stdout
         assert "Shared library: [libcuda.so.1]" in linked
         module.write_bytes(b"no module")
     triton_cache.pack(tmp_path, tmp_path / "broken.tar.gz", set(os.listdir(tmp_path)))
-    seen = triton_cache.check(tmp_path / "broken.tar.gz", chosen(SCALED))
+    seen = triton_fill.check(tmp_path / "broken.tar.gz", chosen(SCALED))
     assert sum(seen.hits.values()) == 1 and "cuda_utils 0" in seen.misses
 
 
@@ -87,17 +83,17 @@ def test_an_archive_is_brought_up_to_date(archive, tmp_path):
     path = tmp_path / "triton.tar.gz"
     shutil.copy(archive, path)
     other = SCALED.replace("bfloat16", "float32")
-    found = triton_cache.fill(path, chosen(SCALED, other), processes=1)
+    found = triton_fill.fill(path, chosen(SCALED, other), processes=1)
     assert (found["kernels"], found["compiled"]) == (2, 1)
-    assert not kernels(triton_cache.check(path, chosen(SCALED, other)).misses)
+    assert not kernels(triton_fill.check(path, chosen(SCALED, other)).misses)
     # what no program launches is left out
-    found = triton_cache.fill(path, chosen(other), processes=1)
+    found = triton_fill.fill(path, chosen(other), processes=1)
     assert (found["kernels"], found["compiled"]) == (1, 0)
-    assert len(kernels(triton_cache.check(path, chosen(SCALED)).misses)) == 1
+    assert len(kernels(triton_fill.check(path, chosen(SCALED)).misses)) == 1
 
 
 def test_what_the_archive_lacks_is_found(archive):
-    seen = triton_cache.check(archive, chosen(SCALED, SCALED.replace("bfloat16", "float32")))
+    seen = triton_fill.check(archive, chosen(SCALED, SCALED.replace("bfloat16", "float32")))
     assert sum(seen.hits.values()) == 1
     (name,) = kernels(seen.misses)
     assert name.startswith("fastmim.kernels.loss._scale_gradient_kernel ")
@@ -108,7 +104,7 @@ def test_a_changed_kernel_is_compiled_anew(archive):
     source = kernel.src
     try:
         kernel._unsafe_update_src(source.replace("factor != 1.0", "factor != 2.0"))
-        seen = triton_cache.check(archive, chosen(SCALED))
+        seen = triton_fill.check(archive, chosen(SCALED))
     finally:
         kernel._unsafe_update_src(source)
     assert not seen.hits and len(kernels(seen.misses)) == 1
@@ -117,7 +113,7 @@ def test_a_changed_kernel_is_compiled_anew(archive):
 def test_a_miss_leaves_a_row(tmp_path, monkeypatch):
     monkeypatch.setenv(rows.FILE, str(tmp_path / "rows.jsonl"))
     monkeypatch.setattr(triton.knobs.compilation, "listener", None)
-    with triton_cache.empty_cache(), triton_cache.without_gpu():
+    with triton_fill.empty_cache(), triton_fill.without_gpu():
         triton_cache.watch()
         for _, program in chosen(SCALED):
             program()
@@ -155,16 +151,16 @@ def test_an_archive_that_is_cut_short_spoils_no_other(archive, tmp_path, capsys)
         triton_cache.add(tar, "KEY/kernel.json", b"{}")
     archives = [tmp_path / "cut.tar.gz", tmp_path / "single.tar.gz", archive]
     assert triton_cache.unpack_all(archives, tmp_path / "folder") == 1
-    said = capsys.readouterr().out
-    assert "cut.tar.gz: not unpacked: " in said and "single.tar.gz" not in said
+    output = capsys.readouterr().out
+    assert "cut.tar.gz: not unpacked: " in output and "single.tar.gz" not in output
     assert (tmp_path / "folder" / "KEY" / "kernel.json").is_file() and list(tmp_path.glob("folder/*/*.cubin"))
     assert triton_cache.unpack_all(archives[1:], tmp_path / "folder") == 0
 
 
 def test_what_differs_from_the_archive_is_said(archive, tmp_path):
     made = triton_cache.unpack(archive, tmp_path)
-    (said,) = triton_cache.differences({**made, "triton": "3.0.0"})
-    assert said == f"triton is {triton.__version__}, there it was 3.0.0"
+    (difference,) = triton_cache.differences({**made, "triton": "3.0.0"})
+    assert difference == f"triton is {triton.__version__}, there it was 3.0.0"
     assert triton_cache.differences({**made, "key": "other"}) == [
         "Triton is another build of its version; its entries are used all the same"
     ]
@@ -197,7 +193,7 @@ def test_c_modules_are_found_with_and_without_the_program_file(tmp_path, monkeyp
 def test_layouts_keep_their_alignment():
     x = torch.randn(4, 6, 8)
     for view in (x, x[1:], x[:, 1:], x[..., 1:], x.transpose(0, 2), x[:0], x.expand(3, 4, 6, 8)):
-        same = triton_cache.laid_out(view)
+        same = triton_fill.laid_out(view)
         assert (same.shape, same.stride(), same.dtype) == (view.shape, view.stride(), view.dtype)
         assert same.data_ptr() == view.storage_offset() * 4
 
@@ -222,19 +218,19 @@ class Layouts(TorchDispatchMode):
 
 
 def test_tensors_without_values_are_laid_out_as_those_with(monkeypatch):
-    step = plan.Step("tiny", 32, 4, 0.75, 0.5, ((plan.OURS, plan.EAGER),))
-    with triton_cache.without_gpu(), Layouts() as without:
+    step = plans.Step("tiny", 32, 4, 0.75, 0.5, ((plans.OURS, plans.EAGER),))
+    with triton_fill.without_gpu(), Layouts() as without:
         monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **_: True)
-        triton_cache.training_step(step)
+        triton_fill.training_step(step)
     monkeypatch.setattr(importlib.import_module("fastmim.nn.linear"), "emulated", lambda device: False)
     with Layouts() as real:
-        triton_cache.training_step(step)
+        triton_fill.training_step(step)
     assert len(real.calls) > 100 and without.calls == real.calls
 
 
 def test_a_training_step_launches_what_it_launches_on_a_gpu():
-    step = plan.Step("tiny", 32, 4, 0.75, 0.5, ((plan.OURS, plan.EAGER),))
-    launches = triton_cache.listed([("step", lambda: triton_cache.training_step(step))])
+    step = plans.Step("tiny", 32, 4, 0.75, 0.5, ((plans.OURS, plans.EAGER),))
+    launches = triton_fill.listed([("step", lambda: triton_fill.training_step(step))])
     signatures = {launch.kernel.__name__: launch.signature for launch in launches}
     assert signatures.keys() >= {
         *("_random_masking_kernel", "_gather_kernel", "_place_kernel", "_decoder_kernel", "_pixel_loss_kernel"),
@@ -253,8 +249,8 @@ def test_a_training_step_launches_what_it_launches_on_a_gpu():
 
 
 def test_every_program_that_flies_is_listed():
-    names = [name for name, _ in triton_cache.programs()]
+    names = [name for name, _ in triton_fill.programs()]
     assert len(set(names)) == len(names)
     assert {f"smoke: {case.name}" for case in smoke_cases.cases()} <= set(names)
-    for step in (*plan.GPU.steps, plan.GPU.profiled, *plan.GPU.compiled):
+    for step in (*plans.GPU.steps, plans.GPU.profiled, *plans.GPU.compiled):
         assert f"steps: {step}" in names

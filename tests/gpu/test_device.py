@@ -6,17 +6,13 @@ On a machine without a GPU, all that needs none runs on the CPU, on fewer repeat
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastmim
 from fastmim import masking, ops
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-from measure import captured
+from harness.timing import captured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"

@@ -4,17 +4,13 @@ import itertools
 import math
 import os
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import compiled
-
 from fastmim.kernels import _launch, attention
 
 WIDTH = 64

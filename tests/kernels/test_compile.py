@@ -5,17 +5,14 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import TEST_ALL
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import compiled
-
 from fastmim import kernels
 
 RECORDED = compiled.RESULTS / "compiled.json"

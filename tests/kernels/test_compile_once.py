@@ -3,8 +3,6 @@
 import collections
 import itertools
 import os
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -12,10 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import compiled
-
 import fastmim
 
 BATCHES = 1, 2, 7, 15, 16, 17, 32, 100

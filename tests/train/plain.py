@@ -1,19 +1,10 @@
-"""The plain model of benchmarks/peers.py, which computes as facebookresearch/mae does, on its names."""
-
-import sys
-from pathlib import Path
+"""The plain model of benchmarks/rivals/plain_mae.py, which computes as facebookresearch/mae does, on its names."""
 
 from torch import nn
 
-BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
-
-sys.path.insert(0, BENCHMARKS)
-try:
-    from peers import PlainMAE
-    from photographs import normalise
-    from sizes import Cell, Sizes
-finally:
-    sys.path.remove(BENCHMARKS)
+from pictures.photographs import normalise
+from rivals.plain_mae import PlainMAE
+from rivals.sizes import Cell, Sizes
 
 __all__ = ["Cell", "normalise", "plain_model"]
 

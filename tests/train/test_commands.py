@@ -98,7 +98,7 @@ IMAGES, NOISE = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
 
 @torch.no_grad()
 def test_facebook_reads_what_is_exported(exported):
-    """benchmarks/peers.py computes as facebookresearch/mae does, on its names."""
+    """benchmarks/rivals/plain_mae.py computes as facebookresearch/mae does, on its names."""
     out, ours = exported("facebook", "model.pth")
     plain = plain_model(ours)
     plain.load_state_dict(torch.load(out, weights_only=True)["model"], strict=True)

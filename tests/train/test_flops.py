@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from fastmim.train import Config
 from fastmim.train.flops import CARDS, DEVICE, Stage, count, count_step, simulated, torch_kernels, triton_kernels
 
 pytest.importorskip("triton")
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-import contestants
-import peers
-from sizes import Cell, Sizes, train_flops
+from rivals import contestants, plain_mae
+from rivals.sizes import Cell, Sizes, train_flops
 
 # what differs between versions of torch
 PINNED = pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="kernels of torch 2.13 are counted")
@@ -79,7 +76,7 @@ def plain_step(device):
     with device:
         template = fastmim.MaskedAutoencoderViT(32, 8, 3, 32, 2, 2, 32, 2, 2)
         sizes = Sizes.of(template)
-        model, images = peers.PlainGatherMAE(sizes), torch.randn(4, 3, 32, 32)
+        model, images = plain_mae.PlainGatherMAE(sizes), torch.randn(4, 3, 32, 32)
     optimizer = contestants.adamw(model)
 
     def step():

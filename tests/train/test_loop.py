@@ -20,7 +20,7 @@ from fastmim.train.schedule import adamw, learning_rate
 
 
 def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
-    """Losses of the plain model of benchmarks/peers.py, on the run's data, masks, schedule and first weights."""
+    """Losses of benchmarks/rivals/plain_mae.py on the run's data, masks, schedule and first weights."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
     template = config.build()

@@ -1,14 +1,14 @@
-"""The command line of throughput.py."""
+"""Command line of throughput.py."""
 
 import argparse
 from pathlib import Path
 
 import torch
-from contestants import DTYPES, MODELS, PATCH_SIZES, PEERS
-from photographs import Photographs
-from sizes import Cell
 
 from fastmim.data.decoders import BACKENDS, installed
+from pictures.photographs import Photographs
+from rivals.contestants import DTYPES, MODELS, PATCH_SIZES, PEERS
+from rivals.sizes import Cell
 
 DEFAULT_CELLS = [Cell(0.75, 1.0), Cell(0.98, 1.0), Cell(0.98, 0.1)]
 FULL_CELLS = [Cell(r, q) for r in (0.75, 0.9, 0.95, 0.98) for q in (1.0, 0.25, 0.1) if q == 1 or r > 0.9]
@@ -17,7 +17,7 @@ DEFAULT_STEPS = {"cpu": 3, "cuda": 20}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Arguments with every default filled in, and besides `cells`, the grid, and `pictures`.
+    """Parse arguments, fill in every default, and add `cells`, the grid, and `pictures`.
 
     An argument that can't be served ends the program with its name, its value and what is allowed.
     """
@@ -27,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mask-ratios", nargs="+", type=float, metavar="R", help="shares of the patches that are removed")
     add("--decode-ratios", nargs="+", type=float, metavar="Q", help="shares of the removed that are predicted")
     add("--batch-size", type=_batch_size, metavar="N|auto", help="default: auto, which is 8 on a CPU")
-    add("--image-size", type=_positive, default=224, metavar="N", help="default: 224")
+    add("--image-size", type=positive, default=224, metavar="N", help="default: 224")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda if there is one")
     add("--dtype", choices=DTYPES, help="default: bf16 (by autocast) on cuda, fp32 on a CPU")
     add("--compile", action="store_true", help="run every contestant under torch.compile too")
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="folder of images; default: those inside scikit-image and scikit-learn")
     loaders = ("auto", *BACKENDS)
     add("--loader", nargs="?", const="auto", choices=loaders, help="then feed fastmim by a loader of JPEGs too")
-    add("--steps", type=_positive, metavar="N", help="clocked rounds; default: 3 on a CPU, 20 on cuda")
+    add("--steps", type=positive, metavar="N", help="clocked rounds; default: 3 on a CPU, 20 on cuda")
     add("--full", action="store_true", help="the whole grid, compiled contestants, peak memory")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
     args = parser.parse_args(argv)
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _cells(args: argparse.Namespace) -> list[Cell]:
-    """The grid; ratios that are given span one of their own."""
+    """Return the cells of the grid; ratios that are given span one of their own."""
     cells = FULL_CELLS if args.full else DEFAULT_CELLS
     if args.mask_ratios or args.decode_ratios:
         cells = [Cell(r, q) for r in args.mask_ratios or [0.75] for q in args.decode_ratios or [1.0]]
@@ -85,7 +85,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, got {text!r}")
@@ -93,4 +93,4 @@ def _positive(text: str) -> int:
 
 
 def _batch_size(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
+    return None if text == "auto" else positive(text)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from contestants import ACCELERATED, Batch, Contestant, Setting, adamw
-from sizes import Cell, Sizes
 from torch import Tensor
 
 import fastmim
+from rivals.contestants import ACCELERATED, Batch, Contestant, Setting, adamw
+from rivals.sizes import Cell, Sizes
 
 WHOLE = Cell(0.0, 1.0)
 CLASSES = 1000
@@ -40,21 +40,21 @@ class WholeImage(Contestant):
         self.optimizer = adamw(self.model)
 
     def enter(self, cell: Cell) -> None:
-        """There is one cell only."""
+        """Do nothing: there is one cell only."""
 
     def loss(self, batch: Batch) -> Tensor:
-        """Of labels that don't matter."""
+        """Return the loss of arbitrary labels."""
         labels = torch.arange(len(batch.floats), device=batch.floats.device) % CLASSES
         return F.cross_entropy(self.model(batch.floats), labels)
 
 
 def contestants(setting: Setting, sizes: Sizes) -> tuple[WholeImage, WholeImage]:
-    """As it comes, and accelerated."""
+    """Return timm's model as it comes, and accelerated."""
     return WholeImage("timm", setting, sizes), WholeImage("timm" + ACCELERATED, setting, sizes)
 
 
 def installed() -> bool:
-    """Whether timm can be imported."""
+    """Return whether timm can be imported."""
     try:
         _timm()
     except ImportError:
@@ -63,8 +63,8 @@ def installed() -> bool:
 
 
 def _timm():
-    """timm, which asks for torchvision; where that can't be imported, the tests' stand-in is enough for its models."""
-    sys.path.append(str(Path(__file__).parent.parent / "tests"))
+    """Import timm, which needs torchvision; the tests' stand-in is enough for its models."""
+    sys.path.append(str(Path(__file__).parents[2] / "tests"))
     try:
         with importlib.import_module("torchvision_stub").torchvision():
             return importlib.import_module("timm")

@@ -7,9 +7,10 @@ D width, S sequence length, P values of a patch.
 
 import torch
 import torch.nn.functional as F
-from attention import fastest, sdpa
-from sizes import Cell, Sizes
 from torch import Tensor, nn
+
+from rivals.attention_forms import fastest, sdpa
+from rivals.sizes import Cell, Sizes
 
 
 class Attention(nn.Module):
@@ -60,7 +61,7 @@ class Block(nn.Module):
 
 
 class PlainMAE(nn.Module):
-    """As facebookresearch/mae computes it: every patch is embedded, every token decoded and scored."""
+    """Embed every patch, decode and score every token, as facebookresearch/mae does."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -82,7 +83,7 @@ class PlainMAE(nn.Module):
         self.decoder_pred = nn.Linear(decoder_width, sizes.values)
 
     def forward(self, images: Tensor, noise: Tensor, cell: Cell) -> Tensor:
-        """images (B, 3, H, W) normalised, noise (B, L) -> loss."""
+        """Return the loss of normalised images (B, 3, H, W) with noise (B, L)."""
         batch, kept = len(images), self.sizes.visible(cell)
         x = self.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
         ids_shuffle = noise.argsort(1)
@@ -100,24 +101,19 @@ class PlainMAE(nn.Module):
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
-        error = squared_error(pred, self.cut(images).permute(0, 1, 2, 4, 5, 3).reshape(pred.shape))
+        error = squared_error(pred, patch_grid(images, self.sizes.patch).permute(0, 1, 2, 4, 5, 3).reshape(pred.shape))
         return (error * mask).sum() / mask.sum()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Visible tokens (B, K, D) -> (B, 1+K, decoder width), class token first."""
+        """Encode visible tokens (B, K, D) to (B, 1+K, decoder width), class token first."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], 1)
         for block in self.blocks:
             x = block(x)
         return self.decoder_embed(self.norm(x))
 
-    def cut(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) -> view (B, rows, columns, 3, p, p)."""
-        p = self.sizes.patch
-        return images.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 1, 3, 5)
-
     def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
-        """Which blocks see how many heads, queries and keys."""
+        """Return blocks, heads, queries and keys of each stage."""
         visible, tokens = 1 + self.sizes.visible(cell), 1 + self.sizes.patches
         return {
             "encoder": (self.blocks, self.sizes.heads, visible, visible),
@@ -125,7 +121,7 @@ class PlainMAE(nn.Module):
         }
 
     def choose_attention(self, cell: Cell, batch: int, dtype: torch.dtype, compiled: bool) -> str:
-        """Give every block the faster form for its shape; returns in words which."""
+        """Give every block the faster form for its shape; return the choice in words."""
         device = self.cls_token.device.type
         chosen = {}
         for name, (blocks, heads, queries, keys) in self.sequences(cell).items():
@@ -138,14 +134,14 @@ class PlainMAE(nn.Module):
 
 
 class PlainGatherMAE(PlainMAE):
-    """fastmim's algorithm without its kernels: gather first, decode and score only what is predicted."""
+    """Gather first, decode and score only what is predicted: fastmim's algorithm without its kernels."""
 
     def forward(self, images: Tensor, noise: Tensor, cell: Cell) -> Tensor:
-        """images (B, 3, H, W) normalised, noise (B, L) -> loss."""
+        """Return the loss of normalised images (B, 3, H, W) with noise (B, L)."""
         batch, kept, predicted = len(images), self.sizes.visible(cell), self.sizes.predicted(cell)
         ids_shuffle = noise.argsort(1)
         ids_keep, ids_predict = ids_shuffle[:, :kept], ids_shuffle[:, kept : kept + predicted]
-        patches, rows = self.cut(images), torch.arange(batch, device=images.device)[:, None]
+        patches, rows = patch_grid(images, self.sizes.patch), torch.arange(batch, device=images.device)[:, None]
         columns = patches.shape[2]
 
         visible = patches[rows, ids_keep // columns, ids_keep % columns].flatten(2)
@@ -166,7 +162,7 @@ class PlainGatherMAE(PlainMAE):
         return squared_error(pred, target.permute(0, 1, 3, 4, 2).reshape(pred.shape)).mean()
 
     def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
-        """Which blocks see how many heads, queries and keys."""
+        """Return blocks, heads, queries and keys of each stage."""
         visible, predicted = 1 + self.sizes.visible(cell), self.sizes.predicted(cell)
         tokens, heads = visible + predicted, self.sizes.decoder_heads
         return {
@@ -177,6 +173,11 @@ class PlainGatherMAE(PlainMAE):
 
 
 def squared_error(pred: Tensor, target: Tensor) -> Tensor:
-    """pred, target (B, M, P) -> (B, M), the target normalised by each patch's own mean and deviation."""
+    """Return errors (B, M) of pred to target (B, M, P), normalised by each patch's own mean and deviation."""
     var, mean = torch.var_mean(target, -1, keepdim=True)
     return (pred - (target - mean) * (var + 1e-6).rsqrt()).square().mean(-1)
+
+
+def patch_grid(images: Tensor, patch: int) -> Tensor:
+    """View images (B, 3, H, W) as (B, rows, columns, 3, patch, patch)."""
+    return images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim import ops
+from rivals import attention_forms
+from rivals.plain_mae import patch_grid, squared_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 B, L, K, D = 16, 196, 49, 768
@@ -42,7 +44,7 @@ def nbytes(*tensors: Tensor) -> float:
 
 
 def two_argsorts(noise: Tensor) -> tuple[Tensor, ...]:
-    """As facebookresearch/mae: what is kept, what each patch's rank is, and the mask."""
+    """Mask as facebookresearch/mae does: ids that are kept, each patch's rank, and the mask."""
     shuffle = noise.argsort(1)
     restore = shuffle.argsort(1)
     places = torch.arange(L, device=DEVICE).expand(noise.shape)
@@ -56,8 +58,7 @@ def by_rank(noise: Tensor) -> tuple[Tensor, ...]:
 
 
 def cut(images: Tensor, chosen: Tensor, order: str) -> Tensor:
-    patches = images.unflatten(3, (-1, 16)).unflatten(2, (-1, 16)).permute(0, 2, 4, 1, 3, 5)
-    rows = patches[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
+    rows = patch_grid(images, 16)[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
     rows = (rows.float() / 255 - 0.45) / 0.225
     return (rows if order == "cpq" else rows.permute(0, 1, 3, 4, 2)).flatten(2)
 
@@ -82,9 +83,7 @@ def eager_unshuffle(visible: Tensor, restore: Tensor, mask_token: Tensor, pos: T
 
 
 def eager_pixel_loss(pred: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
-    target = cut(images, chosen, "pqc")
-    var, mean = torch.var_mean(target, -1, keepdim=True)
-    return (pred - (target - mean) * (var + 1e-6).rsqrt()).square().mean()
+    return squared_error(pred, cut(images, chosen, "pqc")).mean()
 
 
 def eager_cosine(pred: Tensor, target: Tensor) -> Tensor:
@@ -92,13 +91,11 @@ def eager_cosine(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def sdpa(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return attention_forms.sdpa(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
 
 
 def matmuls(qkv: Tensor) -> Tensor:
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).softmax(-1).matmul(v).transpose(1, 2)
+    return attention_forms.matmuls(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
 
 
 def eager_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

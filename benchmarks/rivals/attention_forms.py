@@ -1,4 +1,4 @@
-"""The plain peers' attention: the faster of two forms, as measured at the shape it is for."""
+"""Attention of the plain peers: the faster of two forms, measured at the shape that it is used for."""
 
 import statistics
 from collections.abc import Callable
@@ -6,19 +6,20 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from measure import interleave
 from torch import Tensor
+
+from harness.timing import interleave
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (B, H, Q, d), k and v (B, H, S, d) -> (B, H, Q, d)."""
+    """Attend from q (B, H, Q, d) to k and v (B, H, S, d): (B, H, Q, d)."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
 def matmuls(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by two matrix products and a softmax."""
+    """Compute `sdpa` by two matrix products and a softmax."""
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1) @ v
 
 
@@ -33,7 +34,7 @@ def fastest(
     device: str,
     compiled: bool,
 ) -> Attend:
-    """The form whose forward and backward pass takes less time on a fused projection's q, k, v."""
+    """Return the form whose forward and backward pass takes less time on a fused projection's q, k, v."""
     packed = torch.randn(batch, keys, 3, heads, head_dim, device=device, dtype=dtype, requires_grad=True)
     grad = torch.randn(batch, queries, heads * head_dim, device=device, dtype=dtype)
 

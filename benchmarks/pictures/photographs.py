@@ -6,13 +6,14 @@ import warnings
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from fastmim.models.mae import IMAGENET_MEAN, IMAGENET_STD
 
 # what else these folders hold is drawings, test patterns and microscopy
 _SHIPPED = {
@@ -43,12 +44,12 @@ class Photographs:
         self.next()
 
     def crops(self, count: int, size: int) -> Tensor:
-        """uint8 (count, 3, size, size) channels_last; pictures take turns."""
+        """Return uint8 (count, 3, size, size), channels_last; pictures take turns."""
         crops = [_random_resized_crop(self.next(), size, self.generator) for _ in range(count)]
         return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
 
     def next(self) -> Image.Image:
-        """The next picture, in turns; one that Pillow can't read is warned of and left out."""
+        """Return the next picture in turn, with a warning for each that Pillow can't read."""
         while self.paths:
             path = self.paths.pop(0)
             try:
@@ -64,8 +65,9 @@ class Photographs:
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 (B, 3, H, W) -> (x / 255 - mean) / std, contiguous."""
-    mean, std = (torch.tensor(s, dtype=dtype, device=images.device)[:, None, None] for s in (MEAN, STD))
+    """Normalise uint8 (B, 3, H, W) to (x / 255 - mean) / std, contiguous."""
+    options = dict(dtype=dtype, device=images.device)
+    mean, std = (torch.tensor(values, **options)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.to(dtype) / 255 - mean) / std).contiguous()
 
 
@@ -80,7 +82,7 @@ def _shipped() -> list[Path]:
 
 
 def find(name: str) -> Path:
-    """The file of a shipped photograph, by its name without the suffix."""
+    """Return the file of a shipped photograph, by its name without the suffix."""
     return next(path for path in _shipped() if path.stem == name)
 
 
@@ -101,9 +103,11 @@ def _decode(path: Path) -> Image.Image:
         return file.convert("RGB")
 
 
-def _random_resized_crop(picture: Image.Image, size: int, generator: random.Random) -> np.ndarray:
-    """(size, size, 3) of a box of .2 to 1 of the area, 3/4 to 4/3 in shape; flipped half the time."""
-    width, height = picture.size
+def random_box(width: int, height: int, generator: Any) -> tuple[int, int, int, int]:
+    """Return left, top, right and bottom of a box of 0.2 to 1 of the area, 3/4 to 4/3 in shape.
+
+    `generator` is a random.Random, or the module.
+    """
     for _ in range(10):
         area = generator.uniform(0.2, 1) * width * height
         ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -113,7 +117,13 @@ def _random_resized_crop(picture: Image.Image, size: int, generator: random.Rand
     else:
         w = h = min(width, height)
     left, top = generator.randint(0, width - w), generator.randint(0, height - h)
-    crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + w, top + h))
+    return left, top, left + w, top + h
+
+
+def _random_resized_crop(picture: Image.Image, size: int, generator: random.Random) -> np.ndarray:
+    """Return (size, size, 3) values of a random box, flipped half the time."""
+    box = random_box(*picture.size, generator)
+    crop = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if generator.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(crop)

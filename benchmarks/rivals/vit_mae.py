@@ -3,11 +3,12 @@
 from collections.abc import Collection
 from itertools import product
 
-from sizes import Sizes
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-# each as transformers 5 and transformers 4 call it
+from rivals.sizes import Sizes
+
+# names of transformers 5, then of transformers 4
 _BLOCKS = {"blocks": ("vit.layers", "vit.encoder.layer"), "decoder_blocks": ("decoder.decoder_layers",)}
 _PARTS = {
     "norm1": ("layernorm_before",),
@@ -28,7 +29,7 @@ _NAMES = {
 
 
 def build(sizes: Sizes) -> ViTMAEForPreTraining:
-    """Scaled dot product attention, and the paper's eps in place of the config's 1e-12."""
+    """Build the model with scaled dot product attention and the paper's eps in place of the config's 1e-12."""
     config = ViTMAEConfig(
         image_size=sizes.image,
         patch_size=sizes.patch,
@@ -48,7 +49,7 @@ def build(sizes: Sizes) -> ViTMAEForPreTraining:
 
 
 def names(key: str, known: Collection[str]) -> list[str]:
-    """What Hugging Face calls one of our parameters, among the `known` names: three names for a fused qkv."""
+    """Return Hugging Face's names of one of our parameters, among `known`: three for a fused qkv."""
     stack, _, rest = key.partition(".")
     if stack not in _BLOCKS:
         return [_NAMES.get(key, f"decoder.{key}")]
@@ -64,7 +65,7 @@ def names(key: str, known: Collection[str]) -> list[str]:
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Copy our weights; a new model's decoder has zeros for its position table and mask token."""
+    """Copy our weights, position table and mask token too."""
     state, known = {}, model.state_dict()
     for key, value in weights.items():
         theirs = names(key, known)

@@ -35,8 +35,9 @@ PLANNED = "(planned)"
 # begins a printed line that holds a row which is not in the file
 LOST = "row not written: "
 PRINTED = 300
-# exit status of a process whose CUDA context is lost
-BROKEN = 70
+# exit status of a process that can't measure anything here and has printed the reason, and of one whose CUDA context is
+# lost
+UNSERVED, BROKEN = 3, 70
 # errors after which every call fails; memory that ran out isn't one
 FATAL = ("CUDA error", "CUDA driver error", "device-side assert", "illegal memory access", "Triton Error [CUDA]")
 
@@ -82,7 +83,7 @@ def run(stage: str, jobs: Sequence[Job], limit: float, after: Callable[[str], No
     Args:
         stage: of the rows.
         jobs: name and work of each row; the work returns the row's fields.
-        limit: seconds after which a job has hung: the process prints where, and ends.
+        limit: seconds after which a job has hung: the process prints its stack and ends.
         after: called with the name of each row that has a result.
 
     A job that raises leaves a row with `error`. Where the CUDA context is lost with it, the process ends with status
@@ -101,9 +102,9 @@ def run(stage: str, jobs: Sequence[Job], limit: float, after: Callable[[str], No
         try:
             fields = work()
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
-            record(stage, name, error=said[:1500])
-            if any(words in said for words in FATAL):
+            text = f"{type(error).__name__}: {error}"
+            record(stage, name, error=text[:1500])
+            if any(words in text for words in FATAL):
                 sys.exit(BROKEN)
         else:
             record(stage, name, **fields, row_seconds=round(time.perf_counter() - start, 2))
@@ -123,7 +124,7 @@ def is_done(row: Row | None) -> bool:
 
 
 def problem(row: Row) -> str | None:
-    """What is wrong or failed in a row, in words."""
+    """Describe what is wrong or failed in a row, or return None."""
     if row.get("wrong"):
         return f"wrong: {row['wrong']}"
     if isinstance(row.get("error"), str):
@@ -135,13 +136,13 @@ def problem(row: Row) -> str | None:
 
 
 def stored(stage: str) -> dict[str, Row]:
-    """The stage's rows by name, as they stand in the file."""
+    """Return the stage's rows in the file by name."""
     path = Path(os.environ.get(FILE, ""))
     return {name: row for (where, name), row in read(path).items() if where == stage} if path.is_file() else {}
 
 
 def read(path: Path) -> dict[tuple[str, str], Row]:
-    """The rows of a file by stage and name, in the order of the first of each; lines that were cut are left out."""
+    """Read the rows of a file by stage and name, in the order of the first of each; truncated lines are left out."""
     rows: dict[tuple[str, str], Row] = {}
     for line in path.read_text(errors="replace").splitlines():
         try:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from photographs import Photographs
 from PIL import Image
+
+from pictures.photographs import Photographs
 
 # ImageNet's training images: about 500 x 375 pixels and 110 KB each
 SIDES = (500, 375)

@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any
 
+# compute capability that the kernels need
+LEAST = (8, 0)
 EAGER, GRAPH, BLOCKS = "eager", "graph", "compiled by block"
 OURS, SAME, HUGGINGFACE = "fastmim", "plain-gather", "huggingface"
 BOTH = ((OURS, EAGER), (OURS, GRAPH), (SAME, EAGER), (SAME, GRAPH))
@@ -147,7 +149,7 @@ REHEARSAL = Plan(
 
 
 def parse(description: str | None, options: dict[str, dict[str, Any]] | None = None) -> argparse.Namespace:
-    """The command line of a stage's script: its `plan`, by --rehearse, and further options."""
+    """Parse the command line of a stage's script; `plan` follows --rehearse."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes, on a CPU")
     for name, settings in (options or {}).items():

@@ -1,4 +1,4 @@
-"""How much memory a contestant takes, and how large a batch has room."""
+"""Memory of a contestant, and the batch that fits."""
 
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -6,20 +6,21 @@ from dataclasses import replace
 from multiprocessing import get_context
 
 import torch
-from contestants import Batch, Contestant, Setting, batches
-from measure import SavedBytes, peak_memory
-from sizes import Cell
 from torch import nn
+
+from harness.memory import SavedBytes, peak_memory
+from rivals.contestants import Batch, Contestant, Setting, batches
+from rivals.sizes import Cell
 
 
 def peak_in_fresh_process(form: str, compiled: bool, setting: Setting, cell: Cell) -> int:
-    """Most bytes held over two training steps in a process that does nothing else."""
+    """Measure the peak of two training steps in bytes, in a process of their own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_peak, form, compiled, setting, cell).result()
 
 
 def batch_with_room(setting: Setting, template: nn.Module, cell: Cell) -> int:
-    """8 on a CPU; on CUDA a power of two: what `plain` saves fills at most a quarter of the memory."""
+    """Return 8 on a CPU; on CUDA the power of two at which what `plain` saves fills at most a quarter of the memory."""
     if setting.device == "cpu":
         return 8
     plain = Contestant("plain", replace(setting, batch_size=2), template)
@@ -29,7 +30,7 @@ def batch_with_room(setting: Setting, template: nn.Module, cell: Cell) -> int:
 
 
 def saved_bytes(contestant: Contestant, batch: Batch) -> int:
-    """What a forward pass keeps for the backward pass."""
+    """Return the bytes that a forward pass keeps for the backward pass."""
     with (
         SavedBytes(contestant.model, [batch.images, batch.floats, batch.noise]) as saved,
         contestant.setting.autocast(),

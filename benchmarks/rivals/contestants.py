@@ -1,4 +1,4 @@
-"""Who takes part: one training step each, from the same weights, on the same images and noise."""
+"""Contestants of a benchmark: one training step each, from the same weights, on the same images and noise."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import cycle
 
 import torch
-from peers import PlainGatherMAE, PlainMAE
-from photographs import normalise
-from sizes import PARTIAL, Cell, Sizes
 from torch import Tensor, nn
 
 import fastmim
+from pictures.photographs import normalise
+from rivals.plain_mae import PlainGatherMAE, PlainMAE
+from rivals.sizes import PARTIAL, Cell, Sizes
 
 MODELS = {
     "tiny": fastmim.mae_vit_tiny_patch16,
@@ -30,7 +30,7 @@ ACCELERATED = "+accelerated"
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants of a table share, besides the cell."""
+    """Settings that all contestants of a table share, besides the cell."""
 
     model: str
     image_size: int
@@ -39,18 +39,18 @@ class Setting:
     device: str
 
     def template(self) -> fastmim.MaskedAutoencoderViT:
-        """The fastmim model whose weights everybody starts from."""
+        """Return the fastmim model whose weights all contestants start from."""
         torch.manual_seed(0)
         return MODELS[self.model](img_size=self.image_size, norm_pix_loss=True)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Narrow products; the residual stream, weights and reductions stay fp32 in every contestant."""
+        """Narrow the products; the residual stream, weights and reductions stay fp32 in every contestant."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.dtype == "bf16")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The same images twice: uint8 for fastmim, normalised outside the clock for its peers; noise (B, L)."""
+    """Images twice, uint8 for fastmim, normalised outside the clock for its peers; noise (B, L)."""
 
     images: Tensor
     floats: Tensor
@@ -61,7 +61,7 @@ class Batch:
 
 
 def batches(images: Tensor, batch_size: int, patches: int) -> Iterator[Batch]:
-    """Without end, from uint8 images (N, 3, H, W) in turns, with fresh noise each time."""
+    """Yield batches without end, from uint8 images (N, 3, H, W) in turns, with fresh noise each time."""
     pool = [(part, normalise(part, torch.float32)) for part in images.split(batch_size)]
     generator = torch.Generator(images.device).manual_seed(0)
     for part, floats in cycle(pool):
@@ -74,7 +74,7 @@ class Contestant:
     Args:
         form: "fastmim" or one of PEERS, of which some may be accelerated: "huggingface+accelerated".
         template: gives sizes and weights.
-        compiled: whether the loss runs under torch.compile.
+        compiled: run the loss under torch.compile.
     """
 
     def __init__(self, form: str, setting: Setting, template: nn.Module, compiled: bool = False) -> None:
@@ -86,7 +86,7 @@ class Contestant:
         self.attention = ""
 
     def enter(self, cell: Cell) -> None:
-        """Make ready for a cell of the grid: choose attention if there is a choice, compile if asked."""
+        """Prepare for a cell of the grid: choose the form of attention, compile if asked."""
         if isinstance(self.model, PlainMAE):
             dtype = DTYPES[self.setting.dtype]
             self.attention = self.model.choose_attention(cell, self.setting.batch_size, dtype, self.compiled)
@@ -94,7 +94,7 @@ class Contestant:
         self.loss: Callable[[Batch], Tensor] = torch.compile(loss, dynamic=False) if self.compiled else loss
 
     def step(self, batch: Batch) -> Tensor:
-        """Forward, backward, optimiser; returns the loss."""
+        """Run forward, backward and optimiser; return the loss."""
         with self.setting.autocast():
             loss = self.loss(batch)
         loss.backward()
@@ -103,7 +103,7 @@ class Contestant:
         return loss.detach()
 
     def decodes_all(self, cell: Cell) -> bool:
-        """Whether this one trains plain MAE though the cell asks for less."""
+        """Return whether this contestant decodes all patches although the cell asks for fewer."""
         return cell.decode_ratio < 1 and self.form not in PARTIAL
 
 
@@ -114,11 +114,11 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         return model
     weights = template.state_dict()
     if form == "huggingface":
-        import huggingface  # which takes seconds, and which few processes need
+        from rivals import vit_mae  # slow to import, and not needed in every process
 
         with torch.device(setting.device):
-            model = huggingface.build(sizes)
-        huggingface.load(model, weights)
+            model = vit_mae.build(sizes)
+        vit_mae.load(model, weights)
         return model
     build = {"fastmim": lambda _: setting.template(), "plain": PlainMAE, "plain-gather": PlainGatherMAE}[form]
     with torch.device(setting.device):  # where initial values, which are replaced, are drawn at once
@@ -138,7 +138,7 @@ def _loss_function(form: str, model: nn.Module, cell: Cell) -> Callable[[Batch],
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
-    """Everybody's optimiser: no decay of vectors."""
+    """Return the optimiser of all contestants, without decay of vectors."""
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.05},

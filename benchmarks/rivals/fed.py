@@ -1,4 +1,4 @@
-"""Training fed by a real loader: how fast it goes, and how much of the time it waits for images."""
+"""Training fed by a real loader: its speed, and the share of time that it waits for images."""
 
 from itertools import chain, repeat
 from pathlib import Path
@@ -6,13 +6,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from contestants import Batch, Contestant
 
 from fastmim.data import ImageLoader
+from rivals.contestants import Batch, Contestant
 
 
 def train_fed(contestant: Contestant, folder: Path, backend: str, steps: int) -> dict[str, Any]:
-    """Steps on what a loader gives, after one that isn't clocked: backend, images/s and the share of time waiting.
+    """Train on a loader's batches after an unclocked step; return backend, images/s and the share of time waiting.
 
     The contestant has entered its cell.
     """

@@ -1,19 +1,16 @@
-"""Clocks, the matmul rate, and memory."""
+"""Clocks, the statistics of their laps, and the matmul rate."""
 
-import resource
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Stopwatch:
-    """Marks in time: on CUDA events in the stream, elsewhere the clock."""
+    """Marks in time: events in the stream on CUDA, else the host's clock."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -37,7 +34,7 @@ class Stopwatch:
 
 
 def interleave(jobs: dict[str, Callable[[int], object]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each job in each round, A B A B, so that a slow minute of the machine is everybody's."""
+    """Return seconds of each job in each round, interleaved (A B A B) so that noise of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     for index in range(rounds):
         for name, job in jobs.items():
@@ -50,7 +47,7 @@ def interleave(jobs: dict[str, Callable[[int], object]], rounds: int, device: st
 
 
 class Matmul:
-    """A large square matrix product: the rate that a machine could have."""
+    """A large square matrix product, whose rate is an upper bound for the machine."""
 
     ROWS: ClassVar = {"cuda": 8192, "cpu": 2048}
 
@@ -68,46 +65,8 @@ def spread(seconds: list[float]) -> float:
     return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
 
 
-class SavedBytes:
-    """Context that counts what autograd keeps for the backward pass, each storage once.
-
-    Parameters, buffers and the step's own inputs exist anyway and don't count.
-    """
-
-    def __init__(self, model: nn.Module, inputs: list[Tensor]) -> None:
-        existing = [*model.parameters(), *model.buffers(), *inputs]
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in existing}
-        self.total = 0
-
-    def __enter__(self) -> "SavedBytes":
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.known:
-            self.known.add(storage.data_ptr())
-            self.total += storage.nbytes()
-        return tensor
-
-
-def peak_memory(device: str) -> int:
-    """Most bytes ever held: by tensors on CUDA, by the whole process on a CPU."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    # on Linux a child starts with its parent's ru_maxrss; VmHWM is its own
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def captured(work: Callable[[], Any], times: int = 1) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A CUDA graph of `work`, so many times over, and what the last of them returned."""
+    """Capture `times` calls of `work` in a CUDA graph; return it and the last call's result."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -3,13 +3,13 @@
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # written where files are built to be carried to a machine without the repository's history
 WRITTEN = ROOT / "build" / "flight" / "commit"
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """The commit that is checked out, with "+changes" where files differ; else the one written down, else None."""
+    """Return the checked-out commit, with "+changes" where files differ; else the one written down, else None."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]

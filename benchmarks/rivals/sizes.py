@@ -1,4 +1,4 @@
-"""How large a masked autoencoder is, and the arithmetic that each contestant's own algorithm needs."""
+"""Sizes of a masked autoencoder, and the FLOPs that each contestant's algorithm needs."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Sizes:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
-        """Of a fastmim model."""
+        """Read the sizes of a fastmim model."""
         return cls(
             image=model.patch_embed.img_size[0],
             patch=model.patch_embed.patch_size[0],
@@ -51,11 +51,11 @@ class Sizes:
         )
 
     def visible(self, cell: Cell) -> int:
-        """K."""
+        """Return K."""
         return int(self.patches * (1 - cell.mask_ratio))
 
     def predicted(self, cell: Cell) -> int:
-        """M."""
+        """Return M."""
         return max(1, round(cell.decode_ratio * (self.patches - self.visible(cell))))
 
 

@@ -1,15 +1,16 @@
-"""The clock: contestants step in turns, each on the same images and noise."""
+"""Timed steps of contestants in turns, each on the same images and noise."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from contestants import DTYPES, Batch, Contestant
-from measure import Matmul, interleave
-from memory import saved_bytes
-from sizes import Cell
 from tqdm import tqdm
+
+from harness.timing import Matmul, interleave
+from rivals.contestants import DTYPES, Batch, Contestant
+from rivals.footprint import saved_bytes
+from rivals.sizes import Cell
 
 # within a visit launches run ahead of the GPU, as they do in training
 STEPS_PER_VISIT = {"cpu": 1, "cuda": 5}
@@ -27,9 +28,9 @@ class Result:
 def race(
     contestants: list[Contestant], cell: Cell, supply: Iterator[Batch], rounds: int
 ) -> tuple[dict[str, Result], float]:
-    """Results by contestant's name, and the FLOP/s of a large matrix product, the best of those between the steps.
+    """Time the contestants; return results by name, and the FLOP/s of a large matrix product.
 
-    One round more runs first, unclocked.
+    The product runs between the steps, and its best rate counts. One round more runs first, unclocked.
     """
     setting = contestants[0].setting
     steps = STEPS_PER_VISIT[setting.device]

@@ -1,14 +1,15 @@
-"""What must hold before any clock starts: all compute the same thing, fastmim as exactly as the others."""
+"""Checks before any clock starts: all contestants compute the same thing, fastmim as exactly as the others."""
 
 import copy
 import math
 from dataclasses import replace
 
 import torch
-from contestants import Batch, Contestant, Setting
-from photographs import normalise
-from sizes import PARTIAL, Cell, Sizes
 from torch import Tensor, nn
+
+from pictures.photographs import normalise
+from rivals.contestants import Batch, Contestant, Setting
+from rivals.sizes import PARTIAL, Cell, Sizes
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25
@@ -24,12 +25,12 @@ class Disagreement(Exception):
 
 
 def images_to_check(sizes: Sizes, cell: Cell) -> int:
-    """So many that the roundings of single tokens average out of a gradient's error."""
+    """Return a number of images at which rounding of single tokens averages out of a gradient's error."""
     return max(2, math.ceil(TOKENS / (sizes.visible(cell) + sizes.predicted(cell))))
 
 
 def check(contestants: list[Contestant], setting: Setting, cell: Cell, batch: Batch) -> str:
-    """Compare losses in fp32, and fastmim's gradients in the timed dtype with float64; returns both in words.
+    """Compare losses in fp32, and fastmim's gradients in the timed dtype with float64; return both in words.
 
     The reference is the plain peer with fastmim's objective: `plain`, or `plain-gather` where decode_ratio
     is below 1; losses of contestants that decode all are compared with `plain`.

@@ -1,0 +1,1 @@
+"""Timing, memory, environment and rows of measurements."""

@@ -1,0 +1,1 @@
+"""Photographs, and JPEGs made from them."""

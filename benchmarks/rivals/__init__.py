@@ -1,0 +1,1 @@
+"""The models that fastmim is measured against, and how they are compared."""
