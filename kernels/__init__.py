@@ -1,10 +1,10 @@
-"""The Triton kernels: one module per op family, imported when one of its kernels is first called.
+"""Triton kernels: one module per group of ops, imported when one of its kernels is first called.
 
 A launcher has the name and the arguments of its op, on tensors that the op has checked; it raises `Unserved`, before
 it launches anything, for what its kernels do not serve. This package knows torch and triton, never fastmim.
 """
 
-# op family -> the ops its module serves
+# module -> the ops that it serves
 OPS = {
     "masking": ("random_masking",),
     "patches": ("gather_patches", "gather_patches_backward", "embed_patches"),
@@ -30,4 +30,4 @@ OPS = {
 
 
 class Unserved(Exception):
-    """No kernel here for these arguments; says why."""
+    """Raised where no kernel here serves the arguments; the message is the reason."""

@@ -1,16 +1,20 @@
-"""What launchers share: the device they launch on, block sizes, and the checks on values."""
+"""Launching: the decorator of kernels, the device they run on, block sizes, strides and the checks on arguments.
+
+Kernels take their arguments in one order: each tensor followed by its strides (an output is contiguous and has none),
+then counts, then scalars; constants follow in capitals, sizes and flags before UNIT and the sizes of blocks. A row of
+B·`count` rows is `row`, the values along it are columns.
+"""
 
 import contextlib
 import inspect
 import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
@@ -24,51 +28,141 @@ if __package__ != "fastmim.kernels":
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 
+# The sizes of blocks are larger in the interpreter, where a program costs milliseconds however large its tile.
+# values of a tile that holds some columns of its rows, and the most rows: each is compared with a block of ids
+_TILE, _MOST_ROWS = (2**14, 1024) if INTERPRETED else (2**12, 64)
+# values of a tile that holds whole rows, and the widest row
+_WHOLE_TILE, _WIDEST = 2**14 if INTERPRETED else 2**11, 8192
+# ids that a program compares at a time when it searches for the row that names a token
+BLOCK_IDS = 256 if INTERPRETED else 64
+
+
+# ---- kernels and where they run --------------------------------------------------------------------------------------
 
 # Arguments that change from call to call with the batch, the mask or the size of images. Triton would compile a kernel
 # again where one of them is 1 or becomes a multiple of 16; it still does at 2^31, where they take 64 bits.
 _COUNTS = frozenset(
-    "batch rows inner count length limit positions patches grid_h grid_w prefix num_visible num_predict predicted "
-    "len_keep len_predict heads queries keys group tiles share".split()
+    "batch rows count limit positions patches grid_h grid_w prefix num_visible num_predict len_keep len_predict heads "
+    "queries keys group tiles share".split()
 )
 # Strides between rows depend on counts too: `unit_of` tells a kernel how the rows are aligned.
-_ROW_STRIDES = "_batch", "_row", "_head", "_outer", "_inner"
+_ROW_STRIDES = "_batch", "_row", "_head"
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile what is launched by `triton.jit`, once for all counts and strides between rows.
+    """Compile a function by `triton.jit`, once for all counts and strides between rows.
 
-    Widths, strides along a row (named `_value`) and those of images (`stride_`) are specialised: they make loads wide.
+    Widths, strides along a row (`x_value`) and those of images (`images_b` to `images_w`) are specialised: they make
+    loads wide.
     """
     names = [name for name in inspect.signature(function).parameters if name in _COUNTS or name.endswith(_ROW_STRIDES)]
     return triton.jit(function, do_not_specialize=names)
 
 
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Send the launches inside to the device of `tensor`, and to its current stream."""
+    return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
+
+
+# ---- block sizes -----------------------------------------------------------------------------------------------------
+
+
+def power_of_2(n: int, least: int = 1) -> int:
+    """Return the smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def tile(width: int) -> tuple[int, int]:
+    """Rows and columns of a program's tile, which extends as little beyond the width as possible."""
+    columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
+    return min(_TILE // columns, _MOST_ROWS), columns
+
+
+def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and block sizes of a kernel over so many rows of each image, or over all rows as those of one image."""
+    refuse_rows(images * rows)
+    block_rows, block_width = tile(width)
+    grid = images * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)
+    return grid, dict(BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
+
+
+def whole_rows(width: int, most: int = 1024) -> dict[str, int]:
+    """Block sizes and warps of a program that holds rows of `width` values, `most` of them at most."""
+    block = power_of_2(width)
+    rows = min(max(_WHOLE_TILE // block, 1), most)
+    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, num_warps=min(max(block // 512, 4), 16))
+
+
+# ---- strides ---------------------------------------------------------------------------------------------------------
+
+
+def strides_of(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Strides of a tensor of so many axes; zeros for None."""
+    return (0,) * axes if x is None else x.stride()
+
+
 def unit_of(*tensors: Tensor | None) -> int:
-    """The largest of 1, 2, 4 and 8 that divides the strides between the rows of all tensors."""
+    """Return the largest of 1, 2, 4 and 8 that divides the strides between the rows of all tensors."""
     strides = (s for x in tensors if x is not None for n, s in zip(x.shape[:-1], x.stride()) if n > 1)
     return math.gcd(8, *strides)
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches inside go to the device of `tensor`, and to its current stream."""
-    return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
+def as_rows(x: Tensor) -> Tensor:
+    """Return x (..., D) as (batch, count, D), two axes of rows whose strides a kernel takes; a view where possible.
+
+    Offsets within a row have 32 bits: rows whose values lie further apart are copied.
+    """
+    x = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
+    return x.contiguous() if x.shape[-1] * x.stride(-1) >= 2**31 else x
 
 
-def power_of_2(n: int, least: int = 1) -> int:
-    """The smallest power of two that is at least `n` and `least`."""
-    return max(least, 1 << max(n - 1, 0).bit_length())
+def image_strides(images: Tensor) -> tuple[int, ...]:
+    """Strides (B, C, T, H, W) of clips; an image is a clip of one frame, whose T is never stepped along."""
+    strides = images.stride()
+    return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
+
+
+def patch_grid(shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[list[int], list[int]]:
+    """Patch and grid (T, H, W) of images of `shape`."""
+    sizes = shape[2:]
+    patch = [patch_size] * len(sizes) if isinstance(patch_size, int) else list(patch_size)
+    missing = [1] * (3 - len(sizes))
+    return missing + patch, missing + [size // p for size, p in zip(sizes, patch)]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:
-    """float64 is the reference's."""
+    """Leave float64 to the reference."""
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         raise Unserved("float64 is served by the reference")
 
 
+def refuse_rows(*counts: int) -> None:
+    """Leave more rows, tokens or patches than 32 bits count, a program's tail included, to the reference."""
+    if max(counts) > 2**31 - 2**22:
+        raise Unserved("over 2^31 rows are served by the reference")
+
+
+def refuse_width(width: int) -> None:
+    """Leave rows that no program holds as a whole, and those without values, to the reference."""
+    if width == 0:
+        raise Unserved("rows without values are served by the reference")
+    if width > _WIDEST:
+        raise Unserved(f"rows of up to {_WIDEST} values are served, not {width}")
+
+
+# ---- checks on values, made on the CPU, and on a GPU under FASTMIM_CHECK_IDS=1 ---------------------------------------
+
+
+def _can_check(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or _CHECK_ON_DEVICE
+
+
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
-    """The ids of each row are distinct and in 0..limit-1: looked at on the CPU, and under FASTMIM_CHECK_IDS=1."""
-    if ids.numel() == 0 or not (ids.device.type == "cpu" or _CHECK_ON_DEVICE):
+    """Raise unless the ids of each row are distinct and in 0..limit-1."""
+    if ids.numel() == 0 or not _can_check(ids):
         return
     low, high = (int(value) for value in ids.aminmax())
     if low < 0 or high >= limit:
@@ -79,8 +173,8 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
 
 
 def check_std(std: Tensor | None) -> None:
-    """Deviations to divide by are positive: looked at where ids are."""
-    if std is None or not (std.device.type == "cpu" or _CHECK_ON_DEVICE):
+    """Raise unless each standard deviation is positive."""
+    if std is None or not _can_check(std):
         return
     for channel, value in enumerate(std.tolist()):
         if not value > 0:
@@ -88,36 +182,14 @@ def check_std(std: Tensor | None) -> None:
 
 
 def check_noise(noise: Tensor) -> None:
-    """The noise has an order: looked at where ids are."""
-    if (noise.device.type == "cpu" or _CHECK_ON_DEVICE) and bool(noise.isnan().any()):
+    """Raise where noise is NaN and so has no order."""
+    if _can_check(noise) and bool(noise.isnan().any()):
         raise ValueError("noise must not hold NaN: the order of its values is the mask")
 
 
-def refuse_rows(*counts: int) -> None:
-    """Kernels count rows, tokens and patches in 32 bits, a program's share of them beyond the last included."""
-    if max(counts) > 2**31 - 2**22:
-        raise Unserved("over 2^31 rows are served by the reference")
-
-
-def as_rows(x: Tensor) -> Tensor:
-    """x (..., D) as (outer, inner, D), two axes of rows whose strides a kernel is given; x itself up to three axes.
-
-    Offsets within a row are of 32 bits: rows whose values lie further apart are copied.
-    """
-    x = x.reshape(-1, x.shape[-2] if x.dim() > 1 else 1, x.shape[-1])
-    return x.contiguous() if x.shape[-1] * x.stride(-1) >= 2**31 else x
-
-
-@triton.jit
-def row_offset(row, inner, outer_stride, inner_stride, UNIT: tl.constexpr):
-    """Offset of row `row` of an (outer, inner, D) tensor, in elements: a multiple of UNIT."""
-    offset = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * inner_stride
-    return tl.multiple_of(offset, UNIT)
-
-
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """Starts at 0, never falls, ends at `total`, no sequence longer than `max_seqlen`: looked at where ids are."""
-    if not (cu_seqlens.device.type == "cpu" or _CHECK_ON_DEVICE):
+    """Raise unless starts rise from 0 to `total`, with no sequence longer than `max_seqlen`."""
+    if not _can_check(cu_seqlens):
         return
     starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(starts)]

@@ -1,4 +1,4 @@
-"""Launches seen instead of made."""
+"""Launches recorded instead of made."""
 
 import contextlib
 from collections.abc import Callable, Iterator

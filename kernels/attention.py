@@ -1,7 +1,8 @@
 """Attention over short sequences: packed, separate (self or cross) and ragged.
 
-Two forms. A tile holds whole sequences of one head, as many as fit, under a block-diagonal mask: each tensor is read
-once, and the backward pass needs neither the output nor the softmax's statistics. Longer sequences go block by block.
+There are two forms. A tile holds whole sequences of one head, as many as fit, under a block-diagonal mask: each tensor
+is read once, and the backward pass needs neither the output nor the softmax's statistics. Longer sequences are
+processed block by block.
 """
 
 import math
@@ -12,7 +13,7 @@ import triton
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, unit_of
+from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, strides_of, unit_of
 from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_kernel, loop_forward_kernel
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
 
@@ -42,32 +43,37 @@ def _check(q: Tensor, queries: int, keys: int) -> None:
 
 
 def _columns(dim: int) -> tuple[int, int]:
-    """The widths of the two blocks of columns; 0 where one holds all."""
+    """Widths of the two blocks of columns; the second is 0 where one holds all."""
     whole = power_of_2(dim, least=16)
     rest = power_of_2(dim - whole // 2, least=16)
     return (whole // 2, rest) if dim > 64 and rest < whole // 2 else (whole, 0)
 
 
 def _readable(x: Tensor, longest: int) -> Tensor:
-    """With the values of a row one after another, and a sequence of rows within the reach of 32 bits."""
+    """Return x with contiguous rows and offsets within a sequence that fit in 32 bits, copied if need be."""
     return x if x.stride(-1) == 1 and longest * x.stride(-3) < SPAN else x.contiguous()
 
 
 def _reachable(mask: Tensor | None, axes: int) -> Tensor | None:
-    """With each of the last axes within the reach of 32 bits; None stays None."""
+    """Return mask with offsets along each of its last axes that fit in 32 bits, copied if need be; None stays None."""
     if mask is None or all(n * stride < SPAN for n, stride in list(zip(mask.shape, mask.stride()))[-axes:]):
         return mask
     return mask.contiguous()
 
 
-def _strides(unit: int, *tensors: Tensor) -> list[int]:
-    """Those of batch, row and head; packed rows (T, H, D) start where cu_seqlens says."""
-    return [stride // unit for x in tensors for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
+def _strides(unit: int, x: Tensor) -> list[int]:
+    """Strides of batch, row and head in units; packed rows (T, H, D) start where cu_seqlens says."""
+    return [stride // unit for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
 
 
-def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) -> tuple[list[int], int]:
-    """The strides of key_mask and those of bias as if it had its full shape, and the unit of the bias's."""
-    masks = [0, 0] if key_mask is None else list(key_mask.stride())
+def _strided(unit: int, *tensors: Tensor) -> list[Any]:
+    """Tensors, each followed by its strides."""
+    return [argument for x in tensors for argument in (x, *_strides(unit, x))]
+
+
+def _masks(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) -> tuple[list[Any], int]:
+    """Return key_mask and bias, each followed by its strides in its full shape, and the unit of the strides of bias."""
+    masks = [key_mask, *strides_of(key_mask, 2), bias]
     if bias is None:
         return [*masks, 0, 0, 0, 0], 1
     # the keys of a row of the bias are masked, which is as wide as their number is aligned
@@ -77,12 +83,12 @@ def _mask_strides(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int,
 
 
 def _has_large_tiles(q: Tensor) -> bool:
-    """Where matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
+    """Return whether matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
     return q.device.type != "cpu" and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
 
 
 def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
-    """How long a sequence a tile takes, forward and backward: what its registers hold without spilling."""
+    """Longest sequence of a tile, forward and backward, that registers hold without spilling."""
     if INTERPRETED:
         return 128, 64
     if q.dtype == torch.float32:
@@ -96,25 +102,25 @@ def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
 
 
 def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tuple[int, dict[str, int]]:
-    """How many sequences a tile holds, and its sizes."""
+    """Number of sequences that a tile holds, and its sizes."""
     most = PACKED_ROWS // 2 if q.dtype == torch.float32 and not INTERPRETED else PACKED_ROWS
     group = max(most // max(queries, keys), 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
     warps = max(rows, columns) // 16
     if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96) or (biased and group > 1):
         warps = max(2 * warps, 8)
-    return group, dict(BQ=rows, BK=columns, PACKED=group > 1, num_warps=min(warps, 8))
+    return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(warps, 8))
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
-    """The sizes of blocks where a tile does not take a sequence."""
+    """Sizes of blocks for sequences that no tile holds."""
     if INTERPRETED:
-        return dict(BQ=256, BK=128)
+        return dict(BLOCK_Q=256, BLOCK_K=128)
     if biased and q.dtype != torch.float32:
-        return dict(BQ=32, BK=32, num_warps=8)
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=8)
     size = 32 if q.dtype == torch.float32 else 64
-    # what spills nothing, by the table of compiled kernels
-    return dict(BQ=size, BK=size, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
+    # these spill nothing, by the table of compiled kernels
+    return dict(BLOCK_Q=size, BLOCK_K=size, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
@@ -127,7 +133,7 @@ def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, 
 
 
 def _columns_of(q: Tensor, unit: int, bias_unit: int) -> dict[str, Any]:
-    """Constants of every kernel; Triton's interpreter multiplies matrices of bfloat16 wrongly."""
+    """Constants of every kernel: bfloat16, which Triton's interpreter multiplies wrongly, is upcast there."""
     dim = q.shape[-1]
     low, high = _columns(dim)
     return dict(
@@ -152,21 +158,20 @@ def _forward(
     key_mask, bias = _reachable(key_mask, 1), _reachable(bias, 2)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = unit_of(q, k, v, out)
-    masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
-    strides = (*_strides(unit, q, k, v, out), *masks)
+    masks, bias_unit = _masks(key_mask, bias, (batch, heads, queries, keys))
+    tensors = (*_strided(unit, q, k, v, out), *masks, cu_q, cu_k)
     columns = _columns_of(q, unit, bias_unit)
-    tensors = (q, k, v, out, key_mask, bias, cu_q, cu_k)
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[0]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
-                *tensors, *strides, batch, heads, queries, keys, group, scale, **columns, **tile
+                *tensors, batch, heads, queries, keys, group, scale, **columns, **tile
             )
         else:
             blocks = _blocks(q, bias is not None)
-            tiles = triton.cdiv(most_queries, blocks["BQ"])
+            tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"])
             loop_forward_kernel[(tiles * batch * heads,)](
-                *tensors, *strides, tiles, heads, queries, keys, scale, **columns, **blocks
+                *tensors, tiles, heads, queries, keys, scale, **columns, **blocks
             )
     return out
 
@@ -185,7 +190,7 @@ def _backward(
     score_grad: Tensor | None = None,
     ragged: Ragged | None = None,
 ) -> None:
-    """Writes dq, dk and dv, and where asked for the gradient of the scores (B, H, Sq, Sk)."""
+    """Write dq, dk and dv, and if given score_grad, the gradient of the scores (B, H, Sq, Sk)."""
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
@@ -196,15 +201,13 @@ def _backward(
     key_mask, bias = _reachable(key_mask, 1), _reachable(bias, 2)
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = unit_of(grad, q, k, v, dq, dk)
-    masks, bias_unit = _mask_strides(key_mask, bias, (batch, heads, queries, keys))
+    masks, bias_unit = _masks(key_mask, bias, (batch, heads, queries, keys))
     columns = _columns_of(q, unit, bias_unit)
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[1]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
-                *(grad, q, k, v, dq, dk, dv, key_mask, bias, score_grad, cu_q, cu_k),
-                *_strides(unit, grad, q, k, v, dq, dk),
-                *masks,
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, *masks, score_grad, cu_q, cu_k),
                 *(batch, heads, queries, keys, group, scale),
                 **columns,
                 **tile,
@@ -214,22 +217,18 @@ def _backward(
         rows = triton.cdiv(queries * heads * (batch if ragged is None else 1), 4) * 4
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
         blocks = _blocks(q, bias is not None)
-        tiles = triton.cdiv(most_queries, blocks["BQ"])
+        tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"])
         loop_backward_queries_kernel[(tiles * batch * heads,)](
-            *(grad, q, k, v, dq, top, inverse, mean, key_mask, bias, score_grad, cu_q, cu_k),
-            *_strides(unit, grad, q, k, v, dq),
-            *masks,
+            *(*_strided(unit, grad, q, k, v, dq), top, inverse, mean, *masks, score_grad, cu_q, cu_k),
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
             num_stages=2,
         )
-        blocks["BQ"] //= 2
-        tiles = triton.cdiv(most_keys, blocks["BK"])
+        blocks["BLOCK_Q"] //= 2
+        tiles = triton.cdiv(most_keys, blocks["BLOCK_K"])
         loop_backward_keys_kernel[(tiles * batch * heads,)](
-            *(grad, q, k, v, dk, dv, top, inverse, mean, key_mask, bias, cu_q, cu_k),
-            *_strides(unit, grad, q, k, v, dk),
-            *masks,
+            *(*_strided(unit, grad, q, k, v, dk), dv, top, inverse, mean, *masks, cu_q, cu_k),
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
@@ -281,7 +280,7 @@ def attention_backward(
     scale: float,
     need_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and bias (empty unless asked for)."""
+    """Gradients of q, k, v and bias, the last empty unless needed."""
     _check(q, q.shape[1], k.shape[1])
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     score_grad = None

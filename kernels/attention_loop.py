@@ -23,17 +23,17 @@ from .attention_rows import (
 
 @triton.jit
 def _block_scores(
-    q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1: tl.constexpr
+    q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr
 ):
     """Scores of a block, in powers of 2; -infinity for keys that no query attends to."""
     scores = over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    scores = with_bias(scores, bias, row * bias_row, column * bias_key, is_query[:, None] & attends[None, :])
+    scores = with_bias(scores, bias, row * bias_row, column * bias_key, valid_q[:, None] & attends[None, :])
     return tl.where(attends[None, :], scores, -INFINITY)
 
 
 @triton.jit
 def _raise(top, scores):
-    """The row maximum with that of more scores, 0 while there is none, and what earlier sums are multiplied by."""
+    """Return the row maximum with more scores, the same with 0 for none, and the factor of earlier sums."""
     highest = tl.maximum(top, tl.max(scores, 1))
     shift = tl.where(highest == -INFINITY, 0.0, highest)
     return highest, shift, tl.exp2(top - shift)
@@ -41,17 +41,21 @@ def _raise(top, scores):
 
 @kernel
 def loop_forward_kernel(
-    q, k, v, out, key_mask, bias, cu_q, cu_k,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
-    mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    out, out_batch, out_row, out_head,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    cu_q, cu_k,
     tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program: BQ queries of one sequence and head, over its keys BK at a time with a running maximum and sum."""
+    """Attend from BLOCK_Q queries of one sequence and head to its keys, BLOCK_K at a time, with a running softmax."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
+    row = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = aligned(keys, BIAS_UNIT)
     q_first, queries = span(cu_q, entry, queries)
     k_first, keys = span(cu_k, entry, keys)
@@ -60,25 +64,25 @@ def loop_forward_kernel(
     k += offsets_of(entry, k_first, head, k_batch, k_row, k_head, UNIT)
     v += offsets_of(entry, k_first, head, v_batch, v_row, v_head, UNIT)
     if cu_q is not None:
-        keys = tl.where(tl.program_id(0) % tiles * BQ < queries, keys, 0)
+        keys = tl.where(tl.program_id(0) % tiles * BLOCK_Q < queries, keys, 0)
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
         bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
         bias_row *= BIAS_UNIT
 
-    is_query = row < queries
-    q_low, q_high = load_rows(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-    top = tl.full((BQ,), -INFINITY, tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    low, high = zeros(BQ, D0, D1)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
+    valid_q = row < queries
+    q_low, q_high = load_rows(q, row * q_row * UNIT, valid_q, D, D0, D1, UPCAST)
+    top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    low, high = zeros(BLOCK_Q, D0, D1)
+    for start in range(0, keys, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
         attends = attends_to(key_mask, column * mask_key, column < keys)
         k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
         v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
         scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
+            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
         )
         top, shift, fade = _raise(top, scores)
         weights = tl.exp2(scores - shift[:, None])
@@ -88,25 +92,31 @@ def loop_forward_kernel(
             high *= fade[:, None]
         low, high = over_rows(weights, v_low, v_high, low, high, D1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    store_rows(out, row * out_row * UNIT, is_query, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
+    store_rows(out, row * out_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
 
 @kernel
 def loop_backward_queries_kernel(
-    grad, q, k, v, dq, top_of, inverse_of, mean_of, key_mask, bias, score_grad, cu_q, cu_k,
-    grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dq_batch, dq_row, dq_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    grad, grad_batch, grad_row, grad_head,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    dq, dq_batch, dq_row, dq_head,
+    top_of, inverse_of, mean_of,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    score_grad, cu_q, cu_k,
     tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program: dq of BQ queries of one sequence and head; over its keys twice.
+    """Write dq of BLOCK_Q queries of one sequence and head, in two passes over its keys.
 
-    First the softmax's maximum, sum and rowsum(P dP), kept for the gradients of keys and values.
+    The first computes the softmax's maximum, sum and rowsum(P dP), kept for the gradients of keys and values.
     """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BQ + tl.arange(0, BQ)
+    row = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = aligned(keys, BIAS_UNIT)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
@@ -121,26 +131,26 @@ def loop_backward_queries_kernel(
     k += offsets_of(entry, k_first, head, k_batch, k_row, k_head, UNIT)
     v += offsets_of(entry, k_first, head, v_batch, v_row, v_head, UNIT)
     if cu_q is not None:
-        keys = tl.where(tl.program_id(0) % tiles * BQ < queries, keys, 0)
+        keys = tl.where(tl.program_id(0) % tiles * BLOCK_Q < queries, keys, 0)
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
         bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
         bias_row *= BIAS_UNIT
 
-    is_query = row < queries
-    q_low, q_high = load_rows(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-    g_low, g_high = load_rows(grad, row * grad_row * UNIT, is_query, D, D0, D1, UPCAST)
-    top = tl.full((BQ,), -INFINITY, tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    mean = tl.zeros((BQ,), tl.float32)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
+    valid_q = row < queries
+    q_low, q_high = load_rows(q, row * q_row * UNIT, valid_q, D, D0, D1, UPCAST)
+    g_low, g_high = load_rows(grad, row * grad_row * UNIT, valid_q, D, D0, D1, UPCAST)
+    top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    mean = tl.zeros((BLOCK_Q,), tl.float32)
+    for start in range(0, keys, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
         attends = attends_to(key_mask, column * mask_key, column < keys)
         k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
         v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
         scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
+            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
         )
         top, shift, fade = _raise(top, scores)
         weights = tl.exp2(scores - shift[:, None])
@@ -149,42 +159,49 @@ def loop_backward_queries_kernel(
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     mean *= inverse
     top = tl.where(top == -INFINITY, 0.0, top)
-    tl.store(top_of + statistics + row, top, is_query)
-    tl.store(inverse_of + statistics + row, inverse, is_query)
-    tl.store(mean_of + statistics + row, mean, is_query)
+    tl.store(top_of + statistics + row, top, valid_q)
+    tl.store(inverse_of + statistics + row, inverse, valid_q)
+    tl.store(mean_of + statistics + row, mean, valid_q)
 
-    low, high = zeros(BQ, D0, D1)
-    for start in range(0, keys, BK):
-        column = start + tl.arange(0, BK)
-        is_key = column < keys
-        attends = attends_to(key_mask, column * mask_key, is_key)
+    low, high = zeros(BLOCK_Q, D0, D1)
+    for start in range(0, keys, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)
+        valid_k = column < keys
+        attends = attends_to(key_mask, column * mask_key, valid_k)
         k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
         v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
         scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, is_query, attends, scale, D1
+            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
         )
         weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
         slope = weights * (over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
         if score_grad is not None:
             at = score_grad + (row * keys)[:, None] + column[None, :]
-            tl.store(at, slope, is_query[:, None] & is_key[None, :])
+            tl.store(at, slope, valid_q[:, None] & valid_k[None, :])
         low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
-    store_rows(dq, row * dq_row * UNIT, is_query, low * scale, high * scale, D, D0, D1)
+    store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
 
 
 @kernel
 def loop_backward_keys_kernel(
-    grad, q, k, v, dk, dv, top_of, inverse_of, mean_of, key_mask, bias, cu_q, cu_k,
-    grad_batch, grad_row, grad_head, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    dk_batch, dk_row, dk_head, mask_batch, mask_key, bias_batch, bias_head, bias_row, bias_key,
+    grad, grad_batch, grad_row, grad_head,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    dk, dk_batch, dk_row, dk_head,
+    dv,
+    top_of, inverse_of, mean_of,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    cu_q, cu_k,
     tiles, heads, queries, keys, scale,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BQ: tl.constexpr,
-    BK: tl.constexpr, UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, UPCAST: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A program: dk and dv of BK keys of one sequence and head, over its queries BQ at a time."""
+    """Write dk and dv of BLOCK_K keys of one sequence and head, over its queries BLOCK_Q at a time."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    column = tl.program_id(0) % tiles * BK + tl.arange(0, BK)
+    column = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
     keys = aligned(keys, BIAS_UNIT)
@@ -198,35 +215,35 @@ def loop_backward_keys_kernel(
     dk += offsets_of(entry, k_first, head, dk_batch, dk_row, dk_head, UNIT)
     dv += offsets_of(entry, k_first, head, dk_batch, dk_row, dk_head, UNIT)
     if cu_q is not None:
-        queries = tl.where(tl.program_id(0) % tiles * BK < keys, queries, 0)
+        queries = tl.where(tl.program_id(0) % tiles * BLOCK_K < keys, queries, 0)
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
         bias += (entry * bias_batch + head * bias_head) * BIAS_UNIT
         bias_row *= BIAS_UNIT
 
-    is_key = column < keys
-    attends = attends_to(key_mask, column * mask_key, is_key)
+    valid_k = column < keys
+    attends = attends_to(key_mask, column * mask_key, valid_k)
     k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
     v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-    dk_low, dk_high = zeros(BK, D0, D1)
-    dv_low, dv_high = zeros(BK, D0, D1)
-    for start in range(0, queries, BQ):
-        row = start + tl.arange(0, BQ)
-        is_query = row < queries
-        q_low, q_high = load_rows(q, row * q_row * UNIT, is_query, D, D0, D1, UPCAST)
-        g_low, g_high = load_rows(grad, row * grad_row * UNIT, is_query, D, D0, D1, UPCAST)
-        top = tl.load(top_of + statistics + row, is_query, other=0.0)
-        inverse = tl.load(inverse_of + statistics + row, is_query, other=0.0)
-        mean = tl.load(mean_of + statistics + row, is_query, other=0.0)
+    dk_low, dk_high = zeros(BLOCK_K, D0, D1)
+    dv_low, dv_high = zeros(BLOCK_K, D0, D1)
+    for start in range(0, queries, BLOCK_Q):
+        row = start + tl.arange(0, BLOCK_Q)
+        valid_q = row < queries
+        q_low, q_high = load_rows(q, row * q_row * UNIT, valid_q, D, D0, D1, UPCAST)
+        g_low, g_high = load_rows(grad, row * grad_row * UNIT, valid_q, D, D0, D1, UPCAST)
+        top = tl.load(top_of + statistics + row, valid_q, other=0.0)
+        inverse = tl.load(inverse_of + statistics + row, valid_q, other=0.0)
+        mean = tl.load(mean_of + statistics + row, valid_q, other=0.0)
         # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
         scores = over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
-        scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & is_query[None, :])
+        scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
         scores = tl.where(attends[:, None], scores, -INFINITY)
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
         dv_low, dv_high = over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
         dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
-    store_rows(dv, to, is_key, dv_low, dv_high, D, D0, D1)
-    store_rows(dk, to, is_key, dk_low * scale, dk_high * scale, D, D0, D1)
+    store_rows(dv, to, valid_k, dv_low, dv_high, D, D0, D1)
+    store_rows(dk, to, valid_k, dk_low * scale, dk_high * scale, D, D0, D1)

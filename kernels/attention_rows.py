@@ -1,4 +1,4 @@
-"""What both forms of attention share: rows of a head read and written, their products, spans of ragged batches.
+"""Device functions that both forms of attention share: rows of a head, their products, spans of ragged batches.
 
 A head's D columns are two blocks, D0 and D1 wide, so that 80 columns don't pay for 128. Without a second block (D1
 is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.
@@ -13,13 +13,13 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def offsets_of(entry, row, head, batch_stride, row_stride, head_stride, UNIT: tl.constexpr):
-    """Where rows of a head begin, in elements."""
+    """Offsets at which rows of a head begin, in elements."""
     return (entry * batch_stride + row * row_stride + head * head_stride) * UNIT
 
 
 @triton.jit
 def load_rows(pointer, offsets, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """Rows at `offsets`, zeros behind D and where not `valid`."""
+    """Load rows at `offsets`, zeros beyond D and where not `valid`."""
     column = tl.arange(0, D0)
     low = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
     if UPCAST:
@@ -45,7 +45,7 @@ def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.const
 
 @triton.jit
 def over_columns(a_low, a_high, b_low, b_high, D1: tl.constexpr):
-    """a bᵀ."""
+    """Return a bᵀ."""
     product = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
     if D1 > 0:
         product = tl.dot(a_high, tl.trans(b_high), product, input_precision="ieee")
@@ -54,7 +54,7 @@ def over_columns(a_low, a_high, b_low, b_high, D1: tl.constexpr):
 
 @triton.jit
 def over_rows(weights, low, high, to_low, to_high, D1: tl.constexpr):
-    """to + weights x, with the weights, between 0 and 1, in the dtype of x."""
+    """Return to + weights x, with the weights, between 0 and 1, in the dtype of x."""
     weights = weights.to(low.dtype)
     to_low = tl.dot(weights, low, to_low, input_precision="ieee")
     to_high = tl.dot(weights, high, to_high, input_precision="ieee") if D1 > 0 else to_low
@@ -63,9 +63,9 @@ def over_rows(weights, low, high, to_low, to_high, D1: tl.constexpr):
 
 @triton.jit
 def over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr, BY_ROW: tl.constexpr):
-    """to + weights x, where float16 might not hold the weights: they are then scaled for the product.
+    """Return to + weights x for weights that float16 might not hold: they are then scaled for the product.
 
-    Where they are of several sequences it must be row by row, so that no sequence changes the bits of another.
+    Weights of several sequences are scaled row by row, so that no sequence changes the bits of another.
     """
     if low.dtype == tl.float16:
         size = tl.abs(weights)
@@ -91,7 +91,7 @@ def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def aligned(count, UNIT: tl.constexpr):
-    """A multiple of UNIT, known to the compiler as one."""
+    """Return count, a multiple of UNIT, in a form that the compiler knows to be one."""
     return count // UNIT * UNIT if UNIT > 1 else count
 
 
@@ -116,7 +116,7 @@ def attends_to(key_mask, offsets, valid):
 
 @triton.jit
 def with_bias(scores, bias, row_offsets, key_offsets, valid):
-    """Scores in powers of 2 plus the bias at those offsets."""
+    """Add the bias at those offsets to scores in powers of 2."""
     if bias is None:
         return scores
     else:

@@ -6,16 +6,17 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._launch import INTERPRETED, check_noise, kernel, on_device, power_of_2, refuse_float64
+from ._device import image_block
+from ._launch import INTERPRETED, check_noise, kernel, on_device, power_of_2, refuse_float64, strides_of
 
 # tokens that a program ranks, and keys (counters of four) that it compares them with at a time; a step costs the
 # interpreter milliseconds, however many it compares
-MOST_TOKENS, MOST_KEYS = (512, 512) if INTERPRETED else (64, 64)
+_MOST_ROWS, _MOST_KEYS = (512, 512) if INTERPRETED else (64, 64)
 
 
 @triton.jit
 def philox(seed, counter):
-    """The four 32-bit words of Philox4x32-10 with counter (counter, 0, 0, 0) under the 64-bit key `seed`."""
+    """Draw the four 32-bit words of Philox4x32-10 with counter (counter, 0, 0, 0) under the 64-bit key `seed`."""
     c0 = counter.to(tl.uint32)
     c1 = tl.zeros_like(c0)
     c2 = tl.zeros_like(c0)
@@ -34,15 +35,15 @@ def philox(seed, counter):
 
 
 @triton.jit
-def keys_of(order, token, length):
+def keys_of(order, token, patches):
     """Keys (64 bits) in the order of `order` (32 bits), ties by token; tokens past the row come last."""
-    return tl.where(token < length, (order.to(tl.int64) << 31) | token, 0x7FFFFFFFFFFFFFFF)
+    return tl.where(token < patches, (order.to(tl.int64) << 31) | token, 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
-def noise_order(noise, token, length, stride):
+def noise_order(noise, token, patches, stride):
     """Integers in the order of floating noise: both zeros are one, NaN comes last."""
-    value = tl.load(noise + token.to(tl.int64) * stride, mask=token < length, other=0.0).to(tl.float32)
+    value = tl.load(noise + token.to(tl.int64) * stride, mask=token < patches, other=0.0).to(tl.float32)
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     # of negative numbers, the larger in magnitude are the smaller
     return tl.where(value == value, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
@@ -50,42 +51,44 @@ def noise_order(noise, token, length, stride):
 
 @kernel
 def _random_masking_kernel(
-    noise, seeds, ids_keep, ids_predict, ids_restore, length, len_keep, len_predict,
-    noise_batch, noise_value, seeds_value, BLOCK_TOKENS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    noise, noise_batch, noise_value,
+    seeds, seeds_value,
+    ids_keep, ids_predict, ids_restore,
+    patches, len_keep, len_predict,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One program ranks a block of one image's tokens among all its tokens, and writes all three ids of them.
+    """Rank a block of one image's tokens among all its tokens, and write their three ids.
 
     Without `noise` the keys are drawn anew wherever they are compared; BLOCK_KEYS counters are four times as many keys.
     """
-    blocks = tl.cdiv(length, BLOCK_TOKENS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    token = tl.program_id(0) % blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    rank = tl.zeros([BLOCK_TOKENS], tl.int32)
+    b, token = image_block(patches, BLOCK_ROWS)
+    b = b.to(tl.int64)
+    rank = tl.zeros([BLOCK_ROWS], tl.int32)
     if noise is not None:
-        own = keys_of(noise_order(noise + b * noise_batch, token, length, noise_value), token, length)[:, None]
-        for start in range(0, length, BLOCK_KEYS):
+        own = keys_of(noise_order(noise + b * noise_batch, token, patches, noise_value), token, patches)[:, None]
+        for start in range(0, patches, BLOCK_KEYS):
             other = start + tl.arange(0, BLOCK_KEYS)
-            keys = keys_of(noise_order(noise + b * noise_batch, other, length, noise_value), other, length)
+            keys = keys_of(noise_order(noise + b * noise_batch, other, patches, noise_value), other, patches)
             rank += tl.sum((keys[None, :] < own).to(tl.int32), axis=1)
     else:
         seed = tl.load(seeds + b * seeds_value)
         w0, w1, w2, w3 = philox(seed, token // 4)
         word = token % 4
         own = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
-        own = keys_of(own, token, length)[:, None]
-        for start in range(0, length, 4 * BLOCK_KEYS):
+        own = keys_of(own, token, patches)[:, None]
+        for start in range(0, patches, 4 * BLOCK_KEYS):
             counter = start // 4 + tl.arange(0, BLOCK_KEYS)
             w0, w1, w2, w3 = philox(seed, counter)
-            rank += tl.sum((keys_of(w0, 4 * counter, length)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w1, 4 * counter + 1, length)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w2, 4 * counter + 2, length)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w3, 4 * counter + 3, length)[None, :] < own).to(tl.int32), axis=1)
-    inside = token < length
+            rank += tl.sum((keys_of(w0, 4 * counter, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(w1, 4 * counter + 1, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(w2, 4 * counter + 2, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(w3, 4 * counter + 3, patches)[None, :] < own).to(tl.int32), axis=1)
+    valid = token < patches
     id = token.to(tl.int64)
-    tl.store(ids_restore + b * length + token, rank.to(tl.int64), mask=inside)
-    tl.store(ids_keep + b * len_keep + rank, id, mask=inside & (rank < len_keep))
+    tl.store(ids_restore + b * patches + token, rank.to(tl.int64), mask=valid)
+    tl.store(ids_keep + b * len_keep + rank, id, mask=valid & (rank < len_keep))
     place = rank - len_keep
-    tl.store(ids_predict + b * len_predict + place, id, mask=inside & (place >= 0) & (place < len_predict))
+    tl.store(ids_predict + b * len_predict + place, id, mask=valid & (place >= 0) & (place < len_predict))
 
 
 def random_masking(
@@ -96,7 +99,7 @@ def random_masking(
     noise: Tensor | None = None,
     seeds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_keep (B, K), ids_predict (B, M) and ids_restore (B, L) by the rank of the noise, or of Philox(seeds[b])."""
+    """Return ids_keep (B, K), ids_predict (B, M) and ids_restore (B, L) by the noise or Philox(seeds[b])."""
     source = noise if noise is not None else seeds
     assert source is not None
     if noise is not None:
@@ -110,12 +113,14 @@ def random_masking(
     )
     if batch == 0:
         return ids_keep, ids_predict, ids_restore
-    block_tokens = min(power_of_2(num_patches), MOST_TOKENS)
-    block_keys = min(power_of_2(num_patches if seeds is None else triton.cdiv(num_patches, 4)), MOST_KEYS)
+    block_rows = min(power_of_2(num_patches), _MOST_ROWS)
+    block_keys = min(power_of_2(num_patches if seeds is None else triton.cdiv(num_patches, 4)), _MOST_KEYS)
     with on_device(source):
-        _random_masking_kernel[(batch * triton.cdiv(num_patches, block_tokens),)](
-            noise, seeds, ids_keep, ids_predict, ids_restore, num_patches, len_keep, len_predict,
-            *((0, 0) if noise is None else noise.stride()), 0 if seeds is None else seeds.stride(0),
-            BLOCK_TOKENS=block_tokens, BLOCK_KEYS=block_keys,
+        _random_masking_kernel[(batch * triton.cdiv(num_patches, block_rows),)](
+            noise, *strides_of(noise, 2),
+            seeds, *strides_of(seeds, 1),
+            ids_keep, ids_predict, ids_restore,
+            num_patches, len_keep, len_predict,
+            BLOCK_ROWS=block_rows, BLOCK_KEYS=block_keys,
         )  # fmt: skip
     return ids_keep, ids_predict, ids_restore

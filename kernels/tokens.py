@@ -1,72 +1,37 @@
-"""Moving tokens: rows gathered by id, written back by id, summed by position, assembled for the decoder."""
+"""Tokens gathered by id, scattered by id, summed by position, and assembled for the decoder."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, check_ids, kernel, on_device, power_of_2, refuse_float64, refuse_rows, unit_of
-
-# values of a program's tile; a program costs the interpreter milliseconds, however large its tile
-TILE = 2**14 if INTERPRETED else 2**12
-# rows of a program's tile: narrow ones are not held in as great numbers, since each is compared with a block of ids
-MOST_ROWS = 1024 if INTERPRETED else 64
-# ids that a program compares at a time, where it looks for the row that names a token
-ID_BLOCK = 256 if INTERPRETED else 64
-
-
-def tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile, which reaches as little beyond the width as can be."""
-    columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
-    return min(TILE // columns, MOST_ROWS), columns
-
-
-def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid and the block sizes of a kernel over so many rows of each image, or over all rows as one image's."""
-    refuse_rows(images * rows)
-    block_rows, block_width = tile(width)
-    grid = images * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)
-    return grid, dict(BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width)
-
-
-@triton.jit
-def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
-    """The k at which ids[k] is each of the wanted ids, -1 where there is none."""
-    place = tl.full(wanted.shape, -1, tl.int32)
-    for start in range(0, count, BLOCK_IDS):
-        k = start + tl.arange(0, BLOCK_IDS)
-        id = tl.load(ids + k.to(tl.int64) * stride, mask=k < count, other=-1)
-        place = tl.maximum(place, tl.max(tl.where(id[None, :] == wanted[:, None], k[None, :], -1), axis=1))
-    return place
-
+from ._device import dense_offsets, image_block, image_rows, load_ids, places_of, table_pointers, tile_pointers
+from ._launch import BLOCK_IDS, check_ids, kernel, on_device, refuse_float64, refuse_rows, tile, tiles, unit_of
 
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------
 
 
 @kernel
 def _gather_kernel(
-    tokens, ids, out, rows, count, limit, width,
-    tokens_batch, tokens_row, tokens_value, ids_batch, ids_value, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    tokens, tokens_batch, tokens_row, tokens_value,
+    ids, ids_batch, ids_value,
+    out,
+    rows, count, limit, width,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program copies a block of chosen tokens (rows of B·K), some of their columns.
-
-    A token that is not there reads NaN.
-    """
+    """Copy a block of chosen tokens (rows of B·K), some of their columns."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    b = (row // count).to(tl.int64)
-    token = tl.load(ids + b * ids_batch + (row % count).to(tl.int64) * ids_value, mask=row < rows, other=-1)
-    there = (token >= 0) & (token < limit)
-    source = tl.multiple_of(b * tokens_batch + token * tokens_row, UNIT)
-    source = tokens + source[:, None] + column.to(tl.int64)[None, :] * tokens_value
-    value = tl.load(source, mask=there[:, None] & (column < width)[None, :], other=float("nan"))
-    target = out + row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(target, value, mask=(row < rows)[:, None] & (column < width)[None, :])
+    valid_rows, valid_columns = row < rows, column < width
+    b, k = image_rows(row, count)
+    id, valid_ids = load_ids(ids, b, k, ids_batch, ids_value, valid_rows, limit)
+    source = tile_pointers(tokens, b, id, column.to(tl.int64), tokens_batch, tokens_row, tokens_value, UNIT)
+    value = tl.load(source, mask=valid_ids[:, None] & valid_columns[None, :], other=float("nan"))
+    tl.store(out + dense_offsets(row, column, width), value, mask=valid_rows[:, None] & valid_columns[None, :])
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """tokens[b, ids[b, k]], copied bit for bit."""
+    """Copy tokens[b, ids[b, k]], bit for bit."""
     refuse_float64(tokens)
     check_ids("ids", ids, tokens.shape[1])
     batch, count, width = *ids.shape, tokens.shape[2]
@@ -75,51 +40,55 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
         return out
     rows = batch * count
     grid, blocks = tiles(rows, width)
-    unit = unit_of(tokens)
     with on_device(tokens):
         _gather_kernel[grid](
-            tokens, ids, out, rows, count, tokens.shape[1], width, *tokens.stride(), *ids.stride(),
-            UNIT=unit, **blocks,
+            tokens, *tokens.stride(),
+            ids, *ids.stride(),
+            out,
+            rows, count, tokens.shape[1], width,
+            UNIT=unit_of(tokens), **blocks,
         )  # fmt: skip
     return out
 
 
 @kernel
 def _scatter_kernel(
-    grad, ids, out, count, rows, prefix, width,
-    grad_batch, grad_row, grad_value, ids_batch, ids_value, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
+    grad, grad_batch, grad_row, grad_value,
+    ids, ids_batch, ids_value,
+    out,
+    rows, count, prefix, width,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a block of one image's rows, some of their columns: each the row of `grad` that names it.
+    """Write a block of one image's rows, some of their columns: each is the row of `grad` that names it.
 
     Rows that none names are 0; the first `prefix` rows are copied.
     """
-    blocks = tl.cdiv(rows, BLOCK_ROWS)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    b, row = image_block(rows, BLOCK_ROWS)
+    b = b.to(tl.int64)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     place = places_of(row - prefix, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
     named = (row < prefix) | (place >= 0)
     source_row = tl.where(row < prefix, row, prefix + place).to(tl.int64)
-    source = tl.multiple_of(b * grad_batch + source_row * grad_row, UNIT)
-    source = grad + source[:, None] + column.to(tl.int64)[None, :] * grad_value
-    inside = (row < rows)[:, None] & (column < width)[None, :]
-    value = tl.load(source, mask=inside & named[:, None], other=0.0)
-    tl.store(out + (b * rows + row)[:, None] * width + column[None, :], value, mask=inside)
+    source = tile_pointers(grad, b, source_row, column.to(tl.int64), grad_batch, grad_row, grad_value, UNIT)
+    valid = (row < rows)[:, None] & (column < width)[None, :]
+    value = tl.load(source, mask=valid & named[:, None], other=0.0)
+    tl.store(out + dense_offsets(b * rows + row, column, width), value, mask=valid)
 
 
 def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
-    """(B, prefix + limit, D): the first rows of `grad` as they are, the others where `ids` says."""
+    """Return (B, prefix + limit, D): the first rows of `grad` as they are, the others where `ids` says."""
     batch, rows, width = grad.shape[0], prefix + limit, grad.shape[2]
     out = grad.new_empty(batch, rows, width)
     if out.numel() == 0:
         return out
     grid, blocks = tiles(rows, width, batch)
-    unit = unit_of(grad)
     with on_device(grad):
         _scatter_kernel[grid](
-            grad, ids, out, ids.shape[1], rows, prefix, width, *grad.stride(), *ids.stride(),
-            UNIT=unit, **blocks, BLOCK_IDS=ID_BLOCK,
+            grad, *grad.stride(),
+            ids, *ids.stride(),
+            out,
+            rows, ids.shape[1], prefix, width,
+            UNIT=unit_of(grad), **blocks, BLOCK_IDS=BLOCK_IDS,
         )  # fmt: skip
     return out
 
@@ -136,29 +105,30 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
 
 @kernel
 def _sum_kernel(
-    tokens, ids, partial, batch, share, count, positions, width,
-    tokens_batch, tokens_row, tokens_value, ids_batch, ids_value, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
+    tokens, tokens_batch, tokens_row, tokens_value,
+    ids, ids_batch, ids_value,
+    partials,
+    batch, share, count, positions, width,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """One program sums a block of positions, some of their columns, over its share of the batch, image by image."""
-    blocks = tl.cdiv(positions, BLOCK_ROWS)
-    part = tl.program_id(0) // blocks
-    position = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """Sum a block of positions, some of their columns, over the program's share of the batch, image by image."""
+    part, position = image_block(positions, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     for image in range(part * share, tl.minimum(part * share + share, batch)):
         b = tl.cast(image, tl.int64)
         place = places_of(position, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
-        source = tl.multiple_of(b * tokens_batch + place.to(tl.int64) * tokens_row, UNIT)
-        source = tokens + source[:, None] + column.to(tl.int64)[None, :] * tokens_value
+        source = tile_pointers(
+            tokens, b, place.to(tl.int64), column.to(tl.int64), tokens_batch, tokens_row, tokens_value, UNIT
+        )
         value = tl.load(source, mask=(place >= 0)[:, None] & (column < width)[None, :], other=0.0)
         total += value.to(tl.float32)
-    target = partial + (part.to(tl.int64) * positions + position)[:, None] * width + column[None, :]
-    tl.store(target, total, mask=(position < positions)[:, None] & (column < width)[None, :])
+    target = dense_offsets(part.to(tl.int64) * positions + position, column, width)
+    tl.store(partials + target, total, mask=(position < positions)[:, None] & (column < width)[None, :])
 
 
 def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
-    """(num_positions, D) in float32: the sum of the rows (B, K, D) that `ids` puts at each position."""
+    """Sum the rows (B, K, D) that `ids` puts at each position: (num_positions, D) in float32."""
     refuse_float64(rows)
     check_ids("ids", ids, num_positions)
     batch, count, width = rows.shape
@@ -170,14 +140,16 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     # enough shares of the batch for about a thousand programs
     share = max(8, triton.cdiv(batch * blocks * columns, 1024))
     parts = triton.cdiv(batch, share)
-    partial = rows.new_empty(parts, num_positions, width, dtype=torch.float32)
-    unit = unit_of(rows)
+    partials = rows.new_empty(parts, num_positions, width, dtype=torch.float32)
     with on_device(rows):
         _sum_kernel[(parts * blocks, columns)](
-            rows, ids, partial, batch, share, count, num_positions, width, *rows.stride(), *ids.stride(),
-            UNIT=unit, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=ID_BLOCK,
+            rows, *rows.stride(),
+            ids, *ids.stride(),
+            partials,
+            batch, share, count, num_positions, width,
+            UNIT=unit_of(rows), BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width, BLOCK_IDS=BLOCK_IDS,
         )  # fmt: skip
-    return partial.sum(0) if parts > 1 else partial[0]
+    return partials.sum(0) if parts > 1 else partials[0]
 
 
 # ---- decoder_tokens, unshuffle ---------------------------------------------------------------------------------------
@@ -185,50 +157,56 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
 
 @triton.jit
 def _assemble(
-    out, row, rows, width, visible, seen, visible_value, is_visible, mask_token, mask_value,
-    pos_embed, position, pos_row, pos_value, there, UNIT: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    visible, b, place, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_value,
+    pos_embed, position, pos_row, pos_value, out, row, rows, width, valid_ids,
+    UNIT: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write out[row] = visible row `seen` (where not `is_visible`, the mask token) + pos_embed[position]; else NaN."""
+    """Write visible rows, the mask token where not `is_visible`, each plus pos_embed[position], to rows of `out`."""
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    inside = (row < rows)[:, None] & (column < width)[None, :]
     step = column.to(tl.int64)
-    source = visible + seen[:, None] + step[None, :] * visible_value
-    value = tl.load(source, mask=inside & (is_visible & there)[:, None], other=0.0).to(tl.float32)
-    token = tl.load(mask_token + step * mask_value, mask=column < width, other=0.0).to(tl.float32)
-    pos = pos_embed + tl.multiple_of(position * pos_row, UNIT)[:, None] + step[None, :] * pos_value
-    pos = tl.load(pos, mask=inside & there[:, None], other=0.0).to(tl.float32)
+    valid_columns = column < width
+    valid = (row < rows)[:, None] & valid_columns[None, :]
+    source = tile_pointers(visible, b, place, step, visible_batch, visible_row, visible_value, UNIT)
+    value = tl.load(source, mask=valid & (is_visible & valid_ids)[:, None], other=0.0).to(tl.float32)
+    token = tl.load(mask_token + step * mask_value, mask=valid_columns, other=0.0).to(tl.float32)
+    source = table_pointers(pos_embed, position, step, pos_row, pos_value, UNIT)
+    pos = tl.load(source, mask=valid & valid_ids[:, None], other=0.0).to(tl.float32)
     value = tl.where(is_visible[:, None], value, token[None, :]) + pos
-    value = tl.where(there[:, None], value, float("nan"))
-    tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+    value = tl.where(valid_ids[:, None], value, float("nan"))
+    tl.store(out + dense_offsets(row, column, width), value.to(out.dtype.element_ty), mask=valid)
 
 
 @kernel
 def _decoder_kernel(
-    visible, ids_keep, ids_predict, mask_token, pos_embed, out, rows, num_visible, num_predict, prefix, patches, width,
-    visible_batch, visible_row, visible_value, keep_batch, keep_value, predict_batch, predict_value, mask_value,
-    pos_row, pos_value, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    visible, visible_batch, visible_row, visible_value,
+    ids_keep, keep_batch, keep_value,
+    ids_predict, predict_batch, predict_value,
+    mask_token, mask_value,
+    pos_embed, pos_row, pos_value,
+    out,
+    rows, num_visible, num_predict, prefix, patches, width,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a block of decoder tokens (rows of B·(N+K+M)), some of their columns.
+    """Write a block of decoder tokens (rows of B·(N+K+M)), some of their columns.
 
-    Visible tokens and mask tokens alike are put at the position that their id names.
+    Visible tokens and mask tokens alike get the position that their id names.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    b = (row // (num_visible + num_predict)).to(tl.int64)
-    r = (row % (num_visible + num_predict)).to(tl.int64)
-    is_visible = r < num_visible
-    kept = is_visible & (r >= prefix) & (row < rows)
-    kept_id = tl.load(ids_keep + b * keep_batch + (r - prefix) * keep_value, mask=kept, other=0)
-    predicted = (r >= num_visible) & (row < rows)
-    predicted_id = ids_predict + b * predict_batch + (r - num_visible) * predict_value
-    predicted_id = tl.load(predicted_id, mask=predicted, other=0)
-    id = tl.where(is_visible, kept_id, predicted_id)
-    there = (r < prefix) | ((id >= 0) & (id < patches))
-    position = tl.where(r < prefix, r, prefix + id)
-    seen = tl.multiple_of(b * visible_batch + r * visible_row, UNIT)
+    valid_rows = row < rows
+    b, k = image_rows(row, num_visible + num_predict)
+    is_prefix, is_visible = k < prefix, k < num_visible
+    kept = is_visible & ~is_prefix & valid_rows
+    id, valid_ids = load_ids(ids_keep, b, k - prefix, keep_batch, keep_value, kept, patches)
+    predicted = ~is_visible & valid_rows
+    predicted_id, valid_predicted = load_ids(
+        ids_predict, b, k - num_visible, predict_batch, predict_value, predicted, patches
+    )
+    id = tl.where(is_visible, id, predicted_id)
+    valid_ids = is_prefix | valid_ids | valid_predicted
+    position = tl.where(is_prefix, k, prefix + id)
     _assemble(
-        out, row, rows, width, visible, seen, visible_value, is_visible,
-        mask_token, mask_value, pos_embed, position, pos_row, pos_value, there, UNIT, BLOCK_WIDTH,
+        visible, b, k, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_value,
+        pos_embed, position, pos_row, pos_value, out, row, rows, width, valid_ids, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
 
 
@@ -245,44 +223,49 @@ def decoder_tokens(
     patches = pos_embed.shape[0] - num_prefix_tokens
     check_ids("ids_keep", ids_keep, patches)
     check_ids("ids_predict", ids_predict, patches)
-    batch, seen, width = visible.shape
-    predicted = ids_predict.shape[1]
-    out = visible.new_empty(batch, seen + predicted, width)
+    batch, num_visible, width = visible.shape
+    num_predict = ids_predict.shape[1]
+    out = visible.new_empty(batch, num_visible + num_predict, width)
     if out.numel() == 0:
         return out
-    rows = batch * (seen + predicted)
+    rows = batch * (num_visible + num_predict)
     grid, blocks = tiles(rows, width)
-    unit = unit_of(visible, pos_embed)
     with on_device(visible):
         _decoder_kernel[grid](
-            visible, ids_keep, ids_predict, mask_token, pos_embed, out,
-            rows, seen, predicted, num_prefix_tokens, patches, width,
-            *visible.stride(), *ids_keep.stride(), *ids_predict.stride(), *mask_token.stride(),
-            *pos_embed.stride(), UNIT=unit, **blocks,
+            visible, *visible.stride(),
+            ids_keep, *ids_keep.stride(),
+            ids_predict, *ids_predict.stride(),
+            mask_token, *mask_token.stride(),
+            pos_embed, *pos_embed.stride(),
+            out,
+            rows, num_visible, num_predict, num_prefix_tokens, patches, width,
+            UNIT=unit_of(visible, pos_embed), **blocks,
         )  # fmt: skip
     return out
 
 
 @kernel
 def _unshuffle_kernel(
-    visible, ids_restore, mask_token, pos_embed, out, rows, num_visible, prefix, length, width,
-    visible_batch, visible_row, visible_value, ids_batch, ids_value, mask_value, pos_row, pos_value,
+    visible, visible_batch, visible_row, visible_value,
+    ids_restore, ids_batch, ids_value,
+    mask_token, mask_value,
+    pos_embed, pos_row, pos_value,
+    out,
+    rows, num_visible, prefix, patches, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program writes a block of tokens in grid order (rows of B·(N+L)), some of their columns.
+    """Write a block of tokens in grid order (rows of B·(N+L)), some of their columns.
 
     A patch whose rank is that of no visible token gets the mask token.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    b = (row // (prefix + length)).to(tl.int64)
-    r = (row % (prefix + length)).to(tl.int64)
-    rank = tl.load(ids_restore + b * ids_batch + (r - prefix) * ids_value, mask=(r >= prefix) & (row < rows), other=0)
-    there = (r < prefix) | ((rank >= 0) & (rank < length))
-    place = tl.where(r < prefix, r, prefix + rank)
-    seen = tl.multiple_of(b * visible_batch + place * visible_row, UNIT)
+    b, k = image_rows(row, prefix + patches)
+    is_prefix = k < prefix
+    rank, valid_ids = load_ids(ids_restore, b, k - prefix, ids_batch, ids_value, ~is_prefix & (row < rows), patches)
+    place = tl.where(is_prefix, k, prefix + rank)
     _assemble(
-        out, row, rows, width, visible, seen, visible_value, place < num_visible,
-        mask_token, mask_value, pos_embed, r, pos_row, pos_value, there, UNIT, BLOCK_WIDTH,
+        visible, b, place, visible_batch, visible_row, visible_value, place < num_visible, mask_token, mask_value,
+        pos_embed, k, pos_row, pos_value, out, row, rows, width, is_prefix | valid_ids, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
 
 
@@ -291,44 +274,49 @@ def unshuffle(
 ) -> Tensor:
     """[prefix ; visible tokens in their places, the mask token in all others], each plus its position."""
     refuse_float64(visible, mask_token, pos_embed)
-    batch, seen, width = visible.shape
-    length = ids_restore.shape[1]
-    check_ids("ids_restore", ids_restore, length)
-    out = visible.new_empty(batch, num_prefix_tokens + length, width)
+    batch, num_visible, width = visible.shape
+    patches = ids_restore.shape[1]
+    check_ids("ids_restore", ids_restore, patches)
+    out = visible.new_empty(batch, num_prefix_tokens + patches, width)
     if out.numel() == 0:
         return out
-    rows = batch * (num_prefix_tokens + length)
+    rows = batch * (num_prefix_tokens + patches)
     grid, blocks = tiles(rows, width)
-    unit = unit_of(visible, pos_embed)
     with on_device(visible):
         _unshuffle_kernel[grid](
-            visible, ids_restore, mask_token, pos_embed, out, rows, seen, num_prefix_tokens, length, width,
-            *visible.stride(), *ids_restore.stride(), *mask_token.stride(), *pos_embed.stride(),
-            UNIT=unit, **blocks,
+            visible, *visible.stride(),
+            ids_restore, *ids_restore.stride(),
+            mask_token, *mask_token.stride(),
+            pos_embed, *pos_embed.stride(),
+            out,
+            rows, num_visible, num_prefix_tokens, patches, width,
+            UNIT=unit_of(visible, pos_embed), **blocks,
         )  # fmt: skip
     return out
 
 
 @kernel
 def _mask_token_kernel(
-    grad, ids_restore, partial, rows, share, length, len_keep, prefix, width,
-    grad_batch, grad_row, grad_value, ids_batch, ids_value, UNIT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    grad, grad_batch, grad_row, grad_value,
+    ids_restore, ids_batch, ids_value,
+    partials,
+    rows, share, patches, len_keep, prefix, width,
+    UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One program sums those of its share of patches (rows of B·L) that held the mask token, some of their columns."""
+    """Sum those of the program's share of patches (rows of B·L) that held the mask token, some of their columns."""
     part = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    valid_columns = column < width
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     last = tl.minimum(part * share + share, rows)
     for start in range(part * share, last, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        b, r = (row // length).to(tl.int64), (row % length).to(tl.int64)
-        rank = tl.load(ids_restore + b * ids_batch + r * ids_value, mask=row < last, other=-1)
-        source = tl.multiple_of(b * grad_batch + (prefix + r) * grad_row, UNIT)
-        source = grad + source[:, None] + column.to(tl.int64)[None, :] * grad_value
-        value = tl.load(source, mask=(rank >= len_keep)[:, None] & (column < width)[None, :], other=0.0)
+        b, k = image_rows(row, patches)
+        rank = tl.load(ids_restore + b * ids_batch + k * ids_value, mask=row < last, other=-1)
+        source = tile_pointers(grad, b, prefix + k, column.to(tl.int64), grad_batch, grad_row, grad_value, UNIT)
+        value = tl.load(source, mask=(rank >= len_keep)[:, None] & valid_columns[None, :], other=0.0)
         total += value.to(tl.float32)
-    tl.store(partial + part.to(tl.int64) * width + column, tl.sum(total, axis=0), mask=column < width)
+    tl.store(partials + part.to(tl.int64) * width + column, tl.sum(total, axis=0), mask=valid_columns)
 
 
 def unshuffle_backward(
@@ -337,19 +325,21 @@ def unshuffle_backward(
     """Gradients of `visible` and, in float32, of `mask_token`."""
     refuse_float64(grad)
     dvisible = _scatter(grad, ids_restore, len_keep, num_prefix_tokens)
-    (batch, length), width = ids_restore.shape, grad.shape[2]
-    rows = batch * length
+    (batch, patches), width = ids_restore.shape, grad.shape[2]
+    rows = batch * patches
     if rows * width == 0:
         return dvisible, grad.new_zeros(width, dtype=torch.float32)
     refuse_rows(rows)
     block_rows, block_width = tile(width)
     share = triton.cdiv(max(64, triton.cdiv(rows, 1024)), block_rows) * block_rows
     parts = triton.cdiv(rows, share)
-    partial = grad.new_empty(parts, width, dtype=torch.float32)
-    unit = unit_of(grad)
+    partials = grad.new_empty(parts, width, dtype=torch.float32)
     with on_device(grad):
         _mask_token_kernel[(parts, triton.cdiv(width, block_width))](
-            grad, ids_restore, partial, rows, share, length, len_keep, num_prefix_tokens, width,
-            *grad.stride(), *ids_restore.stride(), UNIT=unit, BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
+            grad, *grad.stride(),
+            ids_restore, *ids_restore.stride(),
+            partials,
+            rows, share, patches, len_keep, num_prefix_tokens, width,
+            UNIT=unit_of(grad), BLOCK_ROWS=block_rows, BLOCK_WIDTH=block_width,
         )  # fmt: skip
-    return dvisible, partial.sum(0)
+    return dvisible, partials.sum(0)

@@ -48,10 +48,10 @@ RULES = {
     "patches.place_kernel": Rule(GATHERS, "out"),
     "tokens.gather_kernel": Rule(GATHERS, "out", {"tokens": lambda a: a["count"] / a["limit"]}),
     "tokens.scatter_kernel": Rule(GATHERS, "out"),
-    "tokens.sum_kernel": Rule(GATHERS, "partial"),
+    "tokens.sum_kernel": Rule(GATHERS, "partials"),
     "tokens.decoder_kernel": Rule(GATHERS, "out"),
     "tokens.unshuffle_kernel": Rule(GATHERS, "out"),
-    "tokens.mask_token_kernel": Rule(GATHERS, "partial", {"grad": lambda a: 1 - a["len_keep"] / a["length"]}),
+    "tokens.mask_token_kernel": Rule(GATHERS, "partials", {"grad": lambda a: 1 - a["len_keep"] / a["patches"]}),
     "attention_tile.tile_forward_kernel": Rule(ATTENTION, "out", products=2),
     "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv score_grad", products=5),
     "attention_loop.loop_forward_kernel": Rule(ATTENTION, "out", products=2),
@@ -64,9 +64,9 @@ RULES = {
     # of a factor of 1, as in a step that takes its batch at once: only that is read
     "loss.scale_gradient_kernel": Rule(LOSS, "", {"grad": lambda a: 0}),
     "norm.add_layer_norm_kernel": Rule(NORM, "normed total mean rstd"),
-    "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal again partials"),
+    "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal recomputed partials"),
     "norm.bias_gelu_kernel": Rule(GELU, "out"),
-    "norm.bias_gelu_backward_kernel": Rule(GELU, "dx again partials"),
+    "norm.bias_gelu_backward_kernel": Rule(GELU, "dx recomputed partials"),
 }
 
 

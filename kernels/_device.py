@@ -1,0 +1,109 @@
+"""Device functions that kernels share: blocks of rows, ids, patches of images.
+
+`valid` and `valid_*` are masks of what exists: rows, columns and values before the end, ids in range. What a kernel
+reads where an id is not valid is NaN in its output.
+"""
+
+import triton
+import triton.language as tl
+
+# ---- rows and columns ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def image_block(rows, BLOCK_ROWS: tl.constexpr):
+    """Return this program's image, or part of the batch, and its block of the `rows` of each."""
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+@triton.jit
+def image_rows(row, count):
+    """Split rows of B·`count` into image and row of the image, in 64 bits."""
+    return (row // count).to(tl.int64), (row % count).to(tl.int64)
+
+
+@triton.jit
+def tile_pointers(x, b, k, column, batch_stride, row_stride, column_stride, UNIT: tl.constexpr):
+    """Pointers to the columns of rows k of images b of x, whose rows begin at multiples of UNIT.
+
+    b and k have 64 bits.
+    """
+    # multiple_of has no effect on a value that was passed in
+    start = tl.multiple_of(b * batch_stride + k * row_stride, UNIT)
+    return x + start[:, None] + column[None, :] * column_stride
+
+
+@triton.jit
+def table_pointers(x, k, column, row_stride, column_stride, UNIT: tl.constexpr):
+    """Pointers to the columns of rows k of a table x that all images share, whose rows begin at multiples of UNIT."""
+    start = tl.multiple_of(k * row_stride, UNIT)
+    return x + start[:, None] + column[None, :] * column_stride
+
+
+@triton.jit
+def dense_offsets(row, column, width):
+    """Offsets of the columns of rows of a contiguous tensor."""
+    return row.to(tl.int64)[:, None] * width + column[None, :]
+
+
+# ---- ids -------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_ids(ids, b, k, batch_stride, stride, valid, limit):
+    """Load ids[b, k] where `valid`; return the ids, and where they are in 0..limit-1."""
+    id = tl.load(ids + b * batch_stride + k * stride, mask=valid, other=-1)
+    return id, (id >= 0) & (id < limit)
+
+
+@triton.jit
+def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
+    """Return the k at which ids[k] is each of the wanted ids, -1 where there is none."""
+    place = tl.full(wanted.shape, -1, tl.int32)
+    for start in range(0, count, BLOCK_IDS):
+        k = start + tl.arange(0, BLOCK_IDS)
+        id = tl.load(ids + k.to(tl.int64) * stride, mask=k < count, other=-1)
+        place = tl.maximum(place, tl.max(tl.where(id[None, :] == wanted[:, None], k[None, :], -1), axis=1))
+    return place
+
+
+# ---- patches of images -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def patch_starts(
+    id, grid_h, grid_w, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr
+):
+    """Offset of each patch in its image; `id` has 32 bits."""
+    t, y, x = id // grid_w // grid_h * PT, id // grid_w % grid_h * PH, id % grid_w * PW
+    return t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+    """Offset of each value of a patch, in the order (c, t, y, x), from the patch's start."""
+    c, t, y, x = value // (PT * PH * PW), value // (PH * PW) % PT, value // PW % PH, value % PW
+    line = c.to(tl.int64) * stride_c + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
+    return line + x.to(tl.int64) * stride_w
+
+
+@triton.jit
+def subtract_mean(pixel, channel, valid, mean, mean_stride):
+    """Return pixel - mean of each column's channel in float32, uint8 first divided by 255."""
+    value = pixel.to(tl.float32)
+    if pixel.dtype == tl.uint8:
+        # value / 255, rounded correctly for each of the 256: 1/255 is 257/65536 and a rest
+        value = value * (257 / 65536) + value * (1 / 255 - 257 / 65536)
+    if mean is not None:
+        value -= tl.load(mean + channel * mean_stride, mask=valid, other=0.0).to(tl.float32)[None, :]
+    return value
+
+
+@triton.jit
+def divide_by_std(value, channel, valid, std, std_stride):
+    """Return value / std of each column's channel, rounded as torch rounds it."""
+    if std is not None:
+        deviation = tl.load(std + channel * std_stride, mask=valid, other=1.0).to(tl.float32)
+        value = tl.math.div_rn(value, tl.broadcast_to(deviation[None, :], value.shape))
+    return value
