@@ -26,8 +26,8 @@ DC, AC = 1 << 4, 1 << 8
 # low bits that are missing of a coefficient, or that none has been sent; of the 64 of a block at the start and the end
 UNSEEN = 0xFF
 ALL, NONE = bytes([UNSEEN]) * 64, bytes(64)
-# orientation in XMP, an attribute or an element, that isn't plainly 1
-TURNED = re.compile(rb'Orientation(?!="1"|>1<)(?<!</tiff:Orientation)')
+# orientation in XMP, an attribute or an element, that isn't plainly 1; nor a closing tag
+TURNED = re.compile(rb'Orientation(?!="1"|>1<|>\s*<)')
 
 _memory = threading.local()
 

@@ -85,7 +85,8 @@ def _of_path(path: Path) -> Source:
         return Tars([path])
     if formats.is_archive(path.name):
         raise ValueError(f"source {path}: {tars.COMPRESSED}")
-    raise ValueError(f"source must be a folder, a .tar file, a packed dataset or a list of files; got {path}")
+    got = path if os.path.lexists(path) else f"{path}, which doesn't exist"
+    raise ValueError(f"source must be a folder, a .tar file, a packed dataset or a list of files; got {got}")
 
 
 def _of_list(paths: list[Path]) -> Source:

@@ -105,6 +105,11 @@ def test_upright_files_are_plain(number):
     assert served_as_pillow_serves_it(with_segments(as_jpeg(picture(1, SIZE)), [UPRIGHT[number]]))
 
 
+def test_digits_behind_a_closing_tag_are_an_orientation_to_pillow():
+    data = with_segments(as_jpeg(picture(1, SIZE)), [segment(0xE1, xmp(b"></tiff:Orientation>6"))])
+    assert decode(data).size == SIZE[::-1] and plain_size(data) is None
+
+
 orders, orientations = st.sampled_from("<>"), st.integers(0, 9)
 spaces = st.sampled_from([b"", b" ", b"\n"])
 exifs = st.builds(

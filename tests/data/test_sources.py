@@ -360,3 +360,9 @@ def test_pictures_of_a_run_are_no_data(own, caplog, marks):
     assert open_source(own / "run" / "data" / "digits" / "train").names == ["0/1.png"]
     with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`: it holds "):
         open_source(own / "run")
+
+
+@pytest.mark.fault
+def test_a_path_that_does_not_exist_is_said_to(tmp_path):
+    with pytest.raises(ValueError, match=r"got .*typo, which doesn't exist"):
+        open_source(tmp_path / "typo")
