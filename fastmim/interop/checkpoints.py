@@ -208,7 +208,7 @@ def _choose(held: Mapping[Any, Any], key: str | None, source: str) -> Encoder:
         asked = "" if key is None else f" under key={key!r}"
         if not fitting:
             raise ValueError(f"{source} holds no encoder{asked}: key may be one of {names}")
-        raise ValueError(f"{source} holds {len(names)} encoders{asked}: say which by key=, one of {names}")
+        raise ValueError(f"{source} holds {len(names)} encoders{asked}: choose one by its key, of {names}")
     return fitting[0]
 
 
