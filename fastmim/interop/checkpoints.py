@@ -171,9 +171,9 @@ def _mappings(held: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mappin
     for path, state in waiting:
         yield path, state
         for key, value in state.items():
-            if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen:
+            if isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
-                waiting.append(((*path, key), value))
+                waiting.append(((*path, str(key)), value))
 
 
 def _encoders(held: Mapping[Any, Any]) -> list[Encoder]:

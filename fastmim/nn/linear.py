@@ -52,13 +52,16 @@ def watched() -> bool:
     FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops, where
     modules called one by one take more.
     """
-    hooks = chain(
-        modules._global_forward_hooks.values(),
-        modules._global_forward_pre_hooks.values(),
-        modules._global_backward_hooks.values(),
-        modules._global_backward_pre_hooks.values(),
-    )
-    return any(hook.__module__ != "torch.utils.module_tracker" for hook in hooks) or transformed()
+    if modules._has_any_global_hook():
+        hooks = chain(
+            modules._global_forward_hooks.values(),
+            modules._global_forward_pre_hooks.values(),
+            modules._global_backward_hooks.values(),
+            modules._global_backward_pre_hooks.values(),
+        )
+        if any(hook.__module__ != "torch.utils.module_tracker" for hook in hooks):
+            return True
+    return transformed()
 
 
 def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:

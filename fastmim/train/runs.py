@@ -10,9 +10,7 @@ from . import checkpoints
 from .config import Config
 
 
-def load_model(
-    path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()
-) -> MaskedAutoencoderViT:
+def load_model(path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()) -> MaskedAutoencoderViT:
     """From a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
 
     Of a run's folder the final model is taken, else the newest good checkpoint. Sums are verified where there are any.

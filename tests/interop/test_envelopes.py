@@ -157,6 +157,14 @@ def test_the_bare_names_are_the_empty_key(file):
     assert same_bits(load(file, **HEADS, key="ema"), weights_of(build(**B)))
 
 
+def test_a_key_of_the_file_may_be_a_number(file):
+    """Averages by their decay."""
+    torch.save({"model": weights_of(build(**A)), "ema": {0.999: weights_of(build(**B))}}, file)
+    with pytest.raises(ValueError, match=r"of \['model', 'ema\.0\.999'\]"):
+        load(file, **HEADS)
+    assert same_bits(load(file, **HEADS, key="ema"), weights_of(build(**B)))
+
+
 @pytest.mark.parametrize("key", [3, ["teacher"], b"teacher"])
 def test_a_key_is_a_name(file, key):
     torch.save(two("envelopes"), file)
