@@ -157,8 +157,15 @@ def _pretrain(args: argparse.Namespace) -> int:
 CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint that fastmim.load reads"
 
 
-def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
+    parser.add_argument(
+        "--key", help="the part of a file that holds the model; what lies outside of it is not looked at. Default: all"
+    )
+
+
+def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
+    _add_checkpoint(parser)
     parser.add_argument("images", metavar="IMAGES", type=_path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("-o", "--out", metavar="PNG", type=_path, required=True, help="the grid to write")
     parser.add_argument("--mask-ratio", type=float, default=0.75, metavar="R", help="share removed. Default: 0.75")
@@ -175,7 +182,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .train.reconstruct import draw_grid, find_images, read_images
     from .train.runs import load_model
 
-    model = load_model(args.checkpoint).eval()
+    model = load_model(args.checkpoint, key=args.key).eval()
     images = read_images(find_images(args.images, args.count), model.patch_embed.img_size)
     seeds = mask_seeds(args.seed, 0, torch.arange(len(images)))
     mask = masking.random(len(images), model.patch_embed.num_patches, args.mask_ratio, seeds=seeds)
@@ -190,7 +197,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
+    _add_checkpoint(parser)
     parser.add_argument(
         "data", metavar="DATA", type=_path, help="a folder of class folders, or of train and test folders of them"
     )
@@ -211,7 +218,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .train.evaluate import compare, read_split
     from .train.runs import load_model
 
-    model = load_model(args.checkpoint).eval()
+    # features are the encoder's
+    model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
     split = read_split(args.data, model.patch_embed.img_size, args.threads)
     torch.manual_seed(0)
     untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
@@ -228,7 +236,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
+    _add_checkpoint(parser)
     parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="whose format")
     parser.add_argument("out", metavar="OUT", type=_path, help="a .pth file, a folder, a .safetensors file, in turn")
 
@@ -238,7 +246,9 @@ def _export(args: argparse.Namespace) -> int:
     from .train.export import export
     from .train.runs import load_model
 
-    apart = export(load_model(args.checkpoint), args.to, args.out)
+    # timm's model is the encoder
+    model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
+    apart = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (apart by {apart:.0e} of the largest)")
     return 0
 

@@ -171,9 +171,9 @@ def _mappings(held: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mappin
     for path, state in waiting:
         yield path, state
         for key, value in state.items():
-            if isinstance(key, str) and isinstance(value, Mapping) and id(value) not in seen:
+            if isinstance(value, Mapping) and id(value) not in seen:
                 seen.add(id(value))
-                waiting.append(((*path, key), value))
+                waiting.append(((*path, str(key)), value))
 
 
 def _encoders(held: Mapping[Any, Any]) -> list[Encoder]:
@@ -208,7 +208,7 @@ def _choose(held: Mapping[Any, Any], key: str | None, source: str) -> Encoder:
         asked = "" if key is None else f" under key={key!r}"
         if not fitting:
             raise ValueError(f"{source} holds no encoder{asked}: key may be one of {names}")
-        raise ValueError(f"{source} holds {len(names)} encoders{asked}: say which by key=, one of {names}")
+        raise ValueError(f"{source} holds {len(names)} encoders{asked}: choose one by its key, of {names}")
     return fitting[0]
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 from ..ops._define import autocast_dtype, sum_rows, transformed, without_autocast
 
@@ -47,8 +47,21 @@ _WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 
 def watched() -> bool:
-    """Return whether a global hook, torch.func or forward-mode AD follows all modules: it must see each one called."""
-    return bool(_has_any_global_hook()) or transformed()
+    """Return whether a global hook, torch.func or forward-mode AD follows all modules: it must see each one called.
+
+    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops, where
+    modules called one by one take more.
+    """
+    if modules._has_any_global_hook():
+        hooks = chain(
+            modules._global_forward_hooks.values(),
+            modules._global_forward_pre_hooks.values(),
+            modules._global_backward_hooks.values(),
+            modules._global_backward_pre_hooks.values(),
+        )
+        if any(hook.__module__ != "torch.utils.module_tracker" for hook in hooks):
+            return True
+    return transformed()
 
 
 def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:

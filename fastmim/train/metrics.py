@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._checks import import_error
 from .board import Board
 from .checkpoints import replace
 
@@ -152,7 +153,7 @@ def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        say(f"{path} needs matplotlib: {error}")
+        say(str(import_error(error, "matplotlib", f"{path} needs matplotlib: pip install matplotlib")))
         return
     points = [(line[STEP], line["loss"]) for line in lines if line.get("loss") is not None]
     if not points:

@@ -1,6 +1,7 @@
 """The model of a finished, running or foreign run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..interop.checkpoints import load
@@ -9,13 +10,14 @@ from . import checkpoints
 from .config import Config
 
 
-def load_model(path: Path) -> MaskedAutoencoderViT:
+def load_model(path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()) -> MaskedAutoencoderViT:
     """From a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
 
     Of a run's folder the final model is taken, else the newest good checkpoint. Sums are verified where there are any.
+    `key` and `allow_missing` are those of `fastmim.load`.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of another kind of model.
+        ValueError: a damaged checkpoint, or one of another kind of model; a `key` for a run, which holds one model.
         FileNotFoundError: nothing there.
     """
     if path.is_file() and path.name == "model.safetensors":
@@ -33,7 +35,9 @@ def load_model(path: Path) -> MaskedAutoencoderViT:
     else:
         said = path / "run.json"
     if not said.is_file():
-        return load(path)
+        return load(path, key=key, allow_missing=allow_missing)
+    if key is not None:
+        raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
     try:
         config = Config.of(json.loads(said.read_text())["config"] | {"device": "auto", "cuda_graphs": False})
     except (ValueError, KeyError, TypeError) as error:

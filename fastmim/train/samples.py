@@ -7,6 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
+from .._checks import import_error
+
 SIDE = 32
 EVERY = 5
 NAMES = ("digits",)
@@ -16,7 +18,7 @@ def write(name: str, folder: Path) -> Path:
     """Write the pictures called `name` as PNG files into folder/name/{train,test}/CLASS, unless they are there.
 
     Raises:
-        ValueError: scikit-learn isn't installed.
+        ImportError: scikit-learn isn't installed, or can't be imported.
     """
     target = folder / name
     if target.is_dir():
@@ -24,7 +26,7 @@ def write(name: str, folder: Path) -> Path:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError(f'data = "{name}" needs scikit-learn (pip install scikit-learn): {error}') from None
+        raise import_error(error, "sklearn", f'data = "{name}" needs scikit-learn: pip install scikit-learn') from error
     from PIL import Image
 
     # processes may do so at once: the first to be ready wins

@@ -122,7 +122,7 @@ def test_of_two_encoders_none_is_taken_unasked(file, form):
     torch.save(two(form), file)
     with pytest.raises(ValueError) as caught:
         load(file, **HEADS)
-    assert f"{file} holds 2 encoders: say which by key=, one of {NAMES[form]}" in str(caught.value)
+    assert f"{file} holds 2 encoders: choose one by its key, of {NAMES[form]}" in str(caught.value)
     for key, changes in zip(NAMES[form], (A, B)):
         assert same_bits(load(file, **HEADS, key=key), weights_of(build(**changes)))
     with pytest.raises(ValueError) as caught:
@@ -138,7 +138,7 @@ def test_a_key_may_lead_to_more_than_the_encoder(file):
     expected = weights_of(build(**A))
     assert same_bits(load(file, **HEADS, key="teacher", allow_leftover="head.*"), expected)
     torch.save({"run": two("envelopes")}, file)
-    with pytest.raises(ValueError, match=r"2 encoders under key='run': say which by key=, one of \['run\.teacher'"):
+    with pytest.raises(ValueError, match=r"2 encoders under key='run': choose one by its key, of \['run\.teacher'"):
         load(file, **HEADS, key="run")
 
 
@@ -151,9 +151,17 @@ def test_a_key_as_the_file_wraps_its_names(file):
 def test_the_bare_names_are_the_empty_key(file):
     weights = weights_of(build(**A))
     torch.save(weights | prefixed("ema.", weights_of(build(**B))), file)
-    with pytest.raises(ValueError, match=r"one of \['', 'ema'\]"):
+    with pytest.raises(ValueError, match=r"of \['', 'ema'\]"):
         load(file, **HEADS)
     assert same_bits(load(file, **HEADS, key="", allow_leftover="ema.*"), weights)
+    assert same_bits(load(file, **HEADS, key="ema"), weights_of(build(**B)))
+
+
+def test_a_key_of_the_file_may_be_a_number(file):
+    """Averages by their decay."""
+    torch.save({"model": weights_of(build(**A)), "ema": {0.999: weights_of(build(**B))}}, file)
+    with pytest.raises(ValueError, match=r"of \['model', 'ema\.0\.999'\]"):
+        load(file, **HEADS)
     assert same_bits(load(file, **HEADS, key="ema"), weights_of(build(**B)))
 
 

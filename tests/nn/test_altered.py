@@ -1,6 +1,8 @@
 """Layers whose parts are hooked, wrapped, quantised or replaced: each is called, and hooks see what they expect."""
 
 import copy
+from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_a_global_hook_sees_every_module():
 
 
 def test_a_counter_counts_visible_patches_alone():
-    """FlopCounterMode hooks all modules; the convolution of whole images would be four times as much."""
+    """The convolution of whole images would be four times as much."""
     model, counter = small(), FlopCounterMode(display=False)
     with counter:
         run(model, mask_ratio=0.75)
@@ -222,6 +224,16 @@ def test_what_nobody_has_touched_is_fused():
     # a norm of each half of a block but the first, and the last
     assert counts == dict(embed_patches=1, add_layer_norm=2 * 4, bias_gelu=4)
     assert not {"aten::gelu", "aten::convolution"} & set(ops.called)
+
+
+def test_counting_flops_changes_nothing():
+    """FlopCounterMode hooks all modules; called one by one they would take more FLOPs than the step that is counted."""
+    called = []
+    for counter in (nullcontext(), FlopCounterMode(display=False)):
+        with Ops() as ops, counter:
+            run(small()).loss.backward()
+        called.append(Counter(name for name in ops.called if name.startswith("fastmim::")))
+    assert called[0] == called[1]
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from plain import Cell, plain_model
 
-from fastmim import cli, load
+from fastmim import cli, load, mae_vit_tiny_patch16
 from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
 from fastmim.train.runs import load_model
 
@@ -158,3 +158,41 @@ def test_an_export_that_fails_leaves_nothing_in_the_way(straight, tmp_path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.main(["export", str(straight), "--to", "facebook", "~/model.pth"]) == 0
     assert (tmp_path / "model.pth").is_file()
+
+
+@pytest.fixture
+def several(tmp_path):
+    """A file of a model and of an encoder."""
+    weights = mae_vit_tiny_patch16(img_size=16, patch_size=4, depth=1, decoder_depth=1).state_dict()
+    encoder = {name: value for name, value in weights.items() if not name.startswith(("decoder", "mask_token"))}
+    torch.save({"model": weights, "encoder": encoder}, tmp_path / "several.pth")
+    return str(tmp_path / "several.pth")
+
+
+@pytest.mark.fault
+def test_a_key_chooses_the_model_in_a_file(several, labelled, photos, tmp_path, capsys):
+    for command in (["reconstruct", str(photos), "-o", str(tmp_path / "grid.png")], ["evaluate", str(labelled)]):
+        arguments = [command[0], several, *command[1:]]
+        assert cli.main(arguments) == 1
+        assert "2 encoders: choose one by its key, of ['model', 'encoder']" in capsys.readouterr().err
+        assert cli.main([*arguments, "--key", "model"]) == 0
+    assert cli.main(["export", several, "--key", "model", "--to", "facebook", str(tmp_path / "model.pth")]) == 0
+
+
+@pytest.mark.fault
+def test_an_encoder_alone_is_evaluated(several, labelled, tmp_path, capsys):
+    assert cli.main(["evaluate", several, str(labelled), "--key", "encoder"]) == 0
+    # a decoder drawn anew is neither drawn from nor given away
+    assert cli.main(["export", several, "--key", "encoder", "--to", "facebook", str(tmp_path / "model.pth")]) == 1
+    assert "an encoder only?" in capsys.readouterr().err
+
+
+@pytest.mark.fault
+def test_timm_takes_an_encoder_alone(several, timm, tmp_path):
+    assert cli.main(["export", several, "--key", "encoder", "--to", "timm", str(tmp_path / "encoder.safetensors")]) == 0
+
+
+@pytest.mark.fault
+def test_a_run_has_no_parts(straight, tmp_path, capsys):
+    assert cli.main(["export", str(straight), "--key", "ema", "--to", "facebook", str(tmp_path / "model.pth")]) == 1
+    assert "is of a run and holds one model: key is for other checkpoints, got 'ema'" in capsys.readouterr().err

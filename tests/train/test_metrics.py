@@ -1,13 +1,16 @@
 """What a run tells of itself."""
 
+import importlib
 import sys
 import time
+from types import ModuleType
 
 import pytest
 from small_run import curve, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmim.train import Trainer
+from fastmim.train import Trainer, samples
+from fastmim.train.metrics import draw_curve
 
 
 def shown(folder):
@@ -51,6 +54,27 @@ def test_tensorboard_shows_steps_after_the_clock_went_backwards(config, straight
 def test_without_matplotlib_a_run_ends_well(config, straight, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     Trainer(config()).run()
-    assert "loss.png needs matplotlib" in capsys.readouterr().err
+    assert "loss.png needs matplotlib: pip install matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "run" / "loss.png").exists()
     assert outcome(tmp_path / "run") == outcome(straight)
+
+
+@pytest.mark.fault
+def test_a_package_that_is_there_is_not_called_absent(tmp_path, monkeypatch, capsys):
+    """What scikit-learn and matplotlib need can be missing."""
+    for package in ("matplotlib.figure", "sklearn.datasets"):
+        broken = ModuleType(package)
+        broken.__getattr__ = lambda name: importlib.import_module("kiwi.of.nobody")
+        monkeypatch.setitem(sys.modules, package, broken)
+    draw_curve([], tmp_path / "loss.png")
+    reason = "is installed, but importing it fails: No module named 'kiwi'"
+    assert f"matplotlib {reason}" in capsys.readouterr().err
+    with pytest.raises(ImportError, match=f"sklearn {reason}"):
+        samples.write("digits", tmp_path)
+
+
+@pytest.mark.fault
+def test_the_digits_say_what_they_need(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match='data = "digits" needs scikit-learn: pip install scikit-learn'):
+        samples.write("digits", tmp_path)
