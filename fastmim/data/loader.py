@@ -286,7 +286,9 @@ class ImageLoader:
         differences = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in different if key != "data"]
         changed, too_many = (0, False) if "samples" in different else compare(before, self._contents)
         if "data" in different:
-            differences.append("names or labels of the files are others")
+            # states of earlier versions hold all of these in one hash
+            parts = "names or labels" if "contents" in state else "names, labels or sizes"
+            differences.append(f"{parts} of the files are others")
         elif too_many:
             differences.append(f"{changed} of {len(before)} files that were compared have changed")
         if rank != self.order.rank and moved:

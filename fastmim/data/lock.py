@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -116,7 +117,7 @@ class Lock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": " ".join(sys.argv)[:200],
+            "command": textwrap.shorten(" ".join(sys.argv), 200, placeholder=" ..."),
             "nonce": os.urandom(8).hex(),
         }
         try:
@@ -194,6 +195,9 @@ def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
+        return False
+    except OverflowError:
+        # the file holds no number of a process
         return False
     except OSError:
         return True

@@ -101,6 +101,20 @@ def test_the_next_starts_without_a_hand(tmp_path, how, holder, end):
     assert (tmp_path / lock.NAME).read_bytes() == b""
 
 
+def test_a_long_command_is_cut_visibly(tmp_path, hurried, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["fastmim", *["key=value"] * 40])
+    with Lock("output_dir", tmp_path):
+        said = json.loads((tmp_path / lock.NAME).read_text())["command"]
+    assert len(said) <= 200 and said.startswith("fastmim key=value") and said.endswith("key=value ...")
+
+
+@pytest.mark.parametrize("pid", [10**20, "x", None])
+def test_a_file_without_the_number_of_a_process(tmp_path, how, pid):
+    written_by(tmp_path, pid=pid)
+    with Lock("output_dir", tmp_path):
+        pass
+
+
 def test_two_of_one_process(tmp_path, how):
     with Lock("out", tmp_path):
         with pytest.raises(Locked, match="is in use by this process already"), Lock("out", tmp_path):

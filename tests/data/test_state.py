@@ -176,7 +176,7 @@ def test_a_state_of_an_earlier_version(photographs, own):
     assert same(other, iterator)
     path = next(own.rglob("*.jpg"))
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="names or labels"):
+    with pytest.raises(ValueError, match="names, labels or sizes of the files are others"):
         load(own).load_state_dict(state)
 
 
