@@ -233,7 +233,7 @@ def _once(names: list[str]) -> None:
 class Tars:
     """Samples in tar shards, as WebDataset writes them: `key.jpg`, and `key.cls` with the label if there is one.
 
-    There are labels if each shard has them. `left_out`: what lies beside the shards.
+    There are labels if each image has one. `left_out`: what lies beside the shards.
     """
 
     def __init__(self, shards: list[Path], left_out: Mapping[str, int] | None = None) -> None:
@@ -254,11 +254,14 @@ class Tars:
         self.names = [name for name, *_ in found]
         self._places = [(shard, image.place) for _, shard, image in found]
         labels = [image.label for *_, image in found]
-        bare = sorted({shard for _, shard, image in found if image.label is None})
+        bare = [name for name, label in zip(self.names, labels) if label is None]
         self.labels: Ints | None = None if bare else np.array(labels, dtype=np.int64)
-        if 0 < len(bare) < len({shard for _, shard, _ in found}):
-            said = f"source {self.root}: no labels, since {len(bare)} of its tar files have none: {', '.join(bare[:3])}"
-            formats.say_once(logging.WARNING, said)
+        if 0 < len(bare) < len(labels):
+            some = ", ".join(map(ascii, bare[:3])) + (", ..." if len(bare) > 3 else "")
+            formats.say_once(
+                logging.WARNING,
+                f"source {self.root}: no labels, since {len(bare)} of its {len(labels)} images have none: {some}",
+            )
         self.classes: list[str] = []
 
     def read(self, sample: int, most: int = -1) -> bytes:

@@ -66,7 +66,7 @@ class Place(NamedTuple):
 
 
 class Image(NamedTuple):
-    """An image in a tar: the name of its member, where it is, and its label, if the tar has labels."""
+    """An image in a tar: the name of its member, where it is, and its label, if it has one."""
 
     name: str
     place: Place
@@ -285,8 +285,8 @@ class _Refused(ValueError):
     """A tar that is whole, and whose labels don't fit its images."""
 
 
-def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int] | list[None]:
-    """The label of each image, or None for each if the tar has no labels.
+def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int | None]:
+    """The label of each image; None for those without one.
 
     An image `a/b.c.jpg` belongs to `a/b.cls` as in WebDataset, where a key ends at the first dot; to `a/b.c.cls` if
     labels of this tar have dots in their keys. What comes several times is paired in its order.
@@ -299,7 +299,7 @@ def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int] | list[None
         return [None] * len(held.images)
     dotted = any("." in posixpath.basename(stem) for stem in held.labels)
     times, seen = Counter(image.whole for image in held.images), Counter[str]()
-    paired, missing = [], []
+    paired: list[_File | None] = []
     for name, whole, _ in held.images:
         stem = posixpath.splitext(whole)[0]
         if not dotted:
@@ -307,7 +307,7 @@ def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int] | list[None
             stem = posixpath.join(folder, base.partition(".")[0])
         own = held.labels.get(stem)
         if own is None:
-            missing.append((name, f"{stem}.cls"))
+            paired.append(None)
             continue
         if len(own) != times[whole]:
             raise _Refused(
@@ -316,13 +316,7 @@ def _labels(path: Path, file: BinaryIO, held: _Content) -> list[int] | list[None
             )
         paired.append(own[seen[whole]])
         seen[whole] += 1
-    if missing:
-        raise _Refused(
-            f"source {path}: {len(missing)} of {len(held.images)} images have no label: the first is "
-            f"{missing[0][0]!r}, and there is no {missing[0][1]!r}. Add what is missing, or remove all labels: "
-            f"tar --delete --wildcards -f {path} '*.cls'"
-        )
-    return [_number(path, file, label.name, held.place(label)) for label in paired]
+    return [None if label is None else _number(path, file, label.name, held.place(label)) for label in paired]
 
 
 def _number(path: Path, file: BinaryIO, name: str, place: Place) -> int:
