@@ -14,7 +14,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def can_be_read(*tensors: Tensor) -> bool:
     """Return whether reading the values costs no synchronisation and is no part of a traced or mapped function."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None:
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
         return False
     functorch = torch._C._functorch
     return all(
