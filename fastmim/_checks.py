@@ -7,8 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def can_be_read(*tensors: Tensor) -> bool:
+    """Return whether reading the values costs no synchronisation and is no part of a traced or mapped function."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
+        return False
+    functorch = torch._C._functorch
+    return all(
+        type(x) is Tensor and x.device.type == "cpu" and not functorch.is_functorch_wrapped_tensor(x) for x in tensors
+    )
 
 
 def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = None, *, letters: str = "") -> None:

@@ -106,6 +106,10 @@ def triton_room(op: str) -> str | None:
     return next((room for room, served in kernels.OPS.items() if op in served), None)
 
 
+# keys of a query up to which the C++ kernels are ahead of torch's attention in float32
+_MOST_KEYS = {"portable": 224, "avx2": 2048, "avx512": 4096, "avx512_bf16": 4096}
+
+
 def most_keys(device: str, dtype: torch.dtype) -> int | None:
     """Return how many keys a query may have before torch's own attention serves it; None for any number.
 
@@ -117,9 +121,7 @@ def most_keys(device: str, dtype: torch.dtype) -> int | None:
         return None
     if device != "cpu" or build is None:
         return 1024
-    if dtype != torch.float32:
-        return None
-    return 4096 if build["isa"].startswith("avx512") else 1024
+    return _MOST_KEYS[build["isa"]] if dtype == torch.float32 else None
 
 
 def families(op: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._checks import check_count, check_floating, check_ids, check_ratio, check_same, check_tensor
+from ._checks import can_be_read, check_count, check_floating, check_ids, check_ratio, check_same, check_tensor
 from .reference import check_id_values
 
 
@@ -41,7 +41,7 @@ class Mask:
         check_ids("ids_predict", self.ids_predict, batch)
         check_tensor("ids_restore", check_ids("ids_restore", self.ids_restore), (batch, self.num_patches))
         check_same("device", ids_keep=self.ids_keep, ids_predict=self.ids_predict, ids_restore=self.ids_restore)
-        if _can_be_read(self.ids_restore):
+        if can_be_read(self.ids_keep, self.ids_predict, self.ids_restore):
             self._check_values()
 
     def _check_values(self) -> None:
@@ -49,8 +49,8 @@ class Mask:
         restore, keep = self.ids_restore.long(), self.ids_keep.long()
         check_id_values("ids_restore", restore, self.num_patches)
         check_id_values("ids_keep", keep, self.num_patches)
-        check_id_values("ids_predict", self.ids_predict, self.num_patches)
-        wrong = restore.gather(1, keep) != torch.arange(keep.shape[1])
+        check_id_values("ids_predict", self.ids_predict.long(), self.num_patches)
+        wrong = restore.gather(1, keep) != torch.arange(keep.shape[1], device=keep.device)
         if bool(wrong.any()):
             row, place = wrong.nonzero()[0].tolist()
             patch = int(keep[row, place])
@@ -73,13 +73,6 @@ class Mask:
         """The same mask on `device`."""
         keep, predict, restore = (t.to(device) for t in (self.ids_keep, self.ids_predict, self.ids_restore))
         return Mask(keep, predict, restore, self.num_patches)
-
-
-def _can_be_read(ids: Tensor) -> bool:
-    """Return whether reading values costs no synchronisation and is no part of a traced or mapped function."""
-    if torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return False
-    return type(ids) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(ids)
 
 
 def random(
@@ -137,7 +130,7 @@ def from_scores(
     """
     check_tensor("scores", scores, (None, None), letters="(batch, patches)")
     check_floating("scores", scores)
-    if scores.device.type == "cpu" and not torch.compiler.is_compiling() and bool(scores.isnan().any()):
+    if can_be_read(scores) and bool(scores.isnan().any()):
         raise ValueError("scores must not hold NaN: the order of their values is the mask")
     batch, num_patches = scores.shape
     return random(batch, num_patches, mask_ratio, len_keep=len_keep, decode_ratio=decode_ratio, noise=scores)

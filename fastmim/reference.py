@@ -38,8 +38,8 @@ def check_id_values(name: str, ids: Tensor, limit: int) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= limit:
         raise ValueError(f"{name} must be in 0..{limit - 1}; got {low if low < 0 else high}")
-    ranked = ids.sort(dim=1).values
-    if bool((ranked[:, 1:] == ranked[:, :-1]).any()):
+    seen = torch.zeros(ids.shape[0], limit, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)
+    if int(seen.sum()) < ids.numel():
         raise ValueError(f"{name} must not repeat an id within a row; got a duplicate")
 
 

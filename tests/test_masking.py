@@ -6,8 +6,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastmim import Mask, masking
+from fastmim import Mask, masking, ops
 
 SEEDS = torch.arange(8)
 
@@ -470,3 +471,16 @@ def test_numbers_of_numpy():
             masking.from_scores(noise, len_keep=wrong)
     with pytest.raises(ValueError, match=r"mask_ratio must be in \(0, 1\), got nan"):
         masking.from_scores(noise, np.float32("nan"))
+
+
+@pytest.mark.fault
+def test_values_are_not_read_where_they_are_traced_or_mapped():
+    """Nor are they looked for on torch's default device."""
+    keep, predict, restore = ops.random_masking(2, 16, 4)
+    mapped = torch.vmap(lambda ids: Mask(keep, ids, restore, 16).mask)(torch.stack([predict, predict]))
+    assert torch.equal(mapped[1], Mask(keep, predict, restore, 16).mask)
+    noise = torch.rand(2, 16)
+    traced = make_fx(lambda noise: masking.from_scores(noise, 0.75).mask)(noise)
+    assert torch.equal(traced(noise + 0), masking.from_scores(noise, 0.75).mask)
+    with torch.device("meta"):
+        assert Mask(keep, predict, restore, 16).mask.device.type == "cpu"

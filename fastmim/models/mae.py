@@ -4,6 +4,7 @@ Letters: B batch, L patches, K visible, M predicted, D width, P = p·p·C values
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -14,7 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import masking, ops
-from .._checks import check_count, check_floating, check_same, check_tensor
+from .._checks import check_count, check_floating, check_number, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, linear, run_blocks
 from .pos_embed import sincos_2d
@@ -139,7 +140,7 @@ class MaskedAutoencoderViT(nn.Module):
             if width % heads:
                 raise ValueError(f"{side}embed_dim must be a multiple of {side}num_heads {heads}, got {width}")
         for name, ratio in (("mlp_ratio", mlp_ratio), ("decoder_mlp_ratio", decoder_mlp_ratio)):
-            if ratio is not None and not 0 < ratio < math.inf:
+            if ratio is not None and not 0 < check_number(name, ratio) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {ratio}")
         self.in_chans = in_chans
         self.norm_pix_loss = norm_pix_loss
@@ -411,8 +412,8 @@ def _channel_constants(
 ) -> tuple[float, ...] | None:
     if values is None:
         return imagenet if channels == 3 else None
-    values = values.tolist() if isinstance(values, Tensor) else values
-    if not isinstance(values, Sequence) or not all(isinstance(value, (int, float)) for value in values):
+    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor's or a NumPy array's
+    if not isinstance(values, Sequence) or not all(isinstance(value, numbers.Real) for value in values):
         raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
     if len(values) != channels:
         raise ValueError(f"{name} must have one value for each of the {channels} channels, got {list(values)}")

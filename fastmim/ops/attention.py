@@ -9,6 +9,7 @@ FASTMIM_KERNELS forces is asked for every length, and raises where it does not s
 """
 
 import math
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library, reference
-from .._checks import check_count, check_floating, check_number, check_same, check_tensor
+from .._checks import can_be_read, check_count, check_floating, check_number, check_same, check_tensor
 from ._define import autocast_dtype, define, without_autocast
 
 
 def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(scale · q kᵀ) v on packed projections, read in place.
 
-    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's. More than 1,024 keys are left
-    to torch's `scaled_dot_product_attention` where that is faster.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's. Long rows (on a GPU more than
+    1,024 keys) are left to torch's `scaled_dot_product_attention` where that is faster.
 
     Args:
         qkv: (B, S, 3, H, D) floating, any strides.
@@ -114,7 +115,8 @@ def attention_varlen(
 ) -> Tensor:
     """Attention within each of several sequences packed one after another.
 
-    Where `max_seqlen_k` is beyond 1,024, torch's attention of padded sequences serves where that is faster.
+    Sequences of many keys are left to torch's attention as in `attention_qkvpacked`: one by one on the CPU, padded to
+    the longest on a GPU and where a compiler traces the call, so that no length is read there.
 
     Args:
         q: (Tq, H, D) floating, the queries of all sequences.
@@ -200,7 +202,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Te
         blind = ~seen.any(-1, keepdim=True)
         mask = seen | blind
         # so that what lies there can't leak: 0 times NaN
-        k, v = (x.masked_fill(~seen.mT, 0) for x in (k, v))
+        k, v = (torch.where(seen.mT, x, 0) for x in (k, v))
     if bias is not None:
         # on the CPU a mask may be wider than q
         bias = bias.to(torch.float32 if bias.device.type == "cpu" else q.dtype)
@@ -209,16 +211,18 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Te
             bias = torch.where(seen, bias, -math.inf)
         blind = (bias == -math.inf).all(-1, keepdim=True)
         mask = bias.masked_fill(blind, 0)
+    if blind is not None and can_be_read(blind) and not blind.any():
+        blind = None
     if blind is not None:
         # a softmax over nothing isn't 0 on every device: such a query sees keys, and what it saw is left out
-        q = q.masked_fill(blind, 0)
+        q = torch.where(blind, 0, q)
     if scale <= 0:
         # not every kernel of torch finds the largest score then
         q, scale = q * scale, 1.0
     with without_autocast(q.device.type):
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     if blind is not None:
-        out = out.masked_fill(blind, 0)
+        out = torch.where(blind, 0, out)
     return out.transpose(1, 2).contiguous()
 
 
@@ -232,14 +236,29 @@ def _varlen_by_torch(
     max_seqlen_k: int,
     scale: float,
 ) -> Tensor:
-    """`attention_varlen` by torch on padded sequences: the host reads no length."""
-    if not torch.compiler.is_compiling():
-        reference.check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
-        reference.check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    padded_q, _ = reference.pad(q, cu_seqlens_q, max_seqlen_q)
-    (padded_k, is_key), (padded_v, _) = (reference.pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
-    out = _by_torch(padded_q, padded_k, padded_v, is_key, None, scale)
-    return out[reference.places(cu_seqlens_q, q.shape[0])]
+    """`attention_varlen` by torch: its long sequences one by one, or all padded where the host can't read lengths."""
+    if not can_be_read(q, cu_seqlens_q, cu_seqlens_k):
+        padded_q, _ = reference.pad(q, cu_seqlens_q, max_seqlen_q)
+        (padded_k, is_key), (padded_v, _) = (reference.pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
+        out = _by_torch(padded_q, padded_k, padded_v, is_key, None, scale)
+        return out[reference.places(cu_seqlens_q, q.shape[0])]
+    reference.check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+    reference.check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    # each long sequence alone, short ones that follow each other together
+    together = groupby(range(len(lengths_k)), lambda i: i if _is_long(lengths_k[i], q) else -1)
+    groups = [list(group) for _, group in together]
+    rows_q, rows_k = ([sum(lengths[i] for i in group) for group in groups] for lengths in (lengths_q, lengths_k))
+    out = []
+    for group, *part in zip(groups, q.split(rows_q), k.split(rows_k), v.split(rows_k)):
+        first, last = group[0], group[-1]
+        if _is_long(lengths_k[first], q):
+            out.append(attention(*(x[None] for x in part), scale=scale)[0])
+        else:
+            ends_q, ends_k = (cu[first : last + 2] - cu[first] for cu in (cu_seqlens_q, cu_seqlens_k))
+            longest = max(lengths_q[first : last + 1]), max(lengths_k[first : last + 1])
+            out.append(_attention_varlen(*part, ends_q, ends_k, *longest, scale))
+    return torch.cat(out) if out else torch.zeros_like(q)
 
 
 # ---- attention_qkvpacked ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from .._checks import check_count, check_floating, check_ids, check_same, check_tensor
-from ._define import define, sum_rows
+from ._define import autocast_dtype, define, sum_rows
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -56,12 +56,13 @@ def decoder_tokens(
         num_prefix_tokens: N.
 
     Returns:
-        (B, N+K+M, D) of the dtype of `visible`; gradients for visible, mask_token and pos_embed.
+        (B, N+K+M, D) of the dtype of `visible`; under autocast, of the widest dtype of visible, mask_token and
+        pos_embed, which the residual stream of a decoder keeps. Gradients for visible, mask_token and pos_embed.
 
     Raises:
         TypeError, ValueError: as `gather_tokens`.
     """
-    _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens)
+    visible = _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens)
     ids_keep = check_ids("ids_keep", ids_keep, visible.shape[0])
     ids_predict = check_ids("ids_predict", ids_predict, visible.shape[0])
     if ids_keep.shape[1] + num_prefix_tokens != visible.shape[1]:
@@ -96,12 +97,12 @@ def unshuffle(
         num_prefix_tokens: N.
 
     Returns:
-        (B, N+L, D) of the dtype of `visible`; gradients for visible, mask_token and pos_embed.
+        (B, N+L, D), of a dtype as in `decoder_tokens`; gradients for visible, mask_token and pos_embed.
 
     Raises:
         TypeError, ValueError: as `gather_tokens`.
     """
-    _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens)
+    visible = _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens)
     ids_restore = check_ids("ids_restore", ids_restore, visible.shape[0])
     if ids_restore.shape[1] + num_prefix_tokens != pos_embed.shape[0]:
         raise ValueError(
@@ -115,15 +116,18 @@ def unshuffle(
     return out
 
 
-def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int) -> None:
+def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Check what both assemblies take; return `visible` in the dtype of the result."""
     check_tensor("visible", visible, (None, None, None), letters="(batch, tokens, width)")
     check_tensor("mask_token", mask_token, (visible.shape[2],), letters="(width,)")
     check_tensor("pos_embed", pos_embed, (None, visible.shape[2]), letters="(prefix + patches, width)")
     for name, value in (("visible", visible), ("mask_token", mask_token), ("pos_embed", pos_embed)):
         check_floating(name, value)
-    num_prefix_tokens = check_count(
-        "num_prefix_tokens", num_prefix_tokens, 0, min(visible.shape[1], pos_embed.shape[0])
-    )
+    check_count("num_prefix_tokens", num_prefix_tokens, 0, min(visible.shape[1], pos_embed.shape[0]))
+    if autocast_dtype(visible, mask_token, pos_embed) is None:
+        return visible
+    wider = torch.promote_types(mask_token.dtype, pos_embed.dtype)
+    return visible.to(torch.promote_types(visible.dtype, wider))
 
 
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------

@@ -121,3 +121,12 @@ BAD_SIZES = [
 def test_bad_sizes_are_refused(arguments, error, said):
     with pytest.raises(error, match=said):
         MaskedAutoencoderViT(**{**SIZES, **arguments})
+
+
+@pytest.mark.fault
+def test_statistics_as_numpy_arrays():
+    model = build(mean=np.float32([0.25, 0.5, 0.75]), std=[np.float32(0.5)] * 3)
+    assert model.mean == (0.25, 0.5, 0.75) and model.std == (0.5, 0.5, 0.5)
+    assert all(type(value) is float for value in model.mean + model.std)
+    with pytest.raises(TypeError, match="mean must be a sequence of numbers"):
+        build(mean=np.ones((3, 1, 1)))

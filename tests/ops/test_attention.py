@@ -383,6 +383,27 @@ class TestLongRows:
 
     @host
     @pytest.mark.fault
+    def test_packed_sequences_are_not_padded(self, monkeypatch):
+        """Where the host reads lengths: a long one goes to torch alone, short ones to the kernel together."""
+        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: 16)
+        of, seen = TestAttentionVarlen, []
+        sdpa = torch.nn.functional.scaled_dot_product_attention
+
+        def recorded(q, k, *rest, **named):
+            seen.append((q.shape, k.shape))
+            return sdpa(q, k, *rest, **named)
+
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", recorded)
+        arguments = of().arguments((5, 0, 3, 17, 18, 2, 4), cross=False)
+        check_op(of.op, of.eager, prepare(arguments, torch.float32, "contiguous", of.leaves))
+        assert set(seen) == {((1, 2, n, HEAD_WIDTH),) * 2 for n in (17, 18)}
+        seen.clear()
+        torch.compiler.reset()
+        compiled = torch.compile(of.op, fullgraph=True, backend="aot_eager")
+        check_op(compiled, of.eager, prepare(arguments, torch.float32, "contiguous", of.leaves))
+
+    @host
+    @pytest.mark.fault
     def test_compiles_once_on_each_side(self, monkeypatch):
         """Of the length from which torch serves."""
         monkeypatch.setattr(_library, "most_keys", lambda device, dtype: 16)
@@ -447,8 +468,10 @@ def test_from_which_length_torch_serves(monkeypatch):
     assert _library.most_keys("cuda", torch.bfloat16) == _library.most_keys("cuda", torch.float32) == 1024
     assert _library.most_keys("cpu", torch.float32) == 4096
     assert _library.most_keys("cpu", torch.bfloat16) is _library.most_keys("cpu", torch.float16) is None
-    monkeypatch.setattr(_library, "build", dict(isa="avx2"))
-    assert _library.most_keys("cpu", torch.float32) == 1024
+    for isa, most in dict(portable=224, avx2=2048, avx512_bf16=4096).items():
+        monkeypatch.setattr(_library, "build", dict(isa=isa))
+        assert _library.most_keys("cpu", torch.float32) == most
+        assert _library.most_keys("cpu", torch.bfloat16) is None
     monkeypatch.setattr(_library, "build", None)
     assert _library.most_keys("cpu", torch.bfloat16) == 1024
     assert _library.most_keys("cuda", torch.float64) is _library.most_keys("meta", torch.float32) is None

@@ -182,3 +182,17 @@ class TestUnshuffle(Indexed):
 
     def mixed(self):
         return self.leaves
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("assemble", ["decoder_tokens", "unshuffle"])
+def test_autocast_keeps_the_stream_of_a_decoder(assemble):
+    """Tokens of a narrow projection are widened before positions are added, as torch.cat does under autocast."""
+    keep, predict, restore = ops.random_masking(2, 8, 3, device=DEVICE)
+    visible = torch.randn(2, 4, 16, device=DEVICE, dtype=torch.bfloat16)
+    mask_token, pos = torch.randn(16, device=DEVICE), torch.randn(9, 16, device=DEVICE)
+    ids = (keep, predict) if assemble == "decoder_tokens" else (restore,)
+    op = getattr(ops, assemble)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        found = op(visible, *ids, mask_token, pos, num_prefix_tokens=1)
+    assert torch.equal(found, op(visible.float(), *ids, mask_token, pos, num_prefix_tokens=1))
