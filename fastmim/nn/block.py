@@ -123,15 +123,11 @@ def takes_stream(block: nn.Module) -> bool:
         block._backward_pre_hooks.values(),
     )
     return (
-        _runs_ours(block)
+        type(block).forward is Block.forward
+        and "forward" not in block.__dict__
         and not watched()
         and all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
     )
-
-
-def _runs_ours(block: nn.Module) -> bool:
-    """Return whether a call of `block` runs `Block.forward`."""
-    return type(block).forward is Block.forward and "forward" not in block.__dict__
 
 
 def _last(x: Tensor, count: int | None) -> Tensor:
@@ -163,7 +159,7 @@ def run_blocks(
             stream = run(stream, queries)
             continue
         residual, branch = stream
-        tokens = residual if branch is None else residual + branch
-        stream = run(tokens, queries) if _runs_ours(block) else _last(run(tokens), queries), None
+        out = run(residual if branch is None else residual + branch)
+        stream = _last(out, queries), None
     residual, branch = stream
     return add_norm(norm, branch, residual)[0]
