@@ -249,16 +249,16 @@ def _varlen_by_torch(
     together = groupby(range(len(lengths_k)), lambda i: i if _is_long(lengths_k[i], q) else -1)
     groups = [list(group) for _, group in together]
     rows_q, rows_k = ([sum(lengths[i] for i in group) for group in groups] for lengths in (lengths_q, lengths_k))
-    out = []
+    attended: list[Tensor] = []
     for group, *part in zip(groups, q.split(rows_q), k.split(rows_k), v.split(rows_k)):
         first, last = group[0], group[-1]
         if _is_long(lengths_k[first], q):
-            out.append(attention(*(x[None] for x in part), scale=scale)[0])
+            attended.append(attention(*(x[None] for x in part), scale=scale)[0])
         else:
             ends_q, ends_k = (cu[first : last + 2] - cu[first] for cu in (cu_seqlens_q, cu_seqlens_k))
             longest = max(lengths_q[first : last + 1]), max(lengths_k[first : last + 1])
-            out.append(_attention_varlen(*part, ends_q, ends_k, *longest, scale))
-    return torch.cat(out) if out else torch.zeros_like(q)
+            attended.append(_attention_varlen(*part, ends_q, ends_k, *longest, scale))
+    return torch.cat(attended) if attended else torch.zeros_like(q)
 
 
 # ---- attention_qkvpacked ---------------------------------------------------------------------------------------------
