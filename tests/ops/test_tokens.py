@@ -184,6 +184,7 @@ class TestUnshuffle(Indexed):
         return self.leaves
 
 
+@host
 @pytest.mark.fault
 @pytest.mark.parametrize("assemble", ["decoder_tokens", "unshuffle"])
 def test_autocast_keeps_the_stream_of_a_decoder(assemble):
