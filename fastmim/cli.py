@@ -90,8 +90,8 @@ def _check_data(args: argparse.Namespace) -> int:
     Unreadable images are printed and listed in a quarantine file with the reason; the exit status is then 1. Training
     skips them. It serves images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black since they use less than 12 bits: both are printed and counted but
-    not listed, and the exit status stays 0. Damage in JPEGs is looked for where simplejpeg is installed. Of a packed dataset all checksums are
-    compared.
+    not listed, and the exit status stays 0. Damage in JPEGs is looked for where simplejpeg is installed. Of a packed
+    dataset all checksums are compared.
     """
     from collections import Counter
 
