@@ -47,7 +47,7 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
-    parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an interrupted run")
+    parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side", type=_count, default=256, metavar="PIXELS", help="shrink to it; smaller stay. Default: 256"
     )
@@ -58,7 +58,8 @@ def _pack(args: argparse.Namespace) -> int:
     """Decode all images once, so that training decodes no JPEG.
 
     Writes uint8 shards that are mapped into memory, with checksums and labels: about 260 KB an image at --short-side
-    256. Give OUT to ImageLoader, or to another command, as the source. Run it again after an interruption: it goes on.
+    256. Give OUT to ImageLoader, or to another command, as the source. Run it again after an interruption, and it
+    continues; on a finished dataset, and it packs the files that were repaired or changed since.
     """
     from tqdm import tqdm
 
@@ -87,10 +88,10 @@ def _check_data(args: argparse.Namespace) -> int:
     """Decode every image in full and say which can't be read, before a training run meets them.
 
     Unreadable images are printed and listed in a quarantine file with the reason; the exit status is then 1. Training
-    skips them. It serves images that are damaged but decodable, such as JPEGs that end early, and 16-bit images that
-    are nearly black since they use less than 12 bits: both are printed, counted and not listed, and alone leave the
-    exit status at 0. Damage in JPEGs is looked for where simplejpeg is installed. Of a packed dataset all checksums are
-    compared.
+    skips them. It serves images that are damaged but decodable, such as JPEGs with too little data before their end
+    mark, and 16-bit images that are nearly black since they use less than 12 bits: both are printed and counted but
+    not listed, and the exit status stays 0. Damage in JPEGs is looked for where simplejpeg is installed. Of a packed
+    dataset all checksums are compared.
     """
     from collections import Counter
 

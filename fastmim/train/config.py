@@ -50,7 +50,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a pretraining run; README lists them.
+    """The settings of a pretraining run: the keys of a TOML file, and of `key=value` on the command line.
 
     In `data` and `output_dir` a leading `~` is the home folder; environment variables are not expanded.
 
