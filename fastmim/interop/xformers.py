@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_tensor
 
-# what the kernels serve; attention falls back on a formula beyond
+# limits of the kernels on CUDA devices: beyond them calls go to xformers where it is installed
 HEAD_DIM, SEQUENCE = 128, 1024
 
 
@@ -28,7 +28,7 @@ def memory_efficient_attention(
     Without a bias, with a tensor or with a `BlockDiagonalMask` (sequences packed one after another), fastmim's kernels
     serve it, on CPUs too. The rest goes to xformers as it came: other masks (causal, padded, paged, local), dropout,
     values of another width than the keys, quantised keys, `op` and `output_dtype`; and on CUDA devices, where xformers
-    is installed, what our kernels leave to a formula (more than 128 wide heads, more than 1024 keys, unless packed).
+    is installed, heads wider than 128 and, unless packed, rows of more than 1024 keys.
 
     Args:
         query: (B, Mq, H, K), (B, Mq, K) of one head, or (B, Mq, G, H, K) of G groups of H heads.
