@@ -17,7 +17,7 @@ avx2 = ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=
 	FASTMIM_ISA=avx2
 CPUS = sse $(if $(shell grep -sl avx2 /proc/cpuinfo),avx2)
 NUMERICAL = tests/ops tests/nn tests/models tests/interop tests/train/test_loop.py \
-	$(addprefix tests/test_,cases.py masking.py native.py native_bf16.py reference.py)
+	tests/kernels/cpu tests/kernels/test_reference.py tests/support
 
 # Python and packages of the machine that a flight goes to (benchmarks/gpu/README.md)
 PYTHON312 ?= $(or $(shell python3.12 -c "import sys; print(sys.executable)" 2>/dev/null),$\
@@ -53,7 +53,7 @@ ELSEWHERE = not compile and not threads and not gradcheck and not second_derivat
 interpret: .venv/ready
 	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops -k "$(ELSEWHERE)" $(ARGS)
 
-# the op suite on the CUDA C++ kernels, run on the CPU by tests/cuda/host
+# the op suite on the CUDA C++ kernels, run on the CPU by tests/kernels/cuda/host
 runner: .venv/ready
 	FASTMIM_TEST_KERNELS=cuda $(TEST) \
 	$(addprefix tests/ops/test_,masking.py patches.py attention.py loss.py) -k "$(ELSEWHERE) and not 2_31" $(ARGS)
@@ -115,11 +115,11 @@ sanitize: .venv/ready
 	FASTMIM_SANITIZE=1 .venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/sanitize .
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	.venv/bin/python -m pytest tests/ops tests/test_masking.py -k "not compile" $(ARGS)
+	.venv/bin/python -m pytest tests/ops tests/models/test_masks.py -k "not compile" $(ARGS)
 
 # needs no compiler, nor the package installed
 lint: .venv/lint
-	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/* tests/cuda/host/*.h tests/cuda/host/*.cpp tests/cuda/host/*.inl
+	.venv/bin/clang-format --dry-run -Werror csrc/*.cpp csrc/*/* tests/kernels/cuda/host/*.h tests/kernels/cuda/host/*.cpp tests/kernels/cuda/host/*.inl
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

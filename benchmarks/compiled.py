@@ -3,7 +3,8 @@
     python benchmarks/compiled.py
 
 writes results/compiled.json and results/compiled.md: registers, spilled bytes, shared memory, tensor-core instructions
-and the share of 128-bit accesses of each kernel, on each architecture. tests/kernels/test_compile.py holds them to it.
+and the share of 128-bit accesses of each kernel, on each architecture. tests/kernels/triton/test_compile.py holds them
+to it.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from fastmim.models.mae import MaskedAutoencoderViT
 from fastmim.train import Config, Trainer
 from fastmim.train.config import tomllib
 from fastmim.train.evaluate import Split, accuracy, compare, fine_tune, read_split
-from fastmim.train.runs import load_model
+from fastmim.train.load_run import load_model
 from harness.machine import describe, environment
 
 SETTINGS = Path(__file__).with_suffix(".toml")

@@ -19,9 +19,9 @@ import torch
 
 from fastmim.train import Trainer
 from fastmim.train.config import read
-from fastmim.train.interruptions import Interruptions
-from fastmim.train.processes import joined
+from fastmim.train.distributed import joined
 from fastmim.train.schedule import adamw
+from fastmim.train.signals import Interruptions
 from harness.timing import interleave, spread
 
 

@@ -2,11 +2,11 @@
 
 from . import data, masking, ops
 from ._version import __version__
-from .interop.accelerate import UnsupportedModelError, accelerate, explain, restore
-from .interop.checkpoints import load
-from .interop.facebook import to_facebook
-from .interop.huggingface import from_huggingface, to_huggingface
-from .interop.timm import to_timm
+from .interop.accelerate.api import UnsupportedModelError, accelerate, explain, restore
+from .interop.convert.facebook import to_facebook
+from .interop.convert.huggingface import from_huggingface, to_huggingface
+from .interop.convert.load import load
+from .interop.convert.timm import to_timm
 from .masking import Mask
 from .models.mae import (
     MAEOutput,

@@ -179,9 +179,9 @@ def _reconstruct(args: argparse.Namespace) -> int:
     import torch
 
     from . import masking
-    from .train.masks import mask_seeds
+    from .train.load_run import load_model
     from .train.reconstruct import draw_grid, find_images, read_images
-    from .train.runs import load_model
+    from .train.seeds import mask_seeds
 
     model = load_model(args.checkpoint, key=args.key).eval()
     images = read_images(find_images(args.images, args.count), model.patch_embed.img_size)
@@ -214,10 +214,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     """
     import torch
 
-    from .interop.weights import settings_of_model
+    from .interop.convert.weights import settings_of_model
     from .models.mae import MaskedAutoencoderViT
     from .train.evaluate import compare, read_split
-    from .train.runs import load_model
+    from .train.load_run import load_model
 
     # features are the encoder's
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
@@ -245,7 +245,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 def _export(args: argparse.Namespace) -> int:
     """Write a model as facebookresearch/mae, Hugging Face or timm read it, and compare the outputs."""
     from .train.export import export
-    from .train.runs import load_model
+    from .train.load_run import load_model
 
     # timm's model is the encoder
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())

@@ -3,7 +3,7 @@
 Which kernels the op suite (tests/ops) meets:
 
     FASTMIM_TEST_KERNELS=triton   the Triton kernels, with TRITON_INTERPRET=1 those of Triton's interpreter
-    FASTMIM_TEST_KERNELS=cuda     the CUDA C++ kernels, on the CPU those of the runner in tests/cuda/host
+    FASTMIM_TEST_KERNELS=cuda     the CUDA C++ kernels, on the CPU those of the runner in tests/kernels/cuda/host
     neither                       what serves CPU tensors
 
 What a kernel leaves unserved, float64 first of all, goes to the reference.
@@ -18,8 +18,8 @@ where those of CUDA C++ do, which serve less, it is skipped.
     FASTMIM_TEST_DEVICE=cpu FASTMIM_TEST_KERNELS=cuda pytest tests/ops   a rehearsal on the runner
     FASTMIM_TEST_DEVICE=meta pytest tests/ops                            without values: which tensor is on which device
 
-FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device. Nor does tests/gpu need any of them: it
-finds the GPU by itself, and fastmim chooses the kernels.
+FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device. Nor does tests/kernels/device need any of
+them: it finds the GPU by itself, and fastmim chooses the kernels.
 """
 
 import importlib

@@ -111,7 +111,7 @@ GPU = Plan(
     ),
     backends={"cuda": "cuda", "triton": "triton"},
     op_suite=("tests/ops",),
-    device_suite=("tests/gpu",),
+    device_suite=("tests/kernels/device",),
     processes=14,
     loaded=(2048, 256),
 )
@@ -142,7 +142,7 @@ REHEARSAL = Plan(
     # CUDA C++ runs on no CPU
     backends={"cuda": "reference", "triton": "triton"},
     op_suite=("tests/ops/test_norm.py", "-k", "empty or nan"),
-    device_suite=("tests/gpu", "-k", "equal_repeats"),
+    device_suite=("tests/kernels/device", "-k", "equal_repeats"),
     processes=2,
     loaded=(6, 3),
 )

@@ -149,7 +149,7 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
     `before` is told the kernel, the arguments and the options of what would have been launched, `after` what it was
     compiled to.
     """
-    linear, loss = importlib.import_module("fastmim.nn.linear"), importlib.import_module("fastmim.ops.loss")
+    linear, loss = importlib.import_module("fastmim.nn.fused"), importlib.import_module("fastmim.ops.loss")
     run = JITFunction.run
 
     def warm_up(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -10,7 +10,7 @@
 // 16x8 tiles whose values are spread over the lanes of a warp as "tensor cores" below says.
 //
 // Kernels touch memory through load, store and copy_async alone and talk to other threads through this file alone, so
-// that a second implementation, tests/cuda/host/device.h, runs the same source on a CPU with every access checked.
+// that a second implementation, tests/kernels/cuda/host/device.h, runs the same source on a CPU with every access checked.
 #pragma once
 
 #include <cstddef>

@@ -18,7 +18,7 @@ from .. import masking, ops
 from .._checks import check_count, check_floating, check_number, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, linear, run_blocks
-from .pos_embed import sincos_2d
+from .positions import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

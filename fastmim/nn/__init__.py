@@ -2,7 +2,7 @@
 
 from .attention import Attention
 from .block import Block, Mlp, run_blocks
-from .linear import linear
+from .fused import linear
 from .patch_embed import PatchEmbed
 
 __all__ = ["Attention", "Block", "Mlp", "PatchEmbed", "linear", "run_blocks"]

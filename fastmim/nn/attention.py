@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .linear import is_stock, linear, linear_of
+from .fused import is_stock, linear, linear_of
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .attention import Attention
-from .linear import gelu_linear, is_stock, linear_of, norm_linear, residual_stream, stock_norm, watched
+from .fused import gelu_linear, is_stock, linear_of, norm_linear, residual_stream, stock_norm, watched
 
 Stream = tuple[Tensor, Tensor | None]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import axes, check_tensor
 from ..ops.patches import Stat, channel_stats
-from .linear import residual_stream, unaltered, watched
+from .fused import residual_stream, unaltered, watched
 
 
 def cuts_patches(projection: nn.Module) -> bool:

@@ -5,7 +5,7 @@ computes, state, checkpoints and writer what is kept, metrics what is told, loop
 """
 
 from .config import Config, ConfigError
-from .interruptions import Interrupted
 from .loop import Trainer
+from .signals import Interrupted
 
 __all__ = ["Config", "ConfigError", "Interrupted", "Trainer"]

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from .._library import reference_serves
-from ..interop.checkpoints import load
-from ..interop.facebook import to_facebook
-from ..interop.huggingface import to_huggingface
-from ..interop.timm import to_timm
-from ..interop.weights import settings_of_model
+from ..interop.convert.facebook import to_facebook
+from ..interop.convert.huggingface import to_huggingface
+from ..interop.convert.load import load
+from ..interop.convert.timm import to_timm
+from ..interop.convert.weights import settings_of_model
 from ..models.mae import MaskedAutoencoderViT
 
 TARGETS = ("facebook", "huggingface", "timm")

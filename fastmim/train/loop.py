@@ -20,15 +20,15 @@ from .. import masking
 from ..data import Batch
 from ..data.lock import Lock, Locked
 from . import metrics
+from .checkpoint.manager import Keeper
 from .config import DTYPES, Config, ConfigError
-from .cost import Meter
-from .feed import open_loader
-from .interruptions import Interrupted, Interruptions
-from .keeper import Keeper
-from .masks import mask_seeds
-from .processes import accumulating, joined, spread
+from .data import open_loader
+from .distributed import accumulating, joined, spread
+from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
+from .seeds import mask_seeds
+from .signals import Interrupted, Interruptions
 
 
 class Done(NamedTuple):

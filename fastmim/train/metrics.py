@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import import_error
-from .board import Board
-from .checkpoints import replace
+from .checkpoint.store import replace
+from .tensorboard import Board
 
 # what a line must have to be kept by a run that goes on
 STEP = "step"

@@ -391,7 +391,7 @@ def test_stages_and_their_commands(tmp_path):
     for cuda in (False, True):
         ops, device = stages.suites(made, cuda)
         assert ops.env["FASTMIM_CHECK_IDS"] == device.env["FASTMIM_CHECK_IDS"] == "0"
-        assert "tests/ops" in ops.argv and "-n" in ops.argv and "tests/gpu" in device.argv
+        assert "tests/ops" in ops.argv and "-n" in ops.argv and "tests/kernels/device" in device.argv
         assert ops.env["FASTMIM_TEST_DEVICE"] == "cuda" and "FASTMIM_TEST_DEVICE" not in device.env
         assert ops.env["FASTMIM_TEST_KERNELS"] == ("cuda" if cuda else "triton")
         assert device.env.get("FASTMIM_KERNELS") == ("cuda" if cuda else None)

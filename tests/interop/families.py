@@ -13,7 +13,7 @@ from forked_mae import PlainMAE
 from torch import Tensor, nn
 
 import fastmim
-from fastmim.interop.accelerated.swap import Fast
+from fastmim.interop.accelerate.swap import Fast
 
 transformers = pytest.importorskip("transformers")
 

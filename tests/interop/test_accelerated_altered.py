@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import scatter_gather
 
 import fastmim
-from fastmim.interop.accelerate import UnsupportedModelError
+from fastmim.interop.accelerate.api import UnsupportedModelError
 
 pytestmark = pytest.mark.fault
 

@@ -12,12 +12,12 @@ from forked_mae import Block, PlainMAE
 from torch import Tensor, nn
 
 import fastmim
-from fastmim.interop.accelerate import UnsupportedModelError
+from fastmim.interop.accelerate.api import UnsupportedModelError
 
 transformers = pytest.importorskip("transformers")
 
 
-def check_kept(model: nn.Module, path: str, reason: str, run) -> fastmim.interop.accelerate.Report:
+def check_kept(model: nn.Module, path: str, reason: str, run) -> fastmim.interop.accelerate.api.Report:
     """`path` keeps its class for `reason`, and the whole its results."""
     torch.manual_seed(5)
     expected = run(model)

@@ -7,7 +7,7 @@ import torch
 from families import accelerated, build, fast, gradients
 
 import fastmim
-from fastmim.interop.accelerate import UnsupportedModelError
+from fastmim.interop.accelerate.api import UnsupportedModelError
 
 transformers = pytest.importorskip("transformers")
 
@@ -150,8 +150,8 @@ def test_another_attention_implementation_later(hugging):
 
 
 def test_another_version_of_transformers_is_named(hugging, monkeypatch):
-    monkeypatch.delattr("fastmim.interop.accelerated.huggingface", raising=False)
-    monkeypatch.setitem(sys.modules, "fastmim.interop.accelerated.huggingface", None)
+    monkeypatch.delattr("fastmim.interop.accelerate.huggingface", raising=False)
+    monkeypatch.setitem(sys.modules, "fastmim.interop.accelerate.huggingface", None)
     with pytest.raises(UnsupportedModelError, match=f"transformers {transformers.__version__} writes it otherwise"):
         fastmim.accelerate(hugging.model)
 
@@ -170,7 +170,7 @@ def test_the_package_that_is_missing_is_named(hugging, monkeypatch, error, said)
         # transformers hides what its lazy modules meet behind an error of its own
         raise ModuleNotFoundError("Could not import module 'ViTModel'") from error
 
-    monkeypatch.setattr("fastmim.interop.accelerate.importlib.import_module", fails)
+    monkeypatch.setattr("fastmim.interop.accelerate.api.importlib.import_module", fails)
     with pytest.raises(
         fastmim.UnsupportedModelError, match=f"transformers {transformers.__version__} {said}"
     ) as raised:

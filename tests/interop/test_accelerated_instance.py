@@ -10,7 +10,7 @@ from forked_mae import PlainMAE
 from torch import nn
 
 import fastmim
-from fastmim.interop.accelerate import UnsupportedModelError
+from fastmim.interop.accelerate.api import UnsupportedModelError
 
 
 def test_weights_stay(case):

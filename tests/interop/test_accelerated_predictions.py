@@ -5,7 +5,7 @@ import torch
 from families import accelerated, build, gradients
 
 import fastmim
-from fastmim.interop.accelerate import UnsupportedModelError
+from fastmim.interop.accelerate.api import UnsupportedModelError
 
 
 @pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "plain", "timm blocks"], indirect=True)

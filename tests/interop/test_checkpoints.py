@@ -9,7 +9,7 @@ from small import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
 
 import fastmim
 from fastmim import load
-from fastmim.models.pos_embed import sincos_2d
+from fastmim.models.positions import sincos_2d
 
 # ---- facebookresearch/mae and what training puts around it -----------------------------------------------------------
 

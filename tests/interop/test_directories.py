@@ -10,7 +10,7 @@ from spellings import STACKS, respell
 from torch import Tensor, nn
 
 from fastmim import load
-from fastmim.interop.huggingface import settings_of_config
+from fastmim.interop.convert.huggingface import settings_of_config
 
 CONFIG = dict(
     model_type="vit_mae", image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastmim
 from fastmim import MaskedAutoencoderViT
-from fastmim.models.pos_embed import sincos_2d
+from fastmim.models.positions import sincos_2d
 
 
 @pytest.mark.parametrize("dim, grid", [(768, (14, 14)), (1280, (16, 16)), (32, (3, 5)), (12, (7, 1)), (4, (1, 1))])

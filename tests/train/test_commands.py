@@ -8,7 +8,7 @@ from plain import Cell, plain_model
 
 from fastmim import cli, load, mae_vit_tiny_patch16
 from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
-from fastmim.train.runs import load_model
+from fastmim.train.load_run import load_model
 
 
 @pytest.mark.parametrize("place", ["", "final", "final/model.safetensors", "checkpoints/latest"])

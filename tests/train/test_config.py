@@ -12,7 +12,7 @@ from small_run import ENVIRONMENT, SETTINGS, command
 from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
-from fastmim.train.processes import Processes, spread
+from fastmim.train.distributed import Processes, spread
 
 
 def fault(*values):

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from fastmim import masking
 from fastmim.data import ImageLoader
-from fastmim.train import Trainer, masks
+from fastmim.train import Trainer
 from fastmim.train.config import Config, read
 from fastmim.train.schedule import adamw, learning_rate
+from fastmim.train.seeds import WEYL, _mix, mask_seeds
 
 
 def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
@@ -43,7 +44,7 @@ def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
                 return losses
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, len(losses), steps)
-            seeds = masks.mask_seeds(config.seed, epoch, batch.ids)
+            seeds = mask_seeds(config.seed, epoch, batch.ids)
             mask = masking.random(len(batch.ids), template.patch_embed.num_patches, config.mask_ratio, seeds=seeds)
             # the ranks of the noise are noise that gives the same mask
             loss = model(normalise(batch.images, dtype), mask.ids_restore.double(), Cell(config.mask_ratio, 1.0))
@@ -90,12 +91,12 @@ def test_the_quickstart_in_float32_is_as_near_to_float64_as_the_plain_reference(
 
 def test_masks_are_functions_of_seed_epoch_and_sample():
     ids = torch.tensor([5, 0, 2**40, 7])
-    seeds = masks.mask_seeds(3, 9, ids)
-    assert torch.equal(masks.mask_seeds(3, 9, ids.flip(0)), seeds.flip(0))
-    everything = torch.cat([masks.mask_seeds(s, e, torch.arange(500)) for s in range(4) for e in range(5)])
+    seeds = mask_seeds(3, 9, ids)
+    assert torch.equal(mask_seeds(3, 9, ids.flip(0)), seeds.flip(0))
+    everything = torch.cat([mask_seeds(s, e, torch.arange(500)) for s in range(4) for e in range(5)])
     assert len(everything.unique()) == len(everything)
     # splitmix64's first output of state 0 is known
-    assert masks._mix(torch.tensor([masks.WEYL])).item() == 0xE220A8397B1DCDAF - 2**64
+    assert _mix(torch.tensor([WEYL])).item() == 0xE220A8397B1DCDAF - 2**64
 
 
 # ---- gradients that aren't finite ------------------------------------------------------------------------------------

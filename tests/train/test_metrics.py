@@ -9,7 +9,7 @@ import pytest
 from small_run import curve, outcome
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastmim.train import Trainer, samples
+from fastmim.train import Trainer, digits
 from fastmim.train.metrics import draw_curve
 
 
@@ -70,11 +70,11 @@ def test_a_package_that_is_there_is_not_called_absent(tmp_path, monkeypatch, cap
     reason = "is installed, but importing it fails: No module named 'kiwi'"
     assert f"matplotlib {reason}" in capsys.readouterr().err
     with pytest.raises(ImportError, match=f"sklearn {reason}"):
-        samples.write("digits", tmp_path)
+        digits.write("digits", tmp_path)
 
 
 @pytest.mark.fault
 def test_the_digits_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match='data = "digits" needs scikit-learn: pip install scikit-learn'):
-        samples.write("digits", tmp_path)
+        digits.write("digits", tmp_path)

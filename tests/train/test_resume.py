@@ -17,7 +17,8 @@ from small_run import ENVIRONMENT, command, curve, outcome
 
 from fastmim.data import ImageLoader
 from fastmim.data.lock import NAME, Lock
-from fastmim.train import Interrupted, Trainer, checkpoints
+from fastmim.train import Interrupted, Trainer
+from fastmim.train.checkpoint import store
 
 KILLER = Path(__file__).with_name("killer.py")
 
@@ -279,27 +280,28 @@ def test_killed_in_the_middle_of_a_save(config, straight, tmp_path, place):
     hooks = {
         "safetensors": "safetensors.torch.save_file = lambda values, path, meta: (path.write_bytes(b'half'), die())",
         "state": "json_dumps = json.dumps; json.dumps = lambda v, **k: die() if 'loaders' in v else json_dumps(v, **k)",
-        "manifest": "checkpoints.digest = lambda path: die()",
-        "flush": "checkpoints.flush = lambda path: die()",
+        "manifest": "store.digest = lambda path: die()",
+        "flush": "store.flush = lambda path: die()",
         "renamed": "pathlib.Path.symlink_to = lambda self, target: die()",
     }
     code = (
         "import json, os, pathlib, safetensors.torch, signal, sys\n"
-        "from fastmim.train import Trainer, checkpoints\n"
+        "from fastmim.train import Trainer\n"
+        "from fastmim.train.checkpoint import store\n"
         "from fastmim.train.config import read\n"
         "def die(): os.kill(os.getpid(), signal.SIGKILL)\n"
-        "write = checkpoints.write\n"
+        "write = store.write\n"
         "def second(folder, step, tensors, state):\n"
         f"    if step == 8:\n        global json_dumps\n        {hooks[place]}\n"
         "    return write(folder, step, tensors, state)\n"
-        "checkpoints.write = second\n"
+        "store.write = second\n"
         "Trainer(read(sys.argv[1])).run()\n"
     )
     python, _, _, _, path = command(config())
     done = subprocess.run([python, "-c", code, path], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     latest = tmp_path / "run" / "checkpoints" / "latest"
-    checkpoints.verify(latest.resolve())
+    store.verify(latest.resolve())
     Trainer(config()).run()
     assert outcome(tmp_path / "run") == outcome(straight)
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.suffix]

@@ -10,8 +10,9 @@ import torch
 from small_run import command, outcome
 
 from fastmim import cli
-from fastmim.train import Trainer, checkpoints, metrics
-from fastmim.train.board import Board
+from fastmim.train import Trainer, metrics
+from fastmim.train.checkpoint import store
+from fastmim.train.tensorboard import Board
 
 FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -50,10 +51,10 @@ def test_damage_of_any_file_is_seen(straight, tmp_path, name, damage):
     path = tmp_path / "step-00000012"
     shutil.copytree(straight / "checkpoints" / path.name, path)
     assert sorted(file.name for file in path.iterdir()) == FILES
-    checkpoints.verify(path)
+    store.verify(path)
     damage(path / name)
-    with pytest.raises(checkpoints.Damaged, match=None if name == "manifest.json" else name):
-        checkpoints.verify(path)
+    with pytest.raises(store.Damaged, match=None if name == "manifest.json" else name):
+        store.verify(path)
 
 
 def test_every_bit_of_a_manifest_counts(straight, tmp_path):
@@ -65,16 +66,16 @@ def test_every_bit_of_a_manifest_counts(straight, tmp_path):
             data = bytearray(whole)
             data[place] ^= 1 << bit
             (path / "manifest.json").write_bytes(data)
-            with pytest.raises(checkpoints.Damaged):
-                checkpoints.verify(path)
+            with pytest.raises(store.Damaged):
+                store.verify(path)
 
 
 def test_a_file_too_many_is_refused(straight, tmp_path):
     path = tmp_path / "step-00000012"
     shutil.copytree(straight / "checkpoints" / path.name, path)
     (path / "more.safetensors").write_bytes(b"")
-    with pytest.raises(checkpoints.Damaged, match=r"more\.safetensors is not in manifest"):
-        checkpoints.verify(path)
+    with pytest.raises(store.Damaged, match=r"more\.safetensors is not in manifest"):
+        store.verify(path)
 
 
 @pytest.mark.parametrize("name, damage", [(FILES[2], flip), (FILES[1], truncate), (FILES[3], delete)])
@@ -93,7 +94,7 @@ def test_a_run_goes_on_from_the_last_good_one_and_says_so(config, straight, tmp_
 
 def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    for _, path in checkpoints.found(tmp_path / "run" / "checkpoints"):
+    for _, path in store.found(tmp_path / "run" / "checkpoints"):
         flip(path / "model.safetensors")
     Trainer(config()).run()
     assert "no good checkpoint is left: the run starts again" in capsys.readouterr().err
@@ -103,7 +104,7 @@ def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, cap
 def test_which_stay(config, tmp_path):
     Trainer(config(checkpoint_every=1, keep_last=2, keep_every=5)).run()
     folder = tmp_path / "run" / "checkpoints"
-    assert [step for step, _ in checkpoints.found(folder)] == [12, 11, 10, 5, 0]
+    assert [step for step, _ in store.found(folder)] == [12, 11, 10, 5, 0]
     assert (folder / "latest").resolve().name == "step-00000012"
 
 
@@ -118,29 +119,29 @@ def test_what_a_killed_run_left_aside_goes(config, tmp_path):
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     tensors = {"model": {"a": torch.arange(3.0)}}
-    checkpoints.write(tmp_path, 1, tensors, {"step": 1})
+    store.write(tmp_path, 1, tensors, {"step": 1})
 
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "flush", full)
+    monkeypatch.setattr(store, "flush", full)
     with pytest.raises(OSError, match="No space"):
-        checkpoints.write(tmp_path, 2, tensors, {"step": 2})
+        store.write(tmp_path, 2, tensors, {"step": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert (tmp_path / "latest").resolve().name == "step-00000001"
-    checkpoints.verify(tmp_path / "step-00000001")
+    store.verify(tmp_path / "step-00000001")
     assert json.loads((tmp_path / "latest" / "state.json").read_text()) == {"step": 1}
 
 
 def test_on_a_full_disk_training_goes_on(config, straight, tmp_path, monkeypatch, capsys):
-    write = checkpoints.write
+    write = store.write
 
     def sometimes(folder, step, tensors, state):
         if step == 8:
             raise OSError(28, "No space left on device")
         return write(folder, step, tensors, state)
 
-    monkeypatch.setattr(checkpoints, "write", sometimes)
+    monkeypatch.setattr(store, "write", sometimes)
     Trainer(config()).run()
     assert "No space left on device; training goes on" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(straight)
@@ -154,9 +155,9 @@ def test_a_full_disk_is_named_and_left_as_it_was(tmp_path, size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         with pytest.raises(OSError, match=r"step-00000001\.tmp/(state|manifest)\.json'|model\.safetensors"):
-            checkpoints.write(tmp_path, 1, {"model": {"a": torch.zeros(3)}}, {"text": "x" * 4000})
+            store.write(tmp_path, 1, {"model": {"a": torch.zeros(3)}}, {"text": "x" * 4000})
         with pytest.raises(OSError, match=r"run\.json\.tmp'"):
-            checkpoints.replace(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
+            store.replace(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -219,7 +220,7 @@ def test_the_last_one_must_be_written(config, monkeypatch):
     def full(folder, step, tensors, state):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "write", full)
+    monkeypatch.setattr(store, "write", full)
     with pytest.raises(OSError, match="No space left"):
         Trainer(config()).run()
 

@@ -8,8 +8,8 @@ import torch
 from ... import masking
 from ...data import Batch
 from ..config import DTYPES, Config
+from ..distributed import Processes
 from ..loop import Trainer
-from ..processes import Processes
 from ..schedule import adamw
 from .cards import Card
 from .recorder import UPDATE, Count, Stage, count

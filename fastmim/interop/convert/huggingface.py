@@ -1,0 +1,229 @@
+"""Hugging Face's ViTMAE: its weights in our names, ours in its."""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from ..._checks import import_error
+from ...models.mae import MaskedAutoencoderViT
+from .weights import Weights, assemble, assign, check, settings_of_model
+
+# one pattern serves transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
+# and what transformers 5 writes to files (decoder_encoder.layer.N); a bare ViTMAEModel's names lack "vit."
+_BLOCK = re.compile(
+    r"(?:(?:vit\.)?(?:encoder\.layer|layers)|(decoder)\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)"
+)
+_QKV = re.compile(r"attention\.(?:attention\.)?(?:(q)uery|(k)ey|(v)alue|(q)_proj|(k)_proj|(v)_proj)\.(weight|bias)")
+_BLOCK_NAMES = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.dense": "attn.proj",
+    "attention.o_proj": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "mlp.fc1": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+    "mlp.fc2": "mlp.fc2",
+}
+_NAMES = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "decoder.mask_token": "mask_token",
+    "decoder.decoder_pos_embed": "decoder_pos_embed",
+    "decoder.decoder_embed": "decoder_embed",
+    "decoder.decoder_norm": "decoder_norm",
+    "decoder.decoder_pred": "decoder_pred",
+}
+ENCODER = "vit."
+PATCHES = "embeddings.patch_embeddings.projection.weight"
+# ViTMAEConfig's, for what a config.json leaves out
+_DEFAULTS = dict(
+    hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
+    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12, image_size=224, patch_size=16,
+    num_channels=3, qkv_bias=True, decoder_num_attention_heads=16, decoder_hidden_size=512,
+    decoder_num_hidden_layers=8, decoder_intermediate_size=2048, norm_pix_loss=False,
+)  # fmt: skip
+
+
+def _is_count(value: object, low: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_size(value: object) -> bool:
+    return _is_count(value) or (isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_count, value)))
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# by key or by type: which values a key may have, in code and in words
+_COUNT = (lambda value: _is_count(value, 0), "an int of at least 0")
+_SIZE = (_is_size, "a positive int, or a height and a width")
+_DROPOUT = (lambda value: _is_number(value) and value == 0, "0, since there is no dropout here")
+_ALLOWED: dict[str | type, tuple[Callable[[Any], bool], str]] = {
+    int: (_is_count, "a positive int"),
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    float: (lambda value: _is_number(value) and 0 < value < math.inf, "a positive finite number"),
+    "image_size": _SIZE,
+    "patch_size": _SIZE,
+    "num_hidden_layers": _COUNT,
+    "decoder_num_hidden_layers": _COUNT,
+    "hidden_act": (lambda value: value == "gelu", '"gelu"'),
+    "hidden_dropout_prob": _DROPOUT,
+    "attention_probs_dropout_prob": _DROPOUT,
+}
+
+
+def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
+    """A `MaskedAutoencoderViT` with the weights and settings of a Hugging Face `ViTMAEForPreTraining`.
+
+    The same images and noise give the same loss and predictions. Weights are copied, with their dtype and device;
+    the key names of transformers 4 and 5 are both read. The published checkpoints (facebook/vit-mae-*) are
+    CC-BY-NC-4.0: the conversion does not change their licence.
+
+    Raises:
+        TypeError: not a ViTMAEForPreTraining.
+        ValueError: a setting without a counterpart here (another activation); keys left over or missing.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "vit_mae" or not hasattr(model, "decoder"):
+        raise TypeError(f"model must be a transformers ViTMAEForPreTraining, got {type(model).__name__}")
+    settings = settings_of_config(
+        {name: getattr(config, name) for name in _DEFAULTS if hasattr(config, name)}, "model.config"
+    )
+    ours = assemble(rename(model.state_dict(), "model"), settings, "model")
+    ours.train(model.training)
+    return ours
+
+
+def to_huggingface(model: MaskedAutoencoderViT) -> Any:
+    """A Hugging Face `ViTMAEForPreTraining` with the weights and settings of `model`.
+
+    The same images and noise give the same loss and predictions; `from_huggingface` brings back the same bits.
+    Weights are copied, with their dtype and device. `mean` and `std` are left behind: Hugging Face normalises in its
+    image processor. What was trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stays
+    under its licence.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: not a MaskedAutoencoderViT.
+        ValueError: images or patches that are not square, norms other than LayerNorms of one eps, replaced layers.
+    """
+    settings = settings_of_model(model)
+    for name in ("img_size", "patch_size"):
+        if len(set(settings[name])) > 1:
+            raise ValueError(f"model's {name} must be square, as Hugging Face's ViTMAE is; got {settings[name]}")
+    try:
+        from transformers import ViTMAEConfig, ViTMAEForPreTraining
+    except ImportError as error:
+        advice = "to_huggingface needs transformers: pip install fastmim[huggingface]"
+        raise import_error(error, "transformers", advice) from error
+    config = ViTMAEConfig(
+        image_size=settings["img_size"][0],
+        patch_size=settings["patch_size"][0],
+        num_channels=settings["in_chans"],
+        hidden_size=settings["embed_dim"],
+        num_hidden_layers=settings["depth"],
+        num_attention_heads=settings["num_heads"],
+        intermediate_size=round(settings["embed_dim"] * settings.get("mlp_ratio", 4)),
+        decoder_hidden_size=settings["decoder_embed_dim"],
+        decoder_num_hidden_layers=settings["decoder_depth"],
+        decoder_num_attention_heads=settings["decoder_num_heads"],
+        decoder_intermediate_size=round(settings["decoder_embed_dim"] * settings.get("decoder_mlp_ratio", 4)),
+        layer_norm_eps=settings["norm_layer"].keywords["eps"],
+        qkv_bias=settings["qkv_bias"],
+        norm_pix_loss=settings["norm_pix_loss"],
+    )
+    # without memory, initial values or a draw from the generator
+    with torch.device("meta"):
+        theirs = ViTMAEForPreTraining(config)
+    weights = model.state_dict()
+    # what has no place there is refused, not dropped
+    check(model, rename(theirs.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")
+    assign(theirs, {key: _theirs(key, weights) for key in theirs.state_dict()})
+    theirs.train(model.training)
+    return theirs
+
+
+def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The constructor's arguments for ViTMAEConfig's `given`.
+
+    Raises:
+        ValueError: a setting without a counterpart here.
+    """
+    config = {**_DEFAULTS, **given}
+    for name, default in _DEFAULTS.items():
+        value = config[name]
+        fits, meaning = _ALLOWED[name if name in _ALLOWED else type(default)]
+        if not fits(value):
+            raise ValueError(f"{source}.{name} must be {meaning}, got {value!r}")
+    for side in ("", "decoder_"):
+        width, heads = config[f"{side}hidden_size"], config[f"{side}num_attention_heads"]
+        if width % heads:
+            raise ValueError(f"{source}.{side}hidden_size must be a multiple of {heads} heads, got {width}")
+    return dict(
+        img_size=config["image_size"],
+        patch_size=config["patch_size"],
+        in_chans=config["num_channels"],
+        embed_dim=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        decoder_embed_dim=config["decoder_hidden_size"],
+        decoder_depth=config["decoder_num_hidden_layers"],
+        decoder_num_heads=config["decoder_num_attention_heads"],
+        mlp_ratio=config["intermediate_size"] / config["hidden_size"],
+        decoder_mlp_ratio=config["decoder_intermediate_size"] / config["decoder_hidden_size"],
+        norm_layer=partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
+        norm_pix_loss=config["norm_pix_loss"],
+        qkv_bias=config["qkv_bias"],
+    )
+
+
+def rename(state: Mapping[str, Tensor], source: str) -> Weights:
+    """Our names for Hugging Face's; query, key and value joined. Unknown names stay."""
+    weights: Weights = {}
+    joined: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, letter = _ours(key)
+        if letter is not None:
+            joined.setdefault(name, {})[letter] = value
+        elif name in weights:
+            raise ValueError(f"{source} has two tensors {name}, one of them {key}")
+        else:
+            weights[name] = value
+    for name, parts in joined.items():
+        if parts.keys() == set("qkv"):
+            weights[name] = torch.cat([parts[letter] for letter in "qkv"])
+        else:
+            weights.update({f"{name}.{letter}": value for letter, value in parts.items()})
+    return weights
+
+
+def _ours(key: str) -> tuple[str, str | None]:
+    """Our name for Hugging Face's, and which of q, k, v it holds."""
+    block = _BLOCK.fullmatch(key)
+    if block is not None:
+        prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
+        qkv = _QKV.fullmatch(block[3])
+        if qkv is not None:
+            return f"{prefix}.attn.qkv.{qkv[7]}", next(filter(None, qkv.groups()[:6]))
+        name, _, kind = block[3].rpartition(".")
+        return f"{prefix}.{_BLOCK_NAMES.get(name, name)}.{kind}", None
+    bare = key.removeprefix("vit.")
+    name, _, kind = bare.rpartition(".")
+    if kind in ("weight", "bias") and name in _NAMES:
+        return f"{_NAMES[name]}.{kind}", None
+    return _NAMES.get(bare, key), None
+
+
+def _theirs(key: str, weights: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of Hugging Face's name."""
+    name, letter = _ours(key)
+    return weights[name] if letter is None else weights[name].chunk(3)["qkv".index(letter)]
