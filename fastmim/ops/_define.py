@@ -1,6 +1,5 @@
 """One way to define an op: schema, reference, fake, gradient."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .. import _library
+from .._autocast import without_autocast
 
 
 def define(
@@ -92,29 +92,6 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
-    device = tensors[0].device.type
-    if any(t.dtype == torch.float64 for t in tensors) or not _autocast(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is off inside."""
-    return torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext()
-
-
-def _autocast(device: str) -> bool:
-    """Whether autocast is on; there is none for meta tensors."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 def wants_grad(tensor: Tensor) -> bool:
-    """Whether a gradient by `tensor` can be asked for later."""
+    """Return whether a gradient by `tensor` can be asked for later."""
     return torch.is_grad_enabled() and tensor.requires_grad
-
-
-def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (B, K, D) summed to (D,) in the wide dtype, then in `dtype`."""
-    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)

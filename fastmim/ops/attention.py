@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _library, reference
+from .._autocast import autocast_dtype, without_autocast
 from .._checks import can_be_read, check_count, check_floating, check_number, check_same, check_tensor
-from ._define import autocast_dtype, define, without_autocast
+from ._define import define
 
 
 def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:

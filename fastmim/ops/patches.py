@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._autocast import autocast_dtype
 from .._checks import FLOATING, check_floating, check_ids, check_images, check_same, check_tensor, patch_grid
-from ._define import autocast_dtype, define, sum_rows
-from .tokens import sum_by_position
+from ._define import define
+from .tokens import sum_by_position, sum_rows
 
 Stat = Sequence[float] | Tensor | None
 

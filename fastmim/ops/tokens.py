@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._autocast import autocast_dtype
 from .._checks import check_count, check_floating, check_ids, check_same, check_tensor
-from ._define import autocast_dtype, define, sum_rows
+from ._define import define
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
@@ -182,6 +183,11 @@ sum_by_position = define(
     lambda rows, ids, num_positions: reference.wide(rows.new_empty(num_positions, rows.shape[2])),
     internal=True,
 )
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum x (B, K, D) over its rows to (D,), upcast, and return it in `dtype`."""
+    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
 # ---- decoder_tokens --------------------------------------------------------------------------------------------------
