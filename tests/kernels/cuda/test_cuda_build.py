@@ -11,7 +11,7 @@ import pytest
 import torch
 from setuptools import Extension
 
-from fastmim import _backends, info
+from fastmim import _backends, info, kernels
 
 ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "csrc" / "cuda"
@@ -148,7 +148,10 @@ def test_kernels_are_compiled_without_torch(source):
 @pytest.mark.skipif(_backends.cuda_build is None, reason=f"no CUDA C++ kernels: {_backends.missing.get('cuda')}")
 def test_what_was_built_is_registered_and_serves_cuda_tensors_alone():
     assert torch.ops.fastmim_cuda.attention_qkvpacked.default._schema.name == "fastmim_cuda::attention_qkvpacked"
-    assert all(hasattr(torch.ops.fastmim_cuda, op) for op in _backends.cuda_ops)
+    assert "attention_qkvpacked" in _backends.cuda_ops
+    images, ids = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(kernels.Unserved, match=r"^float64 is served by the reference"):
+        torch.ops.fastmim_cuda.gather_patches(images, ids, [4, 4], None, None, torch.float64)
     assert info.collect()["cuda build"]["architectures"]
     for device in ("cpu", "meta"):
         qkv = torch.zeros(1, 3, 3, 2, 64, dtype=torch.bfloat16, device=device)
