@@ -31,7 +31,7 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                           const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype) {
-  check_dtypes(x, residual, weight, bias);
+  check_dtypes(x, residual, weight, bias, dtype);
   const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias);
   const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
   Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),

@@ -45,7 +45,7 @@ namespace {
 Tensor gather_patches(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
                       const OptionalTensor& std, at::ScalarType dtype) {
   check_pixels(images, mean, std);
-  type_of(dtype);
+  check_dtypes(dtype);
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t values = patch_values(reader.patches);
@@ -58,8 +58,7 @@ Tensor gather_patches(const Tensor& images, const Tensor& ids, at::IntArrayRef p
 
 Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArrayRef patch_size,
                                const OptionalTensor& std, at::IntArrayRef shape, at::ScalarType dtype) {
-  check_dtypes(grad, std);
-  type_of(dtype);
+  check_dtypes(grad, std, dtype);
   Tensor images = at::zeros(shape, grad.options().dtype(dtype));
   const PatchReader reader(images, patch_size, {}, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
@@ -73,8 +72,7 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
                      const OptionalTensor& std, at::ScalarType dtype) {
   check_pixels(images, mean, std);
-  check_dtypes(weight, bias, pos_embed, prefix);
-  type_of(dtype);
+  check_dtypes(weight, bias, pos_embed, prefix, dtype);
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
   const OptionalTensor narrow_bias = bias.has_value() ? OptionalTensor(bias->to(dtype)) : OptionalTensor();
   const Tensor tokens = at::linear(patches, weight.flatten(1).to(dtype), narrow_bias).contiguous();

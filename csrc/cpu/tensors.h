@@ -22,14 +22,19 @@ inline void check_dtype(const Tensor& tensor) {
   type_of(tensor);
 }
 
-inline void check_dtype(const OptionalTensor& tensor) {
-  if (tensor.has_value()) type_of(*tensor);
+inline void check_dtype(at::ScalarType dtype) {
+  type_of(dtype);
 }
 
-// throws Unserved where one of the tensors is of a dtype that kernels do not serve
-template <typename... Tensors>
-void check_dtypes(const Tensors&... tensors) {
-  (check_dtype(tensors), ...);
+template <typename Given>
+void check_dtype(const std::optional<Given>& given) {
+  if (given.has_value()) check_dtype(*given);
+}
+
+// throws Unserved where a dtype, or the dtype of a tensor, is none that kernels serve
+template <typename... Given>
+void check_dtypes(const Given&... given) {
+  (check_dtype(given), ...);
 }
 
 // Registers `kernel` for CPU tensors. What it does not serve goes to the op's fallback, with the reason.
