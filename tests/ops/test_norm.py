@@ -96,9 +96,7 @@ class TestAddLayerNormOfProduct(Differentiable):
 
     def arguments(self, batch=3, length=4, width=5):
         rows = batch, length, width
-        return dict(
-            x=randn(*rows), residual=randn(*rows), weight=randn(width), bias=randn(width), x_bias=randn(width)
-        )
+        return dict(x=randn(*rows), residual=randn(*rows), weight=randn(width), bias=randn(width), x_bias=randn(width))
 
     def mixed(self):
         return self.leaves
