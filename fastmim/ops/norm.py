@@ -1,4 +1,4 @@
-"""The elementwise passes of a transformer block. Under torch.compile a model leaves both to the compiler."""
+"""Elementwise passes of a transformer block. Under torch.compile, models leave both to the compiler."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias), the exact form u·Φ(u) with the error function.
+    """Return GELU(x + bias) in its exact form u·Φ(u), Φ the normal distribution function.
 
     Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
@@ -192,12 +192,12 @@ _bias_gelu = define(
 
 _bias_gelu_backward = define(
     "bias_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor bias, bool recompute) -> (Tensor, Tensor, Tensor)",
     reference.bias_gelu_backward,
-    lambda grad, x, bias, again: (
+    lambda grad, x, bias, recompute: (
         x.new_empty(x.shape),
         reference.wide(x.new_empty(bias.shape)),
-        x.new_empty(x.shape if again else 0),
+        x.new_empty(x.shape if recompute else 0),
     ),
     internal=True,
 )
