@@ -13,7 +13,7 @@ FOLDERS = "fastmim", "kernels", "tests", "benchmarks", "examples"
 CLAUSES = frozenset("what whether where of how why that who whose whom which when if".split())
 # a name, and the one to use instead
 ANYWHERE = {"said": "output, message or text", "there": "valid", "triton_room": "triton_module"}
-FUNCTIONS = ANYWHERE | {"known": "valid", "plain": "is_stock", "spread": "parallelize", "wide": "upcast"}
+FUNCTIONS = ANYWHERE | {"known": "valid", "spread": "parallelize", "wide": "upcast"}
 
 
 def files() -> list[Path]:
@@ -80,7 +80,6 @@ def test_the_rule_sees_a_clause(source):
         "if (said := f()): pass",
         "def triton_room(): pass",
         "class A:\n    async def spread(self): pass",
-        "def plain(module, cls): pass",
     ],
 )
 def test_the_rule_sees_a_name(source):
