@@ -31,10 +31,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
-import compiled
 from fastmim import _library, kernels
 from gpu import cuda_cpp, op_times, plans, smoke_cases, steps
 from gpu.triton_cache import ARCHITECTURE, Seen, pack, unpack, watch
+from harness.ahead_of_time import Machine, machine
 from rivals import op_cases
 from rivals.contestants import Contestant, Setting
 from rivals.sizes import Cell
@@ -161,8 +161,8 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
     # kernels are kept by device: nothing that this process has compiled is found again but in the cache
     device = object()
     with (
-        compiled.machine(ARCHITECTURE),
-        mock.patch.object(compiled.Machine, "get_current_device", lambda machine: device),
+        machine(ARCHITECTURE),
+        mock.patch.object(Machine, "get_current_device", lambda self: device),
         mock.patch.object(JITFunction, "run", warm_up),
         # a GPU multiplies 16-bit matrices
         mock.patch.object(linear, "emulated", lambda device: False),
@@ -214,7 +214,7 @@ LAUNCHES: list[Launch] = []  # compiled by forks of this process
 def compile_one(index: int) -> str:
     """Compile a kernel, and what Triton calls it through, into the cache; return the name of the kernel's entry."""
     launch = LAUNCHES[index]
-    with compiled.machine(ARCHITECTURE):
+    with machine(ARCHITECTURE):
         kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
         build_launcher(kernel)
     # as Triton names them
@@ -333,7 +333,7 @@ def rebuilt() -> dict[str, float]:
 
     with (
         mock.patch.object(build, "_build", compile_anew),
-        compiled.machine(ARCHITECTURE),
+        machine(ARCHITECTURE),
     ):
         build_driver()
         for kernel in LAUNCHED:
