@@ -40,8 +40,9 @@ def test_help_names_the_commands_and_what_they_do(capsys):
         assert words.lower() in said.lower(), words
 
 
-def test_the_command_is_installed_as_fastmim():
-    done = subprocess.run([sys.executable, "-m", "fastmim.cli"], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("module", ["fastmim", "fastmim.cli"])
+def test_the_command_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "usage: fastmim" in done.stderr and "COMMAND" in done.stderr
 
 

@@ -19,7 +19,7 @@ ROOT = Path(fastmim.__file__).parent.parent
 # ---- who may import whom ---------------------------------------------------------------------------------------------
 
 # a room may import itself and those before it; rooms of one entry don't see each other
-HOUSE = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli"
+HOUSE = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli", "__main__"
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms.split()}
 CELLAR = {"_checks", "_library", "_version"}  # open to all that import fastmim at all
 NATIVE = {"kernels", "_C", "_CUDA"}
