@@ -1,4 +1,4 @@
-"""A run's model as other people's code has it, checked by what comes out."""
+"""Export of a model to the format of another library, checked by comparing outputs."""
 
 import shutil
 from pathlib import Path
@@ -19,11 +19,14 @@ TARGETS = ("facebook", "huggingface", "timm")
 def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
-    What was written is read again and computes on the same images, the reference serving what a forced backend
-    does not; returns by how much outputs differ, at most. If it fails, nothing stays behind.
+    The written model is read back and run on the same images; the reference serves what a forced backend does not.
+    After a failure to write, nothing is left behind.
+
+    Returns:
+        The largest difference between the outputs of both models, as a share of the largest output.
 
     Raises:
-        ValueError: an unknown target, `out` is there already, or a model that the target can't hold.
+        ValueError: an unknown target, an `out` that exists, or a model that the target can't represent.
         ImportError: transformers or timm is not installed.
         RuntimeError: the outputs differ.
     """
@@ -34,7 +37,7 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     try:
         apart = _export(model, target, out)
     except BaseException:
-        # half of a model; the next export would refuse to write over it
+        # a partial file would make the next export refuse to overwrite it
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
     if not apart <= 1e-3:
@@ -43,7 +46,7 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
 
 
 def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
-    """Write it, read it again, and return by how much the outputs differ."""
+    """Write the model, read it back, and return the largest relative difference of the outputs."""
     model.train(False)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator).to(model.cls_token.dtype)
@@ -53,10 +56,10 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
         if target == "facebook":
             out.parent.mkdir(parents=True, exist_ok=True)
             to_facebook(model, out)
-            # what no tensor tells
-            untold = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
+            # settings that can't be read from the tensors
+            names = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
             settings = settings_of_model(model)
-            again = load(out, **{name: settings[name] for name in untold})
+            again = load(out, **{name: settings[name] for name in names})
             apart = max(_apart(again(images, noise=noise).loss, loss), _apart(again.forward_features(images), tokens))
         elif target == "huggingface":
             to_huggingface(model).save_pretrained(out)

@@ -12,7 +12,7 @@ from small_run import ENVIRONMENT, SETTINGS, command
 from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
-from fastmim.train.distributed import Processes, spread
+from fastmim.train.distributed import Processes, parallelize
 
 
 def fault(*values):
@@ -204,7 +204,7 @@ def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"parallel must be ddp .*; auto shards mae_vit_huge_patch14 over 8 processes"
     ):
-        spread(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
+        parallelize(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize("setting, said", BAD)

@@ -89,7 +89,7 @@ update = Trainer._update
 def dying(self, batch):
     # once, between two checkpoints
     if self.step == 6 and self.processes.rank == int(sys.argv[2]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        self.keeper.writer.wait()
+        self.checkpoints.writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, batch)
 Trainer._update = dying

@@ -232,8 +232,8 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(config, strai
 
     def during(self, batch):
         if self.step == 6:
-            self.keeper.writer.wait()
-            (self.keeper.folder / "step-00000099.tmp").mkdir()
+            self.checkpoints.writer.wait()
+            (self.checkpoints.folder / "step-00000099.tmp").mkdir()
             before, host = contents(tmp_path / "run"), socket.gethostname()
             said = f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on {host}"
             monkeypatch.setattr(Trainer, "_update", update)
@@ -241,7 +241,7 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(config, strai
                 Trainer(config(mask_ratio=0.5)).run()
             assert forked(config(mask_ratio=0.5), tmp_path) == [said, said]
             assert contents(tmp_path / "run") == before
-            assert (self.keeper.folder / "step-00000099.tmp").is_dir()
+            assert (self.checkpoints.folder / "step-00000099.tmp").is_dir()
         update(self, batch)
 
     monkeypatch.setattr(Trainer, "_update", during)
@@ -257,7 +257,7 @@ def test_a_run_whose_folder_was_made_anew_by_another_stops(config, tmp_path, mon
 
     def during(self, batch):
         if self.step == 6:
-            self.keeper.writer.wait()
+            self.checkpoints.writer.wait()
             shutil.rmtree(tmp_path / "run")
             monkeypatch.setattr(Trainer, "_update", update)
             (tmp_path / "run").mkdir()

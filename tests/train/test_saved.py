@@ -12,7 +12,7 @@ from small_run import command, outcome
 from fastmim import cli
 from fastmim.train import Trainer, metrics
 from fastmim.train.checkpoint import store
-from fastmim.train.tensorboard import Board
+from fastmim.train.tensorboard import TensorBoardWriter
 
 FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -94,7 +94,7 @@ def test_a_run_goes_on_from_the_last_good_one_and_says_so(config, straight, tmp_
 
 def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    for _, path in store.found(tmp_path / "run" / "checkpoints"):
+    for _, path in store.list_checkpoints(tmp_path / "run" / "checkpoints"):
         flip(path / "model.safetensors")
     Trainer(config()).run()
     assert "no good checkpoint is left: the run starts again" in capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, cap
 def test_which_stay(config, tmp_path):
     Trainer(config(checkpoint_every=1, keep_last=2, keep_every=5)).run()
     folder = tmp_path / "run" / "checkpoints"
-    assert [step for step, _ in store.found(folder)] == [12, 11, 10, 5, 0]
+    assert [step for step, _ in store.list_checkpoints(folder)] == [12, 11, 10, 5, 0]
     assert (folder / "latest").resolve().name == "step-00000012"
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_named_and_left_as_it_was(tmp_path, size):
         with pytest.raises(OSError, match=r"step-00000001\.tmp/(state|manifest)\.json'|model\.safetensors"):
             store.write(tmp_path, 1, {"model": {"a": torch.zeros(3)}}, {"text": "x" * 4000})
         with pytest.raises(OSError, match=r"run\.json\.tmp'"):
-            store.replace(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
+            store.write_atomically(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -167,7 +167,7 @@ def test_tensorboard_on_a_full_disk_ends_alone(config, straight, tmp_path, monke
     def full(self, step, scalars):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Board, "write", full)
+    monkeypatch.setattr(TensorBoardWriter, "write", full)
     Trainer(config()).run()
     assert capsys.readouterr().err.count("ends before step 1: [Errno 28]") == 1
     assert outcome(tmp_path / "run") == outcome(straight)
@@ -175,15 +175,15 @@ def test_tensorboard_on_a_full_disk_ends_alone(config, straight, tmp_path, monke
 
 def gone(trainer):
     """The folder is not there any more."""
-    trainer.keeper.writer.wait()
+    trainer.checkpoints.writer.wait()
     trainer.folder.rename(trainer.folder.with_name("away"))
 
 
 def read_only(trainer):
     """The file system can be read, not written: what a file in the place of the folder does, for root too."""
-    trainer.keeper.writer.wait()
-    trainer.keeper.folder.rename(trainer.folder / "kept")
-    trainer.keeper.folder.touch()
+    trainer.checkpoints.writer.wait()
+    trainer.checkpoints.folder.rename(trainer.folder / "kept")
+    trainer.checkpoints.folder.touch()
 
 
 @pytest.mark.parametrize("vanish, said", [(gone, "No such file or directory"), (read_only, "File exists")])

@@ -1,4 +1,4 @@
-"""What fastmim's Triton kernels read, write and multiply, by their arguments.
+"""Traffic and products of fastmim's Triton kernels, computed from their arguments.
 
 Each tensor argument is read or written once, whole, unless its rule says otherwise. A kernel that is not listed here is
 an error.
@@ -21,12 +21,12 @@ Amount = Callable[[Arguments], float]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a kernel does.
+    """Traffic and products of a kernel.
 
     Args:
         kind: of the kernel.
         written: names of the tensors that are written; the others are read.
-        parts: share of a tensor that is read, by its name, where the ids decide.
+        parts: for tensors of which the ids select a part, the share that is read, by name.
         products: matrix products of attention, each of queries by keys by the head's dimension.
     """
 
@@ -37,7 +37,7 @@ class Rule:
 
 
 def _patches_of(ids: str) -> Amount:
-    """The share of the pixels that lie in the patches `ids`."""
+    """Return the share of the pixels that lie in the patches `ids`."""
     return lambda a: a[ids].shape[1] / a["patches"]
 
 
@@ -88,7 +88,7 @@ def kernel_of(name: str, arguments: Arguments) -> Kernel:
 
 
 def _product(arguments: Arguments) -> int:
-    """FLOPs of one product of all sequences and heads."""
+    """Return the FLOPs of one product over all sequences and heads."""
     if "q" not in arguments:
         return 0
     q: Tensor = arguments["q"]
