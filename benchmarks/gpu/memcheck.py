@@ -23,7 +23,7 @@ LINES, CHARACTERS = 60, 4000
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer: on PATH, of the toolkit, or of NVIDIA's package from PyPI."""
+    """Find compute-sanitizer on PATH, in the toolkit, or in NVIDIA's package from PyPI."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
     packages = importlib.util.find_spec("nvidia")
     places = packages.submodule_search_locations or [] if packages else []

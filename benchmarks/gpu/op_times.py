@@ -1,4 +1,4 @@
-"""Each op at sizes that fill a GPU: attention beside every backend of PyTorch's, the rest beside their eager forms."""
+"""Time each op at sizes that fill a GPU: attention beside every backend of PyTorch's, the rest beside eager forms."""
 
 import sys
 import time
@@ -35,19 +35,19 @@ Floors = dict[str, tuple[float, float]]
 
 
 def by_backend(backend: SDPBackend, qkv: Tensor) -> Tensor:
-    """torch's attention, by one backend."""
+    """Run torch's attention on one backend."""
     with sdpa_kernel(backend):
         return op_cases.sdpa(qkv)
 
 
 def without_cudnn(qkv: Tensor) -> Tensor:
-    """torch's attention, by the backend that it chooses among all but cuDNN's."""
+    """Run torch's attention on the backend that it chooses among all but cuDNN's."""
     with sdpa_kernel([backend for name, backend in BACKENDS.items() if name != "cudnn"]):
         return op_cases.sdpa(qkv)
 
 
 class Varlen:
-    """torch's attention for packed sequences; all are of one length here."""
+    """torch's attention for packed sequences, here of one length."""
 
     def __init__(self, batch: int, length: int, device: str) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -62,7 +62,7 @@ class Varlen:
 
 
 def attention_forms(batch: int, length: int, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ours and torch's, of which some are missing on some devices; a row says so."""
+    """Return our attention and torch's forms; a form that fails on a device is named in the row."""
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "fastmim": op_cases.ops.attention_qkvpacked,
         "sdpa": op_cases.sdpa,

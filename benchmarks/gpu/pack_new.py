@@ -33,7 +33,7 @@ def pack(cache: Path, out: Path, since: float, deadline: float) -> dict[str, obj
 
 
 def newest(entry: Path) -> float:
-    """When the youngest file of an entry was written."""
+    """Return the time at which the newest file of an entry was written."""
     return max((part.stat().st_mtime for part in (entry, *entry.rglob("*"))), default=0.0)
 
 

@@ -60,7 +60,7 @@ class Recorder:
 
 
 def pytest_configure(config: Any) -> None:
-    """Take part where tests are handed out, not where they run."""
+    """Register the plugin in the process that hands out the tests, not in those that run them."""
     if not hasattr(config, "workerinput"):
         rows.record(STAGE, os.environ[NAME], begun=True)
         config.pluginmanager.register(Recorder(os.environ[NAME]))

@@ -34,7 +34,7 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call: `call` is checked against `expected`, both of what `make` draws on a device."""
+    """A call that is checked against `expected`, both with the arguments that `make` draws on a device."""
 
     op: str
     shape: str
