@@ -161,16 +161,16 @@ class Flight:
         stage = STAGES[name]
         commands = stage.commands(self)
         later = self.stages[self.stages.index(name) + 1 :]
-        room = self.left() - sum(STAGES[other].kept for other in later)
+        available = self.left() - sum(STAGES[other].kept for other in later)
         if not commands:
             return True
-        if room < SHORTEST:
-            reason = f"{max(room, 0):.0f} s of {self.seconds:g} s were left"
+        if available < SHORTEST:
+            reason = f"{max(available, 0):.0f} s of {self.seconds:g} s were left"
             self.record(name, STAGE_ROW, not_run=reason)
             self.statuses[name] = f"not run: {reason}"
             return True
         start = time.time()
-        end = start + min(stage.seconds * self.patience, room)
+        end = start + min(stage.seconds * self.patience, available)
         self.say(f"\n== {name}: at most {end - start:.0f} s, {self.left():.0f} s left\n")
         outcomes = []
         for number, command in enumerate(commands):

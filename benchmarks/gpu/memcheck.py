@@ -1,4 +1,4 @@
-"""Kernels at small sizes under compute-sanitizer's memcheck, with PyTorch's caching of memory off.
+"""Run kernels at small sizes under compute-sanitizer's memcheck, with PyTorch's caching of memory off.
 
 Cached, a tensor lies inside a larger allocation, where most accesses out of its bounds are legal.
 """

@@ -139,7 +139,7 @@ def other(make: Callable[[int], op_cases.Case], batch: int, plan: Plan) -> dict[
 
 
 def changing_lengths(plan: Plan) -> dict[str, Any]:
-    """Milliseconds of a call, forward and backward, where each has another number of tokens and none was seen before.
+    """Measure calls, forward and backward, each with a number of tokens that was not seen before, in milliseconds.
 
     By the host's clock, so that what is compiled or planned for a length counts.
     """

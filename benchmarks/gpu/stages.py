@@ -25,7 +25,7 @@ class Visit(Protocol):
 
 @dataclass(frozen=True)
 class Command:
-    """A process of a stage; those before it leave it `kept` seconds, or half of what there is."""
+    """A process of a stage; earlier ones leave it `kept` seconds, or half of the rest if that is less."""
 
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)

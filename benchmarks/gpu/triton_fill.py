@@ -71,7 +71,7 @@ def training_step(step: plans.Step) -> None:
 
 
 def op_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what op_times.py times of fastmim."""
+    """Yield the programs of fastmim that op_times.py times."""
 
     def packed(batch: int, heads: int, length: int, dim: int) -> None:
         differentiated(op_cases.ops.attention_qkvpacked, [op_cases.randn(batch, length, 3, heads, dim)])
@@ -91,7 +91,7 @@ def op_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def launcher_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what cuda_cpp.py calls of Triton's launchers."""
+    """Yield the calls of Triton's launchers that cuda_cpp.py makes."""
 
     def call_all(make: Callable[[], Iterator[Any]]) -> None:
         with unset_fake_temporarily():
@@ -117,7 +117,7 @@ def differentiated(form: Callable[..., Any], inputs: list[Tensor]) -> None:
 
 
 class Launched(TorchDispatchMode):
-    """Ops of fastmim call their Triton launchers, on tensors with the layout of the arguments and no values."""
+    """Mode in which ops of fastmim call their Triton launchers, on tensors with the arguments' layout and no values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -212,7 +212,7 @@ LAUNCHES: list[Launch] = []  # compiled by forks of this process
 
 
 def compile_one(index: int) -> str:
-    """Compile a kernel, and what Triton calls it through, into the cache; return the name of the kernel's entry."""
+    """Compile a kernel and the module that launches it into the cache; return the name of the kernel's entry."""
     launch = LAUNCHES[index]
     with machine(ARCHITECTURE):
         kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
@@ -262,9 +262,9 @@ def load_driver(library: str) -> None:
 
 
 def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
-    """Compile all that the programs launch into an archive; return counts, seconds and bytes.
+    """Compile all kernels that the programs launch into an archive; return counts, seconds and bytes.
 
-    What the archive holds already of the same kernels is not compiled again.
+    Kernels that the archive already holds are not compiled again.
     """
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
@@ -300,7 +300,7 @@ def empty_cache() -> Iterator[Path]:
 
 
 def check(archive: Path, wanted: Programs) -> Seen:
-    """Run the programs again with what an archive holds; return what was found and what was compiled."""
+    """Run the programs again with an archive's cache; return the kernels that were found and those compiled."""
     found: list[Any] = []
     with empty_cache() as folder:
         unpack(archive, folder)

@@ -1,4 +1,4 @@
-"""The commit that a figure belongs to."""
+"""The commit of a measurement."""
 
 import subprocess
 from pathlib import Path

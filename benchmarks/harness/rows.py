@@ -78,7 +78,7 @@ def append(path: Path, line: str) -> None:
 
 
 def run(stage: str, jobs: Sequence[Job], limit: float, after: Callable[[str], None] | None = None) -> None:
-    """Measure and record each of the jobs in turn, what is on disk already left out.
+    """Measure and record each of the jobs in turn, skipping those whose rows are on disk.
 
     Args:
         stage: of the rows.

@@ -1,4 +1,4 @@
-"""Each op, its eager form as a careful PyTorch user writes it, and what it costs at least."""
+"""Cases of each op: its eager form as a careful PyTorch user writes it, and its least bytes or FLOPs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ B, L, K, D = 16, 196, 49, 768
 
 @dataclass
 class Case:
-    """One op at one size: its forms, which take the same inputs, and what it costs at least."""
+    """One op at one size: its forms, which take the same inputs, and its least bytes or FLOPs."""
 
     forms: dict[str, Callable[..., Any]]
     inputs: list[Tensor]

@@ -13,7 +13,7 @@ FOLDERS = "fastmim", "kernels", "tests", "benchmarks", "examples"
 CLAUSES = frozenset("what whether where of how why that who whose whom which when if".split())
 # a name, and the one to use instead
 ANYWHERE = {"said": "output, message or text", "there": "valid", "triton_room": "triton_module"}
-FUNCTIONS = ANYWHERE | {"known": "valid", "spread": "parallelize", "wide": "upcast"}
+FUNCTIONS = ANYWHERE | {"known": "valid", "wide": "upcast"}
 
 
 def files() -> list[Path]:
@@ -79,7 +79,7 @@ def test_the_rule_sees_a_clause(source):
         "x = [said for said in lines]",
         "if (said := f()): pass",
         "def triton_room(): pass",
-        "class A:\n    async def spread(self): pass",
+        "class A:\n    async def wide(self): pass",
     ],
 )
 def test_the_rule_sees_a_name(source):
@@ -94,7 +94,7 @@ def test_the_rule_sees_a_name(source):
         "def f():\n    pass",
         'x = """What a string that documents nothing says."""',
         "f(said=True)\ny = m.said",
-        "spread = max(times) - min(times)",
+        "wide = 3",
     ],
 )
 def test_the_rule_leaves_the_rest(source):
