@@ -70,10 +70,10 @@ def first_step(contestant: Contestant, batch: Batch) -> dict[str, float]:
     return {"loss": loss.item(), "gradient_norm": norm.item()}
 
 
-def host_seconds(step: Callable[[], Any], device: str, count: int = 5) -> float:
+def host_seconds(step: Callable[[], Any], device: str) -> float:
     """Return the seconds that the host takes to launch a step."""
     spent = []
-    for _ in range(count):
+    for _ in range(5):
         synchronize(device)
         start = time.perf_counter()
         step()

@@ -25,7 +25,6 @@ class Case:
     inputs: list[Tensor]
     bytes: float = 0
     flops: float = 0
-    compiled: bool = True
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
