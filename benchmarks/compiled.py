@@ -45,7 +45,7 @@ class Call:
     args: tuple[Any, ...]
     # sequences over 256 and heads over 88 may spill, as much as the table says
     may_spill: bool = False
-    # most of what it loads are rows that can be read 16 bytes at a time: not pixels, not ids
+    # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True
 
 
@@ -179,7 +179,7 @@ def attention_calls() -> Iterator[Call]:
         shape = f"decoder, S {queries} to {keys}, head {dim}"
         yield Call("attention", shape, (q, k, v, None, None, dim**-0.5))
         yield Call("attention_backward", shape, (grad, q, k, v, None, None, dim**-0.5, False))
-    # the loops read as much of a bias as of all else, and rows of a bias lie on no boundary of 16 bytes
+    # half of what the loops read is the bias, whose rows are not aligned to 16 bytes
     for length, dim, masked, wide in (
         (20, 64, True, True),
         (50, 64, False, True),

@@ -39,7 +39,7 @@ from harness.commit import ROOT, WRITTEN, commit
 
 HERE = ROOT / "benchmarks"
 STAGE = "flight"
-# of a stage's own row
+# name of a stage's own row
 STAGE_ROW = "(stage)"
 # Triton caches of this commit, built beforehand and brought along
 CARRIED = WRITTEN.parent
@@ -85,7 +85,7 @@ class Flight:
         self.cache = ROOT / "build" / ("triton-rehearsal" if args.rehearse else "triton")
         self.rows, self.log = self.out / f"{self.visit}.jsonl", self.out / f"{self.visit}.log"
         self.suspected = suspected(args.first)
-        # what could not be written: files, and rows
+        # files and rows that could not be written
         self.broken: list[str] = []
         self.lost: dict[tuple[str, str], rows.Row] = {}
         self.statuses: dict[str, str] = {}

@@ -1,6 +1,6 @@
 """Time each op, forward and backward, beside its eager form, the compiled eager form and torch's attention.
 
-    pytest benchmarks/ops.py              # all; -k attention: one family
+    pytest benchmarks/ops.py              # all; -k attention: those of attention
 
 Parity is asserted before the clock starts. Rates are of the bytes or FLOPs that the op must move or do, however it is
 computed; their share is of a large copy or matmul measured in the same run.

@@ -219,7 +219,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .train.evaluate import compare, read_split
     from .train.load_run import load_model
 
-    # features are the encoder's
+    # features need the encoder alone
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
     split = read_split(args.data, model.patch_embed.img_size, args.threads)
     torch.manual_seed(0)
@@ -247,7 +247,7 @@ def _export(args: argparse.Namespace) -> int:
     from .train.export import export
     from .train.load_run import load_model
 
-    # timm's model is the encoder
+    # timm's model has no decoder
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
     apart = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (apart by {apart:.0e} of the largest)")

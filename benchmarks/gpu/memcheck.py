@@ -35,7 +35,7 @@ def sanitized(script: list[str], found: str | None) -> dict[str, Any]:
     """Run a script under the sanitizer; return its exit status and the complaints about its memory."""
     command = [sys.executable, *script]
     if found:
-        # a kernel that is at fault ends alone; torch's own aren't looked at; a failed call of the driver raises anyway
+        # end only the kernel at fault, skip torch's own kernels, and ignore failed driver calls, which raise anyway
         tool = [found, "--tool", "memcheck", "--error-exitcode", str(ERRORS), "--target-processes", "all"]
         tool += ["--destroy-on-device-error", "kernel", "--report-api-errors", "no", "--print-limit", "20"]
         command = [*tool, "--kernel-name-exclude", "kernel_substring=at6native", *command]

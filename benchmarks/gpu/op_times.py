@@ -19,7 +19,7 @@ from harness.rows import Job, run, stored
 from rivals import op_cases
 
 STAGE = "ops"
-# one row; cuDNN takes about a second for a shape it hasn't seen
+# seconds for one row; cuDNN takes about one for a shape that it hasn't seen
 HUNG = 45.0
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -146,7 +146,7 @@ def changing_lengths(plan: Plan) -> dict[str, Any]:
     batch, heads, dim, lengths = plan.changing
     row: dict[str, Any] = {"lengths": lengths, "milliseconds": {}, "slowest": {}}
     kinds = {"fastmim": 0, "sdpa": 0, "sdpa without cudnn": 0, "sdpa flash": 0, "varlen": 0}
-    # lengths that no other row has, after a first one that pays for what is loaded once
+    # lengths that no other row has, after a first one during which libraries are loaded
     packed = [op_cases.randn(batch, length, 3, heads, dim) for length in (lengths[0] + 1, *lengths)]
     for name in kinds:
         spent = []

@@ -16,7 +16,7 @@ STAGE = "suites"
 NAME = "FASTMIM_SUITE"
 # seconds between rows of counts
 EVERY = 5.0
-# so many failures are told, so many characters of each
+# most failures that are recorded, and most characters of each
 TOLD, CHARACTERS = 400, 3000
 
 

@@ -17,9 +17,9 @@ INTERPRETER = {"FASTMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 class Visit(Protocol):
     """The properties of a flight that its stages depend on."""
 
-    rehearse: list[str]  # the option of a stage's script, or nothing
+    rehearse: list[str]  # options for a stage's script
     suspected: list[str]  # cases that the first visit found wrong
-    cache: Path  # of Triton
+    cache: Path  # Triton's cache
     out: Path
 
 
@@ -105,5 +105,5 @@ STAGES = {
 FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
 SECOND = ("environment", "suspects", "families", "ops", "compare", "compiled", "memcheck")
 VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "cache")}
-# for which the limits of the stages are made
+# seconds for which the limits of the stages are set
 BUDGETS = {"first": 330.0, "second": 270.0, "all": 900.0}

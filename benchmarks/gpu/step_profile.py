@@ -21,7 +21,7 @@ from rivals.sizes import Cell, Sizes, train_flops
 STAGE = "profile"
 HUNG = 60.0
 TOP = 25
-# kinds of kernel, by what their names hold; the first that fits
+# kinds of kernel and patterns of their names; the first match counts
 KINDS = (
     ("attention", "tile_forward|tile_backward|loop_forward|loop_backward|attention|flash|fmha"),
     ("matmul", "gemm|cutlass|nvjet|cublas|_mm|s16816|wgmma|sgemm|splitk"),

@@ -28,7 +28,7 @@ from rivals.contestants import DTYPES, Batch, Contestant, Setting
 from rivals.sizes import Cell, train_flops
 
 DTYPE = "bf16"
-# building, warming up, compiling and measuring one row
+# seconds for building, warming up, compiling and measuring one row
 HUNG = 75.0
 WARM_UP = 3
 # largest difference from plain PyTorch, as a share of its value: of the first loss, of the norm of its gradient, and of

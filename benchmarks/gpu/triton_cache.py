@@ -34,9 +34,9 @@ from harness.commit import commit
 
 ARCHITECTURE = 90
 STAGE = "cache_miss"
-# what a launch reads of a kernel's entry; the intermediate forms of a kernel stay behind
+# files of a kernel's entry that a launch reads; its intermediate forms are left out
 KEPT = (".json", ".cubin")
-# beside the entries: what they were made with
+# file beside the entries with the versions that they were made with
 MADE = "made.json"
 
 # ---- what was compiled, and what was found ---------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class Launched(TorchDispatchMode):
             if _library.triton_room(op):
                 rest = func._schema.arguments[len(args) :]
                 values = [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
-                # what no kernel serves is served by the reference there
+                # a call that no kernel serves is the reference's
                 unserved = contextlib.suppress(kernels.Unserved)
                 with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), unserved:
                     _library.launcher("triton", op)(*map(laid_out, values))
@@ -158,7 +158,7 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
         after(found)
         return found
 
-    # kernels are kept by device: nothing that this process has compiled is found again but in the cache
+    # Triton keeps compiled kernels by device: with a new one they are found in the cache alone
     device = object()
     with (
         machine(ARCHITECTURE),
@@ -166,9 +166,9 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
         mock.patch.object(JITFunction, "run", warm_up),
         # a GPU multiplies 16-bit matrices
         mock.patch.object(linear, "emulated", lambda device: False),
-        # a compiler's fake tensors would be told from a step's
+        # the loss treats fake tensors as those of a compiler
         mock.patch.object(loss, "Tensor", FakeTensor),
-        # a fake parameter can't be moved, and is where it should be
+        # fake parameters can't be moved, and need not be
         mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
         FakeTensorMode(),
         Launched(),
@@ -196,7 +196,7 @@ def listed(wanted: Programs) -> list[Launch]:
 
     def take(*, compile: dict[str, Any], **_: Any) -> bool:
         found.setdefault((called[0], compile["key"]), Launch(*called, compile["signature"]))
-        return True  # which leaves it uncompiled
+        return True  # do not compile
 
     with without_gpu(before=call), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take):
         for name, program in wanted:
@@ -255,7 +255,7 @@ def load_driver(library: str) -> None:
     """Load the stubs where modules look for the driver, in a process of their own."""
     nvidia.libcuda_dirs.cache_clear()
     nvidia.library_dirs.cache_clear()
-    ctypes.CDLL(library)  # found by modules that need it by name, and by no others
+    ctypes.CDLL(library)  # modules that need this name find it, others don't
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------

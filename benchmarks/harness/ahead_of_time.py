@@ -29,7 +29,7 @@ class Machine:
         self.architecture = architecture
 
     def get_current_device(self) -> int:
-        return self.architecture  # kernels are kept by device
+        return self.architecture  # Triton keeps compiled kernels by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -68,7 +68,7 @@ class Pointer:
         return self.address
 
 
-# the key that Triton compiles a kernel by
+# Triton's key of a compiled kernel
 Key = tuple[Any, ...]
 Record = Callable[[JITFunction, Key, tuple[Any, ...], dict[str, Any]], None]
 
@@ -97,7 +97,7 @@ def resources(cubin: bytes) -> dict[str, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # a program of __nv_ functions that were not inlined has more than one line
+    # there is a line for each __nv_ function that was not inlined
     found: dict[str, int] = {}
     for name, value in re.findall(r"(\w+):(\d+)", output):
         found[name] = max(found.get(name, 0), int(value))

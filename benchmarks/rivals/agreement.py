@@ -13,7 +13,7 @@ from rivals.sizes import PARTIAL, Cell, Sizes
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25
-# of an accelerated model beside itself
+# for an accelerated model compared with itself
 ACCELERATED_LOSS_TOLERANCE, ACCELERATED_ERROR_FACTOR = 1e-6, 2.0
 # below this, two errors in fp32 differ by the order of summation alone; in bf16 the factor is enough
 ERROR_FLOOR = {"fp32": 2e-6, "bf16": 0.0}

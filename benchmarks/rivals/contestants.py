@@ -25,7 +25,7 @@ PATCH_SIZES = {model: 14 if model == "huge" else 16 for model in MODELS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the same algorithm first, beside ours
 PEERS = ("plain-gather", "plain", "huggingface")
-# as fastmim.accelerate() leaves a peer
+# suffix of a peer that fastmim.accelerate() has changed
 ACCELERATED = "+accelerated"
 
 
@@ -122,7 +122,7 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         vit_mae.load(model, weights)
         return model
     build = {"fastmim": lambda _: setting.template(), "plain": PlainMAE, "plain-gather": PlainGatherMAE}[form]
-    with torch.device(setting.device):  # where initial values, which are replaced, are drawn at once
+    with torch.device(setting.device):  # where drawing the initial values, which are replaced, is fast
         model = build(sizes)
     model.load_state_dict(weights)
     return model

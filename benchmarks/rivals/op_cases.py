@@ -184,7 +184,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention 16x16x197x32": lambda: attention(16, 16, 197, 32, torch.bfloat16),
     "attention 16x12x50x64 float32": lambda: attention(16, 12, 50, 64, torch.float32),
     "attention 16x16x197x32 float32": lambda: attention(16, 16, 197, 32, torch.float32),
-    # longer than a GPU's kernels take: torch's own attention serves there, nowhere is the op slower than it
+    # longer than a GPU's kernels serve: the op calls torch's own attention there
     "attention 1x12x1157x64": lambda: attention(1, 12, 1157, 64, torch.bfloat16),
     "attention 1x12x1157x64 float32": lambda: attention(1, 12, 1157, 64, torch.float32),
     "embed_patches": embed,

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastmim.models.cost import step_flops
 
-# embed what is visible, decode and score what is predicted; the others work on all L tokens
+# contestants that embed the visible and decode and score the predicted patches; the others compute all L tokens
 PARTIAL = ("fastmim", "plain-gather")
 
 

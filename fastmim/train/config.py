@@ -38,7 +38,7 @@ DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 # settings that must not change between a checkpoint and the run that continues from it
 IDENTITY = (
     *("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype"),
-    # of the loader, which goes on in the middle of an epoch
+    # settings of the loader, which may continue in the middle of an epoch
     *("crop_scale", "flip"),
 )
 PATHS = ("data", "output_dir")
@@ -167,7 +167,7 @@ class Config:
         check_count("seed", self.seed, 0, 2**63 - 1)
         for name in ("image_size", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
             check_count(name, getattr(self, name), 1)
-        check_count("keep_last", self.keep_last, 2)  # one to fall back to
+        check_count("keep_last", self.keep_last, 2)  # with one to fall back to
         check_count("reconstruct_every", self.reconstruct_every, 0)
         for name in ("max_steps", "micro_batch_size", "keep_every", "num_threads"):
             if getattr(self, name) is not None:
@@ -203,7 +203,7 @@ class Config:
             except TypeError as error:
                 raise ConfigError(f"model_options: {error}") from None
             except ValueError as error:
-                # the model has another name for it
+                # the model's name for image_size
                 raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
         count_kept(model.patch_embed.num_patches, self.mask_ratio, None)
 

@@ -200,7 +200,7 @@ class Trainer:
         if config.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_grad, norm)
         skipped = ~(loss.isfinite() & norm.isfinite())
-        # fused optimisers leave weights and state alone where it is 1, as torch.amp has it
+        # fused optimisers leave weights and state unchanged where found_inf is 1, as for torch.amp
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()

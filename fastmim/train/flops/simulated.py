@@ -112,7 +112,7 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         on_device = _is_ours(kwargs.get("device"))
         if on_device and func in (torch.tensor, torch.as_tensor, torch.asarray):
-            # values come from the host
+            # made on the host and copied to the device
             return func(*args, **kwargs | {"device": "cpu"}).to("meta")
         if on_device:
             kwargs["device"] = "meta"

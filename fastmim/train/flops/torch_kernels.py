@@ -26,7 +26,7 @@ CHUNK, MOST_TENSORS, MOST_CHUNKS = 65536, (770, 448, 336, 252, 210), 2240
 NORMS, JOINED = 400, 128
 # a thread block of a reduction, and the threads that a multiprocessor holds
 REDUCE_THREADS, MULTIPROCESSOR_THREADS = 512, 2048
-# an elementwise kernel and a reduction index 32 bits of bytes
+# bytes that an elementwise kernel or a reduction can index with 32 bits
 SPAN = 2**31 - 1
 
 HOST_COPIES, COPIES, ELEMENTWISE, REDUCTIONS = "host copies", "copies and casts", "elementwise", "reductions"

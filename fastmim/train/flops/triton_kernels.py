@@ -61,7 +61,7 @@ RULES = {
     "attention_loop.loop_backward_keys_kernel": Rule(ATTENTION, "dk dv", products=4),
     "loss.pixel_loss_kernel": Rule(LOSS, "losses grad", {"images": _patches_of("ids")}),
     "loss.scaled_cosine_loss_kernel": Rule(LOSS, "losses dpred dtarget"),
-    # of a factor of 1, as in a step that takes its batch at once: only that is read
+    # with a factor of 1, as in a step without accumulation, the factor alone is read
     "loss.scale_gradient_kernel": Rule(LOSS, "", {"grad": lambda a: 0}),
     "norm.add_layer_norm_kernel": Rule(NORM, "normed total mean rstd"),
     "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal recomputed partials"),
