@@ -246,7 +246,7 @@ class Flight:
             preexec_fn=group_that_dies_with_us,
         )
 
-        def tell() -> None:
+        def read_output() -> None:
             assert child.stdout is not None
             for line in child.stdout:
                 self.hear(line)
@@ -254,15 +254,15 @@ class Flight:
                 if line.strip() and not last[0].startswith("Timeout ("):
                     last[0] = line.strip()
 
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
+        reader = threading.Thread(target=read_output, daemon=True)
+        reader.start()
         try:
             child.wait(limit)
         except subprocess.TimeoutExpired:
             late = True
         finally:
             self.end_child()
-        teller.join(GRACE)
+        reader.join(GRACE)
         # a process that a driver call keeps alive has no status yet
         code = -signal.SIGKILL if child.returncode is None else child.returncode
         return Ended(code, time.time() - start, last[0][:300], late)

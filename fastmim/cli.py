@@ -249,8 +249,8 @@ def _export(args: argparse.Namespace) -> int:
 
     # timm's model has no decoder
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
-    apart = export(model, args.to, args.out)
-    print(f"{args.out}: outputs equal (apart by {apart:.0e} of the largest)")
+    difference = export(model, args.to, args.out)
+    print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
     return 0
 
 

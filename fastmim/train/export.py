@@ -33,16 +33,16 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     if target not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}; got {target!r}")
     if out.exists():
-        raise ValueError(f"{out} is there already: nothing is written over")
+        raise ValueError(f"{out} exists already, and nothing is overwritten")
     try:
-        apart = _export(model, target, out)
+        difference = _export(model, target, out)
     except BaseException:
         # a partial file would make the next export refuse to overwrite it
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
-    if not apart <= 1e-3:
-        raise RuntimeError(f"{out} was written, but its outputs differ by {apart:.1e} from the model's")
-    return apart
+    if not difference <= 1e-3:
+        raise RuntimeError(f"{out} was written, but its outputs differ by {difference:.1e} from the model's")
+    return difference
 
 
 def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
@@ -60,13 +60,15 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             names = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
             settings = settings_of_model(model)
             again = load(out, **{name: settings[name] for name in names})
-            apart = max(_apart(again(images, noise=noise).loss, loss), _apart(again.forward_features(images), tokens))
+            difference = max(
+                _difference(again(images, noise=noise).loss, loss), _difference(again.forward_features(images), tokens)
+            )
         elif target == "huggingface":
             to_huggingface(model).save_pretrained(out)
             from transformers import ViTMAEForPreTraining
 
             theirs = ViTMAEForPreTraining.from_pretrained(out).train(False)
-            apart = _apart(theirs(images, noise=noise).loss, loss)
+            difference = _difference(theirs(images, noise=noise).loss, loss)
         else:
             from safetensors.torch import load_file, save_file
 
@@ -74,9 +76,9 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             out.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, out, {"format": "pt"})
             vit.load_state_dict(load_file(out))
-            apart = _apart(vit.train(False).forward_features(images), tokens)
-    return apart
+            difference = _difference(vit.train(False).forward_features(images), tokens)
+    return difference
 
 
-def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()

@@ -85,9 +85,9 @@ def exported(straight, tmp_path, capsys):
         arguments = ["export", str(straight), "--to", target, str(out)]
         assert cli.main(arguments) == 0
         assert "outputs equal" in capsys.readouterr().out
-        # nothing is written over
+        # nothing is overwritten
         assert cli.main(arguments) == 1
-        assert "is there already" in capsys.readouterr().err
+        assert "exists already" in capsys.readouterr().err
         return out, load_model(straight).eval()
 
     return run

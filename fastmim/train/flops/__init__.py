@@ -1,12 +1,12 @@
 """Launches, bytes, FLOPs and least time of a training step on a GPU, counted without a GPU.
 
-cards            rates of GPUs
-kernel           a launch, as it is counted
-simulated        a CUDA device that need not exist, on which the step runs
-torch_kernels    kernels of PyTorch's ops, and their traffic
-triton_kernels   traffic of fastmim's Triton kernels
-recorder         kernels summed by the stage that launches them
-step             the Trainer's step
+    cards            rates of GPUs
+    kernel           a launch, as it is counted
+    simulated        a CUDA device that need not exist, on which the step runs
+    torch_kernels    kernels of PyTorch's ops, and their traffic
+    triton_kernels   traffic of fastmim's Triton kernels
+    recorder         kernels summed by the stage that launches them
+    step             the Trainer's step
 """
 
 from .cards import CARDS, Card
