@@ -156,7 +156,7 @@ def test_the_table_is_written_and_taken_back(tmp_path):
 
 
 def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
-    """Check the table, and that fastmim reads it."""
+    """The table that `_dispatch` reads holds only these."""
     rows = [
         {"ops": compared("attention", [3, 3, 32], 1.0, 2.0)},
         {"ops": compared("attention", [5, 5, 32], 1.0, 1.02)},  # not by enough

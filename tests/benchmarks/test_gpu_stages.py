@@ -244,7 +244,7 @@ def test_backends_are_compared(pretended_gpu, kept):
 
 
 def test_the_check_sees_what_is_wrong(monkeypatch):
-    """Check on the runner that right kernels pass, and that wrong or incomplete ones are named."""
+    """On the runner: each kernel passes, a kernel that is off, or leaves something unwritten, is named."""
     torch.ops.load_library(runner_library())
 
     def host(_, op):

@@ -184,7 +184,7 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
             "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
         }.items():
             stack.enter_context(mock.patch(name, value))
-        # cached for the life of a process
+        # which a process keeps
         stack.enter_context(mock.patch.object(_library, "_capability", lambda device: list(card.capability)))
         stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
         # constants are cached by device: none of a real one may be found inside, nor a simulated one outside
