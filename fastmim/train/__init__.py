@@ -1,5 +1,7 @@
 """Pretraining runs on one CPU or many GPUs, resumed exactly after an interruption.
 
+Modules:
+
     config         settings of a run, from TOML and the command line
     loop           Trainer: the run itself
     data           the loader of a run; digits: pictures that need no download

@@ -1,5 +1,7 @@
 """Launches, bytes, FLOPs and least time of a training step on a GPU, counted without a GPU.
 
+Modules:
+
     cards            rates of GPUs
     kernel           a launch, as it is counted
     simulated        a CUDA device that need not exist, on which the step runs
