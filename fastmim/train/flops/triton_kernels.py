@@ -26,7 +26,7 @@ class Rule:
     Args:
         kind: of the kernel.
         written: names of the tensors that are written; the others are read.
-        parts: for tensors of which the ids select a part, the share that is read, by name.
+        parts: share of a tensor that is read, by its name, where the ids decide.
         products: matrix products of attention, each of queries by keys by the head's dimension.
     """
 
