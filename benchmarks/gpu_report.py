@@ -1,7 +1,7 @@
 """Report correctness and speed of the kernels on one GPU. Needs no network.
 
     python benchmarks/gpu_report.py                 # measures, then writes
-    python benchmarks/gpu_report.py --from DIR      # writes what a flight has brought back
+    python benchmarks/gpu_report.py --from DIR      # writes the pages from the rows of a flight
 
 Measuring is `flight.py all`, which goes on where it was stopped. It writes gpu.json and gpu.md into benchmarks/results
 and, where the CUDA C++ kernels are right and faster than Triton's, fastmim/cuda_first.json, by which they go first; a
@@ -24,9 +24,9 @@ from harness.commit import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "fastmim" / "cuda_first.json"
-# of all stages; six times what they take on a card whose kernels are compiled already
+# budget of all stages: six times their time on a card whose kernels are already compiled
 SECONDS = 5400.0
-# Triton's kernel is asked first unless the other takes less than this share of its time
+# a CUDA C++ kernel goes first if it takes less than this share of the time of Triton's
 MARGIN = 0.97
 
 Visit = dict[str, Any]
@@ -61,7 +61,7 @@ def wrong(found: list[Visit]) -> bool:
     return not checked or any(rows.problem(row) for visit in found for row in visit["rows"])
 
 
-# ---- which CUDA C++ kernels go first ---------------------------------------------------------------------------------
+# ---- CUDA C++ kernels that go first ----------------------------------------------------------------------------------
 
 
 def faster(compared: list[rows.Row]) -> dict[str, list[list[int]]]:

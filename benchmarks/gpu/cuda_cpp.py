@@ -25,7 +25,7 @@ from gpu.tensors import as_tuple, dtype_name, in_float64, poisoned
 from harness.rows import UNSERVED, Job, run
 
 Call = tuple[str, tuple[Any, ...]]
-# one row; under a sanitizer too
+# seconds for one row, under a sanitizer too
 HUNG = 60.0
 NARROW = (torch.bfloat16, torch.float16)
 # largest error of a result, as a share of the norm of the exact one
@@ -48,7 +48,7 @@ class Calls:
     def attention(
         self, batch: int, heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype
     ) -> Iterator[Call]:
-        """Forward and backward, packed where there are as many keys as queries."""
+        """Yield attention's forward and backward call, packed where there are as many keys as queries."""
         grad, scale = self.randn(batch, queries, heads, dim, dtype=dtype), dim**-0.5
         if queries == keys:
             qkv = self.randn(batch, queries, 3, heads, dim, dtype=dtype)
@@ -60,7 +60,7 @@ class Calls:
         yield "attention_backward", (grad, q, k, v, None, None, scale, False)
 
     def rest(self, batch: int, size: int, width: int, dtype: torch.dtype) -> Iterator[Call]:
-        """The ops besides attention, on pictures of `size` in patches of 16, three quarters of them removed."""
+        """Yield calls of the ops besides attention, on pictures of `size` in patches of 16, three quarters removed."""
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         patches, patch = (size // 16) ** 2, [16, 16]
         noise = torch.rand(batch, patches, device=self.device)
@@ -88,7 +88,7 @@ Makers = list[tuple[str, Callable[[], Iterator[Call]]]]
 
 
 def small(plan: Plan) -> Makers:
-    """Names and makers of calls of every kernel in every form."""
+    """Return names and makers of calls of every kernel in every form."""
     calls, found = Calls(plan.device), []
     for queries, keys, dim in plan.forms:
         for dtype in NARROW:
@@ -100,7 +100,7 @@ def small(plan: Plan) -> Makers:
 
 
 def large(plan: Plan) -> Makers:
-    """Names and makers of calls that fill a GPU, attention first, the most telling of each first."""
+    """Return names and makers of calls that fill a GPU, attention first, the most informative of each first."""
     calls, found = Calls(plan.device), []
     for dim in plan.head_dims:
         for length in plan.lengths:
@@ -116,7 +116,7 @@ def large(plan: Plan) -> Makers:
     return found
 
 
-# ---- right -----------------------------------------------------------------------------------------------------------
+# ---- correctness -----------------------------------------------------------------------------------------------------
 
 
 def launcher(backend: str, op: str) -> Callable[..., Any]:
@@ -161,7 +161,7 @@ def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
     return row | ({"wrong": "; ".join(wrong)} if wrong else {})
 
 
-# ---- fast ------------------------------------------------------------------------------------------------------------
+# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:

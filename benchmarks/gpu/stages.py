@@ -17,15 +17,15 @@ INTERPRETER = {"FASTMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"}
 class Visit(Protocol):
     """The properties of a flight that its stages depend on."""
 
-    rehearse: list[str]  # the option of a stage's script, or nothing
+    rehearse: list[str]  # options for a stage's script
     suspected: list[str]  # cases that the first visit found wrong
-    cache: Path  # of Triton
+    cache: Path  # Triton's cache
     out: Path
 
 
 @dataclass(frozen=True)
 class Command:
-    """A process of a stage; those before it leave it `kept` seconds, or half of what there is."""
+    """A process of a stage; earlier ones leave it `kept` seconds, or half of the rest if that is less."""
 
     argv: list[str]
     env: dict[str, str] = field(default_factory=dict)
@@ -105,5 +105,5 @@ STAGES = {
 FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
 SECOND = ("environment", "suspects", "backends", "ops", "compare", "compiled", "memcheck")
 VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "cache")}
-# for which the limits of the stages are made
+# seconds for which the limits of the stages are set
 BUDGETS = {"first": 330.0, "second": 270.0, "all": 900.0}

@@ -1,4 +1,4 @@
-"""The page, and the table of CUDA C++ kernels that go first, from rows of a flight."""
+"""The page and the table of CUDA C++ kernels that go first, made from rows of a flight."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ ROWS = {
 
 
 def write_rows(path: Path, rows: dict) -> Path:
-    """Rows by stage and name as a flight leaves them."""
+    """Return rows by stage and name as a flight leaves them."""
     lines = [
         json.dumps({"stage": stage, "name": name, "at": 1.0, **fields})
         for stage, named in rows.items()
@@ -119,7 +119,7 @@ def test_page(tmp_path):
 
 
 def right_rows() -> dict:
-    """Rows in which nothing is wrong."""
+    """Return rows in which nothing is wrong."""
     rows = {stage: dict(named) for stage, named in ROWS.items() if stage not in ("smoke", "steps", "suites")}
     return rows
 
@@ -199,7 +199,7 @@ def test_rows_of_a_rehearsal_are_no_results(tmp_path, capsys, monkeypatch):
 
 
 def test_measuring_is_flying(tmp_path, monkeypatch):
-    """With all stages; what the flight says of a missing GPU is what the command says."""
+    """Check that the command runs a flight of all stages, and passes on its message of a missing GPU."""
     asked = []
     monkeypatch.setattr(gpu_report.flight, "main", lambda argv: asked.append(argv) or 2)
     assert gpu_report.main(["--seconds", "60", "--out", str(tmp_path)]) == 2

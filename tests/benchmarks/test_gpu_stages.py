@@ -1,4 +1,4 @@
-"""The stages of a flight over a CPU, some of them as if it were a GPU."""
+"""The stages of a flight, run on a CPU, some of them as if it were a GPU."""
 
 import json
 import time
@@ -23,7 +23,7 @@ PRETENDED = replace(REHEARSAL, device="cuda", backends={"cuda": "reference", "tr
 
 
 class OnTheCPU(TorchFunctionMode):
-    """Context in which what is made on "cuda" is made on the CPU."""
+    """Context in which tensors for "cuda" are made on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def here(value):
@@ -33,7 +33,7 @@ class OnTheCPU(TorchFunctionMode):
 
 
 class Nothing:
-    """Stands for a stream and for the context that captures a graph."""
+    """Stand-in for a stream, and for the context that captures a graph."""
 
     def __init__(self, *args, **kwargs): ...
 
@@ -65,7 +65,7 @@ class Generator(torch.Generator):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """torch.cuda, as far as the stages call it, over a CPU: a captured graph runs once, a replay is nothing."""
+    """Replace the parts of torch.cuda that the stages call: a captured graph runs once, a replay does nothing."""
     for name in ("Stream", "CUDAGraph", "graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
     card = SimpleNamespace(L2_cache_size=1 << 10, multi_processor_count=132, total_memory=1)
@@ -84,7 +84,7 @@ def pretended_gpu(monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """The file of rows."""
+    """Return the file of rows."""
     path = tmp_path / "rows.jsonl"
     monkeypatch.setenv(rows.FILE, str(path))
     for name in (rows.SINCE, rows.DEADLINE, rows.PATIENCE):
@@ -191,7 +191,7 @@ def test_a_step_is_profiled():
 
 
 def test_every_op_is_measured(pretended_gpu, kept):
-    """No form fails but those that a CPU does not have."""
+    """Check that no form fails but those that a CPU lacks."""
     rows.record("environment", "ceilings", bytes=1e12, flops=1e14)
     rows.run("ops", op_times.jobs(PRETENDED), 60.0)
     found = {name: row for name, row in rows.stored("ops").items() if name != rows.PLANNED}
