@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from fastmim.data import ImageLoader
 from fastmim.data.decoders import BACKENDS, installed
-from fastmim.data.loader import available_cpus
 from fastmim.data.pack import pack
+from fastmim.data.threads import available_cpus
 from harness import machine
 from harness.timing import interleave, spread
 from pictures.jpegs import write_jpegs
