@@ -56,7 +56,7 @@ def choose(backend: str, device: torch.device) -> str:
 
 
 class Decoder(Protocol):
-    """Turns what a source reads into crops."""
+    """Interface of a decoder, which turns the data of samples into crops."""
 
     crops: Crops
 

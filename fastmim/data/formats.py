@@ -53,14 +53,14 @@ def _register() -> None:
 
 
 @functools.cache
-def served() -> tuple[str, ...]:
+def readable_suffixes() -> tuple[str, ...]:
     """Return the suffixes of images that can be read with the installed packages, in lower case."""
     return (*SUFFIXES, *HEIF) if find_spec("pillow_heif") is not None else SUFFIXES
 
 
 def is_image(name: str) -> bool:
     """Return whether a file of this name counts as an image."""
-    return name.lower().endswith(served())
+    return name.lower().endswith(readable_suffixes())
 
 
 def is_archive(name: str) -> bool:

@@ -42,7 +42,7 @@ _memory = threading.local()
 
 
 class Unreadable(Exception):
-    """A sample that can't be served; the message is the reason."""
+    """Error for a sample that can't be served; the message is the reason."""
 
 
 class Notes:
@@ -76,8 +76,8 @@ def decode(data: bytes, note: Note = ignore) -> Any:
     than 12 bits.
 
     Raises:
-        Unreadable: the data are empty, no image, truncated or damaged; the image has no pixels or more than MAX_PIXELS;
-            or its values have no known range: floating-point, signed or 32-bit ones.
+        Unreadable: the data are empty, no image, truncated or damaged; the image has more than MAX_PIXELS; or its
+            values have no known range: floating-point, signed or 32-bit ones.
     """
     from PIL import Image, UnidentifiedImageError
 
@@ -87,8 +87,6 @@ def decode(data: bytes, note: Note = ignore) -> Any:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            if not width * height:
-                raise Unreadable(f"the image has no pixels: {width}x{height}")
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"decompression bomb: {width}x{height} pixels")
             # must be asked before load(): Pillow then reduces colours to 8 bits, and the tile description is gone

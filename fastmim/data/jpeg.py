@@ -46,7 +46,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 class _Markers:
-    """Walks through the markers of a JPEG and raises ValueError (or IndexError, KeyError) at anything unusual."""
+    """Reader of the markers of a JPEG, which raises ValueError, IndexError or KeyError at anything unusual."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data

@@ -19,7 +19,7 @@ from .images import Notes
 from .loader_state import FORMAT, accept, contents
 from .order import Order
 from .packed import Packed
-from .prefetch import Position, Prefetcher, labels_of
+from .prefetch import Position, Prefetcher
 from .quarantine import NAME, Quarantine
 from .sources import open_source
 from .threads import available_cpus
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class TooFewImages(ValueError):
-    """The source has fewer images, `samples`, than a global batch, with drop_last=True."""
+    """Error for a source with fewer images, `samples`, than a global batch, with drop_last=True."""
 
     def __init__(self, samples: int, batch_size: int, world: int) -> None:
         self.samples = samples
@@ -307,11 +307,11 @@ class _Iteration(Iterator[Batch]):
             self._over = True
             raise StopIteration
         images = self._prefetcher.transfer.receive(prefetched.sent).permute(0, 3, 1, 2)
-        samples, repeats = prefetched.samples, self._loader.crops.repeats
-        ids = torch.from_numpy(np.repeat(np.array(samples, dtype=np.int64), repeats))
-        batch = Batch(images, labels_of(self._loader.source, samples, repeats), ids)
+        ids = np.repeat(np.array(prefetched.samples, dtype=np.int64), self._loader.crops.repeats)
+        of_source = self._loader.source.labels
+        labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))
         self._loader._advance(prefetched.after, self._number)
-        return batch
+        return Batch(images, labels, torch.from_numpy(ids))
 
     def __reduce__(self) -> Any:
         raise TypeError("an iteration can't be pickled: pickle the ImageLoader, and its state_dict()")

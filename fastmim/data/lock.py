@@ -35,7 +35,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Locked(ValueError):
-    """The folder is in use by another process, which the message names."""
+    """Error for a folder that is in use by another process, which the message names."""
 
 
 class Lock:

@@ -93,7 +93,7 @@ def _make_folder(root: Path) -> None:
 
 @dataclass
 class _Packing:
-    """Packs `source` into the locked folder `root`; `header` is the content of packed.json."""
+    """Job that packs `source` into the locked folder `root`; `header` is the content of packed.json."""
 
     source: Source
     root: Path

@@ -13,10 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from .decoders import Decoder
 from .images import Notes, Unreadable
 from .order import Order
@@ -49,7 +45,7 @@ class Prefetched:
 
 @dataclass
 class Prefetcher:
-    """Makes the batches of one epoch from the position `start` on; its threads start at once.
+    """Background threads that make the batches of one epoch from the position `start` on; they start at once.
 
     With `raising`, an unreadable sample raises RuntimeError; otherwise it is skipped.
     """
@@ -168,8 +164,6 @@ class Prefetcher:
         if none is left; otherwise the batch is short.
         """
         consumed, samples, rows = before.consumed, list[int](), list[Row]()
-        # samples tried since the last readable one
-        futile = 0
         while len(samples) < size:
             missing = size - len(samples)
             left = self._own - consumed
@@ -179,11 +173,8 @@ class Prefetcher:
                 missing = 1
             elif left > 0:
                 missing = min(missing, left)
-            if futile > len(self.source.names) + self._own:
-                raise RuntimeError(f"no sample of {self.source.root} can be read")
             good, crops = self._decode(missing)
             consumed += missing
-            futile = 0 if good else futile + missing
             samples += good
             rows += crops
         return Prefetched(self.transfer.send(rows), samples, Position(before.epoch, before.batches + 1, consumed))
@@ -219,10 +210,3 @@ class Prefetcher:
             raise RuntimeError(f"sample {sample}, {name}, can't be read: {reason}")
         self._bad[sample] = reason
         self.quarantine.add(sample, name, reason)
-
-
-def labels_of(source: Source, samples: list[int], repeats: int) -> Tensor | None:
-    """Return int64 labels (n * repeats,), or None where the source has none."""
-    if source.labels is None:
-        return None
-    return torch.from_numpy(np.repeat(source.labels[samples], repeats).astype(np.int64))

@@ -155,7 +155,8 @@ def folder(root: Path) -> Files:
     names, left_out = _walk(root)
     if not names:
         others = f"; it holds {formats.describe(left_out)}" if left_out else ""
-        raise ValueError(f"source {root} holds no file that ends in one of {' '.join(formats.served())}{others}")
+        suffixes = " ".join(formats.readable_suffixes())
+        raise ValueError(f"source {root} holds no file that ends in one of {suffixes}{others}")
     heads = [name.partition("/")[0] if "/" in name else None for name in names]
     if None in heads:
         return Files(root, names, None, [], left_out)

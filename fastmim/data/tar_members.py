@@ -60,7 +60,7 @@ class Place(NamedTuple):
 
 
 class _Damaged(ValueError):
-    """Damage of a tar file at the byte `start`."""
+    """Error for damage of a tar file at the byte `start`."""
 
     def __init__(self, start: int, reason: str) -> None:
         super().__init__(reason)

@@ -113,7 +113,7 @@ class _Content:
 
 
 class _LabelError(ValueError):
-    """The labels of an intact tar file don't fit its images."""
+    """Error for labels that don't fit the images of an intact tar file."""
 
 
 def _labels(path: Path, file: BinaryIO, content: _Content) -> list[int | None]:

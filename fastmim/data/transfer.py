@@ -28,7 +28,7 @@ class Sent(NamedTuple):
 
 
 class Host:
-    """Makes batches in host memory."""
+    """Maker of batches in host memory."""
 
     def send(self, rows: Sequence[Row]) -> Sent:
         """Stack the crops of all samples into a batch (n * repeats, H, W, 3)."""
@@ -104,7 +104,7 @@ def link_to(device: torch.device) -> Link:
 
 
 class Transfer(Host):
-    """Makes batches on the device of a link."""
+    """Maker of batches on the device of a link."""
 
     def __init__(self, link: Link) -> None:
         self.link = link

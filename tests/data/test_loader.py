@@ -187,7 +187,7 @@ def test_a_fork(photographs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_program_that_ends_in_the_middle_ends(photographs, backend):
-    """Threads end before the exit functions that were registered earlier, such as DALI's, which ends all pipelines."""
+    """End of the threads before earlier registered exit functions run, such as DALI's, which ends all pipelines."""
     code = (
         "import atexit, sys, threading; from fastmim.data import ImageLoader\n"
         "alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == 'fastmim-prefetch']\n"

@@ -130,7 +130,7 @@ def test_two_locks_of_one_process(tmp_path, how):
 
 @pytest.mark.parametrize("beats", [True, False])
 def test_a_holder_on_another_machine(tmp_path, how, beats, caplog):
-    """The lock file names a process of another machine, which is alive if it updates the file."""
+    """Lock file of a process on another machine, which is alive if it updates the file."""
     written_by(tmp_path, host="elsewhere", pid=7)
     over = threading.Event()
 
@@ -170,7 +170,7 @@ def test_a_malformed_lock_file_is_ignored(tmp_path, how):
 
 
 def test_a_pipe_in_the_place_of_the_lock_file(tmp_path):
-    """Reading it would block."""
+    """Pipe that would block whoever reads it."""
     os.mkfifo(tmp_path / lock.NAME)
     command = [sys.executable, "-c", HOLD, str(tmp_path), "flock", lock.__file__]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
@@ -178,7 +178,7 @@ def test_a_pipe_in_the_place_of_the_lock_file(tmp_path):
 
 
 def test_a_child_does_not_hold_it_beyond_its_parent(tmp_path):
-    """A forked worker may outlive a run that was killed."""
+    """Forked child that outlives its killed parent, as a worker of a run may."""
     context = multiprocessing.get_context("fork")
     started, over = context.Event(), context.Event()
     killed = Lock("out", tmp_path).__enter__()
@@ -222,7 +222,7 @@ def test_a_full_disk_does_not_open_the_lock(tmp_path, monkeypatch):
 
 
 def test_packing_twice_at_once_is_refused(photographs, tmp_path):
-    """The second call is refused, and the incomplete shard of the first stays."""
+    """Refusal of the second call; the incomplete shard of the first stays."""
     out, seen = tmp_path / "packed", []
 
     def second(count):

@@ -229,7 +229,7 @@ def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
 
 @pytest.mark.fault
 def test_a_change_of_the_same_size_is_seen(own, tmp_path):
-    """Uncompressed images have the same file size whatever they show."""
+    """Change of an uncompressed image, whose file size doesn't depend on what it shows."""
     for name in names_of(own):
         Image.open(own / name).resize((20, 20)).save((own / name).with_suffix(".bmp"))
         (own / name).unlink()
@@ -300,7 +300,7 @@ def as_earlier_version(source, out):
 
 @pytest.mark.fault
 def test_a_dataset_of_an_earlier_version(own, tmp_path):
-    """It can be read, and packing it again updates it and keeps its plan."""
+    """Reading it, and packing it again, which updates it and keeps its plan."""
     out, names = tmp_path / "packed", names_of(own)
     good = (own / names[9]).read_bytes()
     (own / names[9]).write_bytes(b"bad")

@@ -198,7 +198,7 @@ def test_damaged_bytes(data, draw):
 
 
 def test_backends_agree_on_damaged_files():
-    """Each backend serves the same damaged files with the same pixels, so that all later batches are equal."""
+    """Equal choice of readable files and equal pixels on each backend, so that all later batches are equal."""
     random = np.random.default_rng(0)
     files = []
     for number in range(300):
@@ -282,7 +282,7 @@ def test_orientation_in_xmp_turns_on_every_backend(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_damaged_files_shift_no_batch(own, backend):
-    """On every backend an unknown marker in the data is an error, and an early end mark is not."""
+    """Unknown marker in the data, an error on every backend, and early end mark, an error on none."""
     names = names_of(own)
     whole = [(own / name).read_bytes() for name in names[:4]]
     for name, data, odd in zip(names, whole, (b"\xff\x5f", b"\xff\xd0", b"\xff\xd9", b"")):
@@ -299,7 +299,7 @@ def test_damaged_files_shift_no_batch(own, backend):
 
 
 def test_plugins_are_loaded_before_the_first_picture():
-    """Threads that load plugins at the same time may find no plugin for their files."""
+    """Load of all plugins at once: threads that load them at the same time may find none for their files."""
     code = (
         "import io, sys; from fastmim.data.images import Unreadable, decode\n"
         "try: decode(b'none')\nexcept Unreadable: pass\n"

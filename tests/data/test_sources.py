@@ -144,7 +144,7 @@ LEFT_OUT = {".heic": 2, ".txt": 1, "no suffix": 2, ".jpg*": 1, ".tar.zst": 1}
 @pytest.fixture
 def no_heif(monkeypatch):
     """Pretend that pillow-heif is not installed."""
-    monkeypatch.setattr(formats, "served", lambda: formats.SUFFIXES)
+    monkeypatch.setattr(formats, "readable_suffixes", lambda: formats.SUFFIXES)
 
 
 @pytest.mark.fault
@@ -218,7 +218,7 @@ def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
     for name in ("a.heic", "b.HEIF", "c.hif"):
         with open(tmp_path / "images" / name, "wb") as file:
             picture(1).save(file, "PNG")
-    for cached in (formats.served, formats._register):
+    for cached in (formats.readable_suffixes, formats._register):
         cached.cache_clear()
     try:
         source = open_source(tmp_path / "images")
@@ -228,7 +228,7 @@ def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         sys.modules.pop("pillow_heif", None)
-        for cached in (formats.served, formats._register):
+        for cached in (formats.readable_suffixes, formats._register):
             cached.cache_clear()
 
 

@@ -72,7 +72,7 @@ def test_an_iteration_begun_before_loading_a_state_is_ignored(photographs):
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_a_state_of_another_world_is_converted(photographs, world, batch_size):
-    """The global batches are the same, so the rest of the epoch is too."""
+    """Same global batches, so the same rest of the epoch."""
     loader = load(photographs, 6, drop_last=False)
     iterator = iter(loader)
     next(iterator), next(iterator)
@@ -149,7 +149,7 @@ def test_a_state_of_other_data_is_refused(photographs, own):
 @pytest.mark.parametrize("same_size", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_a_few_files_may_have_changed_with_a_warning(photographs, own, caplog, same_size, count):
-    """Up to a tenth of the files; with more the state is refused."""
+    """Changes of up to a tenth of the files, and of more, for which the state is refused."""
     state = load(photographs).state_dict()
     for path in sorted(own.rglob("*.jpg"))[:count]:
         data = path.read_bytes()
@@ -164,7 +164,7 @@ def test_a_few_files_may_have_changed_with_a_warning(photographs, own, caplog, s
 
 @pytest.mark.fault
 def test_a_state_of_an_earlier_version(photographs, own):
-    """Its identity includes file sizes, so it is refused after any change of size."""
+    """State whose identity includes file sizes, so that it is refused after any change of size."""
     loader = load(photographs)
     iterator = iter(loader)
     next(iterator)
@@ -182,7 +182,7 @@ def test_a_state_of_an_earlier_version(photographs, own):
 
 @pytest.mark.fault
 def test_a_repaired_file_is_served_from_then_on(own, tmp_path, caplog):
-    """In its position of the epoch, or in the next epoch; the other samples are as before."""
+    """Repaired files, served at their positions in the epoch or in the next epoch; other samples are as before."""
     names = names_of(own)
     whole = [(own / name).read_bytes() for name in names]
     good = {index: whole[index] for index in damage(own)}
@@ -226,6 +226,7 @@ def test_a_file_that_is_repaired_during_the_run_is_served_in_the_next_epoch(own)
         (lambda state: {**state, "epoch": "first"}, ValueError),
         (lambda state: {**state, "batches": 900, "consumed": 3600}, ValueError),
         (lambda state: {**state, "epoch": -1}, ValueError),
+        (lambda state: {**state, "contents": []}, ValueError),
         (lambda state: {**state, "bad": [[SAMPLES, "why"]]}, ValueError),
     ],
 )

@@ -150,7 +150,7 @@ def test_missing_waits_give_wrong_batches(photographs, link, late):
 
 
 def test_the_thread_that_makes_batches_waits_for_no_batch(photographs, late):
-    """Two batches are queued before any copy is made, so the first batches of an epoch overlap too."""
+    """Queue of two batches before any copy is made, so that the first batches of an epoch overlap too."""
     link = late(Held())
     batches = iter(load(photographs, 3))
     prefetcher = batches._loader._prefetcher(batches._start)

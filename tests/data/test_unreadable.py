@@ -18,6 +18,7 @@ from test_loader import load, names_of
 
 from fastmim import cli
 from fastmim.data import jpeg
+from fastmim.data.dali import Dali
 from fastmim.data.images import Unreadable, decode
 from fastmim.data.jpeg import plain_size
 
@@ -176,7 +177,7 @@ def test_a_link_to_nowhere_has_a_number(own):
     ],
 )
 def test_bad_files_and_shards(own, backend, world, drop_last):
-    """All shards have the same number of batches; without drop_last no sample is lost, and at most one is repeated."""
+    """Same number of batches on all shards; without drop_last no sample is lost, and at most one is repeated."""
     bad = {0, 11, 30}
     for index in bad:
         (own / names_of(own)[index]).write_bytes(b"bad")
@@ -256,7 +257,7 @@ def test_a_quarantine_file_that_can_not_be_written(own, tmp_path, caplog):
 @pytest.mark.fault
 @pytest.mark.parametrize("kind", ["folder", "missing folder"])
 def test_messages_name_no_quarantine_file_that_was_not_written(own, tmp_path, capsys, kind):
-    """As with data on a read-only disk."""
+    """Quarantine file that can't be written, as next to data on a read-only disk."""
     for name in names_of(own)[:4]:
         (own / name).write_bytes(b"bad")
     path = tmp_path / "no" / "folder" if kind == "missing folder" else tmp_path
@@ -281,3 +282,9 @@ def test_a_file_that_kills_a_pipeline(own, monkeypatch):
     after = pixels_by_id(loader)
     assert set(after) == set(range(SAMPLES)) - {7, 8} and set(loader.skipped) == {7, 8}
     assert all(torch.equal(after[i], before[i]) for i in after)
+
+
+def test_an_installation_of_dali_that_decodes_nothing(own, monkeypatch):
+    monkeypatch.setattr(Dali, "_decode", lambda self, jobs: [None] * len(jobs))
+    with pytest.raises(RuntimeError, match="DALI decodes no file of a batch, but Pillow decodes all"):
+        list(load(own, backend="dali"))
