@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .data.formats import told
-from .data.loader import available_cpus
+from .data.formats import describe
 from .data.quarantine import NAME, Quarantine
 from .data.sources import open_source
+from .data.threads import available_cpus
 
 SOURCE = (
     "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
@@ -97,14 +97,14 @@ def _check_data(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
+    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source
     from .data.decoders import installed
     from .data.packed import Packed
-    from .data.verdicts import DAMAGED, DIM, UNREADABLE, check
 
     source = open_source(args.source)
     quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
     found = tqdm(
-        check(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
+        check_source(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
     )
     counts: Counter[str] = Counter()
     for sample, (name, kind, reason) in enumerate(found):
@@ -116,13 +116,14 @@ def _check_data(args: argparse.Namespace) -> int:
         if kind:
             found.write(f"{kind}: {name!a}: {reason}")
     bad = counts[UNREADABLE]
-    print(f"{args.source}: {len(source.names)} images, {bad} can't be read" + (f": {quarantine.path}" if bad else ""))
+    listing = f", {quarantine.listing()}" if bad else ""
+    print(f"{args.source}: {len(source.names)} images, {bad} can't be read{listing}")
     if not isinstance(source, Packed):
         print(f"served: {counts[DAMAGED]} damaged but decodable, {counts[DIM]} of 16 bits that use less than 12")
         if not installed("simplejpeg"):
             print("damage in JPEGs wasn't looked for: pip install 'fastmim[jpeg]'")
     if source.left_out:
-        print(f"left out: {told(source.left_out)}")
+        print(f"left out: {describe(source.left_out)}")
     return 1 if bad else 0
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import __version__, _backends, _dispatch, ops
-from .data import regions
+from .data import dali_probe
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
 PACKAGES = (
@@ -37,7 +37,7 @@ def collect() -> dict[str, Any]:
         "cuda build": _backends.cuda_build,
         "cuda first": _dispatch.CUDA_FIRST,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
-        "regions": regions.remembered(),
+        "regions": dali_probe.stored(),
         "FASTMIM_KERNELS": _backends.backend,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
         "missing": dict(_backends.missing),

@@ -106,7 +106,7 @@ def test_check_data_names_damaged_images_that_are_served(folder, tmp_path, capsy
     assert cli.main(["check-data", str(folder)]) == 1
     assert "1 can't be read" in capsys.readouterr().out
     assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 1
-    monkeypatch.setattr("fastmim.data.verdicts.installed", lambda name: False)
+    monkeypatch.setattr("fastmim.data.check_data.installed", lambda name: False)
     monkeypatch.setattr("fastmim.data.decoders.installed", lambda name: False)
     cli.main(["check-data", str(folder)])
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Admission of JPEGs to decoders other than Pillow: Pillow reads all of them, and gives the same pixels."""
+"""Recognition of plain JPEGs: Pillow reads all files that pass, and other decoders return the same pixels."""
 
 import contextlib
 import struct
@@ -13,23 +13,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from photos import BACKENDS, picture
 from PIL import Image
-from test_bad import as_jpeg
 from test_loader import load, names_of
+from test_unreadable import as_jpeg
 
 from fastmim.data.crops import Crops
 from fastmim.data.decoders import make
+from fastmim.data.images import Unreadable, decode
 from fastmim.data.jpeg import plain_size
-from fastmim.data.pictures import Unreadable, decode
 
 pytestmark = pytest.mark.fault
 
 SIZE = (40, 24)
-# grey levels between versions of libjpeg
+# difference in grey levels allowed between versions of libjpeg
 LEVELS = 2
 
 
-def served_as_pillow_serves_it(data):
-    """Return whether a file is plain; Pillow must read it then, and as simplejpeg does, unless that finds damage."""
+def is_plain(data):
+    """Return whether a file is plain, and check that Pillow and simplejpeg, unless it finds damage, agree on it."""
     size = plain_size(data)
     if size is None:
         return False
@@ -48,12 +48,12 @@ def segment(marker, data):
 
 
 def with_segments(data, segments):
-    """A JPEG with segments before all others."""
+    """Insert segments at the beginning of a JPEG."""
     return data[:2] + b"".join(segments) + data[2:]
 
 
 def exif(entries, order="<", magic=42, prefix=b"Exif\0\0", start=8):
-    """EXIF data of (tag, type, count, value)."""
+    """Return EXIF data of entries (tag, type, count, value)."""
     tiff = {"<": b"II", ">": b"MM"}[order] + struct.pack(f"{order}HI", magic, start) + bytes(start - 8)
     tiff += struct.pack(f"{order}H", len(entries))
     for tag, kind, count, value in entries:
@@ -77,7 +77,7 @@ def element(value, space=b""):
     return b"><tiff:Orientation>" + space + b"%d" % value + space + b"</tiff:Orientation>"
 
 
-# ---- what is admitted ------------------------------------------------------------------------------------------------
+# ---- plain files ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(96, 64), (33, 47), (8, 8), (1, 1), (17, 250)])
@@ -89,10 +89,10 @@ def test_usual_files_are_plain(size):
     for subsampling in range(3):
         for options in kinds:
             data = as_jpeg(image, **{"subsampling": subsampling, **options})
-            assert plain_size(data) == size and served_as_pillow_serves_it(data), (subsampling, options)
+            assert plain_size(data) == size and is_plain(data), (subsampling, options)
     for subsampling in ("444", "422", "420", "440"):
         data = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, "RGB", subsampling)
-        assert plain_size(data) == size and served_as_pillow_serves_it(data), subsampling
+        assert plain_size(data) == size and is_plain(data), subsampling
 
 
 UPRIGHT = [segment(0xE1, exif([(0x10F, 4, 1, 7), (0x112, 3, 1, 1)], order)) for order in "<>"] + [
@@ -102,7 +102,7 @@ UPRIGHT = [segment(0xE1, exif([(0x10F, 4, 1, 7), (0x112, 3, 1, 1)], order)) for 
 
 @pytest.mark.parametrize("number", range(len(UPRIGHT)))
 def test_upright_files_are_plain(number):
-    assert served_as_pillow_serves_it(with_segments(as_jpeg(picture(1, SIZE)), [UPRIGHT[number]]))
+    assert is_plain(with_segments(as_jpeg(picture(1, SIZE)), [UPRIGHT[number]]))
 
 
 def test_digits_behind_a_closing_tag_are_an_orientation_to_pillow():
@@ -152,7 +152,7 @@ others = st.sampled_from(
 
 @st.composite
 def application_segments(draw):
-    """EXIF, XMP and others, mixed, repeated, truncated, in any order."""
+    """Draw EXIF, XMP and other segments: mixed, repeated, truncated, in any order."""
     found = []
     for marker, data in draw(
         st.lists(st.one_of(st.tuples(st.just(0xE1), exifs), st.tuples(st.just(0xE1), xmps), others), max_size=4)
@@ -168,13 +168,13 @@ BASE = as_jpeg(picture(1, SIZE))
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(application_segments())
-def test_what_applications_add(segments):
-    served_as_pillow_serves_it(with_segments(BASE, segments))
-    # without the JFIF of the encoder
-    served_as_pillow_serves_it(with_segments(BASE[:2] + BASE[20:], segments))
+def test_application_segments(segments):
+    is_plain(with_segments(BASE, segments))
+    # without the encoder's JFIF segment
+    is_plain(with_segments(BASE[:2] + BASE[20:], segments))
 
 
-# options of Pillow 10.2 and later
+# these options need Pillow 10.2 or later
 RESTARTS = as_jpeg(picture(4, SIZE), restart_marker_blocks=2)
 PROGRESSIVE = as_jpeg(picture(5, SIZE), progressive=True)
 BASES = [
@@ -188,22 +188,22 @@ BASES = [
 
 @settings(max_examples=600, deadline=None, derandomize=True)
 @given(st.sampled_from(BASES), st.data())
-def test_damage_of_bytes(data, draw):
+def test_damaged_bytes(data, draw):
     broken = bytearray(data)
     for _ in range(draw.draw(st.integers(1, 2))):
         broken[draw.draw(st.integers(0, len(data) - 1))] = draw.draw(
             st.sampled_from([0xFF, 0, 0xD9]) | st.integers(0, 255)
         )
-    served_as_pillow_serves_it(bytes(broken))
+    is_plain(bytes(broken))
 
 
-def test_damage_changes_nothing_between_backends():
-    """Which samples an epoch has, and their pixels, are the same on each backend, so that all later batches are."""
+def test_backends_agree_on_damaged_files():
+    """Equal choice of readable files and equal pixels on each backend, so that all later batches are equal."""
     random = np.random.default_rng(0)
     files = []
     for number in range(300):
         broken = bytearray(BASES[number % len(BASES)])
-        # bodies mostly, where markers appear
+        # mostly in the entropy-coded data, where the byte may become a marker
         at = random.integers(2, len(broken)) if number % 3 else random.integers(len(broken) * 3 // 4, len(broken))
         broken[at] = 0xFF if number % 2 else random.integers(256)
         files.append(bytes(broken))
@@ -216,7 +216,7 @@ def test_damage_changes_nothing_between_backends():
 
 
 def served(backend, files):
-    """The crop of each file on a backend; None of those that it doesn't serve."""
+    """Return the crop of each file on a backend, or None for an unreadable file."""
     crops = Crops((16, 24), (0.5, 1.0), (0.75, 1.5), True, 1)
     decoder = make(backend, crops, torch.device("cpu"), 2)
     prepared = {}
@@ -230,7 +230,7 @@ def served(backend, files):
     return [np.array(found[number][0]) if number in found else None for number in range(len(files))]
 
 
-# ---- what is not -----------------------------------------------------------------------------------------------------
+# ---- other files -----------------------------------------------------------------------------------------------------
 
 BODY = BASE.index(b"\xff\xda") + 14
 MIDDLE = (BODY + len(BASE)) // 2
@@ -282,7 +282,7 @@ def test_orientation_in_xmp_turns_on_every_backend(tmp_path, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_damaged_files_shift_no_batch(own, backend):
-    """A marker in the data is fatal for libjpeg, an early end is not: on every backend."""
+    """Unknown marker in the data, an error on every backend, and early end mark, an error on none."""
     names = names_of(own)
     whole = [(own / name).read_bytes() for name in names[:4]]
     for name, data, odd in zip(names, whole, (b"\xff\x5f", b"\xff\xd0", b"\xff\xd9", b"")):
@@ -299,9 +299,9 @@ def test_damaged_files_shift_no_batch(own, backend):
 
 
 def test_plugins_are_loaded_before_the_first_picture():
-    """Threads that load them side by side find none for their files."""
+    """Load of all plugins at once: threads that load them at the same time may find none for their files."""
     code = (
-        "import io, sys; from fastmim.data.pictures import Unreadable, decode\n"
+        "import io, sys; from fastmim.data.images import Unreadable, decode\n"
         "try: decode(b'none')\nexcept Unreadable: pass\n"
         "from PIL import Image; print({'TIFF', 'WEBP', 'JPEG2000'} <= {*Image.ID}, Image.init())"
     )

@@ -1,4 +1,4 @@
-"""Pictures of more than 8 bits, of colours multiplied by alpha, in L*a*b*: greys, or a refusal that says why."""
+"""Images of more than 8 bits, with premultiplied alpha, or in L*a*b*: conversion, or refusal with a reason."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_loader import load
 
-from fastmim.data.pictures import Unreadable, decode
+from fastmim.data.images import Unreadable, decode
 
 pytestmark = pytest.mark.fault
 
@@ -21,7 +21,7 @@ SMALLEST, LARGEST, EXTRA = 340, 341, 338
 
 
 def tiff(values, dtype="u2", *, photometric=1, bits=None, order="<", tags=()):
-    """An uncompressed TIFF of `values` (H, W) or (H, W, samples); `tags` are (tag, type, value)."""
+    """Return an uncompressed TIFF of `values` (H, W) or (H, W, samples); `tags` are (tag, type, value)."""
     values = np.asarray(values)
     raw = values if isinstance(values, bytes) else values.astype(order + dtype).tobytes()
     bits = bits or 8 * np.dtype(dtype).itemsize
@@ -47,7 +47,7 @@ def tiff(values, dtype="u2", *, photometric=1, bits=None, order="<", tags=()):
 
 
 def png(values, colour=0):
-    """A PNG of 16 bits."""
+    """Return a 16-bit PNG."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.asarray(values))
     header = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, colour, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
@@ -124,7 +124,7 @@ def test_colours(name):
 
 
 def test_grey_times_alpha_is_divided_by_it():
-    """Pillow before 13 reads no such TIFF."""
+    """TIFF of grey with premultiplied alpha, which Pillow reads from version 13 on."""
     data = tiff(np.concatenate([RAMP[..., None] * 128 // 255, ALPHA], -1), "u1", tags=[(EXTRA, 3, 1)])
     try:
         Image.open(io.BytesIO(data))
@@ -134,7 +134,7 @@ def test_grey_times_alpha_is_divided_by_it():
 
 
 def test_lab():
-    """Grey of 53.6, sRGB's red, and white."""
+    """Three colours with known values in sRGB: a grey, red and white."""
     lab = np.zeros((HEIGHT, WIDTH, 3), int)
     lab[:, 0], lab[:, 1], lab[:, 2] = (137, 0, 0), (138, 81, 70), (255, 0, 0)
     found = np.asarray(decode(tiff(lab, "u1", photometric=8))).astype(int)
@@ -173,13 +173,13 @@ DIM = {
 
 
 @pytest.mark.parametrize("name", DIM)
-def test_few_of_16_bits_are_remarked_on(name):
+def test_dark_16_bit_images_get_a_remark(name):
     remarks = []
     decode(DIM[name], remarks.append)
     assert len(remarks) == 1 and "below 4096" in remarks[0]
 
 
-def test_other_pictures_are_not_remarked_on():
+def test_other_images_get_no_remark():
     buffer = io.BytesIO()
     Image.new("RGB", (9, 9)).save(buffer, "BMP")
     for data in (*GREY.values(), *COLOURS.values(), buffer.getvalue()):

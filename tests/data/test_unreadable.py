@@ -1,9 +1,10 @@
-"""Files that are not what they should be: what is repaired, what is skipped, and that nothing else changes."""
+"""Unusual and unreadable files: conversion, skipping, and no effect on other samples."""
 
 import io
 import itertools
 import json
 import os
+import re
 import struct
 import zlib
 from collections import Counter
@@ -15,9 +16,11 @@ from photos import BACKENDS, SAMPLES, picture, write_pictures
 from PIL import Image
 from test_loader import load, names_of
 
+from fastmim import cli
 from fastmim.data import jpeg
+from fastmim.data.dali import Dali
+from fastmim.data.images import Unreadable, decode
 from fastmim.data.jpeg import plain_size
-from fastmim.data.pictures import Unreadable, decode
 
 
 def as_jpeg(image, **options):
@@ -27,7 +30,7 @@ def as_jpeg(image, **options):
 
 
 def png_of_size(width, height):
-    """A PNG that claims a size and holds no pixels."""
+    """Return a PNG that states a size and holds no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))]
     chunks += [struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in ((b"IDAT", b"x"),)]
@@ -56,8 +59,8 @@ def readable_by_pillow(data):
     return True
 
 
-def test_what_is_unreadable():
-    # libjpeg fills up what is missing before an end; Pillow decides, and every backend with it
+def test_the_unreadable_files_are_unreadable():
+    # where data are missing before the end mark, libjpeg fills in pixels, and Pillow may accept the file
     assert [name for name, data in UNREADABLE.items() if readable_by_pillow(data)] in ([], ["truncated with an end"])
 
 
@@ -88,14 +91,14 @@ def pixels_by_id(loader):
     return {i: image for batch in loader for i, image in zip(batch.ids.tolist(), batch.images)}
 
 
-def orientated(image, orientation):
+def oriented(image, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return as_jpeg(image, exif=exif)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_odd_pictures_are_repaired(tmp_path, backend):
+def test_unusual_images_are_converted(tmp_path, backend):
     base = picture(3)
     grey = base.convert("L")
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256 + 7)
@@ -117,7 +120,7 @@ def test_odd_pictures_are_repaired(tmp_path, backend):
     (tmp_path / "h cmyk.jpg").write_bytes(as_jpeg(cmyk))
     (tmp_path / "i grey.jpg").write_bytes(as_jpeg(grey))
     turned = base.transpose(Image.Transpose.ROTATE_90)
-    (tmp_path / "j turned.jpg").write_bytes(orientated(turned, 6))
+    (tmp_path / "j turned.jpg").write_bytes(oriented(turned, 6))
     options = {"scale": (1, 1), "ratio": (1.5, 1.5), "flip": False, "image_size": (64, 96), "backend": backend}
     loader = load(tmp_path, 5, **options)
     pixels = {loader.source.names[i]: image.permute(1, 2, 0).int().numpy() for i, image in pixels_by_id(loader).items()}
@@ -136,7 +139,7 @@ def test_every_orientation(tmp_path):
     turns = dict(zip([2, 3, 4, 5, 6, 7, 8], [0, 3, 1, 5, 2, 6, 4], strict=True))
     for orientation, turn in turns.items():
         stored = base.transpose(Image.Transpose(turn))
-        found = decode(orientated(stored, orientation))
+        found = decode(oriented(stored, orientation))
         assert found.size == base.size, orientation
         assert abs(np.asarray(found).astype(int) - np.asarray(base)).mean() < 6, orientation
 
@@ -166,7 +169,7 @@ def test_a_link_to_nowhere_has_a_number(own):
 
 @pytest.mark.parametrize(
     "backend, world, drop_last",
-    # who gets what is decided before anything is decoded: one backend takes every form, the others one each
+    # samples are assigned before decoding, so one backend runs every case and the others one each
     [
         *itertools.product(["pillow"], [1, 2, 3], [True, False]),
         ("simplejpeg", 3, True),
@@ -174,7 +177,7 @@ def test_a_link_to_nowhere_has_a_number(own):
     ],
 )
 def test_bad_files_and_shards(own, backend, world, drop_last):
-    """Equally many batches on every shard; without drop_last no sample is lost, and one repeated to have a batch."""
+    """Same number of batches on all shards; without drop_last no sample is lost, and at most one is repeated."""
     bad = {0, 11, 30}
     for index in bad:
         (own / names_of(own)[index]).write_bytes(b"bad")
@@ -192,8 +195,8 @@ def test_bad_files_and_shards(own, backend, world, drop_last):
             assert repeated <= sum(len(batch.ids) == 1 for batches in epoch for batch in batches)
 
 
-def test_a_shard_that_has_nothing_left_repeats_one(own):
-    """The remainder of this shard is one sample, which is bad."""
+def test_a_shard_with_no_sample_left_repeats_one(own):
+    """Remainder of one sample, which is unreadable."""
     found = load(own, 5, drop_last=False, on_error="skip")
     *_, last = list(found)
     (own / names_of(own)[last.ids.item()]).write_bytes(b"bad")
@@ -251,8 +254,25 @@ def test_a_quarantine_file_that_can_not_be_written(own, tmp_path, caplog):
     assert "can't list it in" in caplog.text
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["folder", "missing folder"])
+def test_messages_name_no_quarantine_file_that_was_not_written(own, tmp_path, capsys, kind):
+    """Quarantine file that can't be written, as next to data on a read-only disk."""
+    for name in names_of(own)[:4]:
+        (own / name).write_bytes(b"bad")
+    path = tmp_path / "no" / "folder" if kind == "missing folder" else tmp_path
+    assert cli.main(["check-data", str(own), "--quarantine", str(path), "--threads", "1"]) == 1
+    reason = "No such file or directory" if kind == "missing folder" else "Is a directory"
+    message = f"not listed, since {path} can't be written: {reason}"
+    assert f"31 images, 4 can't be read, {message}\n" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        list(load(own, quarantine=path))
+    assert cli.main(["check-data", str(own), "--threads", "1"]) == 1
+    assert f"31 images, 4 can't be read, listed in {own / 'quarantine.jsonl'}\n" in capsys.readouterr().out
+
+
 def test_a_file_that_kills_a_pipeline(own, monkeypatch):
-    """What is told from the outside never reaches DALI; here it does."""
+    """Damaged files that, in spite of the check of plain JPEGs, reach DALI."""
     before = pixels_by_id(load(own, backend="dali", drop_last=False))
     for index in (7, 8):
         path = own / names_of(own)[index]
@@ -262,3 +282,9 @@ def test_a_file_that_kills_a_pipeline(own, monkeypatch):
     after = pixels_by_id(loader)
     assert set(after) == set(range(SAMPLES)) - {7, 8} and set(loader.skipped) == {7, 8}
     assert all(torch.equal(after[i], before[i]) for i in after)
+
+
+def test_an_installation_of_dali_that_decodes_nothing(own, monkeypatch):
+    monkeypatch.setattr(Dali, "_decode", lambda self, jobs: [None] * len(jobs))
+    with pytest.raises(RuntimeError, match="DALI decodes no file of a batch, but Pillow decodes all"):
+        list(load(own, backend="dali"))

@@ -1,7 +1,7 @@
-"""Probe of DALI's decoding of regions of JPEGs: once for an installation and GPU, in a process that may crash.
+"""Find out whether DALI can decode regions of JPEGs, once per installation and GPU, in a child process.
 
-Versions of nvImageCodec fail at it on some cards and end the process on others, which no Python code can catch. Where
-regions can't be decoded, whole images are, and the crops are cut out of them.
+Some versions of nvImageCodec fail at this on some cards, and others crash the process, which Python can't catch. Where
+regions can't be decoded, DALI decodes whole images and the crops are cut from them.
 """
 
 import contextlib
@@ -24,19 +24,20 @@ import numpy as np
 import torch
 
 from .._version import __version__
-from . import pictures
+from . import images
 from .crops import Crop, Crops
 
-# seconds, the first start of CUDA and DALI included
+# seconds; they include starting CUDA and DALI
 LIMIT = 120.0
-# what the child says once whole images have the right pixels, and once regions have: no library prints these words
+# printed by the child once whole images, and then regions, have the right pixels; distinct from what libraries print
 WHOLE, REGIONS = "fastmim:whole", "fastmim:regions"
-# grey levels, in the mean, between decoders and filters on smooth pictures; another region is ten times as far off
-CLOSE = 4.0
+# largest mean difference in grey levels between decoders and filters on smooth images; a wrong region differs by ten
+# times as much
+TOLERANCE = 4.0
 
 
 class Answer(NamedTuple):
-    """The outcome of a probe: `usable`, the reason if not, and `lasting` if it is worth remembering."""
+    """Result of a probe: `usable`, with the reason if not; `lasting` results are stored."""
 
     usable: bool
     reason: str = ""
@@ -44,21 +45,21 @@ class Answer(NamedTuple):
 
 
 @functools.cache
-def usable(device: torch.device) -> bool:
-    """Return whether DALI decodes regions on a CUDA device: as remembered, else as a child process finds out."""
+def can_decode_regions(device: torch.device) -> bool:
+    """Return whether DALI decodes regions on a CUDA device: the stored result, or else that of a child process."""
     key = {**_versions(), "driver": _driver(), "card": torch.cuda.get_device_name(device)}
-    answer = _recall(key)
+    answer = _load(key)
     if answer is None:
-        answer = probe(child(device))
+        answer = probe(child_code(device))
         if answer.lasting:
-            _remember(key, answer)
+            _store(key, answer)
     if not answer.usable:
         warnings.warn(f"DALI decodes whole images on {key['card']}: {answer.reason}", stacklevel=2)
     return answer.usable
 
 
-def remembered() -> dict[str, str]:
-    """Return what is known of the installed versions, by card and driver. Starts no CUDA context."""
+def stored() -> dict[str, str]:
+    """Return the stored results for the installed versions, by card and driver. Starts no CUDA context."""
     found, versions = {}, _versions()
     try:
         paths = sorted(_folder().glob("regions-*.json"))
@@ -67,37 +68,37 @@ def remembered() -> dict[str, str]:
     for path in paths:
         key, answer = _read(path)
         if answer is not None and {name: key.get(name) for name in versions} == versions:
-            how = "used" if answer.usable else f"whole images are decoded: {answer.reason}"
-            found[f"{key.get('card')}, driver {key.get('driver')}"] = how
+            result = "used" if answer.usable else f"whole images are decoded: {answer.reason}"
+            found[f"{key.get('card')}, driver {key.get('driver')}"] = result
     return found
 
 
-# ---- the child -------------------------------------------------------------------------------------------------------
+# ---- the child process -----------------------------------------------------------------------------------------------
 
 
-def child(device: torch.device) -> str:
-    """Return the code of a child that finds fastmim where this process did."""
+def child_code(device: torch.device) -> str:
+    """Return the code of the child, which imports fastmim from the same place as this process."""
     path = [*map(str, sys.path)]
-    return f"import sys; sys.path[:] = {path!r}; from fastmim.data.regions import main; main({str(device)!r})"
+    return f"import sys; sys.path[:] = {path!r}; from fastmim.data.dali_probe import main; main({str(device)!r})"
 
 
 def probe(code: str, limit: float = LIMIT) -> Answer:
-    """Run a child and judge it by what it said before it ended, crashed, or was given up after `limit` seconds."""
+    """Run a child and judge it by what it printed before it ended, crashed, or was killed after `limit` seconds."""
     try:
-        ended, said, complaint = _run(code, limit)
+        ended, output, errors = _run(code, limit)
     except OSError as error:
-        return Answer(False, f"no process to try it in: {error}", lasting=False)
-    words = said.split()
+        return Answer(False, f"the child process can't be started: {error}", lasting=False)
+    words = output.split()
     if REGIONS in words:
         return Answer(True)
-    reason = ": ".join([ended, *complaint.strip().splitlines()[-1:]])
+    reason = ": ".join([ended, *errors.strip().splitlines()[-1:]])
     if WHOLE in words:
         return Answer(False, f"decoding regions failed in a child process, {reason}")
     return Answer(False, f"a child process could not decode at all, {reason}", lasting=False)
 
 
 def _run(code: str, limit: float) -> tuple[str, str, str]:
-    """Return how a child ended, what it printed, and what it wrote to standard error."""
+    """Run a child; return how it ended, its output, and its error output."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.DEVNULL, stdout=out, stderr=err)
         try:
@@ -105,7 +106,7 @@ def _run(code: str, limit: float) -> tuple[str, str, str]:
             ended = f"ended by {_signal(-status)}" if status < 0 else f"exit status {status}"
         except subprocess.TimeoutExpired:
             process.kill()
-            # one that hangs in the driver may not die
+            # a process that hangs in the driver may not die
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
             ended = f"still busy after {limit:g} s"
@@ -113,17 +114,17 @@ def _run(code: str, limit: float) -> tuple[str, str, str]:
 
 
 def main(device: str) -> None:
-    """Decode a few small JPEGs, whole and then by regions, and say so."""
+    """Decode a few small JPEGs, whole and then by regions, and print a word after each."""
     for regions, word in ((False, WHOLE), (True, REGIONS)):
         check(torch.device(device), regions)
         print(word, flush=True)
 
 
 def check(device: torch.device, regions: bool) -> None:
-    """Compare crops of DALI with those of Pillow.
+    """Compare crops from DALI with those from Pillow.
 
     Raises:
-        RuntimeError: they differ, or some aren't decoded.
+        RuntimeError: some crops differ or are missing.
     """
     from .dali import Dali, Job
     from .transfer import link_to
@@ -132,7 +133,7 @@ def check(device: torch.device, regions: bool) -> None:
     link = link_to(device) if device.type == "cuda" else None
     decoder = Dali(crops, device, 2, link, regions=regions)
     try:
-        files = [_picture(number) for number in range(16)]
+        files = [_sample_jpeg(number) for number in range(16)]
         jobs = [decoder.prepare(data, draws) for data, draws in zip(files, crops.draws(0, 0, np.arange(len(files))))]
         decoded = decoder._decode([job for job in jobs if isinstance(job, Job)])
         decoder.release()
@@ -147,14 +148,14 @@ def check(device: torch.device, regions: bool) -> None:
 
 
 def _compare(found: Any, data: bytes, crop: Crop) -> None:
-    right = pictures.resize(pictures.decode(data), crop, (64, 64))
-    far = float(np.abs(found.astype(np.float64) - right).mean())
-    if not far < CLOSE:
-        raise RuntimeError(f"pixels of a crop are {far:.1f} grey levels off")
+    expected = images.resize(images.decode(data), crop, (64, 64))
+    difference = float(np.abs(found.astype(np.float64) - expected).mean())
+    if not difference < TOLERANCE:
+        raise RuntimeError(f"pixels of a crop are {difference:.1f} grey levels off")
 
 
-def _picture(number: int) -> bytes:
-    """A JPEG of the size of a photograph, smooth, and unlike its shifted self."""
+def _sample_jpeg(number: int) -> bytes:
+    """Return a smooth JPEG of the size of a photograph, whose regions are unlike each other."""
     from PIL import Image
 
     random = np.random.default_rng(number)
@@ -178,29 +179,29 @@ def _text(file: Any) -> str:
     return str(file.read().decode(errors="replace"))
 
 
-# ---- what is remembered ----------------------------------------------------------------------------------------------
+# ---- stored results --------------------------------------------------------------------------------------------------
 
 
 def _versions() -> dict[str, str]:
-    """Return those of fastmim, DALI and what DALI decodes with."""
-    # of several on sys.path the first is imported: it comes last
+    """Return the versions of fastmim, DALI and DALI's image decoders."""
+    # reversed: of several distributions on sys.path the first is imported, and must win
     named = ((str(found.metadata["Name"] or "").lower(), found.version) for found in reversed([*distributions()]))
     kept = {name: version for name, version in named if name.startswith(("nvidia-dali", "nvidia-nvimgcodec"))}
     return {"fastmim": __version__, **dict(sorted(kept.items()))}
 
 
 def _driver() -> str:
-    """The release of the driver where the system tells, and the CUDA version that it serves."""
+    """Return the release of the NVIDIA driver, where the system states it, and the CUDA version that it supports."""
     try:
-        told = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
+        release = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
     except OSError:
-        told = None
+        release = None
     cuda = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")()
-    return f"{told.group() if told else 'unknown'} (CUDA {cuda})"
+    return f"{release.group() if release else 'unknown'} (CUDA {cuda})"
 
 
 def _folder() -> Path:
-    """Raises RuntimeError where there is no home."""
+    """Return the cache folder. Raises RuntimeError where there is no home."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim"
 
 
@@ -217,22 +218,22 @@ def _read(path: Path) -> tuple[dict[str, str], Answer | None]:
     return key, answer
 
 
-def _recall(key: dict[str, str]) -> Answer | None:
+def _load(key: dict[str, str]) -> Answer | None:
     try:
-        theirs, answer = _read(_path(key))
+        stored_key, answer = _read(_path(key))
     except RuntimeError:
         return None
-    return answer if theirs == key else None
+    return answer if stored_key == key else None
 
 
-def _remember(key: dict[str, str], answer: Answer) -> None:
-    """Write the answer whole or not at all; a folder that can't be written to is no error."""
+def _store(key: dict[str, str], answer: Answer) -> None:
+    """Write a result, atomically; a cache folder that can't be written to is not an error."""
     try:
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            whole = Path(folder, path.name)
-            whole.write_text(json.dumps({"key": key, "usable": answer.usable, "reason": answer.reason}))
-            os.replace(whole, path)
+            complete = Path(folder, path.name)
+            complete.write_text(json.dumps({"key": key, "usable": answer.usable, "reason": answer.reason}))
+            os.replace(complete, path)
     except (OSError, RuntimeError):
         pass

@@ -1,6 +1,6 @@
-"""The background of an epoch: threads read and decode ahead, one thread makes batches in order.
+"""Make the batches of an epoch in background threads: a pool reads and decodes ahead, one thread assembles batches.
 
-It knows nothing of the loader that started it, so that a loop that is left lets go of its threads.
+Nothing here refers to the loader or to its iteration, so the threads end when the consumer drops the iteration.
 """
 
 import atexit
@@ -13,26 +13,21 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from .decoders import Decoder
+from .images import Notes, Unreadable
 from .order import Order
-from .pictures import Notes, Unreadable
 from .quarantine import Quarantine
 from .sources import Source
+from .threads import AHEAD
 from .transfer import Host, Row, Sent
 
-# batches that wait to be taken
+# finished batches that wait to be consumed
 READY = 2
-# samples per thread that are decoded ahead of the batch being made
-AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where an epoch stands on one shard: batches given, and samples of its order used up, bad ones included."""
+    """Progress of a shard in an epoch: batches returned, and samples of its order used, unreadable ones included."""
 
     epoch: int = 0
     batches: int = 0
@@ -40,8 +35,8 @@ class Position:
 
 
 @dataclass
-class Made:
-    """A batch: what was sent, images (n * repeats, H, W, 3), sample numbers (n,), and the position after it."""
+class Prefetched:
+    """A batch: its images (n * repeats, H, W, 3) as sent, its n sample numbers, and the position after it."""
 
     sent: Sent
     samples: list[int]
@@ -49,10 +44,10 @@ class Made:
 
 
 @dataclass
-class Feed:
-    """The batches of one epoch from `start` on.
+class Prefetcher:
+    """Background threads that make the batches of one epoch from the position `start` on; they start at once.
 
-    `raising`: an unreadable sample is an error.
+    With `raising`, an unreadable sample raises RuntimeError; otherwise it is skipped.
     """
 
     source: Source
@@ -67,17 +62,17 @@ class Feed:
     pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
-        # what can't be read in this epoch; in the next it is tried again, since it may be repaired by then
+        # samples found unreadable in this epoch; the next epoch tries them again, since they may be repaired
         self._bad: dict[int, str] = {}
-        self._ready: queue.Queue[Made | BaseException | None] = queue.Queue(READY)
+        self._ready: queue.Queue[Prefetched | BaseException | None] = queue.Queue(READY)
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="fastmim-feed", daemon=True)
-        # before what the decoder registered when it was made: DALI shuts down all pipelines at exit
+        self._thread = threading.Thread(target=self._run, name="fastmim-prefetch", daemon=True)
+        # functions run in reverse order of registration: this one before DALI's, which shuts down all pipelines
         atexit.register(self.stop)
         self._thread.start()
 
-    def get(self) -> Made | None:
-        """The next batch; None at the end of the epoch. Raises what went wrong in the background."""
+    def get(self) -> Prefetched | None:
+        """Return the next batch, or None at the end of the epoch. Raises the errors of the background threads."""
         if os.getpid() != self.pid:
             raise RuntimeError("an iterator over ImageLoader doesn't survive a fork: call iter(loader) in the child")
         while True:
@@ -87,34 +82,35 @@ class Feed:
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
                     raise RuntimeError("the threads of ImageLoader have ended: its iteration is over") from None
-        if not isinstance(item, Made):
+        if not isinstance(item, Prefetched):
             self.stop()
         if isinstance(item, BaseException):
             raise item
         return item
 
     def stop(self) -> None:
-        """End all threads; what they have made is dropped."""
+        """End all threads and discard the batches that wait."""
         atexit.unregister(self.stop)
         self._stopped.set()
         if os.getpid() == self.pid and threading.current_thread() is not self._thread:
             self._thread.join()
 
-    # ---- in the background -----------------------------------------------------------------------------------------
+    # ---- in the background -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         pool = ThreadPoolExecutor(self.threads, "fastmim-decode")
         try:
             self._samples, self._own = self.order.epoch(self.start.epoch)
-            self._ahead = self._submitted(pool)
+            self._submissions = self._submit(pool)
             self._pending: deque[tuple[int, Future[Any]]] = deque()
             self._tried = self._failed = 0
-            self._asked = self.start.consumed
+            # position in the order after the last submitted sample
+            self._submitted = self.start.consumed
             position = self.start
             for batch in range(self.start.batches, len(self.order)):
-                made = self._make(self.order.size(batch), position)
-                position = made.after
-                if not self._put(made):
+                prefetched = self._make(self.order.size(batch), position)
+                position = prefetched.after
+                if not self._put(prefetched):
                     return
             self._put(None)
         except BaseException as error:
@@ -123,7 +119,8 @@ class Feed:
             pool.shutdown(cancel_futures=True)
             self.decoder.close()
 
-    def _put(self, item: Made | BaseException | None) -> bool:
+    def _put(self, item: Prefetched | BaseException | None) -> bool:
+        """Hand an item to the consumer; return False if the iteration was stopped meanwhile."""
         while not self._stopped.is_set():
             try:
                 self._ready.put(item, timeout=0.05)
@@ -132,14 +129,14 @@ class Feed:
                 continue
         return False
 
-    def _submitted(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Future[Any]]]:
-        """Samples from the start on, each in the pool as soon as it is asked for; without end."""
+    def _submit(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Future[Any]]]:
+        """Yield samples from the start position on, without end, each submitted to the pool when it is asked for."""
         samples = self._samples
-        # after its own part, the whole order round and round
-        at, later = self.start.consumed, len(samples) - self._own
+        # after the samples of the epoch, those beyond this shard's own part repeat
+        at, beyond = self.start.consumed, len(samples) - self._own
         while True:
             if at >= len(samples):
-                at = self._own + (at - self._own) % later
+                at = self._own + (at - self._own) % beyond
             part = samples[at : at + self.order.batch_size]
             draws = self.decoder.crops.draws(self.order.seed, self.start.epoch, part)
             for sample, numbers in zip(part.tolist(), draws):
@@ -154,20 +151,19 @@ class Feed:
         return self.decoder.prepare(self.source.read(sample), draws, self.notes.on(self.source.names[sample]))
 
     def _next(self) -> tuple[int, Future[Any]]:
-        # nothing is decoded ahead from beyond this shard's part: few epochs need it
-        while not self._pending or (len(self._pending) <= AHEAD * self.threads and self._asked < self._own):
-            self._pending.append(next(self._ahead))
-            self._asked += 1
+        # samples beyond this shard's own part are not decoded ahead, since few epochs need them
+        while not self._pending or (len(self._pending) <= AHEAD * self.threads and self._submitted < self._own):
+            self._pending.append(next(self._submissions))
+            self._submitted += 1
         return self._pending.popleft()
 
-    def _make(self, size: int, before: Position) -> Made:
-        """A batch of the next `size` samples that can be read.
+    def _make(self, size: int, before: Position) -> Prefetched:
+        """Return a batch of the next `size` readable samples.
 
-        Where this shard's part of the epoch ends before: with `drop_last`, and where not one is left, samples of the
-        epoch are repeated; else the batch is short.
+        Where this shard's own part of the epoch has fewer left, samples of the epoch are repeated with `drop_last` or
+        if none is left; otherwise the batch is short.
         """
         consumed, samples, rows = before.consumed, list[int](), list[Row]()
-        futile = 0
         while len(samples) < size:
             missing = size - len(samples)
             left = self._own - consumed
@@ -177,21 +173,18 @@ class Feed:
                 missing = 1
             elif left > 0:
                 missing = min(missing, left)
-            if futile > len(self.source.names) + self._own:
-                raise RuntimeError(f"no sample of {self.source.root} can be read")
-            good, crops = self._decoded(missing)
+            good, crops = self._decode(missing)
             consumed += missing
-            futile = 0 if good else futile + missing
             samples += good
             rows += crops
-        return Made(self.transfer.send(rows), samples, Position(before.epoch, before.batches + 1, consumed))
+        return Prefetched(self.transfer.send(rows), samples, Position(before.epoch, before.batches + 1, consumed))
 
-    def _decoded(self, count: int) -> tuple[list[int], list[Row]]:
-        """Of the next `count` samples those that can be read, and their crops."""
+    def _decode(self, count: int) -> tuple[list[int], list[Row]]:
+        """Return the readable ones of the next `count` samples, and their crops."""
         good: list[int] = []
         prepared: list[Any] = []
         taken = [self._next() for _ in range(count)]
-        # once for all, so that no thread of the pool waits while each result is looked at
+        # a single wait for all: after each result this thread would take turns with the pool
         wait([future for _, future in taken])
         for sample, future in taken:
             try:
@@ -210,16 +203,10 @@ class Feed:
         return served, rows
 
     def _fail(self, sample: int, reason: str) -> None:
+        """Record an unreadable sample, or raise if there may be none."""
         self._failed += 1
         name = self.source.names[sample]
         if self.raising:
             raise RuntimeError(f"sample {sample}, {name}, can't be read: {reason}")
         self._bad[sample] = reason
         self.quarantine.add(sample, name, reason)
-
-
-def labels_of(source: Source, samples: list[int], repeats: int) -> Tensor | None:
-    """int64 (n * repeats,), or None where the source has no labels."""
-    if source.labels is None:
-        return None
-    return torch.from_numpy(np.repeat(source.labels[samples], repeats).astype(np.int64))

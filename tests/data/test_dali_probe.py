@@ -1,4 +1,4 @@
-"""Decoding regions of JPEGs is tried in a child process, and whole images are decoded where that fails."""
+"""Probe of DALI's decoding of regions in a child process, and decoding of whole images where it fails."""
 
 import json
 import sys
@@ -11,28 +11,28 @@ import torch
 from test_loader import load
 
 from fastmim import info
-from fastmim.data import loader, regions
+from fastmim.data import dali_probe, loader
 from fastmim.data.dali import Dali
-from fastmim.data.regions import Answer, probe
+from fastmim.data.dali_probe import Answer, probe
 
 CARD = "NVIDIA H100 80GB HBM3"
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of the test's own, and a card."""
+    """Give the test an empty cache folder and a pretended GPU."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: CARD)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    asked = regions.usable
-    asked.cache_clear()
+    cached = dali_probe.can_decode_regions
+    cached.cache_clear()
     yield tmp_path / "cache" / "fastmim"
-    asked.cache_clear()
+    cached.cache_clear()
 
 
 @pytest.fixture
 def children(monkeypatch):
-    """Children run this code in place of their own; counted."""
+    """Return a function that replaces the code of child processes and returns the list of those started."""
     started = []
 
     def use(code):
@@ -40,19 +40,19 @@ def children(monkeypatch):
             started.append(code)
             return probe(code, 2.0)
 
-        monkeypatch.setattr(regions, "probe", instead)
+        monkeypatch.setattr(dali_probe, "probe", instead)
         return started
 
     return use
 
 
 def usable():
-    """The answer of a process that has just started."""
-    regions.usable.cache_clear()
-    with warnings.catch_warnings(record=True) as said:
+    """Return the result of a process that has just started."""
+    dali_probe.can_decode_regions.cache_clear()
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        answer = regions.usable(torch.device("cuda", 0))
-    assert bool(said) is not answer
+        answer = dali_probe.can_decode_regions(torch.device("cuda", 0))
+    assert bool(warned) is not answer
     return answer
 
 
@@ -67,26 +67,26 @@ WRONG = "print('fastmim:whole', flush=True); raise RuntimeError('pixels of a cro
     [(CRASH, "ended by SIGSEGV"), (HANG, "still busy after 2 s"), (WRONG, "are 91.0 grey levels off")],
     ids=["crash", "hang", "wrong"],
 )
-def test_a_child_that_fails_is_believed_once_for_all(code, reason, children):
+def test_a_failure_is_stored(code, reason, children):
     started = children(code)
     begun = time.monotonic()
     assert not usable() and not usable()
     assert len(started) == 1 and time.monotonic() - begun < 30
-    (told,) = regions.remembered().items()
-    assert told[0].startswith(f"{CARD}, driver ") and "whole images are decoded" in told[1] and reason in told[1]
+    ((key, result),) = dali_probe.stored().items()
+    assert key.startswith(f"{CARD}, driver ") and "whole images are decoded" in result and reason in result
 
 
-def test_a_child_that_succeeds_is_believed_once_for_all(children):
+def test_a_success_is_stored(children):
     started = children(RIGHT)
     assert usable() and usable() and len(started) == 1
-    assert list(regions.remembered().values()) == ["used"]
+    assert list(dali_probe.stored().values()) == ["used"]
 
 
 @pytest.mark.parametrize("code", ["import os; os.abort()", "raise MemoryError", "import time; time.sleep(60)"])
-def test_a_child_that_decodes_nothing_says_nothing_of_regions(code, children):
+def test_a_child_that_decodes_nothing_is_tried_again(code, children):
     started = children(code)
     assert not usable() and not usable()
-    assert len(started) == 2 and not regions.remembered()
+    assert len(started) == 2 and not dali_probe.stored()
 
 
 @pytest.mark.parametrize("other", ["fastmim", "nvidia-nvimgcodec-cu13", "card", "driver"])
@@ -107,14 +107,14 @@ def test_an_unreadable_answer_is_replaced(text, children, cache):
     assert usable()
     (path,) = cache.iterdir()
     path.write_bytes(text.encode(errors="surrogateescape"))
-    assert not regions.remembered()
+    assert not dali_probe.stored()
     assert usable() and usable() and len(started) == 2
     assert [file.name for file in cache.iterdir()] == [path.name]
 
 
-def test_what_libraries_print_is_no_answer(children):
+def test_output_of_libraries_is_ignored(children):
     children("print('whole regions are decoded'); import os; os.abort()")
-    assert not usable() and not regions.remembered()
+    assert not usable() and not dali_probe.stored()
 
 
 def test_of_two_installations_the_imported_one_is_named(tmp_path, monkeypatch):
@@ -123,23 +123,25 @@ def test_of_two_installations_the_imported_one_is_named(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Name: nvidia-dali-cuda130\nVersion: {version}\n")
         monkeypatch.syspath_prepend(str(folder.parent))
-    assert regions._versions()["nvidia-dali-cuda130"] == "1.0"
+    assert dali_probe._versions()["nvidia-dali-cuda130"] == "1.0"
 
 
 def test_without_temporary_files_regions_are_not_probed(monkeypatch):
     def full():
         raise FileNotFoundError("No usable temporary directory found")
 
-    monkeypatch.setattr(regions.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(dali_probe.tempfile, "TemporaryFile", full)
     answer = probe("print('fastmim:regions')")
-    assert answer == Answer(False, "no process to try it in: No usable temporary directory found", lasting=False)
+    assert answer == Answer(
+        False, "the child process can't be started: No usable temporary directory found", lasting=False
+    )
 
 
 def test_an_answer_that_cant_be_moved_leaves_nothing(children, cache, monkeypatch):
     def refused(source, target):
         raise PermissionError(target)
 
-    monkeypatch.setattr(regions.os, "replace", refused)
+    monkeypatch.setattr(dali_probe.os, "replace", refused)
     children(CRASH)
     assert not usable() and not list(cache.iterdir())
 
@@ -148,10 +150,10 @@ def test_a_cache_that_cant_be_written_is_no_error(children, cache):
     cache.parent.write_text("a file where the folder would be")
     started = children(CRASH)
     assert not usable() and not usable() and len(started) == 2
-    assert regions.remembered() == {}
+    assert dali_probe.stored() == {}
 
 
-def test_without_a_home_nothing_is_remembered(children, monkeypatch):
+def test_without_a_home_nothing_is_stored(children, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
@@ -159,19 +161,19 @@ def test_without_a_home_nothing_is_remembered(children, monkeypatch):
     monkeypatch.setattr(Path, "home", homeless)
     started = children(RIGHT)
     assert usable() and usable() and len(started) == 2
-    assert regions.remembered() == {}
+    assert dali_probe.stored() == {}
 
 
 def test_the_child_on_a_cpu(monkeypatch):
-    """Its own code, with DALI on the CPU: regions and whole images have Pillow's pixels."""
-    # Python passes over what is no string
+    """Real code of the child, with DALI on the CPU: regions and whole images have Pillow's pixels."""
+    # Python ignores entries of sys.path that are not strings
     monkeypatch.setattr(sys, "path", [*sys.path, Path("nowhere")])
-    answer = probe(regions.child(torch.device("cpu")))
+    answer = probe(dali_probe.child_code(torch.device("cpu")))
     assert answer == Answer(True), answer
 
 
 @pytest.mark.parametrize("wrong", ["shifted", "nothing"])
-def test_the_child_looks_at_pixels(wrong, monkeypatch):
+def test_the_child_compares_pixels(wrong, monkeypatch):
     decode = Dali._decode
 
     def other(self, jobs):
@@ -180,7 +182,7 @@ def test_the_child_looks_at_pixels(wrong, monkeypatch):
 
     monkeypatch.setattr(Dali, "_decode", other)
     with pytest.raises(RuntimeError, match="no pixels" if wrong == "nothing" else "grey levels off"):
-        regions.check(torch.device("cpu"), regions=True)
+        dali_probe.check(torch.device("cpu"), regions=True)
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
@@ -194,26 +196,26 @@ def test_whole_images_give_the_pixels_of_pillow(photographs, repeats, monkeypatc
 
 
 @pytest.mark.parametrize("answer", [True, False])
-def test_a_loader_on_a_gpu_asks_first(answer, monkeypatch):
+def test_a_loader_on_a_gpu_uses_the_probe(answer, monkeypatch):
     from fastmim.data import decoders
     from fastmim.data.crops import Crops
 
     monkeypatch.setattr(decoders, "link_to", lambda device: "a link")
-    monkeypatch.setattr(regions, "usable", lambda device: answer)
+    monkeypatch.setattr(dali_probe, "can_decode_regions", lambda device: answer)
     crops = Crops((8, 8), (0.2, 1.0), (3 / 4, 4 / 3), True, 1)
     decoder = decoders.make("dali", crops, torch.device("cuda", 0), 1)
     assert decoder.regions is answer
     decoder._pool.shutdown()
 
 
-def test_info_tells_what_is_remembered_and_starts_no_cuda(children, capsys, monkeypatch):
+def test_info_prints_the_stored_result_and_starts_no_cuda(children, capsys, monkeypatch):
     info.main([])
     assert "regions    DALI's decoding of regions of JPEGs: not probed yet" in capsys.readouterr().out
     children(CRASH)
     assert not usable()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: pytest.fail("CUDA was started"))
     info.main([])
-    said = capsys.readouterr().out
-    assert f"regions    {CARD}, driver " in said and "whole images are decoded: decoding regions failed" in said
+    output = capsys.readouterr().out
+    assert f"regions    {CARD}, driver " in output and "whole images are decoded: decoding regions failed" in output
     info.main(["--json"])
     assert CARD in "".join(json.loads(capsys.readouterr().out)["regions"])
