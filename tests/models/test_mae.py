@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import Errors, check_draws
-from plain_mae import (
+from mae_from_paper import (
     VARIANTS,
     assert_exact,
     build,

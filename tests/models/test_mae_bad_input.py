@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain_mae import SIZES, build
+from mae_from_paper import SIZES, build
 
 from fastmim import MaskedAutoencoderViT, masking
 

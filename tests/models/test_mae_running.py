@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from cases import Errors, check_draws
-from plain_mae import build, gradients, overlapping, pictures
+from mae_from_paper import build, gradients, overlapping, pictures
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import scatter_gather

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small import HEADS, build, is_decoder, same_bits, weights_of
+from small_mae import HEADS, build, is_decoder, same_bits, weights_of
 
 from fastmim import load
 

@@ -13,9 +13,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from huggingface_names import respell
 from safetensors.torch import save_file
-from small import HEADS, build, weights_of
-from spellings import respell
+from small_mae import HEADS, build, weights_of
 from torch import nn
 
 from fastmim import load

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from small import HEADS, build, encoder_of, same_bits, weights_of
-from spellings import respell
+from huggingface_names import respell
+from small_mae import HEADS, build, encoder_of, same_bits, weights_of
 from torch.optim.swa_utils import AveragedModel
 
 from fastmim import load

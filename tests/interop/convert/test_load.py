@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
+from small_mae import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
 
 import fastmim
 from fastmim import load

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from huggingface_names import STACKS, respell
 from safetensors.torch import save_file
-from small import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
-from spellings import STACKS, respell
+from small_mae import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
 from torch import Tensor, nn
 
 from fastmim import load

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from spellings import STACKS, their_names
+from huggingface_names import STACKS, their_names
 from torch import Tensor, nn
 
 import fastmim
