@@ -289,7 +289,7 @@ def test_xformers_itself_is_reached():
 
 
 @pytest.mark.parametrize(
-    "shapes, said",
+    "shapes, message",
     [
         ([(7, 8)] * 3, "query, key and value must all be"),
         ([(1, 7, 2, 8), (1, 7, 8), (1, 7, 2, 8)], r"got key \(1, 7, 8\) beside"),
@@ -299,8 +299,8 @@ def test_xformers_itself_is_reached():
     ],
     ids=str,
 )
-def test_shapes_that_do_not_fit_are_refused(shapes, said):
-    with pytest.raises(ValueError, match=said):
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
         memory_efficient_attention(*(torch.zeros(shape) for shape in shapes))
 
 
