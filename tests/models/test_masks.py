@@ -295,12 +295,12 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
         (
             lambda: masking.random(2, 8),
             ValueError,
-            "give one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N",
+            "pass one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N",
         ),
         (
             lambda: masking.random(2, 8, 0.5, len_keep=4),
             ValueError,
-            "give one of mask_ratio and len_keep; got mask_ratio=",
+            "pass one of mask_ratio and len_keep; got mask_ratio=",
         ),
         (lambda: masking.random(2, 8, 0.9), ValueError, "mask_ratio 0.9 keeps none of the 8 patches"),
         (lambda: masking.random(2, 8, 1e-17), ValueError, "mask_ratio 1e-17 removes none of the 8 patches"),
