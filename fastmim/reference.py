@@ -21,7 +21,7 @@ _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Return x in the dtype of arithmetic: float64 as it is, all others as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -121,11 +121,11 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
 
 def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     """Return the gradient (L, D) of a table whose row ids[b, k] was added to token (b, k), given `rows` (B, K, D)."""
-    return _put(wide(rows), ids, num_positions).sum(0)
+    return _put(upcast(rows), ids, num_positions).sum(0)
 
 
 def _positions(table: Tensor, ids: Tensor, name: str) -> Tensor:
-    return _take(wide(table).expand(ids.shape[0], -1, -1), ids, name)
+    return _take(upcast(table).expand(ids.shape[0], -1, -1), ids, name)
 
 
 def decoder_tokens(
@@ -137,9 +137,9 @@ def decoder_tokens(
     num_prefix_tokens: int,
 ) -> Tensor:
     prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens])
-    prefix = wide(visible[:, :num_prefix_tokens]) + wide(prefix_pos)
-    kept = wide(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
-    predicted = wide(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
+    prefix = upcast(visible[:, :num_prefix_tokens]) + upcast(prefix_pos)
+    kept = upcast(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
+    predicted = upcast(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
     return torch.cat([prefix, kept, predicted], dim=1).to(visible.dtype)
 
 
@@ -147,12 +147,12 @@ def unshuffle(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int
 ) -> Tensor:
     check_id_values("ids_restore", ids_restore, ids_restore.shape[1])
-    prefix, kept = wide(visible).tensor_split([num_prefix_tokens], dim=1)
+    prefix, kept = upcast(visible).tensor_split([num_prefix_tokens], dim=1)
     len_keep = kept.shape[1]
-    hidden = wide(mask_token).expand(ids_restore.shape[0], 1, -1)
+    hidden = upcast(mask_token).expand(ids_restore.shape[0], 1, -1)
     removed = (ids_restore >= len_keep) & (ids_restore < ids_restore.shape[1])
     patches = _rows(torch.cat([kept, hidden], dim=1), torch.where(removed, len_keep, ids_restore))
-    return (torch.cat([prefix, patches], dim=1) + wide(pos_embed)).to(visible.dtype)
+    return (torch.cat([prefix, patches], dim=1) + upcast(pos_embed)).to(visible.dtype)
 
 
 def unshuffle_backward(
@@ -162,7 +162,7 @@ def unshuffle_backward(
     prefix, patches = grad.tensor_split([num_prefix_tokens], dim=1)
     masked = (ids_restore >= len_keep)[..., None]
     kept = _put(patches, torch.where(masked[..., 0], len_keep, ids_restore), len_keep)
-    return torch.cat([prefix, kept], dim=1), (wide(patches) * masked).sum((0, 1))
+    return torch.cat([prefix, kept], dim=1), (upcast(patches) * masked).sum((0, 1))
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------------
@@ -205,21 +205,21 @@ def _cut(
     return patches
 
 
-def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def _upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def gather_patches(
     images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return _cut(images, ids, patch_size, mean, std, _wide_dtype(images.dtype, dtype)).flatten(2).to(dtype)
+    return _cut(images, ids, patch_size, mean, std, _upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
 
 
 def gather_patches_backward(
     grad: Tensor, ids: Tensor, patch_size: list[int], std: Tensor | None, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     """Return the gradient (B, C, *sizes) of floating images, in `dtype`."""
-    patches = wide(grad).unflatten(2, (shape[1], *patch_size))
+    patches = upcast(grad).unflatten(2, (shape[1], *patch_size))
     if std is not None:
         patches = patches / _channels(std, patches)
     grid = [size // p for size, p in zip(shape[2:], patch_size)]
@@ -245,7 +245,7 @@ def embed_patches(
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = wide(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)
@@ -256,7 +256,7 @@ def embed_patches(
 
 def _heads_first(x: Tensor) -> Tensor:
     """Return x (B, S, H, D) as (B, H, S, D), contiguous, so that the bits of sums do not depend on its layout."""
-    return wide(x).transpose(1, 2).contiguous()
+    return upcast(x).transpose(1, 2).contiguous()
 
 
 def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
@@ -402,7 +402,7 @@ def pixel_loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient by pred (else empty)."""
-    dtype = _wide_dtype(pred.dtype, images.dtype)
+    dtype = _upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
     error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
     loss = (error.square().mean(-1) * row_scale).sum()
@@ -464,7 +464,7 @@ def scaled_cosine_loss(
 
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
     """
-    dtype = _wide_dtype(pred.dtype, target.dtype)
+    dtype = _upcast_dtype(pred.dtype, target.dtype)
     row_scale = _row_scale(weight, pred.new_empty(pred.shape[:-1], dtype=dtype), reduction)
     if weight is not None:
         # rows of weight 0 may hold NaN
@@ -505,8 +505,8 @@ def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """normed in `dtype` (None: the sum's), sum, and the mean and reciprocal deviation of each row of the sum."""
-    total = (wide(x) + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
-    rows = wide(total)
+    total = (upcast(x) + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    rows = upcast(total)
     width = [x.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
     return normed.to(dtype or total.dtype), total, mean, rstd
@@ -521,23 +521,23 @@ def add_layer_norm_backward(
     weight: Tensor,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype); given the bias, normed again."""
-    normed = (wide(total) - mean) * rstd
-    weighted = wide(grad_normed) * weight.to(normed.dtype)
+    """Gradients of the sum (in its dtype), of weight and of bias (upcast); given the bias, normed again."""
+    normed = (upcast(total) - mean) * rstd
+    weighted = upcast(grad_normed) * weight.to(normed.dtype)
     slope = (weighted * normed).mean(-1, keepdim=True)
     through = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
-    rows = wide(grad_normed).reshape(-1, normed.shape[-1])
+    rows = upcast(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     again = normed * weight.to(normed.dtype) + bias.to(normed.dtype) if bias is not None else normed.new_empty(0)
-    return (through + wide(grad_sum)).to(total.dtype), dweight, dbias, again.to(grad_normed.dtype)
+    return (through + upcast(grad_sum)).to(total.dtype), dweight, dbias, again.to(grad_normed.dtype)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """u Φ(u) with u = x + bias and Φ the normal distribution function (erf, not tanh)."""
-    return F.gelu(wide(x) + wide(bias)).to(x.dtype)
+    return F.gelu(upcast(x) + upcast(bias)).to(x.dtype)
 
 
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, in the wide dtype, of bias; with `again`, the op's value."""
-    dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
+    """Gradients of x and, upcast, of bias; with `again`, the op's value."""
+    dx = torch.ops.aten.gelu_backward(upcast(grad), upcast(x) + upcast(bias))
     return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if again else x.new_empty(0)
