@@ -17,7 +17,7 @@ from ... import ops
 from ...nn.fused import linear, untouched
 from ...ops._define import transformed
 from .layers import decoder_embed, embeds, inverse, maskable, rows, visible_tokens
-from .recognise import disagrees, impure, replaced
+from .recognise import differs, replaced, side_effects
 from .stock import only_runs
 from .swap import Choice, Fast
 from .timm import Block
@@ -171,13 +171,13 @@ def choose(module: Any, predict: str) -> Choice | None:
     if unknown:
         return Choice(kept=(unknown,))
     reasons: dict[type[Fast], str | None] = {
-        Encoder: _has_side_effects(module, "forward_encoder") or _encoder_differs(module),
-        Decoder: _has_side_effects(module, "forward_decoder") or _decoder_differs(module),
-        Loss: _has_side_effects(module, "forward_loss") or _loss_differs(module),
+        Encoder: _side_effects(module, "forward_encoder") or _encoder_differs(module),
+        Decoder: _side_effects(module, "forward_decoder") or _decoder_differs(module),
+        Loss: _side_effects(module, "forward_loss") or _loss_differs(module),
     }
     if predict == "masked":
         first = next(filter(None, reasons.values()), None)
-        reasons[OnlyMasked] = first or _has_side_effects(module, "forward") or _forward_differs(module)
+        reasons[OnlyMasked] = first or _side_effects(module, "forward") or _forward_differs(module)
     mixins = tuple(mixin for mixin, reason in reasons.items() if reason is None)
     return Choice(mixins[::-1], tuple(dict.fromkeys(reason for reason in reasons.values() if reason)))
 
@@ -195,17 +195,17 @@ def _unknown_parts(module: Any) -> str | None:
         return "its blocks are not a list"
     if getattr(module, "norm_pix_loss", None) not in (True, False):
         return "its norm_pix_loss is neither True nor False"
-    return impure(patches, "forward", _PATCH_EMBED)
+    return side_effects(patches, "forward", _PATCH_EMBED)
 
 
-def _has_side_effects(module: Any, method: str) -> str | None:
+def _side_effects(module: Any, method: str) -> str | None:
     """Reason why `method`, or one that it calls, might do more than return its result, or None."""
-    reasons = (impure(module, name, _PARTS) for name in (method, *_CALLS[method]))
+    reasons = (side_effects(module, name, _PARTS) for name in (method, *_CALLS[method]))
     return next(filter(None, reasons), None)
 
 
 def _encoder_differs(module: Any) -> str | None:
-    def ask(twin: Any) -> Any:
+    def run(twin: Any) -> Any:
         images = _images(twin)
         outputs = [twin.forward_encoder(images, ratio) for ratio in (0.75, 0.4)]
         if takes_noise:
@@ -217,20 +217,20 @@ def _encoder_differs(module: Any) -> str | None:
     takes_noise = others == ["noise"]
     if others and not takes_noise:
         return f"forward_encoder also takes {others[0]}"
-    return _disagrees(module, (Encoder,), ask, "forward_encoder")
+    return _differs(module, (Encoder,), run, "forward_encoder")
 
 
 def _decoder_differs(module: Any) -> str | None:
-    def ask(twin: Any) -> Any:
+    def run(twin: Any) -> Any:
         num_patches = twin.pos_embed.shape[1] - 1
         latent = torch.randn(2, 1 + max(1, num_patches // 3), twin.decoder_embed.in_features, dtype=torch.float64)
         return twin.forward_decoder(latent, torch.rand(2, num_patches).argsort(1))
 
-    return _disagrees(module, (Decoder,), ask, "forward_decoder")
+    return _differs(module, (Decoder,), run, "forward_decoder")
 
 
 def _loss_differs(module: Any) -> str | None:
-    def ask(twin: Any) -> Any:
+    def run(twin: Any) -> Any:
         images, num_patches = _images(twin), twin.pos_embed.shape[1] - 1
         pred = torch.randn(2, num_patches, twin.decoder_pred.out_features, dtype=torch.float64)
         mask = (torch.rand(2, num_patches) < 0.6).float()
@@ -239,11 +239,11 @@ def _loss_differs(module: Any) -> str | None:
         twin.norm_pix_loss = False
         return normed, twin.forward_loss(images, pred, mask)
 
-    return _disagrees(module, (Loss,), ask, "forward_loss")
+    return _differs(module, (Loss,), run, "forward_loss")
 
 
 def _forward_differs(module: Any) -> str | None:
-    def ask(twin: Any) -> Any:
+    def run(twin: Any) -> Any:
         images = _images(twin)
         outputs = []
         for loss, pred, mask in (twin(images), twin(images, mask_ratio=0.5)):
@@ -256,17 +256,17 @@ def _forward_differs(module: Any) -> str | None:
     others = [name for name in _parameters(module, "forward")[2:] if name != "noise"]
     if others:
         return f"forward also takes {others[0]}"
-    return _disagrees(module, (OnlyMasked, Loss, Decoder, Encoder), ask, "forward")
+    return _differs(module, (OnlyMasked, Loss, Decoder, Encoder), run, "forward")
 
 
 def _parameters(module: Any, method: str) -> list[str]:
     return list(inspect.signature(getattr(module, method)).parameters)
 
 
-def _disagrees(module: Any, mixins: tuple[type[Fast], ...], ask: Callable[[nn.Module], Any], method: str) -> str | None:
-    """Compare results (`recognise.disagrees`) with `_Mark` in the place of blocks."""
+def _differs(module: Any, mixins: tuple[type[Fast], ...], run: Callable[[nn.Module], Any], method: str) -> str | None:
+    """Compare results (`recognise.differs`) with `_Mark` in the place of blocks."""
     stacks = {name: _marks(getattr(module, name)) for name in ("blocks", "decoder_blocks")}
-    reason = disagrees(module, mixins, ask, **stacks)
+    reason = differs(module, mixins, run, **stacks)
     return reason and f"{method}: {reason}"
 
 

@@ -2,8 +2,8 @@
 
 A method that a subclass overrides is never replaced. A method of a library's class must be the library's own, with a
 source that has been read (`fingerprint`). The classes that forks of facebookresearch/mae copy cannot be identified by
-name. Their methods may use known names only (`impure`), so that they have no side effects, and must give the same
-results as the replacement in float64, up to rounding (`disagrees`).
+name. Their methods may use known names only (`side_effects`), so that they have no side effects, and must give the same
+results as the replacement in float64, up to rounding (`differs`).
 
 Functions that check return the reason for a refusal, or None.
 """
@@ -85,7 +85,7 @@ def unknown(library: type[nn.Module], methods: Collection[str], known: Collectio
     return None
 
 
-def impure(module: nn.Module, method: str, parts: Collection[str]) -> str | None:
+def side_effects(module: nn.Module, method: str, parts: Collection[str]) -> str | None:
     """Reason why `method` might do more than compute with the module's `parts`, or None."""
     owners = [cls for cls in type(module).__mro__ if method in vars(cls) and cls is not nn.Module]
     if replaced(module, method):
@@ -115,12 +115,12 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def disagrees(
-    module: nn.Module, mixins: tuple[type[Fast], ...], ask: Callable[[nn.Module], Any], **stand_ins: nn.Module
+def differs(
+    module: nn.Module, mixins: tuple[type[Fast], ...], run: Callable[[nn.Module], Any], **stand_ins: nn.Module
 ) -> str | None:
     """Reason why `mixins` might change the results of `module`, or None.
 
-    Calls `ask` on a float64 copy of the module, with and without the mixins, in training and in evaluation mode. In the
+    Calls `run` on a float64 copy of the module, with and without the mixins, in training and in evaluation mode. In the
     copy, children named in `stand_ins` are replaced. Modules with weights on the meta device or sharded can't be run.
     """
     if any(p.is_meta or type(p) not in (nn.Parameter, Tensor) for p in module.parameters()):
@@ -129,15 +129,15 @@ def disagrees(
         return "its results can't be compared while a global module hook or torch.func is active"
     try:
         twin = _twin(module, stand_ins)
-        answers = []
+        results = []
         for kind in (type(twin), fast_class(type(twin), mixins)):
             twin.__class__ = kind
             for training in (True, False):
-                with _asking(twin):
-                    answers.append(ask(twin.train(training)))
+                with _repeatable(twin):
+                    results.append(run(twin.train(training)))
     except Exception as error:
         return f"a trial run failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})"
-    return None if same(answers[2:], answers[:2]) else "it computes something else"
+    return None if same(results[2:], results[:2]) else "it computes something else"
 
 
 def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
@@ -151,7 +151,7 @@ def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def _asking(twin: nn.Module) -> Iterator[None]:
+def _repeatable(twin: nn.Module) -> Iterator[None]:
     """Run without gradients and autocast, from a fixed seed, and restore the generators afterwards.
 
     The reference serves float64, whatever backend is forced.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ... import ops
 from ...nn.fused import linear
 from .layers import attention_serves, mlp_of, no_kernel, norm_mlp_of, project
-from .recognise import disagrees, fingerprint, impure, replaced
+from .recognise import differs, fingerprint, replaced, side_effects
 from .stock import fuses_with_gelu, is_exact_gelu, is_idle, is_layer_norm, only_runs
 from .swap import Choice, Fast, is_fast
 
@@ -134,7 +134,7 @@ def choose(module: Any) -> Choice | None:
 def _settle(module: Any, mixin: type[Fast], parts: list[str], width: int | None, reason: str | None) -> Choice:
     """Choose `mixin` unless there is a `reason` against it, a side effect, or a difference in results."""
     if reason is None and not _is_known(module):
-        reason = impure(module, "forward", parts) or disagrees(
+        reason = side_effects(module, "forward", parts) or differs(
             module, (mixin,), lambda twin: twin(torch.randn(2, 5, width or 1, dtype=torch.float64))
         )
     return Choice((mixin,)) if reason is None else Choice(kept=(reason,))

@@ -56,7 +56,7 @@ def _mappings(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Map
                 waiting.append(((*path, str(key)), value))
 
 
-def find(content: Mapping[Any, Any]) -> list[Encoder]:
+def _find(content: Mapping[Any, Any]) -> list[Encoder]:
     """Return all encoders in a file's content."""
     found: dict[tuple[tuple[str, ...], str], Encoder] = {}
     for path, state in _mappings(content):
@@ -77,7 +77,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> Encoder:
     Raises:
         ValueError: no encoder, none that `key` names, or several; the message lists them.
     """
-    found = find(content)
+    found = _find(content)
     if not found:
         raise ValueError(
             f"{source} is not a checkpoint of a ViT masked autoencoder with the parameter names of "

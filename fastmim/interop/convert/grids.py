@@ -29,7 +29,7 @@ def find_grid(
     Raises:
         ValueError: tables of different grids, a table that contradicts `given`, or no way to find the grid.
     """
-    tables = {name: weights[name] for name in TABLES if name in weights and is_table(weights[name])}
+    tables = {name: weights[name] for name in TABLES if name in weights and _is_table(weights[name])}
     if not tables:
         return given[1] if given else None
     name, table = next(iter(tables.items()))
@@ -76,7 +76,7 @@ def find_grid(
     return root, root
 
 
-def is_table(value: Tensor) -> bool:
+def _is_table(value: Tensor) -> bool:
     """Return whether `value` can be a position table; `check` refuses those that can't."""
     return value.dim() == 3 and len(value) == 1 and value.layout == torch.strided and value.dtype in FLOATING
 
@@ -100,7 +100,7 @@ def _sincos_grid(table: Tensor) -> Grid | None:
     return None
 
 
-def resize_positions(table: Tensor, old: Grid, new: Grid) -> Tensor:
+def _resized(table: Tensor, old: Grid, new: Grid) -> Tensor:
     """Interpolate a table (1, 1+L, D) of the grid `old` to the grid `new`, in its dtype; the first row stays.
 
     Bicubic in 2-D, without antialiasing and aligned corners, as in the fine-tuning code of facebookresearch/mae. (timm
@@ -116,5 +116,5 @@ def resize(weights: Weights, old: Grid, new: Grid) -> None:
     """Replace the position tables in `weights` by tables of another grid."""
     for name in TABLES:
         table = weights.get(name)
-        if table is not None and is_table(table) and old != new and all(new):
-            weights[name] = resize_positions(table, old, new)
+        if table is not None and _is_table(table) and old != new and all(new):
+            weights[name] = _resized(table, old, new)
