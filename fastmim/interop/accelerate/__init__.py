@@ -1,9 +1,9 @@
 """`fastmim.accelerate`: run the modules of other libraries on fastmim's kernels, in place.
 
-api.py                                       accelerate, restore, explain
-swap.py                                      change the class of an instance, and back
-facebook.py huggingface.py timm.py lightly.py   the replacements for each library, and `choose`, which picks them
-recognise.py                                 checks that a method computes what its replacement does
-stock.py                                     predicates on the parts of a module
-layers.py                                    arithmetic that the replacements share
+- `api`: accelerate, restore and explain.
+- `swap`: change the class of an instance, and back.
+- `facebook`, `huggingface`, `timm`, `lightly`: the replacements for each library; `choose` picks them for a module.
+- `recognise`: checks that a method computes what its replacement does.
+- `stock`: predicates on the parts of a module.
+- `layers`: arithmetic that the replacements share.
 """

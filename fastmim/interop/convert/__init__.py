@@ -1,9 +1,9 @@
-"""`fastmim.load` and the exports: checkpoints of other libraries to `MaskedAutoencoderViT` and back.
+"""`fastmim.load` and the exports: from checkpoints of other libraries to `MaskedAutoencoderViT`, and back.
 
-load.py                                         fastmim.load: from a file or a directory to a model
-files.py                                        read files safely, and name files of other kinds
-encoders.py                                     find the encoder in the content of a file
-facebook.py huggingface.py timm.py lightly.py   parameter names of each library, and the exports
-weights.py                                      settings from weights, checks of names and shapes, assembly
-grids.py                                        the grid of a position table, and resizing to another
+- `load`: fastmim.load, from a file or a directory to a model.
+- `files`: read files without running anything in them; describe files of other kinds.
+- `encoders`: find the encoder in the content of a file.
+- `facebook`, `huggingface`, `timm`, `lightly`: parameter names and exports of each library.
+- `weights`: settings from weights, checks of names and shapes, and assembly of a model.
+- `grids`: the grid of a position table, and interpolation to another.
 """
