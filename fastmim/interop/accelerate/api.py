@@ -153,7 +153,7 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
         has_parameters = next(module.parameters(recurse=False), None) is not None
         # an accelerated module runs its parts itself
         if choice is None and not (path and parent.mixins) and has_parameters:
-            choice = Choice(kept=(f"fastmim has nothing to replace a {type(module).__name__}",))
+            choice = Choice(kept=(f"fastmim has no replacement for {type(module).__name__}",))
         if choice is not None:
             choices[path] = choice
     return choices or {"": Choice(kept=(f"a {type(model).__name__} has no parameters",))}

@@ -137,6 +137,52 @@ def test_a_fork_keeps_what_it_changes(fork):
         fastmim.accelerate(model, predict="masked")
 
 
+def masking_by_noise(self, x, mask_ratio, noise=None):
+    batch, length, dim = x.shape
+    kept = int(length * (1 - mask_ratio))
+    if noise is None:
+        noise = torch.rand(batch, length, device=x.device)
+    ids_shuffle = torch.argsort(noise, dim=1)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    visible = torch.gather(x, 1, ids_shuffle[:, :kept].unsqueeze(-1).repeat(1, 1, dim))
+    mask = torch.ones([batch, length], device=x.device)
+    mask[:, :kept] = 0
+    return visible, torch.gather(mask, 1, ids_restore), ids_restore
+
+
+def encoder_with_noise(self, x, mask_ratio, noise=None):
+    x = self.patch_embed(x) + self.pos_embed[:, 1:, :]
+    x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+    cls_token = self.cls_token + self.pos_embed[:, :1, :]
+    x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+    for block in self.blocks:
+        x = block(x)
+    return self.norm(x), mask, ids_restore
+
+
+def forward_with_noise(self, imgs, mask_ratio=0.75, noise=None):
+    latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+    pred = self.forward_decoder(latent, ids_restore)
+    return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def test_a_fork_that_takes_noise():
+    methods = dict(
+        random_masking=masking_by_noise, forward_encoder=encoder_with_noise, forward=forward_with_noise,
+        __init__=nn.Module.__init__,
+    )  # fmt: skip
+    model = type("Fork", (nn.Module,), {**vars(ForkedMAE), **methods})()
+    model.__dict__.update(vars(ForkedMAE()))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    loss, pred, mask = model(images, 0.6, noise)
+    report = fastmim.accelerate(model, predict="masked")
+    assert len(report.accelerated[""].split(";")) == 4 and "" not in report.kept, report
+    found, some, same_mask = model(images, 0.6, noise=noise)
+    assert torch.isclose(found, loss, rtol=1e-5) and torch.equal(same_mask, mask)
+    removed = noise.argsort(1)[:, 6:]
+    assert torch.allclose(some, fastmim.ops.gather_tokens(pred, removed), atol=1e-5)
+
+
 def test_a_subclass_that_calls_its_parent():
     model = Weighted()
     report = fastmim.accelerate(model)
