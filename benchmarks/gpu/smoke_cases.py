@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim import MaskedAutoencoderViT, _library, reference
+from fastmim import MaskedAutoencoderViT, _dispatch, reference
 from gpu.tensors import as_tuple, dtype_name, in_float64
 from pictures.photographs import normalise
 from rivals.plain_mae import PlainGatherMAE
@@ -60,7 +60,7 @@ def op_case(op: str, shape: str, dtype: torch.dtype, make: Callable[[str], Args]
 
 def launched(op: str, args: Args) -> Results:
     """Return the results of the op's Triton launcher; those of an op that works in place are what it wrote."""
-    launch = _library.launcher("triton", op)
+    launch = _dispatch.launcher("triton", op)
     if not op.endswith("_"):
         return as_tuple(launch(*args))
     first = args[0].clone()

@@ -31,9 +31,7 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                           const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype) {
-  if (!served(x) || !served(residual) || !served(weight) || !served(bias)) {
-    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps, dtype);
-  }
+  check_dtypes(x, residual, weight, bias, dtype);
   const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias);
   const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
   Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),
@@ -59,10 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor&
                                                                    const Tensor& total, const Tensor& mean,
                                                                    const Tensor& rstd, const Tensor& weight,
                                                                    const OptionalTensor& bias) {
-  if (!served(total) || !served(grad_normed) || !served(grad_sum)) {
-    return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward")
-        .call(grad_normed, grad_sum, total, mean, rstd, weight, bias);
-  }
+  check_dtypes(total, grad_normed, grad_sum);
   const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(),
                w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
@@ -86,7 +81,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor&
 }
 
 Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
-  if (!served(x) || !served(bias)) return reference<decltype(bias_gelu)>("bias_gelu").call(x, bias);
+  check_dtypes(x, bias);
   const Tensor from = x.contiguous(), b = as_float(bias);
   Tensor out = at::empty(x.sizes(), from.options());
   const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out), View{}};
@@ -96,8 +91,7 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
                                                       bool again) {
-  if (!served(x) || !served(bias) || !served(grad))
-    return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias, again);
+  check_dtypes(x, bias, grad);
   const Tensor from = x.contiguous(), g = grad.contiguous(), b = as_float(bias);
   Tensor dx = at::empty(x.sizes(), from.options()),
          out = at::empty(again ? x.sizes() : at::IntArrayRef({0}), from.options());
@@ -113,10 +107,10 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("add_layer_norm", add_layer_norm);
-  library.impl("add_layer_norm_backward", add_layer_norm_backward);
-  library.impl("bias_gelu", bias_gelu);
-  library.impl("bias_gelu_backward", bias_gelu_backward);
+  serve(library, "add_layer_norm", add_layer_norm);
+  serve(library, "add_layer_norm_backward", add_layer_norm_backward);
+  serve(library, "bias_gelu", bias_gelu);
+  serve(library, "bias_gelu_backward", bias_gelu_backward);
 }
 
 }  // namespace fastmim::cpu

@@ -1,4 +1,4 @@
-"""The elementwise passes of a transformer block. Under torch.compile a model leaves both to the compiler."""
+"""Elementwise passes of a transformer block. Under torch.compile a model leaves both to the compiler."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias), the exact form u·Φ(u) with the error function.
+    """Compute GELU(x + bias), in the exact form u·Φ(u) with the error function.
 
     Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
