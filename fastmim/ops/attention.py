@@ -326,7 +326,7 @@ _attention_backward_op = define(
     reference.attention_backward,
     lambda grad, q, k, v, key_mask, bias, scale, need_bias_grad: (
         *(x.new_empty(x.shape) for x in (q, k, v)),
-        bias.new_empty(bias.shape) if need_bias_grad else reference.wide(q.new_empty(0)),
+        bias.new_empty(bias.shape) if need_bias_grad else reference.upcast(q.new_empty(0)),
     ),
     internal=True,
 )

@@ -242,7 +242,7 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[4]:
         dpos = sum_by_position(tokens, ids, ctx.num_positions).to(pos_dtype)
     if ctx.needs_input_grad[5]:
-        dprefix = reference.wide(prefix).sum(0).to(prefix_dtype)
+        dprefix = reference.upcast(prefix).sum(0).to(prefix_dtype)
     return dimages, None, dweight, dbias, dpos, dprefix, None, None, None
 
 

@@ -180,7 +180,7 @@ sum_by_position = define(
     "sum_by_position",
     "(Tensor rows, Tensor ids, SymInt num_positions) -> Tensor",
     reference.sum_by_position,
-    lambda rows, ids, num_positions: reference.wide(rows.new_empty(num_positions, rows.shape[2])),
+    lambda rows, ids, num_positions: reference.upcast(rows.new_empty(num_positions, rows.shape[2])),
     internal=True,
 )
 
@@ -210,7 +210,7 @@ def _decoder_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[4]:
         num_patches = ctx.num_positions - ctx.num_prefix_tokens
         patches = sum_by_position(kept, ids_keep, num_patches) + sum_by_position(predicted, ids_predict, num_patches)
-        dpos = torch.cat([reference.wide(prefix).sum(0), patches]).to(ctx.pos_dtype)
+        dpos = torch.cat([reference.upcast(prefix).sum(0), patches]).to(ctx.pos_dtype)
     return dvisible, None, None, dmask, dpos, None
 
 
@@ -244,7 +244,7 @@ def _unshuffle_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dvisible, dmask = _unshuffle_backward_op(grad, ids_restore, ctx.len_keep, ctx.num_prefix_tokens)
         dmask = dmask.to(ctx.mask_dtype)
     if ctx.needs_input_grad[3]:
-        dpos = reference.wide(grad).sum(0).to(ctx.pos_dtype)
+        dpos = reference.upcast(grad).sum(0).to(ctx.pos_dtype)
     return dvisible, None, dmask, dpos, None
 
 
@@ -265,7 +265,7 @@ _unshuffle_backward_op = define(
     reference.unshuffle_backward,
     lambda grad, ids_restore, len_keep, num_prefix_tokens: (
         grad.new_empty(grad.shape[0], num_prefix_tokens + len_keep, grad.shape[2]),
-        reference.wide(grad.new_empty(grad.shape[2])),
+        reference.upcast(grad.new_empty(grad.shape[2])),
     ),
     internal=True,
 )

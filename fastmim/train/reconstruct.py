@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.mae import MAEOutput, MaskedAutoencoderViT
+from ..models.mae import MaskedAutoencoderViT
+from ..models.output import MAEOutput
 
 
 def draw_grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput, path: Path) -> None:

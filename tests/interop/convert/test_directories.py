@@ -1,12 +1,12 @@
-"""Directories as Hugging Face writes them, of every generation of names, in one file or in shards."""
+"""Directories that Hugging Face writes, with the names of every generation, in one file or in shards."""
 
 import json
 
 import pytest
 import torch
+from huggingface_names import STACKS, respell
 from safetensors.torch import save_file
-from small import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
-from spellings import STACKS, respell
+from small_mae import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
 from torch import Tensor, nn
 
 from fastmim import load
@@ -20,7 +20,7 @@ CONFIG = dict(
 
 
 def write_folder(folder, weights: dict[str, Tensor], form: str, config: dict | None = CONFIG) -> None:
-    """Weights as Hugging Face writes them."""
+    """Write weights as Hugging Face does."""
     name, save = ("pytorch_model.bin", torch.save) if "bin" in form else ("model.safetensors", save_file)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
@@ -48,7 +48,7 @@ def test_a_directory_of_every_generation(tmp_path, generation, form):
 
 
 def test_facebooks_decoder_names_beside_hugging_faces(file):
-    """The fourth spelling: decoder_blocks."""
+    """A fourth generation of names: decoder_blocks."""
     weights = weights_of(build())
     torch.save({**respell(encoder_of(build()), "4"), **{k: v for k, v in weights.items() if is_decoder(k)}}, file)
     assert same_bits(load(file, **HEADS), weights)
@@ -56,7 +56,7 @@ def test_facebooks_decoder_names_beside_hugging_faces(file):
 
 @pytest.mark.parametrize("generation", STACKS)
 def test_a_directory_of_an_encoder(tmp_path, generation):
-    """ViTMAEModel's names lack the "vit." before them."""
+    """Names of a ViTMAEModel lack the prefix "vit."."""
     model = build()
     bare = {key.removeprefix("vit."): value for key, value in respell(encoder_of(model), generation).items()}
     write_folder(tmp_path, bare, "safetensors")
@@ -79,7 +79,7 @@ def test_a_directory_at_another_size(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (dict(hidden_act="relu"), r'config.json.hidden_act must be "gelu"'),
         (dict(hidden_dropout_prob=0.1), "hidden_dropout_prob must be 0"),
@@ -91,18 +91,18 @@ def test_a_directory_at_another_size(tmp_path):
     ],
     ids=str,
 )
-def test_a_config_of_another_model_is_refused(tmp_path, change, said):
+def test_a_config_of_another_model_is_refused(tmp_path, change, message):
     write_folder(tmp_path, respell(weights_of(build()), "5"), "safetensors", {**CONFIG, **change})
-    with pytest.raises((ValueError, TypeError), match=said):
+    with pytest.raises((ValueError, TypeError), match=message):
         load(tmp_path)
 
 
 @pytest.mark.fault
 def test_a_config_of_another_grid_than_the_table_is_refused(tmp_path):
     write_folder(tmp_path, respell(weights_of(build()), "5"), "safetensors", {**CONFIG, "image_size": 48})
-    said = r"image_size of .*config\.json tells the grid \(6, 6\), 36 patches, but pos_embed has 17 rows"
+    message = r"image_size of .*config\.json gives the grid \(6, 6\) of 36 patches, but pos_embed has 17 rows"
     for given in ({}, dict(img_size=48), dict(img_size=32)):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load(tmp_path, **given)
     assert same_bits(load(tmp_path, grid_size=(4, 4)), weights_of(build()))
     write_folder(tmp_path, respell(weights_of(build(img_size=(16, 64))), "5"), "safetensors")
@@ -127,13 +127,13 @@ WRONG = {
     "true or false": ("norm_pix_loss qkv_bias", ["yes", 0, 1, None, 1.0]),
     "a positive finite number": ("layer_norm_eps", ["1e-6", 0, -1e-6, True, None, float("nan"), float("inf")]),
     '"gelu"': ("hidden_act", ["relu", None, 3, ["gelu"]]),
-    "0, since there is no dropout here": ("hidden_dropout_prob attention_probs_dropout_prob", ["0", 0.1, False, None]),
+    "0, since fastmim has no dropout": ("hidden_dropout_prob attention_probs_dropout_prob", ["0", 0.1, False, None]),
 }
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize("meaning", WRONG)
-def test_a_value_that_a_config_can_not_have_is_named(meaning):
+def test_a_bad_value_of_a_config_is_named(meaning):
     names, values = WRONG[meaning]
     for name in names.split():
         for value in values:

@@ -1,9 +1,9 @@
-"""Position tables: on which grid a checkpoint's lie, and how they come to another."""
+"""Grids of a checkpoint's position tables, and interpolation to another grid."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from small import HEADS, build, is_decoder, same_bits, weights_of
+from small_mae import HEADS, build, is_decoder, same_bits, weights_of
 
 from fastmim import load
 
@@ -39,7 +39,7 @@ def test_interpolated_tables_keep_their_dtype(file, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (3, 12), (6, 6), (1, 16)], ids=str)
 def test_the_grid_is_that_of_the_sine_cosine_table(file, grid, dtype):
-    """16 patches may be 4 by 4 or 2 by 8: only the table tells."""
+    """16 patches are 4 by 4 or 2 by 8: only the table shows which."""
     size = (grid[0] * 8, grid[1] * 8)
     weights = weights_of(build(img_size=size).to(dtype))
     # a fine-tuned encoder's table is learnt
@@ -50,26 +50,26 @@ def test_the_grid_is_that_of_the_sine_cosine_table(file, grid, dtype):
         assert ours.patch_embed.grid_size == grid and same_bits(ours, weights)
 
 
-def test_a_learnt_table_is_square_unless_told(file):
+def test_a_learnt_table_is_assumed_square(file):
     weights = weights_of(build())
     for name in ("pos_embed", "decoder_pos_embed"):
         weights[name] = torch.randn_like(weights[name])
     torch.save(weights, file)
     assert load(file, **HEADS).patch_embed.grid_size == (4, 4)
-    told = load(file, **HEADS, grid_size=(2, 8))
-    assert told.patch_embed.img_size == (16, 64) and same_bits(told, weights)
+    given = load(file, **HEADS, grid_size=(2, 8))
+    assert given.patch_embed.img_size == (16, 64) and same_bits(given, weights)
 
 
-def test_a_grid_that_nothing_tells_is_asked_for(file):
+def test_an_unknown_grid_must_be_given(file):
     weights = weights_of(build(img_size=(16, 24)))
     for name in ("pos_embed", "decoder_pos_embed"):
         weights[name] = torch.randn_like(weights[name])
     torch.save(weights, file)
-    with pytest.raises(ValueError, match=r"grid of its 6 positions: give grid_size=\(rows, columns\)"):
+    with pytest.raises(ValueError, match=r"grid of its 6 positions: pass grid_size=\(rows, columns\)"):
         load(file, **HEADS)
     assert same_bits(load(file, **HEADS, img_size=(16, 24)), weights)
     assert load(file, **HEADS, grid_size=(3, 2), img_size=(48, 48)).pos_embed.shape == (1, 37, 32)
-    with pytest.raises(ValueError, match=r"grid of its 6 positions: give grid_size=\(rows, columns\)"):
+    with pytest.raises(ValueError, match=r"grid of its 6 positions: pass grid_size=\(rows, columns\)"):
         load(file, **HEADS, img_size=(8, 8))
 
 
@@ -80,11 +80,11 @@ def test_a_bad_grid_is_refused(file, value):
         load(file, **HEADS, grid_size=value)
 
 
-# ---- who tells the grid ----------------------------------------------------------------------------------------------
+# ---- sources of the grid ---------------------------------------------------------------------------------------------
 
 
 def learnt(grid: tuple[int, int], **changes) -> dict:
-    """Weights whose tables tell no grid."""
+    """Weights with random tables, which show no grid."""
     weights = weights_of(build(img_size=(grid[0] * 8, grid[1] * 8), **changes))
     for name in ("pos_embed", "decoder_pos_embed"):
         weights[name] = torch.randn_like(weights[name])
@@ -94,7 +94,7 @@ def learnt(grid: tuple[int, int], **changes) -> dict:
 @pytest.mark.fault
 @pytest.mark.parametrize("decoder", [True, False], ids=["whole", "encoder"])
 @pytest.mark.parametrize("grid", [(2, 8), (8, 2), (1, 16), (4, 4)], ids=str)
-def test_the_size_asked_for_tells_the_grid_of_as_many_patches(file, caplog, grid, decoder):
+def test_the_grid_of_img_size_is_used_for_as_many_patches(file, caplog, grid, decoder):
     weights = learnt(grid)
     torch.save({name: value for name, value in weights.items() if decoder or not is_decoder(name)}, file)
     allow = {} if decoder else dict(allow_missing="decoder", decoder_embed_dim=16, decoder_depth=1)
@@ -106,7 +106,7 @@ def test_the_size_asked_for_tells_the_grid_of_as_many_patches(file, caplog, grid
 
 
 @pytest.mark.fault
-def test_the_size_asked_for_counts_in_patches_that_are_not_square(file):
+def test_the_grid_of_img_size_counts_oblong_patches(file):
     weights = weights_of(build(img_size=(16, 32), patch_size=(8, 4)))
     weights["pos_embed"], weights["decoder_pos_embed"] = torch.randn(1, 17, 32), torch.randn(1, 17, 16)
     torch.save(weights, file)
@@ -115,19 +115,19 @@ def test_the_size_asked_for_counts_in_patches_that_are_not_square(file):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("given", [dict(), dict(img_size=48)], ids=str)
-def test_a_guessed_grid_is_said(file, caplog, given):
+def test_an_assumed_grid_is_logged(file, caplog, given):
     torch.save(learnt((2, 8)), file)
     load(file, **HEADS, **given)
-    said = "doesn't tell the grid of its 16 positions, taken for 4 by 4: give grid_size=(rows, columns) if not"
-    assert f"{file} {said}" in caplog.text
+    message = "does not give the grid of its 16 positions: 4 by 4 is assumed; pass grid_size=(rows, columns) if not"
+    assert f"{file} {message}" in caplog.text
     caplog.clear()
     load(file, **HEADS, **given, grid_size=(2, 8))
     assert not caplog.records
 
 
 @pytest.mark.fault
-def test_a_sine_cosine_table_tells_its_grid_whatever_size_is_asked_for(file):
-    """As many patches, but a grid that the table shows: another size was asked for."""
+def test_a_sine_cosine_table_decides_before_img_size(file):
+    """The table's grid is used, although that of `img_size` has as many patches."""
     weights = weights_of(build(img_size=(16, 64)))
     torch.save(weights, file)
     ours = load(file, **HEADS, img_size=32)
@@ -141,15 +141,15 @@ NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.rand
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "weights, settings, said",
+    "weights, settings, message",
     [
         (
             learnt((4, 4)), dict(grid_size=(3, 4)),
-            r"tells the grid \(3, 4\), 12 patches, but pos_embed has 17 rows: the class token's and 16 of patches$",
+            r"gives the grid \(3, 4\) of 12 patches, but .* 17 rows: 1 for the class token and 16 for patches$",
         ),
         (
             weights_of(build(img_size=(16, 64))), dict(grid_size=(4, 4)),
-            r"grid_size tells the grid \(4, 4\), but pos_embed is the sine-cosine table of \(2, 8\)$",
+            r"grid_size gives the grid \(4, 4\), but pos_embed is the sine-cosine table of \(2, 8\)$",
         ),
         (
             weights_of(build()) | {"decoder_pos_embed": weights_of(build(img_size=(16, 64)))["decoder_pos_embed"]}, {},
@@ -157,20 +157,20 @@ NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.rand
         ),
         (
             weights_of(build()) | {"pos_embed": torch.randn(1, 10, 32)}, dict(img_size=32),
-            r"decoder_pos_embed must have shape \(1, 10, 16\), got \(1, 17, 16\): as many rows as pos_embed$",
+            r"decoder_pos_embed must have as many rows as pos_embed, shape \(1, 10, 16\); got \(1, 17, 16\)$",
         ),
         (
             weights_of(build()) | NO_CLASS, {},
-            r"the grid of its 15 positions: .* pos_embed has 16 rows, .* no_embed_class: such models are not read\)$",
+            r"the grid of its 15 positions: .* has 16 rows, the first .* \(timm's no_embed_class\) is not supported$",
         ),
         (
             weights_of(build()) | NO_CLASS, dict(grid_size=(4, 4)),
-            r"has 16 rows: .* 15 of patches \(or no row is .* as in timm's no_embed_class: such models are not read\)$",
+            r"has 16 rows: .* 15 for patches; a table without .* \(timm's no_embed_class\) is not supported$",
         ),
         (
             weights_of(build()) | {"pos_embed": torch.randn(1, 18, 32), "dist_token": torch.ones(1, 1, 32)},
             dict(grid_size=(4, 4), allow_leftover="dist_token"),
-            r"decoder_pos_embed must have shape \(1, 18, 16\), got \(1, 17, 16\)",
+            r"decoder_pos_embed must have .* shape \(1, 18, 16\); got \(1, 17, 16\)",
         ),
         (weights_of(build()) | {"pos_embed": torch.randn(1, 17, 32).to_sparse()}, {}, "pos_embed must be dense"),
         (
@@ -181,11 +181,11 @@ NO_CLASS = {"pos_embed": torch.randn(1, 16, 32), "decoder_pos_embed": torch.rand
     ],
     ids=[
         "another count", "another sine-cosine grid", "two sine-cosine grids", "two counts", "no class token",
-        "no class token, told", "two prefix tokens", "sparse", "float8", "no table in it",
+        "no class token, given", "two prefix tokens", "sparse", "float8", "no table in it",
     ],
 )  # fmt: skip
-def test_tables_and_who_tells_their_grid_must_agree(file, weights, settings, said):
+def test_tables_that_contradict_the_grid_are_refused(file, weights, settings, message):
     torch.save(weights, file)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         load(file, **HEADS, **settings)
     assert str(file) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Weights of Hugging Face's ViTMAE give the same loss, predictions and gradients here."""
+"""Models converted from and to Hugging Face's ViTMAE compute the same loss, predictions and gradients."""
 
 import copy
 import sys
@@ -6,8 +6,10 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import small_mae
 import torch
-from spellings import STACKS, their_names
+from huggingface_names import STACKS, their_names
+from small_mae import random_, same_bits
 from torch import Tensor, nn
 
 import fastmim
@@ -31,13 +33,9 @@ CONFIGS = {
 
 
 def build(**changes) -> nn.Module:
-    """A small float32 model with every parameter away from its initial value: a new one's mask token is zero."""
+    """Build a small float32 model with all parameters moved away from their initial values."""
     torch.manual_seed(0)
-    model = transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**{**SIZES, **changes}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
+    return random_(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**{**SIZES, **changes})))
 
 
 def generation_of(model: nn.Module) -> str:
@@ -45,7 +43,7 @@ def generation_of(model: nn.Module) -> str:
 
 
 def renamed(model: nn.Module, generation: str) -> SimpleNamespace:
-    """What `from_huggingface` reads of a model, under the key names of a generation."""
+    """Stand-in for a model, with the parameter names of a generation."""
     state, current = model.state_dict(), generation_of(model)
     renamed = {
         new: state[old]
@@ -127,7 +125,7 @@ def test_settings_are_kept():
     assert [name for name, p in ours.named_parameters() if not p.requires_grad] == ["pos_embed", "decoder_pos_embed"]
 
 
-def test_the_original_stays_as_it_was():
+def test_the_original_is_not_changed():
     theirs = build().eval()
     before = copy.deepcopy(theirs.state_dict())
     ours = from_huggingface(theirs)
@@ -142,23 +140,8 @@ def test_the_original_stays_as_it_was():
 
 
 def ours(**changes) -> fastmim.MaskedAutoencoderViT:
-    """A small model of ours with every trained parameter away from its initial value."""
-    sizes = dict(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=24, decoder_depth=1,
-        decoder_num_heads=4, mlp_ratio=1.3,
-    )  # fmt: skip
-    model = fastmim.MaskedAutoencoderViT(**{**sizes, **changes})
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def same_bits(a: nn.Module, b: nn.Module) -> bool:
-    found, expected = a.state_dict(), b.state_dict()
-    assert list(found) == list(expected)
-    return all(found[name].dtype == expected[name].dtype and torch.equal(found[name], expected[name]) for name in found)
+    """Build a small model of ours with all trained parameters moved away from their initial values."""
+    return small_mae.build(**{"decoder_embed_dim": 24, "mlp_ratio": 1.3, **changes})
 
 
 OURS = {
@@ -225,20 +208,20 @@ def test_to_huggingface_shares_and_draws_nothing():
     "model", [nn.Linear(2, 2), None, "path", nn.DataParallel(ours())], ids=lambda m: type(m).__name__
 )
 @pytest.mark.parametrize("export", [to_huggingface, fastmim.to_timm, fastmim.to_facebook])
-def test_only_our_model_goes_out(export, model):
+def test_only_our_models_are_exported(export, model):
     with pytest.raises(TypeError, match=rf"must be a fastmim.MaskedAutoencoderViT, got {type(model).__name__}"):
         export(model)
 
 
 @pytest.mark.parametrize(
-    "changes, said", [(dict(img_size=(32, 16)), "img_size"), (dict(patch_size=(8, 4)), "patch_size")]
+    "changes, message", [(dict(img_size=(32, 16)), "img_size"), (dict(patch_size=(8, 4)), "patch_size")]
 )
-def test_what_is_not_square_has_no_counterpart(changes, said):
-    with pytest.raises(ValueError, match=rf"{said} must be square"):
+def test_models_that_are_not_square_are_refused(changes, message):
+    with pytest.raises(ValueError, match=rf"{message} must be square"):
         to_huggingface(ours(**changes))
 
 
-def test_changed_models_have_no_counterpart():
+def test_changed_models_are_refused():
     model = ours()
     model.blocks[0].norm1 = nn.LayerNorm(32, eps=1e-3)
     with pytest.raises(ValueError, match="LayerNorms of one eps"):
@@ -290,7 +273,7 @@ def test_another_activation_is_refused(activation):
 
 @pytest.mark.parametrize("setting", ["hidden_dropout_prob", "attention_probs_dropout_prob"])
 def test_dropout_is_refused(setting):
-    """There is none here: training would silently be another."""
+    """fastmim has no dropout, so that training would differ without an error."""
     with pytest.raises(ValueError, match=rf"{setting} .*0\.1"):
         from_huggingface(build(**{setting: 0.1}))
 
@@ -324,7 +307,7 @@ def test_a_tensor_of_another_shape_is_named():
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "content, said",
+    "content, message",
     [
         (None, r"^to_huggingface needs transformers: pip install fastmim\[huggingface\]$"),
         (
@@ -335,7 +318,7 @@ def test_a_tensor_of_another_shape_is_named():
     ],
     ids=["absent", "without what it needs", "too old"],
 )
-def test_the_package_that_is_to_blame_is_named(monkeypatch, tmp_path, content, said):
+def test_the_missing_package_is_named(monkeypatch, tmp_path, content, message):
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.delitem(sys.modules, name)
     if content is None:
@@ -344,7 +327,7 @@ def test_the_package_that_is_to_blame_is_named(monkeypatch, tmp_path, content, s
         (tmp_path / "transformers").mkdir()
         (tmp_path / "transformers" / "__init__.py").write_text(content)
         monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ImportError, match=said):
+    with pytest.raises(ImportError, match=message):
         to_huggingface(ours())
 
 
@@ -356,13 +339,13 @@ def test_without_safetensors_it_is_named(monkeypatch, tmp_path, absent):
     save_file(ours().state_dict(), tmp_path / "model.safetensors")
     for name in [name for name in sys.modules if name.partition(".")[0] == "safetensors"]:
         monkeypatch.delitem(sys.modules, name)
-    said = rf"^{tmp_path}/model\.safetensors needs safetensors: pip install safetensors$"
+    message = rf"^{tmp_path}/model\.safetensors needs safetensors: pip install safetensors$"
     if absent == "safetensors":
         monkeypatch.setitem(sys.modules, "safetensors", None)
     else:
         (tmp_path / "safetensors").mkdir()
         (tmp_path / "safetensors" / "__init__.py").write_text(f"import {absent}")
         monkeypatch.syspath_prepend(tmp_path)
-        said = "^safetensors is installed, but importing it fails: No module named 'numpy_absent'"
-    with pytest.raises(ImportError, match=said):
+        message = "^safetensors is installed, but importing it fails: No module named 'numpy_absent'"
+    with pytest.raises(ImportError, match=message):
         fastmim.load(tmp_path / "model.safetensors")

@@ -1,21 +1,17 @@
-"""Our names are facebookresearch/mae's: what goes out comes back to the bit, and a failed write loses nothing."""
+"""to_facebook: facebookresearch/mae's names and shapes, equal bits after loading, safe writes."""
 
 import argparse
 
 import pytest
 import torch
+from small_mae import HEADS, build
 
-import fastmim
 from fastmim import load, to_facebook
-
-HEADS = dict(num_heads=2, decoder_num_heads=4)
 
 
 @pytest.fixture
 def model():
-    return fastmim.MaskedAutoencoderViT(
-        32, 8, embed_dim=32, depth=2, decoder_embed_dim=16, decoder_depth=1, norm_pix_loss=True, **HEADS
-    )
+    return build(norm_pix_loss=True, mlp_ratio=4.0)
 
 
 def test_names_and_shapes_are_facebooks(model):

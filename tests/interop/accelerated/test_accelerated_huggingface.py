@@ -1,10 +1,10 @@
-"""What transformers lets one do with its models, on accelerated ones."""
+"""Features of transformers on accelerated models."""
 
 import sys
 
 import pytest
 import torch
-from families import accelerated, build, fast, gradients
+from accelerated_cases import accelerated, build, fast, gradients
 
 import fastmim
 from fastmim.interop.accelerate.api import UnsupportedModelError
@@ -49,7 +49,7 @@ def test_hidden_states(hugging):
 
 
 @pytest.mark.parametrize("by", ["argument", "config"])
-def test_attention_weights_fall_back_and_say_so(by, request):
+def test_attention_weights_fall_back_with_a_warning(by, request):
     case = build("ViTMAEForPreTraining", request, attn_implementation="eager")
     asked = dict(output_attentions=True) if by == "argument" else {}
     case.model.config.output_attentions = by == "config"
@@ -88,7 +88,7 @@ def test_images_get_their_gradient(hugging):
     assert torch.allclose(*grads, atol=1e-6) and grads[0].abs().sum() > 0
 
 
-def test_an_attention_mask_is_theirs(hugging):
+def test_an_attention_mask_falls_back(hugging):
     mask = torch.ones(3, 5, dtype=torch.long)
     mask[:, -1] = 0
     expected = hugging.model(hugging.images, noise=hugging.noise, attention_mask=mask)
@@ -99,13 +99,13 @@ def test_an_attention_mask_is_theirs(hugging):
 @pytest.mark.parametrize(
     "images, error", [(torch.zeros(2, 3, 40, 40), "size"), (torch.zeros(2, 1, 32, 32), "channel"), (None, None)]
 )
-def test_errors_are_theirs(hugging, images, error):
-    said = []
+def test_errors_are_those_of_the_model(hugging, images, error):
+    messages = []
     for model in (hugging.model, accelerated(hugging.model)):
         with pytest.raises((ValueError, AttributeError), match=error) as raised:
             model(images)
-        said.append(str(raised.value))
-    assert said[0] == said[1]
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]
 
 
 def test_gradient_checkpointing(hugging):
@@ -134,7 +134,7 @@ def test_tuples(hugging):
 
 
 def test_another_attention_implementation_later(hugging):
-    """What is chosen by hand is used, also after."""
+    """Attention set by the user runs, also if it is set later."""
     called = []
 
     def theirs(module, q, k, v, mask, **kwargs):
@@ -146,33 +146,35 @@ def test_another_attention_implementation_later(hugging):
     hugging.model.set_attn_implementation("theirs")
     hugging.run(hugging.model)
     assert len(called) == 2
-    assert "chosen by hand" in str(fastmim.accelerate(hugging.model))
+    assert "its attention implementation" in str(fastmim.accelerate(hugging.model))
 
 
 def test_another_version_of_transformers_is_named(hugging, monkeypatch):
     monkeypatch.delattr("fastmim.interop.accelerate.huggingface", raising=False)
     monkeypatch.setitem(sys.modules, "fastmim.interop.accelerate.huggingface", None)
-    with pytest.raises(UnsupportedModelError, match=f"transformers {transformers.__version__} writes it otherwise"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"transformers {transformers.__version__} differs from the supported"
+    ):
         fastmim.accelerate(hugging.model)
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (ModuleNotFoundError("none", name="torchvision"), r"needs torchvision that can't be imported"),
-        (ImportError("no name 'ViTMLP'", name="transformers.models.vit"), r"writes it otherwise than 5\.15"),
-        (ImportError("libcudart.so: cannot open"), r"needs something that .*: libcudart\.so: cannot open"),
+        (ImportError("no name 'ViTMLP'", name="transformers.models.vit"), r"differs from the supported 5\.15 to 5\.24"),
+        (ImportError("libcudart.so: cannot open"), r"needs a module that .*: libcudart\.so: cannot open"),
     ],
 )
-def test_the_package_that_is_missing_is_named(hugging, monkeypatch, error, said):
+def test_the_missing_package_is_named(hugging, monkeypatch, error, message):
     def fails(name, package):
-        # transformers hides what its lazy modules meet behind an error of its own
+        # transformers wraps the import errors of its lazy modules in one of its own
         raise ModuleNotFoundError("Could not import module 'ViTModel'") from error
 
     monkeypatch.setattr("fastmim.interop.accelerate.api.importlib.import_module", fails)
     with pytest.raises(
-        fastmim.UnsupportedModelError, match=f"transformers {transformers.__version__} {said}"
+        fastmim.UnsupportedModelError, match=f"transformers {transformers.__version__} {message}"
     ) as raised:
         fastmim.accelerate(hugging.model)
     assert raised.value.__cause__.__cause__ is error

@@ -1,17 +1,17 @@
-"""`fastmim.load` reads files of facebookresearch/mae and of training, to the bit; their sizes come from tensors."""
+"""fastmim.load on files of facebookresearch/mae and training checkpoints: bits, names, sizes and log messages."""
 
 import argparse
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from small import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
+from small_mae import HEADS, build, encoder_of, is_decoder, same_bits, weights_of
 
 import fastmim
 from fastmim import load
 from fastmim.models.positions import sincos_2d
 
-# ---- facebookresearch/mae and what training puts around it -----------------------------------------------------------
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_training_checkpoint(file):
@@ -28,10 +28,10 @@ def test_a_training_checkpoint(file):
 
 @pytest.mark.parametrize("key", [None, "model", "state_dict"])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_where_weights_lie(file, key, zipped):
+def test_keys_of_the_weights(file, key, zipped):
     weights = weights_of(build())
-    held = weights if key is None else {key: weights, "epoch": 1}
-    torch.save(held, file, _use_new_zipfile_serialization=zipped)
+    content = weights if key is None else {key: weights, "epoch": 1}
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
     assert same_bits(load(str(file), **HEADS), weights)
 
 
@@ -111,7 +111,7 @@ def test_what_is_allowed_is_named(file, value):
             load(file, **HEADS, **{name: value})
 
 
-# ---- what tensors tell -----------------------------------------------------------------------------------------------
+# ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -142,19 +142,19 @@ def test_heads_of_published_widths(file, caplog, width, heads):
     torch.save(weights_of(model), file)
     caplog.set_level("INFO")
     ours = load(file)
-    said = f"{file}: num_heads is taken for {heads}, as of published models {width} wide"
-    assert said in caplog.messages and {record.levelname for record in caplog.records} == {"INFO"}
+    message = f"{file}: num_heads is assumed to be {heads}, as in published models of width {width}"
+    assert message in caplog.messages and {record.levelname for record in caplog.records} == {"INFO"}
     assert ours.blocks[0].attn.num_heads == heads and ours.decoder_blocks[0].attn.num_heads == 16
 
 
 @pytest.mark.parametrize("given, asked", [(dict(), "num_heads"), (dict(num_heads=2), "decoder_num_heads")])
 def test_heads_of_other_widths_are_asked_for(file, given, asked):
     torch.save(weights_of(build()), file)
-    with pytest.raises(ValueError, match=rf"doesn't tell {asked}.* give {asked}="):
+    with pytest.raises(ValueError, match=rf"does not give {asked}.*: pass {asked}="):
         load(file, **given)
 
 
-def test_the_factories_models_come_back_without_a_word(tmp_path):
+def test_a_named_size_needs_no_settings(tmp_path):
     model = fastmim.mae_vit_tiny_patch16(img_size=32, depth=2, norm_pix_loss=True)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     ours = load(tmp_path / "model.safetensors", norm_pix_loss=True)
@@ -193,11 +193,11 @@ def test_unknown_settings_are_refused(file):
         load(file, **HEADS, image_size=32)
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- log messages ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault
-def test_nothing_is_said_where_all_is_told(file, caplog):
+def test_a_complete_checkpoint_logs_nothing(file, caplog):
     torch.save(weights_of(build()), file)
     load(file, **HEADS)
     load(file, **HEADS, img_size=48)
@@ -206,8 +206,8 @@ def test_nothing_is_said_where_all_is_told(file, caplog):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("narrow, wide", [("bfloat16", "float32"), ("float16", "float64"), ("bfloat16", "float16")])
-def test_of_two_dtypes_one_that_holds_both_is_taken(file, caplog, narrow, wide):
-    """Most such mixtures fail in the first step."""
+def test_mixed_dtypes_are_converted(file, caplog, narrow, wide):
+    """Most models of mixed dtypes fail in the first step."""
     narrow, wide = getattr(torch, narrow), getattr(torch, wide)
     weights = weights_of(build().to(narrow))
     for name in ("cls_token", "blocks.0.mlp.fc1.weight"):
@@ -217,50 +217,50 @@ def test_of_two_dtypes_one_that_holds_both_is_taken(file, caplog, narrow, wide):
     model = load(file, **HEADS, allow_leftover="other")
     assert same_bits(model, {name: value.to(common) for name, value in weights.items()})
     counts = ", ".join(sorted([f"2 of {wide}", f"48 of {narrow}"], key=lambda text: text.split()[-1]))
-    said = f"{file} mixes dtypes, tensors {counts}: all become {common}, which holds every value"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    message = f"{file} mixes dtypes (tensors: {counts}): all are converted to {common}"
+    assert [record.getMessage() for record in caplog.records] == [message]
     assert [record.name for record in caplog.records] == ["fastmim.interop"]
     model(torch.randn(2, 3, 32, 32, dtype=common)).loss.backward()
 
 
 @pytest.mark.fault
-def test_what_is_drawn_anew_is_said(file, caplog):
+def test_new_weights_are_logged(file, caplog):
     weights = encoder_of(build())
     del weights["norm.bias"], weights["pos_embed"]
     torch.save(weights, file)
     load(file, **HEADS, decoder_depth=1, img_size=32, allow_missing=["decoder", "norm.bias", "pos_embed"])
-    said = f"{file} lacks the whole decoder, norm.bias, pos_embed: as in a new model"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    message = f"{file} lacks the whole decoder, norm.bias, pos_embed: initialised anew"
+    assert [record.getMessage() for record in caplog.records] == [message]
 
 
 @pytest.mark.fault
-def test_a_part_of_the_decoder_that_is_drawn_anew_is_said(file, caplog):
+def test_new_weights_of_the_decoder_are_logged(file, caplog):
     weights = weights_of(build())
     del weights["mask_token"], weights["decoder_pred.bias"]
     torch.save(weights, file)
     load(file, **HEADS, allow_missing="decoder")
-    said = f"{file} lacks decoder_pred.bias, mask_token: as in a new model"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    message = f"{file} lacks decoder_pred.bias, mask_token: initialised anew"
+    assert [record.getMessage() for record in caplog.records] == [message]
 
 
 @pytest.mark.fault
-def test_an_assumed_image_size_is_said(file, caplog):
+def test_an_assumed_image_size_is_logged(file, caplog):
     weights = {name: value for name, value in weights_of(build()).items() if "pos_embed" not in name}
     torch.save(weights, file)
     assert load(file, **HEADS, allow_missing="*pos_embed").patch_embed.img_size == (224, 224)
     assert caplog.records[-1].getMessage() == (
-        f"{file} has no position table, so images are taken for 224 by 224: give img_size= if not"
+        f"{file} has no position table: image size 224 by 224 is assumed; pass img_size= if not"
     )
     caplog.clear()
     assert load(file, **HEADS, allow_missing="*pos_embed", img_size=48).patch_embed.img_size == (48, 48)
-    assert "taken for" not in caplog.text
+    assert "assumed;" not in caplog.text
 
 
 @pytest.mark.fault
-def test_weights_that_are_not_finite_are_said(file, caplog):
+def test_weights_that_are_not_finite_are_logged(file, caplog):
     weights = weights_of(build())
     weights["blocks.1.attn.qkv.weight"][3, 4], weights["norm.bias"][0] = float("nan"), float("inf")
     torch.save(weights, file)
     assert torch.equal(load(file, **HEADS).norm.bias, weights["norm.bias"])
-    said = f"{file} holds NaN or infinite values in blocks.1.attn.qkv.weight, norm.bias"
-    assert [record.getMessage() for record in caplog.records] == [said]
+    message = f"{file} has NaN or infinite values in blocks.1.attn.qkv.weight, norm.bias"
+    assert [record.getMessage() for record in caplog.records] == [message]

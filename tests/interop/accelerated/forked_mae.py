@@ -1,6 +1,6 @@
-"""A masked autoencoder with the methods and parameter names of facebookresearch/mae, written from the paper.
+"""Masked autoencoder with the methods and parameter names of facebookresearch/mae, written from the paper.
 
-He et al., "Masked autoencoders are scalable vision learners" (CVPR 2022). Its blocks are its own, as forks carry them.
+He et al., "Masked autoencoders are scalable vision learners" (CVPR 2022). It has its own blocks, as forks do.
 """
 
 from functools import partial
@@ -60,7 +60,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PlainMAE(nn.Module):
+class ForkedMAE(nn.Module):
     def __init__(
         self,
         img_size=32,

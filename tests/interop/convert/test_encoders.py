@@ -1,9 +1,9 @@
-"""Where a file keeps its encoder: found by the names of its tensors, chosen by key= where there are several."""
+"""Encoders found in a file by the names of their tensors, and chosen with key= where there are several."""
 
 import pytest
 import torch
-from small import HEADS, build, encoder_of, same_bits, weights_of
-from spellings import respell
+from huggingface_names import respell
+from small_mae import HEADS, build, encoder_of, same_bits, weights_of
 from torch.optim.swa_utils import AveragedModel
 
 from fastmim import load
@@ -52,7 +52,7 @@ def test_the_encoder_is_found_by_its_names(file, envelope, spelling):
 
 
 @pytest.mark.parametrize("prefix", ["net.", "encoder.", "backbone.", "model.backbone.", "module.net._orig_mod."])
-def test_any_prefix_goes_and_what_stands_beside_it_is_named_as_in_the_file(file, prefix):
+def test_any_prefix_is_removed_and_other_names_stay(file, prefix):
     weights = weights_of(build())
     beside = {"criterion.weight": torch.ones(3), "epoch": 3}
     torch.save({"state_dict": prefixed(prefix, {**weights, "head.bias": torch.ones(1)}) | beside}, file)
@@ -61,18 +61,18 @@ def test_any_prefix_goes_and_what_stands_beside_it_is_named_as_in_the_file(file,
     assert same_bits(load(file, **HEADS, allow_leftover=["criterion.*", "epoch", "head.*"]), weights)
 
 
-def test_a_decoder_outside_of_the_encoders_prefix_is_not_taken_for_ours(file):
+def test_a_decoder_without_the_encoders_prefix_is_left_over(file):
     model = build()
     decoder = {name: value for name, value in weights_of(model).items() if name not in encoder_of(model)}
     torch.save(prefixed("encoder.", encoder_of(model)) | decoder, file)
-    with pytest.raises(ValueError, match=r"an encoder only\?.* left over \['decoder_blocks\.0"):
+    with pytest.raises(ValueError, match=r"for an encoder alone.* left over \['decoder_blocks\.0"):
         load(file, **HEADS, decoder_depth=1)
 
 
 def test_a_value_among_the_weights_is_left_where_that_is_allowed(file):
     weights = weights_of(build())
     torch.save({**weights, "epoch": 3, "module._extra_state": None}, file)
-    with pytest.raises(ValueError, match=r"must hold tensors by name; 'epoch' is of type int$"):
+    with pytest.raises(ValueError, match=r"must map names to tensors; 'epoch' is of type int$"):
         load(file, **HEADS, allow_leftover="_extra*")
     assert same_bits(load(file, **HEADS, allow_leftover=["_extra*", "epoch"]), weights)
 
@@ -85,7 +85,7 @@ def test_an_averaged_model_of_torch(file):
     assert same_bits(load(file, **HEADS, allow_leftover="n_averaged"), weights_of(model))
 
 
-def test_what_is_drawn_anew_has_the_dtype_of_the_encoder_not_of_the_first_tensor(file):
+def test_new_weights_have_the_dtype_of_the_encoder(file):
     weights = {"n_averaged": torch.tensor(1), **encoder_of(build())}
     torch.save(weights, file)
     model = load(file, **HEADS, decoder_depth=1, allow_missing="decoder", allow_leftover="n_averaged")
@@ -118,20 +118,20 @@ NAMES = {
 
 
 @pytest.mark.parametrize("form", NAMES)
-def test_of_two_encoders_none_is_taken_unasked(file, form):
+def test_two_encoders_need_a_key(file, form):
     torch.save(two(form), file)
     with pytest.raises(ValueError) as caught:
         load(file, **HEADS)
-    assert f"{file} holds 2 encoders: choose one by its key, of {NAMES[form]}" in str(caught.value)
+    assert f"{file} has 2 encoders: choose one by its key, of {NAMES[form]}" in str(caught.value)
     for key, changes in zip(NAMES[form], (A, B)):
         assert same_bits(load(file, **HEADS, key=key), weights_of(build(**changes)))
     with pytest.raises(ValueError) as caught:
         load(file, **HEADS, key="optimizer")
-    assert f"{file} holds no encoder under key='optimizer': key may be one of {NAMES[form]}" in str(caught.value)
+    assert f"{file} has no encoder under key='optimizer': key must be one of {NAMES[form]}" in str(caught.value)
 
 
-def test_a_key_may_lead_to_more_than_the_encoder(file):
-    """Leftovers under the key still count."""
+def test_a_key_may_contain_more_than_the_encoder(file):
+    """Names under the key that are left over are refused."""
     torch.save(two("heads beside"), file)
     with pytest.raises(ValueError, match=r"missing \[\], left over \['head\.bias'\]"):
         load(file, **HEADS, key="teacher")
@@ -158,7 +158,7 @@ def test_the_bare_names_are_the_empty_key(file):
 
 
 def test_a_key_of_the_file_may_be_a_number(file):
-    """Averages by their decay."""
+    """Averaged weights by their decay."""
     torch.save({"model": weights_of(build(**A)), "ema": {0.999: weights_of(build(**B))}}, file)
     with pytest.raises(ValueError, match=r"of \['model', 'ema\.0\.999'\]"):
         load(file, **HEADS)
@@ -172,7 +172,7 @@ def test_a_key_is_a_name(file, key):
         load(file, **HEADS, key=key)
 
 
-def test_a_content_that_holds_itself_ends(file):
+def test_a_content_that_contains_itself(file):
     held = {"model": weights_of(build())}
     held["self"] = held
     torch.save(held, file)

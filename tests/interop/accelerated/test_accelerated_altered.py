@@ -1,11 +1,11 @@
-"""Accelerated models in which something is hooked, adapted, differentiated otherwise or replicated."""
+"""Accelerated models with hooks, adapters, torch.func, forward-mode AD or replicas."""
 
 import copy
 
 import pytest
 import torch
-from families import accelerated, build, fast
-from forked_mae import PlainMAE
+from accelerated_cases import accelerated, build, fast
+from forked_mae import ForkedMAE
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.fault
 
 
 def check_as_before(case, change) -> None:
-    """`change`, made after accelerate(), changes what the model returns as it does without."""
+    """Apply `change` to a model and to its accelerated copy, and check that their results stay equal."""
     model, twin = case.model, accelerated(case.model)
     untouched = case.run(model)[0]
     for altered in (model, twin):
@@ -34,7 +34,9 @@ ACTIVATIONS = ("mlp.act", "mlp.activation_fn")
 
 
 @pytest.mark.parametrize("change", ["hook", "replaced"])
-@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "ViTModel", "plain", "timm blocks", "timm"], indirect=True)
+@pytest.mark.parametrize(
+    "case", ["ViTMAEForPreTraining", "ViTModel", "facebook", "facebook, timm", "timm"], indirect=True
+)
 def test_activations(case, change):
     def alter(model):
         for path, module in list(model.named_modules()):
@@ -48,11 +50,11 @@ def test_activations(case, change):
 
 @pytest.mark.parametrize("part", ["drop1", "norm", "drop2", "attn_drop", "proj_drop", "q_norm"])
 @pytest.mark.parametrize("case", ["timm", "lightly"], indirect=True)
-def test_idle_parts_that_come_to_life(case, part):
+def test_parts_that_were_idle(case, part):
     def alter(model):
         for path, module in list(model.named_modules()):
             if path.endswith(f".{part}") and ("attn." in path or "mlp." in path):
-                # PyTorch's attention takes a dropout's rate, and calls nothing
+                # PyTorch's attention is given the rate of the dropout, which is not called
                 if part == "attn_drop":
                     module.p = 0.9
                 else:
@@ -75,12 +77,12 @@ def double_target(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("alter", [half_noise, double_target])
-@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "plain"], indirect=True)
+@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "facebook"], indirect=True)
 def test_methods_replaced_on_the_instance_later(case, alter):
     check_as_before(case, alter)
 
 
-@pytest.mark.parametrize("case", ["timm blocks", "lightly"], indirect=True)
+@pytest.mark.parametrize("case", ["facebook, timm", "lightly"], indirect=True)
 def test_a_hook_on_the_norm_of_patches(case):
     def alter(model):
         for path, module in model.named_modules():
@@ -90,7 +92,7 @@ def test_a_hook_on_the_norm_of_patches(case):
     check_as_before(case, alter)
 
 
-def test_a_projection_whose_width_is_not_told(request):
+def test_a_projection_without_out_features(request):
     case = build("timm", request)
     qkv = nn.Sequential(nn.Linear(32, 96))
     check_as_before(case, lambda model: model.set_submodule("blocks.0.attn.qkv", copy.deepcopy(qkv)))
@@ -114,17 +116,17 @@ def test_peft(case, before):
     assert not torch.isclose(untouched[0], expected[0], rtol=1e-4)
     assert torch.isclose(found[0], expected[0], rtol=1e-5)
     found[0].backward()
-    # what is replaced inside a family's own parts may leave adapters without use, as it does without us
+    # an adapter in a part that the model does not call has no gradient, accelerated or not
     expected[0].backward()
     for (name, a), b in zip(expected_model.named_parameters(), found_model.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         assert a.grad is None or torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-5), name
 
 
-# ---- what looks on ---------------------------------------------------------------------------------------------------
+# ---- global hooks ----------------------------------------------------------------------------------------------------
 
 
-def test_a_global_hook_sees_what_it_saw(case):
+def test_a_global_hook_sees_the_same_modules(case):
     seen = []
     for model in (case.model, accelerated(case.model)):
         paths, found = {module: path for path, module in model.named_modules()}, []
@@ -137,10 +139,10 @@ def test_a_global_hook_sees_what_it_saw(case):
     assert seen[0] == seen[1]
 
 
-def test_a_model_is_not_asked_while_a_global_hook_looks_on():
-    model, handle = PlainMAE(), register_module_forward_hook(lambda *_: None)
+def test_results_are_not_compared_under_a_global_hook():
+    model, handle = ForkedMAE(), register_module_forward_hook(lambda *_: None)
     try:
-        with pytest.raises(UnsupportedModelError, match=r"a global module hook or torch\.func is at work"):
+        with pytest.raises(UnsupportedModelError, match=r"a global module hook or torch\.func is active"):
             fastmim.accelerate(model)
     finally:
         handle.remove()
@@ -149,14 +151,14 @@ def test_a_model_is_not_asked_while_a_global_hook_looks_on():
 
 # ---- other derivatives -----------------------------------------------------------------------------------------------
 
-# PyTorch's fused attention has none of them
-theirs_in_formulas = sdpa_kernel(SDPBackend.MATH)
+# PyTorch's fused attention has no such derivatives
+math_attention = sdpa_kernel(SDPBackend.MATH)
 
 
-@theirs_in_formulas
+@math_attention
 def test_torch_func(case):
-    """As of the model itself: it runs its own code."""
-    predicts = case.family in ("ViTMAEForPreTraining", "plain")
+    """The model's own code runs, with the same derivatives."""
+    predicts = case.kind in ("ViTMAEForPreTraining", "facebook")
     model = accelerated(case.model, predict="masked" if predicts else "all")
     weights = {name: p.detach() for name, p in case.model.named_parameters()}
 
@@ -182,14 +184,14 @@ def test_torch_func(case):
     assert torch.isclose(found, expected, rtol=1e-4) and found != 0
 
 
-@pytest.mark.parametrize("case", ["ViTMAEModel", "plain", "timm"], indirect=True)
-@theirs_in_formulas
+@pytest.mark.parametrize("case", ["ViTMAEModel", "facebook", "timm"], indirect=True)
+@math_attention
 def test_gradients_of_each_sample(case):
     weights = {name: p.detach() for name, p in case.model.named_parameters()}
 
     def loss(model, weights, image):
         out = functional_call(model, weights, image[None])
-        return out[0].mean() if case.family != "ViTMAEModel" else out.last_hidden_state.square().mean()
+        return out[0].mean() if case.kind != "ViTMAEModel" else out.last_hidden_state.square().mean()
 
     grads = []
     for model in (case.model, accelerated(case.model)):
@@ -200,7 +202,7 @@ def test_gradients_of_each_sample(case):
         assert torch.allclose(grads[0][name], grads[1][name], rtol=1e-4, atol=1e-6), name
 
 
-@theirs_in_formulas
+@math_attention
 def test_forward_mode(case):
     tangents = []
     for model in (case.model, accelerated(case.model)):
@@ -211,7 +213,7 @@ def test_forward_mode(case):
 
 
 @pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "timm"], indirect=True)
-def test_what_nobody_looks_at_is_fast_again(case):
+def test_the_model_is_fast_again_after_vmap(case):
     model = accelerated(case.model)
     vmap(lambda x: x)(case.images)
     names = {node.name() for node in nodes(case.run(model)[0].grad_fn)}
@@ -228,7 +230,9 @@ def nodes(root) -> set:
     return found
 
 
-@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "ViTModel", "plain", "timm blocks", "timm"], indirect=True)
+@pytest.mark.parametrize(
+    "case", ["ViTMAEForPreTraining", "ViTModel", "facebook", "facebook, timm", "timm"], indirect=True
+)
 def test_a_compiled_model_is_one_graph_of_fast_ops(case):
     torch.compiler.reset()
     graphs = []
@@ -245,7 +249,7 @@ def test_a_compiled_model_is_one_graph_of_fast_ops(case):
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate makes one, which wants GPUs: parameters become attributes, and no leaves."""
+    """Replicate as torch.nn.parallel.replicate does, which needs GPUs: parameters become attributes, not leaves."""
     modules = list(model.modules())
     replicas = {module: module._replicate_for_data_parallel() for module in modules}
     for module, replica in replicas.items():
@@ -260,7 +264,7 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 class Gather:
-    """torch's, for CPU tensors."""
+    """Stand-in for torch's Gather on CPU tensors."""
 
     @staticmethod
     def apply(device: object, dim: int, *parts: Tensor) -> Tensor:
@@ -284,7 +288,7 @@ def test_replicas(case, monkeypatch):
     assert scatter_gather.gather([found[0], expected[0]], "cpu").shape == (2,)
 
 
-def test_a_new_model_of_an_accelerated_class_is_as_it_was():
-    model = PlainMAE()
+def test_a_new_model_of_an_accelerated_class_is_not_accelerated():
+    model = ForkedMAE()
     fastmim.accelerate(model)
-    assert type(type(model)()) is PlainMAE
+    assert type(type(model)()) is ForkedMAE

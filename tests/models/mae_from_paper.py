@@ -1,4 +1,4 @@
-"""A small model, and the plain form beside it, written from the paper: embed all, shuffle, decode all."""
+"""Small models, and plain functions of their weights written from the paper: embed all, shuffle, decode all."""
 
 from functools import partial
 
@@ -22,7 +22,7 @@ VARIANTS = {
 
 
 def build(**changes) -> MaskedAutoencoderViT:
-    """A small float32 model with every parameter, frozen tables too, away from its initial value."""
+    """Build a small float32 model with all parameters, frozen tables too, moved away from their initial values."""
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(**{**SIZES, **changes})
     with torch.no_grad():
@@ -36,14 +36,14 @@ def pictures(model: MaskedAutoencoderViT, batch: int = 2) -> Tensor:
 
 
 def overlapping(batch: int) -> Mask:
-    """Running cell: some predicted patches are visible."""
+    """Draw a mask with a running cell, in which some predicted patches are visible."""
     mask = masking.tube(batch, (1, 4, 4), 0.75)
     predict = masking.running_cell(batch, (1, 4, 4), 0.5)
     return masking.from_bool(mask.mask, predict=predict)
 
 
 def gradients(loss: Tensor, model: nn.Module, **others: Tensor) -> dict[str, Tensor]:
-    """Of every trainable parameter and of `others`, by name."""
+    """Return the gradients of all trainable parameters and of `others`, by name."""
     leaves = {**{name: p for name, p in model.named_parameters() if p.requires_grad}, **others}
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()))))
 
@@ -95,7 +95,7 @@ def plain_encoder(model: MaskedAutoencoderViT, images: Tensor, ids_keep: Tensor 
 
 
 def plain_decoder(model: MaskedAutoencoderViT, latent: Tensor, ids_restore: Tensor) -> Tensor:
-    """All patches in grid order."""
+    """Predict all patches, in grid order."""
     x = F.linear(latent, model.decoder_embed.weight, model.decoder_embed.bias)
     hidden = model.mask_token.expand(len(x), ids_restore.shape[1] + 1 - x.shape[1], -1)
     patches = pick(torch.cat([x[:, 1:], hidden], dim=1), ids_restore)
@@ -112,7 +112,7 @@ def plain_loss(model: MaskedAutoencoderViT, images: Tensor, pred: Tensor, mask: 
 
 
 def plain_mae(model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, mask_ratio: float = 0.75):
-    """loss, pred (B, L, P), mask and ids_restore as facebookresearch/mae computes them."""
+    """Return loss, pred (B, L, P), mask and ids_restore, computed as in facebookresearch/mae."""
     len_keep = int(noise.shape[1] * (1 - mask_ratio))
     ids_shuffle = noise.argsort(dim=1)
     ids_restore = ids_shuffle.argsort(dim=1)
@@ -122,7 +122,7 @@ def plain_mae(model: MaskedAutoencoderViT, images: Tensor, noise: Tensor, mask_r
 
 
 def plain_dual(model: MaskedAutoencoderViT, images: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
-    """Loss and predictions (B, L, P) where attention sees [class, visible, predicted] among slots for everything."""
+    """Return loss and predictions (B, L, P) of a decoder over all patches whose attention masks out the unused ones."""
     batch, patches = len(images), mask.num_patches
     visible, predicted = (
         torch.zeros(batch, patches, dtype=torch.bool).scatter(1, ids, True) for ids in (mask.ids_keep, mask.ids_predict)

@@ -1,10 +1,11 @@
-"""timm's names are ours: its modules load into `fastmim.nn`, our encoder into its VisionTransformer, strictly."""
+"""Weights of timm's modules in `fastmim.nn`, and of our encoder in timm's VisionTransformer, loaded strictly."""
 
 import sys
 from functools import partial
 
 import pytest
 import torch
+from small_mae import encoder_of, random_, same_bits
 from torch import nn
 
 import fastmim
@@ -12,18 +13,6 @@ from fastmim import load, to_timm
 from fastmim.nn import Attention, Block, Mlp, PatchEmbed
 
 EPS = partial(nn.LayerNorm, eps=1e-6)
-
-
-def random_(module: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return module
-
-
-def same_bits(found: dict, expected: dict) -> bool:
-    assert found.keys() == expected.keys()
-    return all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in expected.items())
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------
@@ -84,14 +73,6 @@ CHANGES = {
 }
 
 
-def encoder_of(model: nn.Module) -> dict:
-    return {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.startswith("decoder_") and name != "mask_token"
-    }
-
-
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_to_timm_computes_the_same(timm, changes):
     model = random_(fastmim.MaskedAutoencoderViT(**{**SIZES, **changes})).double()
@@ -114,7 +95,7 @@ def test_there_and_back_is_bit_exact(timm, tmp_path, changes, dtype):
     assert not vit.training and same_bits(vit.state_dict(), encoder_of(model))
     torch.save(vit.state_dict(), tmp_path / "vit.pth")
     again = load(tmp_path / "vit.pth", num_heads=2, allow_missing="decoder", img_size=model.patch_embed.img_size)
-    # drawn anew: the decoder; a table that random_ has moved tells no grid, so the size is given
+    # img_size is given, because the table that random_ has changed does not show its grid
     assert same_bits(encoder_of(again), encoder_of(model))
 
 
@@ -140,7 +121,7 @@ def test_a_directory_as_timm_writes_it(timm, tmp_path, safe, file):
     assert same_bits(encoder_of(ours), vit.state_dict()) and ours.blocks[0].attn.num_heads == 3
 
 
-def test_a_head_may_be_put_on(timm):
+def test_a_head_can_be_added(timm):
     vit = to_timm(fastmim.MaskedAutoencoderViT(**SIZES))
     vit.reset_classifier(10, "avg")
     assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 10)
@@ -172,7 +153,7 @@ def test_without_timm_it_is_named(monkeypatch):
 
 @pytest.mark.fault
 def test_a_timm_that_does_not_build_without_memory(timm, monkeypatch):
-    """Until 1.0.15 at least it reads values of a tensor while it builds."""
+    """Until 1.0.15 at least, the constructor reads values of a tensor."""
 
     class Older(timm.models.VisionTransformer):
         def __init__(self, **kwargs) -> None:
@@ -187,8 +168,8 @@ def test_a_timm_that_does_not_build_without_memory(timm, monkeypatch):
 
 
 @pytest.mark.fault
-def test_what_timm_lacks_itself_is_named(monkeypatch, tmp_path):
-    """timm imports torchvision at once."""
+def test_a_package_that_timm_lacks_is_named(monkeypatch, tmp_path):
+    """Importing timm imports torchvision."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "timm").mkdir()

@@ -1,4 +1,4 @@
-"""What accelerate() doesn't know stays as it is."""
+"""Modules and methods that accelerate() keeps, because it does not know exactly what they do."""
 
 import pickle
 import warnings
@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from families import Case, accelerated, build, gradients
-from forked_mae import Block, PlainMAE
+from accelerated_cases import Case, accelerated, build, gradients
+from forked_mae import Block, ForkedMAE
 from torch import Tensor, nn
 
 import fastmim
@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 
 def check_kept(model: nn.Module, path: str, reason: str, run) -> fastmim.interop.accelerate.api.Report:
-    """`path` keeps its class for `reason`, and the whole its results."""
+    """Check that the module at `path` keeps its class for `reason`, and that the model's results stay equal."""
     torch.manual_seed(5)
     expected = run(model)
     before = type(model.get_submodule(path))
@@ -51,7 +51,7 @@ def test_active_dropout_keeps_its_own_attention(request):
     check_kept(case.model.train(), "vit.layers.0.attention", "dropout", lambda m: hugging_loss(case, m))
     timm = build("timm", request, attn_drop_rate=0.1, drop_path_rate=0.2)
     check_kept(timm.model.train(), "blocks.1.attn", "attn_drop of 0.1 is active", lambda m: timm.run(m)[0])
-    plain = PlainMAE(block=partial(Block, attn_drop=0.1))
+    plain = ForkedMAE(block=partial(Block, attn_drop=0.1))
     check_kept(plain.train(), "blocks.1.attn", "attn_drop", lambda m: m(case.images)[0])
 
 
@@ -60,7 +60,7 @@ def hugging_loss(case: Case, model: nn.Module) -> Tensor:
     return model(case.images, noise=case.noise).loss
 
 
-class Weighted(PlainMAE):
+class Weighted(ForkedMAE):
     def forward_loss(self, imgs, pred, mask):
         return super().forward_loss(imgs, pred, mask) * 2
 
@@ -116,9 +116,9 @@ FORKS = {
 def test_a_fork_keeps_what_it_changes(fork):
     method, reason = FORKS[fork]
     # a copy of the class with another method, not a subclass
-    methods = {**vars(PlainMAE), fork.partition(" ")[0]: method, "calls": 0, "epoch": 3}
+    methods = {**vars(ForkedMAE), fork.partition(" ")[0]: method, "calls": 0, "epoch": 3}
     model = type("Fork", (nn.Module,), {**methods, "__init__": nn.Module.__init__})()
-    model.__dict__.update(vars(PlainMAE(norm_pix_loss=False)))
+    model.__dict__.update(vars(ForkedMAE(norm_pix_loss=False)))
     images = torch.randn(2, 3, 32, 32)
     torch.manual_seed(1)
     expected = model(images)
@@ -128,7 +128,7 @@ def test_a_fork_keeps_what_it_changes(fork):
     assert reason in report.kept[""], report
     kept = fork.partition(" ")[0].replace("random_masking", "forward_encoder")
     assert getattr(type(model), kept) is methods[kept]
-    # the rest of it is fast
+    # the rest is accelerated
     assert len(report.accelerated[""].split(";")) == 2 and "blocks.0.attn" in report.accelerated
     torch.manual_seed(1)
     found = model(images)
@@ -137,15 +137,61 @@ def test_a_fork_keeps_what_it_changes(fork):
         fastmim.accelerate(model, predict="masked")
 
 
+def masking_by_noise(self, x, mask_ratio, noise=None):
+    batch, length, dim = x.shape
+    kept = int(length * (1 - mask_ratio))
+    if noise is None:
+        noise = torch.rand(batch, length, device=x.device)
+    ids_shuffle = torch.argsort(noise, dim=1)
+    ids_restore = torch.argsort(ids_shuffle, dim=1)
+    visible = torch.gather(x, 1, ids_shuffle[:, :kept].unsqueeze(-1).repeat(1, 1, dim))
+    mask = torch.ones([batch, length], device=x.device)
+    mask[:, :kept] = 0
+    return visible, torch.gather(mask, 1, ids_restore), ids_restore
+
+
+def encoder_with_noise(self, x, mask_ratio, noise=None):
+    x = self.patch_embed(x) + self.pos_embed[:, 1:, :]
+    x, mask, ids_restore = self.random_masking(x, mask_ratio, noise)
+    cls_token = self.cls_token + self.pos_embed[:, :1, :]
+    x = torch.cat((cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+    for block in self.blocks:
+        x = block(x)
+    return self.norm(x), mask, ids_restore
+
+
+def forward_with_noise(self, imgs, mask_ratio=0.75, noise=None):
+    latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+    pred = self.forward_decoder(latent, ids_restore)
+    return self.forward_loss(imgs, pred, mask), pred, mask
+
+
+def test_a_fork_that_takes_noise():
+    methods = dict(
+        random_masking=masking_by_noise, forward_encoder=encoder_with_noise, forward=forward_with_noise,
+        __init__=nn.Module.__init__,
+    )  # fmt: skip
+    model = type("Fork", (nn.Module,), {**vars(ForkedMAE), **methods})()
+    model.__dict__.update(vars(ForkedMAE()))
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    loss, pred, mask = model(images, 0.6, noise)
+    report = fastmim.accelerate(model, predict="masked")
+    assert len(report.accelerated[""].split(";")) == 4 and "" not in report.kept, report
+    found, some, same_mask = model(images, 0.6, noise=noise)
+    assert torch.isclose(found, loss, rtol=1e-5) and torch.equal(same_mask, mask)
+    removed = noise.argsort(1)[:, 6:]
+    assert torch.allclose(some, fastmim.ops.gather_tokens(pred, removed), atol=1e-5)
+
+
 def test_a_subclass_that_calls_its_parent():
     model = Weighted()
     report = fastmim.accelerate(model)
-    assert "Weighted overrides forward_loss of PlainMAE" in report.kept[""]
+    assert "Weighted overrides forward_loss of ForkedMAE" in report.kept[""]
     assert type(model).forward_loss is Weighted.forward_loss
 
 
 class Looking(nn.Module):
-    """Attention that keeps its weights to be looked at."""
+    """Attention that stores its weights."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -179,7 +225,7 @@ class Tanh(nn.Module):
         (Looking(16, 2), "also sets or imports weights"),
         (Unscaled(16, 2), "overrides forward"),
         (Looking(12, 2), "no kernel serves heads of width 6"),
-        (Looking(16, None), "num_heads is None"),
+        (Looking(16, None), "its num_heads is None"),
         (Tanh(), "computes something else"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -193,7 +239,7 @@ def test_modules_that_do_something_else(module, reason):
 
 
 @pytest.mark.parametrize("changes, reason", [
-    (dict(qk_norm=True), "q_norm besides"),
+    (dict(qk_norm=True), "also has q_norm"),
     (dict(act_layer=nn.ReLU), "activation"),
     (dict(init_values=0.1, drop_path_rate=0.1), None),
     (dict(class_token=False, global_pool="avg"), None),
@@ -205,7 +251,7 @@ def test_timm_variants(changes, reason, request):
     case = build("timm", request, **changes)
     expected = case.run(case.model.train())
     report = fastmim.accelerate(case.model)
-    assert any(reason in said for said in report.kept.values()) if reason else "blocks.0.attn" in report.accelerated
+    assert any(reason in text for text in report.kept.values()) if reason else "blocks.0.attn" in report.accelerated
     assert torch.isclose(case.run(case.model)[0], expected[0], rtol=1e-5)
 
 
@@ -222,7 +268,7 @@ def test_timm_masks_and_checkpoints(request):
 
 
 @pytest.mark.parametrize("keep", ["prefix last", "no prefix", "all"])
-def test_lightly_keeps_what_it_is_told(keep, request):
+def test_ids_that_lightly_keeps(keep, request):
     case = build("lightly", request)
     ids = {
         "prefix last": torch.tensor([[3, 5, 0]] * 3),
@@ -242,8 +288,8 @@ def test_lightly_decoder(lightly_modules):
     assert torch.allclose(decoder(tokens, idx_mask=index), expected, atol=1e-5)
 
 
-class Abstract(ABC, PlainMAE):
-    """Instances are laid out as by the first base."""
+class Abstract(ABC, ForkedMAE):
+    """Class whose first base, ABC, decides the layout of instances."""
 
 
 def test_a_class_that_begins_with_abc():

@@ -1,18 +1,17 @@
-"""lightly's masked autoencoders, of either decoder, give the same features and predictions here."""
+"""Models loaded from lightly's masked autoencoders compute the same features and predictions."""
 
 import warnings
 
 import pytest
 import torch
+from small_mae import HEADS
 from torch import Tensor, nn
 
 from fastmim import load
 
-HEADS = dict(num_heads=2, decoder_num_heads=4)
-
 
 class MAE(nn.Module):
-    """Parts called as in lightly's examples: `decoder` holds its linears (older) or they lie beside it."""
+    """Model of lightly's examples; the decoder contains the linear layers (older) or they are beside it."""
 
     def __init__(self, timm, modules, *, older: bool) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class MAE(nn.Module):
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
     def predict(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """All patches in grid order from the class token and the visible ones."""
+        """Predict all patches in grid order, from the class token and the visible patches."""
         embed = self.decoder.embed if self.older else self.decoder_embed
         tokens = embed(latent)
         masked = self.decoder.mask_token.expand(len(tokens), 17 - tokens.shape[1], -1)
@@ -64,7 +63,7 @@ def test_features_and_predictions_agree(theirs, tmp_path, key):
     assert torch.allclose(ours.forward_features(images), theirs.backbone.encode(images), rtol=1e-9, atol=1e-12)
 
     out = ours(images, noise=torch.rand(2, 16), predict="all")
-    # lightly counts the class token among its ids
+    # lightly's ids count the class token
     keep = torch.cat([torch.zeros(2, 1, dtype=torch.int64), out.ids_keep + 1], dim=1)
     latent = theirs.backbone.encode(images, idx_keep=keep)
     assert torch.allclose(out.pred, theirs.predict(latent, out.ids_restore), rtol=1e-9, atol=1e-12)

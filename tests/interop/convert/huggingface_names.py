@@ -1,8 +1,8 @@
-"""How each generation of Hugging Face's ViTMAE spells our names."""
+"""Parameter names of Hugging Face's ViTMAE: those of transformers 5, of transformers 4 and of published files."""
 
 from torch import Tensor
 
-# where transformers 5, transformers 4 and published files keep what
+# prefixes of the encoder's and the decoder's blocks
 STACKS = {
     "5": ("vit.layers", "decoder.decoder_layers"),
     "4": ("vit.encoder.layer", "decoder.decoder_layers"),
@@ -27,7 +27,7 @@ OUTSIDE = {
 
 
 def their_names(ours: str, generation: str) -> list[str]:
-    """The tensors that, joined, are the one of our name."""
+    """Return the names of the tensors that, concatenated, are the one that we call `ours`."""
     stack, _, rest = ours.partition(".")
     if not stack.endswith("blocks"):
         return [OUTSIDE.get(ours, f"decoder.{ours}")]
@@ -38,9 +38,9 @@ def their_names(ours: str, generation: str) -> list[str]:
 
 
 def respell(weights: dict[str, Tensor], generation: str) -> dict[str, Tensor]:
-    """`weights` of our names as a generation keeps them."""
-    theirs = {}
+    """Rename `weights`, which have our names, to those of a generation."""
+    renamed = {}
     for name, value in weights.items():
-        spelt = their_names(name, generation)
-        theirs |= {key: part.clone() for key, part in zip(spelt, value.chunk(len(spelt)))}
-    return theirs
+        keys = their_names(name, generation)
+        renamed |= {key: part.clone() for key, part in zip(keys, value.chunk(len(keys)))}
+    return renamed

@@ -1,4 +1,4 @@
-"""Models that accelerate() knows, each with what a test does to it."""
+"""Small models that accelerate() supports, with their inputs."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Errors, check_draws
-from forked_mae import PlainMAE
+from forked_mae import ForkedMAE
 from torch import Tensor, nn
 
 import fastmim
@@ -26,68 +26,68 @@ SIZES = dict(
 
 @dataclass
 class Case:
-    """A model and how to run it: a scalar to minimise first, then all else that it returns."""
+    """Model with inputs; `run` returns a scalar to minimise, then the other outputs."""
 
     model: nn.Module
     images: Tensor
     noise: Tensor
-    family: str
+    kind: str
 
     def run(self, model: nn.Module, images: Tensor | None = None) -> tuple[Any, ...]:
         images = self.images.to(next(model.parameters()).dtype) if images is None else images
         torch.manual_seed(7)
-        if self.family == "ViTMAEForPreTraining":
+        if self.kind == "ViTMAEForPreTraining":
             out = model(images, noise=self.noise)
             return out.loss, out.logits, out.mask, out.ids_restore
-        if self.family == "ViTMAEModel":
+        if self.kind == "ViTMAEModel":
             out = model(images)
             return score(out.last_hidden_state), out.last_hidden_state, out.mask, out.ids_restore
-        if self.family == "ViTModel":
+        if self.kind == "ViTModel":
             out = model(images)
             return score(out.last_hidden_state), out.last_hidden_state, out.pooler_output
-        if self.family == "lightly":
+        if self.kind == "lightly":
             keep = torch.cat([torch.zeros(len(images), 1, dtype=torch.long), 1 + self.noise.argsort(1)[:, :5]], 1)
             out = model.encode(images, idx_keep=keep)
             return score(out), out
-        if self.family == "timm":
+        if self.kind == "timm":
             out = model(images)
             return score(out), out
         return model(images, 0.7)
 
 
 def score(out: Tensor) -> Tensor:
-    """A scalar that a final layer norm doesn't make constant."""
+    """Reduce to a scalar that a final layer norm does not make constant."""
     return (out.square() * torch.linspace(0, 1, out.numel(), dtype=out.dtype).view_as(out)).mean()
 
 
-def build(family: str, request: pytest.FixtureRequest, **changes: Any) -> Case:
-    """A float32 model whose parameters are away from their initial values."""
+def build(kind: str, request: pytest.FixtureRequest, **changes: Any) -> Case:
+    """Build a float32 model with parameters moved away from their initial values."""
     torch.manual_seed(0)
-    if family.startswith("ViT"):
-        kind = getattr(transformers, family)
-        names = transformers.ViTConfig().to_dict().keys() if family == "ViTModel" else {*SIZES, *changes}
-        config = "ViTConfig" if family == "ViTModel" else "ViTMAEConfig"
+    if kind.startswith("ViT"):
+        cls = getattr(transformers, kind)
+        names = transformers.ViTConfig().to_dict().keys() if kind == "ViTModel" else {*SIZES, *changes}
+        config = "ViTConfig" if kind == "ViTModel" else "ViTMAEConfig"
         settings = {key: value for key, value in {**SIZES, **changes}.items() if key in names}
-        model = kind(getattr(transformers, config)(**settings))
-    elif family == "plain":
-        model = PlainMAE(**changes)
+        model = cls(getattr(transformers, config)(**settings))
+    elif kind == "facebook":
+        model = ForkedMAE(**changes)
     else:
         timm = request.getfixturevalue("timm")
         sizes = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
         model = timm.models.VisionTransformer(**{**sizes, **changes})
-        if family == "lightly":
+        if kind == "lightly":
             model = request.getfixturevalue("lightly_modules").MaskedVisionTransformerTIMM(model)
-        if family == "timm blocks":
+        if kind == "facebook, timm":
             layers = timm.models.vision_transformer
-            model = PlainMAE(block=partial(layers.Block, qkv_bias=True), patch_embed=layers.PatchEmbed)
+            model = ForkedMAE(block=partial(layers.Block, qkv_bias=True), patch_embed=layers.PatchEmbed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return Case(model, torch.randn(3, 3, 32, 32), torch.rand(3, 16), family)
+    return Case(model, torch.randn(3, 3, 32, 32), torch.rand(3, 16), kind)
 
 
 def redrawn(case: Case, count: int) -> Iterator[Case]:
-    """The case, and others like it: weights a little apart, other images and noise."""
+    """Yield the case, then copies with slightly other weights, other images and other noise."""
     yield case
     for seed in range(1, count):
         torch.manual_seed(seed)
@@ -95,18 +95,18 @@ def redrawn(case: Case, count: int) -> Iterator[Case]:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + torch.randn_like(parameter) / 64)
-        yield Case(model, torch.randn_like(case.images), torch.rand_like(case.noise), case.family)
+        yield Case(model, torch.randn_like(case.images), torch.rand_like(case.noise), case.kind)
 
 
 def check_near(case: Case, measure: Callable[[Case], dict[str, Errors]], count: int = 5) -> None:
-    """`check_draws` of each error that `measure` finds in `count` draws of the case."""
+    """Run `check_draws` on each error that `measure` returns, over `count` draws of the case."""
     draws = [measure(draw) for draw in redrawn(case, count)]
     for name in draws[0]:
-        check_draws([found[name] for found in draws], name)
+        check_draws([errors[name] for errors in draws], name)
 
 
 def accelerated(model: nn.Module, **how: Any) -> nn.Module:
-    """A copy, accelerated."""
+    """Return an accelerated copy."""
     model = copy.deepcopy(model)
     fastmim.accelerate(model, **how)
     return model

@@ -1,12 +1,12 @@
-"""accelerate() changes what an instance runs and nothing else of it; restore() undoes it."""
+"""accelerate() changes the classes of one instance and nothing else; restore() undoes it."""
 
 import copy
 import pickle
 
 import pytest
 import torch
-from families import accelerated, build, fast, gradients, kinds
-from forked_mae import PlainMAE
+from accelerated_cases import accelerated, build, fast, gradients, kinds
+from forked_mae import ForkedMAE
 from torch import nn
 
 import fastmim
@@ -25,11 +25,11 @@ def test_weights_stay(case):
 
 def test_other_models_are_untouched(case, request):
     before, classes = copy.deepcopy(case.model), kinds(case.model)
-    methods = {kind: dict(vars(kind)) for kind in classes.values()}
+    methods = {cls: dict(vars(cls)) for cls in classes.values()}
     fastmim.accelerate(case.model)
-    after = build(case.family, request).model
+    after = build(case.kind, request).model
     assert kinds(before) == kinds(after) == classes
-    assert all(dict(vars(kind)) == held for kind, held in methods.items())
+    assert all(dict(vars(cls)) == names for cls, names in methods.items())
     again = type(case.model)
     assert isinstance(case.model, classes[""]) and again.__name__ == classes[""].__name__
 
@@ -49,18 +49,18 @@ def test_accelerating_again_starts_over(case):
     assert fastmim.accelerate(case.model) == first and kinds(case.model) == classes
 
 
-def test_explain_changes_nothing_and_tells_what_will(case):
+def test_explain_changes_nothing_and_reports_the_same(case):
     classes, state = kinds(case.model), torch.get_rng_state()
-    told = fastmim.explain(case.model)
+    report = fastmim.explain(case.model)
     assert kinds(case.model) == classes and torch.equal(torch.get_rng_state(), state)
-    assert told == fastmim.accelerate(case.model) == fastmim.explain(case.model)
-    assert all(what in str(told) for what in told.accelerated.values())
+    assert report == fastmim.accelerate(case.model) == fastmim.explain(case.model)
+    assert all(description in str(report) for description in report.accelerated.values())
 
 
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
-def test_copies_are_accelerated_and_their_own(case, how):
+def test_copies_are_accelerated_and_separate(case, how):
     fastmim.accelerate(case.model)
     twin = how(case.model)
     assert kinds(twin) == kinds(case.model)
@@ -79,17 +79,17 @@ def test_a_whole_model_is_saved(case, tmp_path):
     assert torch.equal(case.run(torch.load(tmp_path / "model.pt", weights_only=False))[0], expected)
 
 
-@pytest.mark.parametrize("family", ["ViTMAEForPreTraining", "timm"])
-def test_meta(family, request):
-    case = build(family, request)
+@pytest.mark.parametrize("kind", ["ViTMAEForPreTraining", "timm"])
+def test_meta(kind, request):
+    case = build(kind, request)
     moved = accelerated(case.model).to("meta")
     assert all(parameter.is_meta for parameter in moved.parameters())
     assert kinds(moved) == kinds(accelerated(case.model.to("meta")))
 
 
-def test_weights_that_are_not_here_can_not_be_asked():
-    with pytest.raises(UnsupportedModelError, match="weights are not here"):
-        fastmim.accelerate(PlainMAE().to("meta"))
+def test_results_are_not_compared_on_the_meta_device():
+    with pytest.raises(UnsupportedModelError, match="its weights are on the meta device or sharded"):
+        fastmim.accelerate(ForkedMAE().to("meta"))
 
 
 def test_hooks_fire(case):
@@ -107,7 +107,7 @@ def test_hooks_fire(case):
 
 
 def test_hooks_change_results_as_before(case):
-    """What a hook returns is what goes on."""
+    """A value that a hook returns replaces the output."""
     for model in (case.model, twin := accelerated(case.model)):
         for path, module in model.named_modules():
             if path.endswith(("1.mlp.fc1", "1.attn.qkv", "0.attention.v_proj", "patch_embed.proj", "projection")):
@@ -115,7 +115,7 @@ def test_hooks_change_results_as_before(case):
     assert torch.isclose(case.run(case.model)[0], case.run(twin)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "plain", "timm"], indirect=True)
+@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "facebook", "timm"], indirect=True)
 def test_compile(case):
     model = accelerated(case.model)
     expected = case.run(case.model)
@@ -123,7 +123,7 @@ def test_compile(case):
     assert torch.isclose(found[0], expected[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "plain"], indirect=True)
+@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "facebook"], indirect=True)
 def test_ddp_and_fsdp(case, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

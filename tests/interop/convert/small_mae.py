@@ -1,4 +1,4 @@
-"""A small model of ours, and what the tests of checkpoints ask of its weights."""
+"""Small MaskedAutoencoderViT of the checkpoint tests, and helpers for its weights."""
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ HEADS = dict(num_heads=2, decoder_num_heads=4)
 
 
 def build(**changes) -> MaskedAutoencoderViT:
-    """A small model with every parameter that is trained away from its initial value."""
+    """Build a small model with all trained parameters moved away from their initial values."""
     torch.manual_seed(0)
     model = MaskedAutoencoderViT(**{**SIZES, **changes})
     with torch.no_grad():
@@ -23,14 +23,23 @@ def build(**changes) -> MaskedAutoencoderViT:
     return model
 
 
+def random_(module: nn.Module) -> nn.Module:
+    """Move all parameters away from their initial values."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return module
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same_bits(model: nn.Module, weights: dict[str, Tensor]) -> bool:
-    found = model.state_dict()
-    assert found.keys() == weights.keys()
-    return all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in weights.items())
+def same_bits(model: nn.Module | dict[str, Tensor], weights: nn.Module | dict[str, Tensor]) -> bool:
+    """Return whether two models or state dicts have equal weights, in the same dtypes."""
+    found, expected = (x.state_dict() if isinstance(x, nn.Module) else x for x in (model, weights))
+    assert found.keys() == expected.keys()
+    return all(found[name].dtype == value.dtype and torch.equal(found[name], value) for name, value in expected.items())
 
 
 def is_decoder(name: str) -> bool:
