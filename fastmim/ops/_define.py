@@ -1,6 +1,7 @@
 """Definition of an op: schema, reference, fake, gradient."""
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,8 @@ def define(
         torch.library.impl(qualified, _dispatch.devices(name), _in_own_precision(kernel))
     # the C++ kernels of the CPU call the fallback by this name
     arguments, _, results = schema.rpartition(") ->")
+    # without defaults, which no argument may follow
+    arguments = re.sub(r"=\w+", "", arguments)
     torch.library.define(f"fastmim_fallback::{name}", f"{arguments}, str reason) ->{results}")
     torch.library.impl(
         f"fastmim_fallback::{name}", "CompositeExplicitAutograd", lambda *args: fallback(*args[:-1], reason=args[-1])
