@@ -27,7 +27,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D), or (B, num_queries, D) for the last tokens only."""
+        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only."""
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
             return self.attend(linear(x, self.qkv))
@@ -44,6 +44,6 @@ class Attention(nn.Module):
         return linear(out.flatten(2), self.proj)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """What follows the qkv projection: (B, S, 3D) -> (B, S, D)."""
+        """Return the attention and output projection of qkv (B, S, 3D): (B, S, D)."""
         out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
         return linear(out.flatten(2), self.proj)

@@ -1,10 +1,10 @@
-"""Transformer blocks, run so that each residual sum is taken in the norm that follows it."""
+"""Transformer blocks. Each residual sum is computed in the same pass as the norm that follows it."""
 
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import overload
+from typing import TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,6 @@ from .fused import gelu_linear, is_stock, linear_of, norm_linear, residual_strea
 Stream = tuple[Tensor, Tensor | None]
 
 
-def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(residual + x) and the sum; `x` None is no branch yet."""
-    if x is None:
-        return norm(residual), residual
-    if stock_norm(norm):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
-    total = residual + x
-    return norm(total), total
-
-
 class Mlp(nn.Module):
     """Linear, exact GELU, linear."""
 
@@ -37,14 +27,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Map x (..., D) to (..., D)."""
         if self.fuses():
             return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
     def fuses(self) -> bool:
-        """Return whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
+        """Return whether to fuse: both layers unaltered, and no compiler, which fuses by itself."""
         eager = not torch.compiler.is_compiling()
         return eager and is_stock(self.fc1, nn.Linear) and is_stock(self.fc2, nn.Linear) and self.fc1.bias is not None
 
@@ -82,39 +72,66 @@ class Block(nn.Module):
     def forward(self, x: Stream, num_queries: int | None = None) -> Stream: ...
 
     def forward(self, x: Tensor | Stream, num_queries: int | None = None) -> Tensor | Stream:
-        """x (B, S, D) -> (B, S, D), or (B, num_queries, D): the last tokens; the others serve as keys only.
+        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens; the others serve as keys only.
 
         Under autocast the result is in float32, whatever x is. A chain of blocks passes a stream instead, and gets one:
-        the pair (residual, branch) whose sum is x, left to the next norm.
+        the pair (residual, branch) whose sum is x; the next norm adds the two.
         """
         residual, branch = (x, None) if isinstance(x, Tensor) else x
         if branch is None:
             residual = residual_stream(residual)
         attn, mlp = self.attn, self.mlp
-        fused = num_queries is None and is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
-        if fused and branch is not None and stock_norm(self.norm1):
+
+        if branch is not None and num_queries is None and stock_norm(self.norm1) and is_stock_attention(attn):
             qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias)
-            attended = attn.attend(qkv)
+            branch = attn.attend(qkv)
         else:
             normed, residual = add_norm(self.norm1, branch, residual)
-            if type(attn).forward is Attention.forward:
-                attended = attn(normed, num_queries)
-            else:
-                attended = _last(attn(normed), num_queries)
-        residual = _last(residual, num_queries)
+            branch = call_attention(attn, normed, num_queries)
+        residual = last_tokens(residual, num_queries)
+
         if stock_norm(self.norm2) and is_stock(mlp, Mlp) and mlp.fuses():
-            hidden, residual = norm_linear(attended, residual, self.norm2, mlp.fc1.weight, None)
+            hidden, residual = norm_linear(branch, residual, self.norm2, mlp.fc1.weight, None)
             branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2)
         else:
-            normed, residual = add_norm(self.norm2, attended, residual)
+            normed, residual = add_norm(self.norm2, branch, residual)
             branch = mlp(normed)
+
         return residual + branch if isinstance(x, Tensor) else (residual, branch)
 
 
-def takes_stream(block: nn.Module) -> bool:
-    """Return whether `block` is a `Block`, sharded perhaps, and nobody else looks at what goes in and comes out.
+def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Return norm(residual + x) and residual + x; without the sum where `x` is None."""
+    if x is None:
+        return norm(residual), residual
+    if stock_norm(norm):
+        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
+    total = residual + x
+    return norm(total), total
 
-    Another module, and a hook, expect a tensor. Those of fully_shard only gather and free weights.
+
+def is_stock_attention(attn: nn.Module) -> TypeGuard[Attention]:
+    """Return whether the qkv projection may be taken out of `attn` and fused with the norm before it."""
+    return is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
+
+
+def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:
+    """Return attn(x) of the last `num_queries` tokens; a module of another kind computes all tokens."""
+    if type(attn).forward is Attention.forward:
+        out: Tensor = attn(x, num_queries)
+        return out
+    return last_tokens(attn(x), num_queries)
+
+
+def last_tokens(x: Tensor, count: int | None) -> Tensor:
+    """Return the last `count` tokens of x (B, S, D), by default all."""
+    return x if count is None else x[:, x.shape[1] - count :]
+
+
+def takes_stream(block: nn.Module) -> bool:
+    """Return whether `block` may be given a stream: a `Block` without hooks but those of fully_shard.
+
+    Other modules and other hooks expect a tensor. The hooks of fully_shard only gather and free weights.
     """
     hooks = chain(
         block._forward_hooks.values(),
@@ -130,11 +147,6 @@ def takes_stream(block: nn.Module) -> bool:
     )
 
 
-def _last(x: Tensor, count: int | None) -> Tensor:
-    """Return the last `count` tokens of x (B, S, D), by default all."""
-    return x if count is None else x[:, x.shape[1] - count :]
-
-
 def run_blocks(
     blocks: Iterable[nn.Module],
     norm: nn.Module,
@@ -143,14 +155,14 @@ def run_blocks(
     num_queries: int | None = None,
     checkpointing: bool = False,
 ) -> Tensor:
-    """norm(blocks(x)), x (B, S, D).
+    """Return norm(blocks(x)), x (B, S, D).
 
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
     only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
     """
     blocks = list(blocks)
     if not blocks:
-        x = _last(x, num_queries)
+        x = last_tokens(x, num_queries)
     stream: Stream = (x, None)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
@@ -160,6 +172,6 @@ def run_blocks(
             continue
         residual, branch = stream
         out = run(residual if branch is None else residual + branch)
-        stream = _last(out, queries), None
+        stream = last_tokens(out, queries), None
     residual, branch = stream
     return add_norm(norm, branch, residual)[0]

@@ -1,9 +1,9 @@
 """Linear layers that keep little for the backward pass.
 
-A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest thing in a transformer
-block: the pass's own gradient kernel makes it again from what it reads anyway. Under autocast the narrow copy of a
-weight isn't kept either; and where a CPU has no instructions for 16-bit products, which PyTorch then emulates several
-times slower, products are taken in float32 and only their results are narrow.
+A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest tensor of a transformer
+block: the gradient kernel of the pass recomputes it from what it reads anyway. Under autocast the narrow (16-bit) copy
+of a weight isn't kept either. On a CPU without instructions for 16-bit products, which PyTorch emulates several times
+slower, products are taken in float32 and only their results are narrow.
 """
 
 import functools
@@ -20,17 +20,18 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as modules
 
 from ..ops._define import autocast_dtype, sum_rows, transformed, without_autocast
+from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_stock(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
-    """Return whether calling `module` would do what `cls` does and nothing more, so that its weights alone will do."""
+    """Return whether `module` computes what `cls` does and nothing more, so that its weights may be used directly."""
     return type(module) is cls and untouched(module)
 
 
 def untouched(module: nn.Module) -> bool:
-    """Return whether a call of `module` would run the `forward` of its class alone, and nothing would notice it."""
+    """Return whether a call of `module` runs the `forward` of its class and nothing else, unobserved."""
     return unaltered(module) and not watched()
 
 
@@ -42,15 +43,15 @@ def unaltered(module: nn.Module) -> bool:
     return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
 
 
-# a quantised or sharded weight has its own form of each PyTorch op, and none of ours; what export traces with has none
+# quantised and sharded weights bring their own form of PyTorch's ops, and none of ours; export traces with fake ones
 _WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 
 def watched() -> bool:
-    """Return whether a global hook, torch.func or forward-mode AD follows all modules: it must see each one called.
+    """Return whether a global hook, torch.func or forward-mode AD must see each module called.
 
-    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops, where
-    modules called one by one take more.
+    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops; modules
+    called one by one take more.
     """
     if modules._has_any_global_hook():
         hooks = chain(
@@ -65,7 +66,7 @@ def watched() -> bool:
 
 
 def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Return whether to fuse a norm: of the last axis, with weight and bias; the compiler fuses by itself."""
+    """Return whether `norm` may be fused: a layer norm of the last axis with weight and bias, and no compiler."""
     return (
         not torch.compiler.is_compiling()
         and is_stock(norm, nn.LayerNorm)
@@ -80,7 +81,7 @@ def residual_stream(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x)."""
+    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
     if is_stock(layer, nn.Linear):
         return linear_of(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
@@ -88,12 +89,12 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 
 def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., D) by `weight` (E, D) and `bias` (E,), which may be parts of a layer's."""
+    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's."""
     return linears_of(x, (weight, bias))[0]
 
 
 def linears_of(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    """x (..., D) by several weights (E, D) and biases (E,), say of query, key and value: what is kept is kept once."""
+    """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in layers)
     out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers))  # type: ignore[no-untyped-call]
@@ -103,13 +104,13 @@ def linears_of(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor
 def norm_linear(
     x: Tensor, residual: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """linear(norm(residual + x)) of `weight` (E, D) and `bias` (E,), and the sum; x, residual (..., D)."""
+    """Return `linear_of` norm(residual + x), and residual + x; x, residual (..., D)."""
     out: tuple[Tensor, Tensor] = _NormLinear.apply(x, residual, norm.weight, norm.bias, norm.eps, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
 def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(GELU(x + bias)); x (..., D)."""
+    """Return layer(GELU(x + bias)); x (..., D)."""
     out: Tensor = _GeluLinear.apply(x, bias, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
     return out
 
@@ -119,13 +120,13 @@ def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
 
 @functools.cache
 def emulated(device: str) -> bool:
-    """Whether PyTorch emulates 16-bit products there."""
+    """Return whether PyTorch emulates 16-bit products on this type of device."""
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not fast()
 
 
 class _Products:
-    """Dtypes of one layer's call: of its results (None: as they come) and of its operands."""
+    """Dtypes of one layer's products: `narrow` of results and `operands`; None: those of the inputs."""
 
     def __init__(self, *inputs: Tensor) -> None:
         self.device = inputs[0].device.type
@@ -145,7 +146,7 @@ class _Products:
 def _parameter_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight and bias, in their dtypes."""
+    """Return the gradients of weight and bias, in their dtypes; None where not wanted."""
     rows = grad.reshape(-1, grad.shape[-1])
     dweight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if wanted[0] else None
     return dweight, sum_rows(rows[None], bias_dtype) if wanted[1] and bias_dtype is not None else None
@@ -160,7 +161,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[::2], parameters[1::2]
         ctx.products, ctx.bias_dtypes, ctx.dtype = _Products(x), [_dtype(bias) for bias in biases], x.dtype
-        # in the narrower of its dtypes
+        # kept in the narrower of the two dtypes
         kept = x if ctx.products.narrow is None or x.dtype.itemsize == 2 else x.to(ctx.products.narrow)
         ctx.save_for_backward(kept, *weights)
         x = ctx.products.operand(x)
@@ -198,9 +199,7 @@ class _NormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.products, ctx.bias_dtype = _Products(x, residual), _dtype(bias)
         ctx.dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
-        normed, total, *statistics = torch.ops.fastmim.add_layer_norm(
-            x, residual, norm_weight, norm_bias, eps, ctx.products.operands
-        )
+        normed, total, *statistics = _add_layer_norm(x, residual, norm_weight, norm_bias, eps, ctx.products.operands)
         ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight)
         return ctx.products.linear(normed, weight, bias), total
 
@@ -211,9 +210,7 @@ class _NormLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(
-                grad @ operand(weight), grad_total, *norm
-            )
+            dtotal, *dnorm, normed = _add_layer_norm_backward(grad @ operand(weight), grad_total, *norm)
             linear = _parameter_gradients(grad, normed, weight, ctx.bias_dtype, ctx.needs_input_grad[5:])
         inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.dtypes))
         return *inputs, None, *linear
@@ -224,7 +221,7 @@ class _GeluLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.products, ctx.bias_dtype = _Products(x), _dtype(bias)
         ctx.save_for_backward(x, first_bias, weight)
-        out: Tensor = ctx.products.linear(torch.ops.fastmim.bias_gelu(x, first_bias), weight, bias)
+        out: Tensor = ctx.products.linear(_bias_gelu(x, first_bias), weight, bias)
         return out
 
     @staticmethod
@@ -234,6 +231,6 @@ class _GeluLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dx, dbias, hidden = torch.ops.fastmim.bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
+            dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
             linear = _parameter_gradients(grad, operand(hidden), weight, ctx.bias_dtype, ctx.needs_input_grad[2:])
         return dx, dbias.to(first_bias.dtype), *linear
