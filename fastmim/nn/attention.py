@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .fused import is_stock, linear, linear_of
+from .fused import NarrowWeights, is_stock, linear, linear_of
 
 
 class Attention(nn.Module):
@@ -26,11 +26,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor:
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only."""
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
-            return self.attend(linear(x, self.qkv))
+            return self.attend(linear(x, self.qkv, narrow), narrow)
         if not is_stock(self.qkv, nn.Linear):
             q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
             out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
@@ -41,9 +41,9 @@ class Attention(nn.Module):
             q = linear_of(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
             k, v = linear_of(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
             out = ops.attention(q, k, v)
-        return linear(out.flatten(2), self.proj)
+        return linear(out.flatten(2), self.proj, narrow)
 
-    def attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor, narrow: NarrowWeights | None = None) -> Tensor:
         """Return the attention and output projection of qkv (B, S, 3D): (B, S, D)."""
         out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
-        return linear(out.flatten(2), self.proj)
+        return linear(out.flatten(2), self.proj, narrow)

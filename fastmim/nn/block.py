@@ -1,7 +1,7 @@
 """Transformer blocks. Each residual sum is computed in the same pass as the norm that follows it."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from typing import TypeGuard, overload
@@ -13,7 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from .attention import Attention
-from .fused import gelu_linear, is_stock, linear_of, norm_linear, residual_stream, stock_norm, watched
+from .fused import (
+    NarrowWeights,
+    gelu_linear,
+    is_stock,
+    linear_of,
+    narrow_operands,
+    norm_linear,
+    residual_stream,
+    stock_norm,
+    unaltered,
+    watched,
+)
 
 Stream = tuple[Tensor, Tensor | None]
 
@@ -66,12 +77,14 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, math.floor(dim * mlp_ratio + 1e-6))
 
     @overload
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor: ...
+    def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor: ...
 
     @overload
-    def forward(self, x: Stream, num_queries: int | None = None) -> Stream: ...
+    def forward(self, x: Stream, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Stream: ...
 
-    def forward(self, x: Tensor | Stream, num_queries: int | None = None) -> Tensor | Stream:
+    def forward(
+        self, x: Tensor | Stream, num_queries: int | None = None, *, narrow: NarrowWeights | None = None
+    ) -> Tensor | Stream:
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens; the others serve as keys only.
 
         Under autocast the result is in float32, whatever x is. A chain of blocks passes a stream instead, and gets one:
@@ -83,21 +96,33 @@ class Block(nn.Module):
         attn, mlp = self.attn, self.mlp
 
         if branch is not None and num_queries is None and stock_norm(self.norm1) and is_stock_attention(attn):
-            qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias)
-            branch = attn.attend(qkv)
+            qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias, narrow)
+            branch = attn.attend(qkv, narrow)
         else:
             normed, residual = add_norm(self.norm1, branch, residual)
-            branch = call_attention(attn, normed, num_queries)
+            branch = call_attention(attn, normed, num_queries, narrow)
         residual = last_tokens(residual, num_queries)
 
         if stock_norm(self.norm2) and is_stock(mlp, Mlp) and mlp.fuses():
-            hidden, residual = norm_linear(branch, residual, self.norm2, mlp.fc1.weight, None)
-            branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2)
+            hidden, residual = norm_linear(branch, residual, self.norm2, mlp.fc1.weight, None, narrow)
+            branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2, narrow)
         else:
             normed, residual = add_norm(self.norm2, branch, residual)
             branch = mlp(normed)
 
         return residual + branch if isinstance(x, Tensor) else (residual, branch)
+
+    def _products(self) -> Iterator[Tensor | None]:
+        """Yield the weights and biases that this module itself multiplies and adds, unless a layer is altered."""
+        attn, mlp = self.attn, self.mlp
+        layers = [attn.qkv, attn.proj] if is_stock(attn, Attention) else []
+        layers += [mlp.fc2] if is_stock(mlp, Mlp) and mlp.fuses() else []
+        for layer in layers:
+            if is_stock(layer, nn.Linear):
+                yield from (layer.weight, layer.bias)
+        if mlp.fc2 in layers:
+            # its bias is added by the GELU
+            yield mlp.fc1.weight
 
 
 def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,12 +140,24 @@ def is_stock_attention(attn: nn.Module) -> TypeGuard[Attention]:
     return is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
 
 
-def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:
+def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
     """Return attn(x) of the last `num_queries` tokens; a module of another kind computes all tokens."""
     if type(attn).forward is Attention.forward:
-        out: Tensor = attn(x, num_queries)
+        out: Tensor = attn(x, num_queries, narrow=narrow)
         return out
     return last_tokens(attn(x), num_queries)
+
+
+def narrow_weights(blocks: Iterable[nn.Module], x: Tensor) -> NarrowWeights | None:
+    """Return copies of the weights of `blocks` in the dtype that autocast multiplies in, None outside autocast.
+
+    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends.
+    """
+    dtype = narrow_operands(x)
+    if dtype is None:
+        return None
+    stock = [block for block in blocks if isinstance(block, Block) and takes_stream(block) and unaltered(block)]
+    return NarrowWeights(chain.from_iterable(block._products() for block in stock), dtype)
 
 
 def last_tokens(x: Tensor, count: int | None) -> Tensor:
@@ -163,12 +200,13 @@ def run_blocks(
     blocks = list(blocks)
     if not blocks:
         x = last_tokens(x, num_queries)
+    narrow = narrow_weights(blocks, x)
     stream: Stream = (x, None)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
         run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
         if takes_stream(block):
-            stream = run(stream, queries)
+            stream = run(stream, queries, narrow=narrow)
             continue
         residual, branch = stream
         out = run(residual if branch is None else residual + branch)

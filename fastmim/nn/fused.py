@@ -2,12 +2,14 @@
 
 A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest tensor of a transformer
 block: the gradient kernel of the pass recomputes it from what it reads anyway. Under autocast the narrow (16-bit) copy
-of a weight isn't kept either. On a CPU without instructions for 16-bit products, which PyTorch emulates several times
-slower, products are taken in float32 and only their results are narrow.
+of a weight isn't kept either, unless the caller made it ahead, with others, in `NarrowWeights`. On a CPU without
+instructions for 16-bit products, which PyTorch emulates several times slower, products are taken in float32 and only
+their results are narrow.
 """
 
 import functools
 import platform
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeGuard, TypeVar
 
@@ -80,38 +82,93 @@ def residual_stream(x: Tensor) -> Tensor:
     return x if autocast_dtype(x) is None else x.float()
 
 
-def linear(x: Tensor, layer: nn.Module) -> Tensor:
+class NarrowWeights:
+    """Narrow copies of float32 weights and biases, made in one pass.
+
+    They are made anew in each forward pass and handed down with it, so that no change of a weight between two passes is
+    missed. The backward pass keeps the weights among them, 2 bytes a value. A tied weight has one copy.
+
+    Args:
+        parameters: to be copied; those of other dtypes are skipped.
+        dtype: of the copies.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor | None], dtype: torch.dtype) -> None:
+        sources = [p for p in dict.fromkeys(parameters) if p is not None and p.dtype == torch.float32]
+        with torch.no_grad():
+            copies = [torch.empty_like(source, dtype=dtype) for source in sources]
+            if copies:
+                torch._foreach_copy_(copies, sources)
+        self._copies = {source: (copy, _version(source)) for source, copy in zip(sources, copies)}
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the copy of `parameter`; itself where it has none or was changed since."""
+        copy, version = self._copies.get(parameter, (parameter, None))
+        return copy if version == _version(parameter) else parameter
+
+
+def _version(x: Tensor) -> int:
+    """Return the count of changes of `x` in place; tensors of inference mode have none."""
+    return 0 if x.is_inference() else x._version
+
+
+def narrow_operands(x: Tensor) -> torch.dtype | None:
+    """Return the 16-bit dtype that layers given x multiply in; None outside autocast and where the compiler casts."""
+    if torch.compiler.is_compiling():
+        return None
+    operands = _Products(x).operands
+    return None if operands == torch.float32 else operands
+
+
+def _operands(narrow: NarrowWeights | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what products are taken with: narrow copies where there are any."""
+    return tuple(p if narrow is None or p is None else narrow.of(p) for p in parameters)
+
+
+def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
     """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
     if is_stock(layer, nn.Linear):
-        return linear_of(x, layer.weight, layer.bias)
+        return linear_of(x, layer.weight, layer.bias, narrow)
     out: Tensor = layer(x)
     return out
 
 
-def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None) -> Tensor:
     """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's."""
-    return linears_of(x, (weight, bias))[0]
+    return linears_of(x, (weight, bias), narrow=narrow)[0]
 
 
-def linears_of(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
+def linears_of(
+    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None
+) -> tuple[Tensor, ...]:
     """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in layers)
-    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers))  # type: ignore[no-untyped-call]
+    parameters = tuple(chain(*layers))
+    out: tuple[Tensor, ...] = _Linears.apply(x, *parameters, *_operands(narrow, *parameters))  # type: ignore[no-untyped-call]
     return out
 
 
 def norm_linear(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None
+    x: Tensor,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    weight: Tensor,
+    bias: Tensor | None,
+    narrow: NarrowWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(residual + x), and residual + x; x, residual (..., D)."""
-    out: tuple[Tensor, Tensor] = _NormLinear.apply(x, residual, norm.weight, norm.bias, norm.eps, weight, bias)  # type: ignore[no-untyped-call]
+    operands = _operands(narrow, weight, bias)
+    out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
+        x, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+    )
     return out
 
 
-def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
+def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear, narrow: NarrowWeights | None = None) -> Tensor:
     """Return layer(GELU(x + bias)); x (..., D)."""
-    out: Tensor = _GeluLinear.apply(x, bias, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    operands = _operands(narrow, layer.weight, layer.bias)
+    out: Tensor = _GeluLinear.apply(x, bias, layer.weight, layer.bias, *operands)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -143,29 +200,42 @@ class _Products:
             return out if self.narrow is None else out.to(self.narrow)
 
 
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over rows of grad (N, E) times x (N, D), (E, D) in `dtype`."""
+    if grad.device.type == "cuda" and grad.dtype.itemsize == 2 and dtype == torch.float32:
+        # the product's own sums, not rounded to 16 bits; other devices have no such product
+        return torch.mm(grad.T, x, out_dtype=dtype)
+    return (grad.T @ x).to(dtype)
+
+
 def _parameter_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, wanted: tuple[bool, bool]
+    grad: Tensor, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype | None], wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the gradients of weight and bias, in their dtypes; None where not wanted."""
+    """Return the gradients of weight and bias in their `dtypes`; None where not wanted."""
     rows = grad.reshape(-1, grad.shape[-1])
-    dweight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if wanted[0] else None
-    return dweight, sum_rows(rows[None], bias_dtype) if wanted[1] and bias_dtype is not None else None
+    dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), dtypes[0]) if wanted[0] else None
+    return dweight, sum_rows(rows[None], dtypes[1]) if wanted[1] and dtypes[1] is not None else None
 
 
-def _dtype(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype
+def _dtypes(weight: Any, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return weight.dtype, None if bias is None else bias.dtype
+
+
+# Each function takes the parameters of a layer, which get the gradients, and then the operands of its product: the same
+# parameters again, or narrow copies of them.
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[::2], parameters[1::2]
-        ctx.products, ctx.bias_dtypes, ctx.dtype = _Products(x), [_dtype(bias) for bias in biases], x.dtype
+        parameters, operands = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.products, ctx.dtype = _Products(x), x.dtype
+        ctx.dtypes = [_dtypes(weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2])]
         # kept in the narrower of the two dtypes
         kept = x if ctx.products.narrow is None or x.dtype.itemsize == 2 else x.to(ctx.products.narrow)
-        ctx.save_for_backward(kept, *weights)
+        ctx.save_for_backward(kept, *operands[::2])
         x = ctx.products.operand(x)
-        return tuple(ctx.products.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+        return tuple(ctx.products.linear(x, weight, bias) for weight, bias in zip(operands[::2], operands[1::2]))
 
     @staticmethod
     @once_differentiable
@@ -175,14 +245,14 @@ class _Linears(torch.autograd.Function):
         x, dx = operand(x), None
         found: list[Tensor | None] = []
         with without_autocast(x.device.type):
-            for index, (grad, weight, bias_dtype) in enumerate(zip(grads, weights, ctx.bias_dtypes)):
+            for index, (grad, weight, dtypes) in enumerate(zip(grads, weights, ctx.dtypes)):
                 grad = operand(grad)
                 if ctx.needs_input_grad[0]:
                     part = grad @ operand(weight)
                     dx = part if dx is None else dx.add_(part)
                 wanted = ctx.needs_input_grad[1 + 2 * index : 3 + 2 * index]
-                found += _parameter_gradients(grad, x, weight, bias_dtype, wanted)
-        return None if dx is None else dx.to(ctx.dtype), *found
+                found += _parameter_gradients(grad, x, dtypes, wanted)
+        return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -196,12 +266,14 @@ class _NormLinear(torch.autograd.Function):
         eps: float,
         weight: Tensor,
         bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.bias_dtype = _Products(x, residual), _dtype(bias)
-        ctx.dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
+        ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
+        ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
         normed, total, *statistics = _add_layer_norm(x, residual, norm_weight, norm_bias, eps, ctx.products.operands)
-        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight)
-        return ctx.products.linear(normed, weight, bias), total
+        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
+        return ctx.products.linear(normed, weight_operand, bias_operand), total
 
     @staticmethod
     @once_differentiable
@@ -211,17 +283,25 @@ class _NormLinear(torch.autograd.Function):
         with without_autocast(grad.device.type):
             grad = operand(grad)
             dtotal, *dnorm, normed = _add_layer_norm_backward(grad @ operand(weight), grad_total, *norm)
-            linear = _parameter_gradients(grad, normed, weight, ctx.bias_dtype, ctx.needs_input_grad[5:])
-        inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.dtypes))
-        return *inputs, None, *linear
+            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[5:])
+        inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.input_dtypes))
+        return *inputs, None, *linear, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.products, ctx.bias_dtype = _Products(x), _dtype(bias)
-        ctx.save_for_backward(x, first_bias, weight)
-        out: Tensor = ctx.products.linear(_bias_gelu(x, first_bias), weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        first_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
+    ) -> Tensor:
+        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
+        ctx.save_for_backward(x, first_bias, weight_operand)
+        out: Tensor = ctx.products.linear(_bias_gelu(x, first_bias), weight_operand, bias_operand)
         return out
 
     @staticmethod
@@ -232,5 +312,5 @@ class _GeluLinear(torch.autograd.Function):
         with without_autocast(grad.device.type):
             grad = operand(grad)
             dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
-            linear = _parameter_gradients(grad, operand(hidden), weight, ctx.bias_dtype, ctx.needs_input_grad[2:])
-        return dx, dbias.to(first_bias.dtype), *linear
+            linear = _parameter_gradients(grad, operand(hidden), ctx.dtypes, ctx.needs_input_grad[2:])
+        return dx, dbias.to(first_bias.dtype), *linear, None, None
