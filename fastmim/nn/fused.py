@@ -282,7 +282,7 @@ class _NormLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed = _add_layer_norm_backward(grad @ operand(weight), grad_total, *norm)
+            dtotal, *dnorm, normed, _, _ = _add_layer_norm_backward(grad @ operand(weight), grad_total, *norm)
             linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[5:])
         inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.input_dtypes))
         return *inputs, None, *linear, None, None
