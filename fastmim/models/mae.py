@@ -275,14 +275,14 @@ class MaskedAutoencoderViT(nn.Module):
             self.decoder_pos_embed[0],
             num_prefix_tokens=1,
         )
-        out = run_blocks(
+        return run_blocks(
             self.decoder_blocks,
             self.decoder_norm,
             tokens,
             num_queries=mask.ids_predict.shape[1],
             checkpointing=self._checkpointing(),
+            head=self.decoder_pred,
         )
-        return linear(out, self.decoder_pred)
 
     def _decoder_embed(self, latent: Tensor) -> Tensor:
         return linear(latent, self.decoder_embed).to(self.mask_token.dtype)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .fused import NarrowWeights, is_stock, linear, linear_of
+from .fused import NarrowWeights, is_stock, linear, queries_linear
 
 
 class Attention(nn.Module):
@@ -30,20 +30,15 @@ class Attention(nn.Module):
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only."""
         heads = (self.num_heads, self.head_dim)
         if num_queries is None:
-            return self.attend(linear(x, self.qkv, narrow), narrow)
-        if not is_stock(self.qkv, nn.Linear):
-            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-            out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
+            return linear(self._attend(linear(x, self.qkv, narrow)), self.proj, narrow)
+        if is_stock(self.qkv, nn.Linear):
+            queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
+            q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
         else:
-            dim = x.shape[-1]
-            wq, wkv = self.qkv.weight.tensor_split([dim])
-            bq, bkv = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([dim])
-            q = linear_of(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
-            k, v = linear_of(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
-            out = ops.attention(q, k, v)
-        return linear(out.flatten(2), self.proj, narrow)
+            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+            q = q[:, x.shape[1] - num_queries :]
+        return linear(ops.attention(q, k, v).flatten(2), self.proj, narrow)
 
-    def attend(self, qkv: Tensor, narrow: NarrowWeights | None = None) -> Tensor:
-        """Return the attention and output projection of qkv (B, S, 3D): (B, S, D)."""
-        out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
-        return linear(out.flatten(2), self.proj, narrow)
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """Return what the output projection is given: the attention of qkv (B, S, 3D), (B, S, D)."""
+        return ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim))).flatten(2)

@@ -4,19 +4,21 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import TypeGuard, overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
+from ..ops.norm import _add_layer_norm
 from .attention import Attention
 from .fused import (
     NarrowWeights,
     gelu_linear,
     is_stock,
+    linear,
+    linear_and_bias,
     linear_of,
     narrow_operands,
     norm_linear,
@@ -26,7 +28,32 @@ from .fused import (
     watched,
 )
 
-Stream = tuple[Tensor, Tensor | None]
+
+class Stream(NamedTuple):
+    """Tokens between blocks, residual + (branch + bias), which the next norm adds up.
+
+    Attributes:
+        residual: (B, S, D).
+        branch: (B, S, D), the result of the last MLP; None before the first block.
+        bias: (D,) of the layer that made `branch`; None where `branch` contains it.
+    """
+
+    residual: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Return the tokens."""
+        if self.branch is None:
+            return self.residual
+        return self.residual + (self.branch if self.bias is None else self.branch + self.bias)
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return branch, bias and residual, from which a fused norm takes the sum; a missing branch is zeros."""
+        branch = self.branch
+        if branch is None:
+            branch = self.residual.new_zeros(self.residual.shape[-1]).expand_as(self.residual)
+        return branch, self.bias, self.residual
 
 
 class Mlp(nn.Module):
@@ -40,7 +67,8 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., D) to (..., D)."""
         if self.fuses():
-            return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
+            hidden = linear_of(x, self.fc1.weight, None)
+            return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
@@ -87,57 +115,54 @@ class Block(nn.Module):
     ) -> Tensor | Stream:
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens; the others serve as keys only.
 
-        Under autocast the result is in float32, whatever x is. A chain of blocks passes a stream instead, and gets one:
-        the pair (residual, branch) whose sum is x; the next norm adds the two.
+        Under autocast the result is in float32, whatever x is. A chain of blocks passes a `Stream`, and gets one.
         """
-        residual, branch = (x, None) if isinstance(x, Tensor) else x
-        if branch is None:
-            residual = residual_stream(residual)
-        attn, mlp = self.attn, self.mlp
+        stream = Stream(x) if isinstance(x, Tensor) else x
+        if stream.branch is None:
+            stream = Stream(residual_stream(stream.residual))
+        stream = self._add_attention(stream, num_queries, narrow)
+        # hooks on a block are those of fully_shard, which free its weights when it ends
+        stream = self._add_mlp(stream, narrow, bias_apart=not isinstance(x, Tensor) and unaltered(self))
+        return stream.sum() if isinstance(x, Tensor) else stream
 
-        if branch is not None and num_queries is None and stock_norm(self.norm1) and is_stock_attention(attn):
-            qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias, narrow)
-            branch = attn.attend(qkv, narrow)
-        else:
-            normed, residual = add_norm(self.norm1, branch, residual)
-            branch = call_attention(attn, normed, num_queries, narrow)
-        residual = last_tokens(residual, num_queries)
+    def _add_attention(self, x: Stream, num_queries: int | None, narrow: NarrowWeights | None) -> Stream:
+        """Return x + attn(norm1(x)) of the last `num_queries` tokens."""
+        norm, attn = self.norm1, self.attn
+        stock = is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
+        if num_queries is None and stock and stock_norm(norm):
+            qkv, residual = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
+            return Stream(
+                residual, *linear_and_bias(attn._attend(qkv), attn.proj, narrow, apart=stock_norm(self.norm2))
+            )
+        normed, residual = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
+        return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries, narrow))
 
-        if stock_norm(self.norm2) and is_stock(mlp, Mlp) and mlp.fuses():
-            hidden, residual = norm_linear(branch, residual, self.norm2, mlp.fc1.weight, None, narrow)
-            branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2, narrow)
-        else:
-            normed, residual = add_norm(self.norm2, branch, residual)
-            branch = mlp(normed)
+    def _add_mlp(self, x: Stream, narrow: NarrowWeights | None, bias_apart: bool) -> Stream:
+        """Return x + mlp(norm2(x))."""
+        norm, mlp = self.norm2, self.mlp
+        if is_stock(mlp, Mlp) and mlp.fuses() and stock_norm(norm):
+            hidden, residual = norm_linear(*x.parts(), norm, mlp.fc1.weight, None, narrow)
+            bias, left = (None, mlp.fc2.bias) if bias_apart else (mlp.fc2.bias, None)
+            return Stream(residual, gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, bias, narrow), left)
+        normed, residual = add_norm(norm, x)
+        return Stream(residual, mlp(normed))
 
-        return residual + branch if isinstance(x, Tensor) else (residual, branch)
-
-    def _products(self) -> Iterator[Tensor | None]:
-        """Yield the weights and biases that this module itself multiplies and adds, unless a layer is altered."""
-        attn, mlp = self.attn, self.mlp
-        layers = [attn.qkv, attn.proj] if is_stock(attn, Attention) else []
-        layers += [mlp.fc2] if is_stock(mlp, Mlp) and mlp.fuses() else []
-        for layer in layers:
-            if is_stock(layer, nn.Linear):
-                yield from (layer.weight, layer.bias)
-        if mlp.fc2 in layers:
-            # its bias is added by the GELU
-            yield mlp.fc1.weight
+    def _layers(self) -> Iterator[nn.Linear]:
+        """Yield the linear layers that are fused, rather than called."""
+        if is_stock(self.attn, Attention):
+            yield from (layer for layer in (self.attn.qkv, self.attn.proj) if is_stock(layer, nn.Linear))
+        if is_stock(self.mlp, Mlp) and self.mlp.fuses():
+            yield from (self.mlp.fc1, self.mlp.fc2)
 
 
-def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Return norm(residual + x) and residual + x; without the sum where `x` is None."""
-    if x is None:
-        return norm(residual), residual
-    if stock_norm(norm):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
-    total = residual + x
+def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return norm(x), in `dtype` where both are computed in one pass, and x."""
+    if x.branch is not None and stock_norm(norm):
+        branch, bias, residual = x.parts()
+        normed, total, *_ = _add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dtype, bias)
+        return normed, total
+    total = x.sum()
     return norm(total), total
-
-
-def is_stock_attention(attn: nn.Module) -> TypeGuard[Attention]:
-    """Return whether the qkv projection may be taken out of `attn` and fused with the norm before it."""
-    return is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
 
 
 def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
@@ -146,18 +171,6 @@ def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, narrow: 
         out: Tensor = attn(x, num_queries, narrow=narrow)
         return out
     return last_tokens(attn(x), num_queries)
-
-
-def narrow_weights(blocks: Iterable[nn.Module], x: Tensor) -> NarrowWeights | None:
-    """Return copies of the weights of `blocks` in the dtype that autocast multiplies in, None outside autocast.
-
-    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends.
-    """
-    dtype = narrow_operands(x)
-    if dtype is None:
-        return None
-    stock = [block for block in blocks if isinstance(block, Block) and takes_stream(block) and unaltered(block)]
-    return NarrowWeights(chain.from_iterable(block._products() for block in stock), dtype)
 
 
 def last_tokens(x: Tensor, count: int | None) -> Tensor:
@@ -184,6 +197,21 @@ def takes_stream(block: nn.Module) -> bool:
     )
 
 
+def narrow_weights(blocks: Iterable[nn.Module], head: nn.Module | None, x: Tensor) -> NarrowWeights | None:
+    """Return copies of the weights of `blocks` and `head` in the dtype that autocast multiplies in, if it does.
+
+    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends.
+    """
+    dtype = narrow_operands(x)
+    if dtype is None:
+        return None
+    stock = [block for block in blocks if isinstance(block, Block) and takes_stream(block) and unaltered(block)]
+    layers = [layer for block in stock for layer in block._layers()]
+    if head is not None and is_stock(head, nn.Linear):
+        layers.append(head)
+    return NarrowWeights((p for layer in layers for p in (layer.weight, layer.bias)), dtype)
+
+
 def run_blocks(
     blocks: Iterable[nn.Module],
     norm: nn.Module,
@@ -191,8 +219,9 @@ def run_blocks(
     *,
     num_queries: int | None = None,
     checkpointing: bool = False,
+    head: nn.Module | None = None,
 ) -> Tensor:
-    """Return norm(blocks(x)), x (B, S, D).
+    """Return head(norm(blocks(x))), x (B, S, D); without `head`, norm(blocks(x)).
 
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
     only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
@@ -200,16 +229,17 @@ def run_blocks(
     blocks = list(blocks)
     if not blocks:
         x = last_tokens(x, num_queries)
-    narrow = narrow_weights(blocks, x)
-    stream: Stream = (x, None)
+    narrow = narrow_weights(blocks, head, x)
+    stream = Stream(x)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
         run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
         if takes_stream(block):
             stream = run(stream, queries, narrow=narrow)
-            continue
-        residual, branch = stream
-        out = run(residual if branch is None else residual + branch)
-        stream = last_tokens(out, queries), None
-    residual, branch = stream
-    return add_norm(norm, branch, residual)[0]
+        else:
+            stream = Stream(last_tokens(run(stream.sum()), queries))
+    if head is None:
+        return add_norm(norm, stream)[0]
+    if stream.branch is not None and stock_norm(norm) and is_stock(head, nn.Linear):
+        return norm_linear(*stream.parts(), norm, head.weight, head.bias, narrow)[0]
+    return linear(add_norm(norm, stream)[0], head, narrow)

@@ -149,26 +149,58 @@ def linears_of(
     return out
 
 
+def queries_linear(
+    x: Tensor, num_queries: int, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return queries (B, num_queries, D) of the last tokens, and keys and values (B, S, 2D) of all tokens x (B, S, D).
+
+    `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
+    """
+    if torch.compiler.is_compiling():
+        width = [x.shape[-1]]
+        weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
+        last = x[:, x.shape[1] - num_queries :]
+        return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+    operands = _operands(narrow, weight, bias)
+    out: tuple[Tensor, Tensor] = _QueriesLinear.apply(x, num_queries, weight, bias, *operands)  # type: ignore[no-untyped-call]
+    return out
+
+
+def linear_and_bias(
+    x: Tensor, layer: nn.Module, narrow: NarrowWeights | None, *, apart: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return layer(x) and None; with `apart` the product alone and the layer's bias, if the layer is unaltered."""
+    if apart and is_stock(layer, nn.Linear):
+        return linear_of(x, layer.weight, None, narrow), layer.bias
+    return linear(x, layer, narrow), None
+
+
 def norm_linear(
     x: Tensor,
+    x_bias: Tensor | None,
     residual: Tensor,
     norm: nn.LayerNorm,
     weight: Tensor,
     bias: Tensor | None,
     narrow: NarrowWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `linear_of` norm(residual + x), and residual + x; x, residual (..., D)."""
+    """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
+
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without.
+    """
     operands = _operands(narrow, weight, bias)
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+        x, x_bias, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
     )
     return out
 
 
-def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return layer(GELU(x + bias)); x (..., D)."""
-    operands = _operands(narrow, layer.weight, layer.bias)
-    out: Tensor = _GeluLinear.apply(x, bias, layer.weight, layer.bias, *operands)  # type: ignore[no-untyped-call]
+def gelu_linear(
+    x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
+) -> Tensor:
+    """Return `linear_of` GELU(x + first_bias); x (..., D)."""
+    operands = _operands(narrow, weight, bias)
+    out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -255,11 +287,48 @@ class _Linears(torch.autograd.Function):
         return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
 
 
+class _QueriesLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        num_queries: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
+        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, x.shape[-1]
+        x = ctx.products.operand(x)
+        ctx.save_for_backward(x, weight_operand)
+        biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
+        queries = ctx.products.linear(x[:, ctx.skipped :], weight_operand[:width], biases[0])
+        return queries, ctx.products.linear(x, weight_operand[width:], biases[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with without_autocast(x.device.type):
+            dqueries, dothers = map(ctx.products.operand, grads)
+            weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
+            dx = dothers @ weight[width:]
+            dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
+            wanted = ctx.needs_input_grad[2:4]
+            of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
+            of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
+            found = ([part for part in parts if part is not None] for parts in zip(of_queries, of_others))
+            joined = [torch.cat(parts) if parts else None for parts in found]
+        return dx.to(ctx.dtype), None, *joined, None, None
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        x_bias: Tensor | None,
         residual: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
@@ -271,21 +340,32 @@ class _NormLinear(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
         ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
-        normed, total, *statistics = _add_layer_norm(x, residual, norm_weight, norm_bias, eps, ctx.products.operands)
+        ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
+        normed, total, *statistics = _add_layer_norm(
+            x, residual, norm_weight, norm_bias, eps, ctx.products.operands, x_bias
+        )
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
         return ctx.products.linear(normed, weight_operand, bias_operand), total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        *norm, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, *norm, weight = ctx.saved_tensors
         operand = ctx.products.operand
+        if grad is None:
+            grad = total.new_zeros(*total.shape[:-1], weight.shape[0])
+        x_dtype, *dtypes = ctx.input_dtypes
+        dx_dtype, sum_dx = x_dtype if ctx.needs_input_grad[0] else None, ctx.x_bias_dtype is not None
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed, _, _ = _add_layer_norm_backward(grad @ operand(weight), grad_total, *norm)
-            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[5:])
-        inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.input_dtypes))
-        return *inputs, None, *linear, None, None
+            dtotal, dweight, dbias, normed, dx, dx_bias = _add_layer_norm_backward(
+                grad @ operand(weight), grad_total, total, *norm, dx_dtype, sum_dx
+            )
+            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[6:])
+        dx = dtotal if x_dtype == total.dtype else dx
+        others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
+        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None
 
 
 class _GeluLinear(torch.autograd.Function):

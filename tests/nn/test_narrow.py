@@ -148,8 +148,8 @@ def test_tied_weights_have_one_copy():
     tie(model), tie(plain)
     with recorded() as made:
         loss_of(model).backward()
-    # three of the second block's four layers are the first one's
-    assert len(made[0]._copies) == 2 * 4 - 1 - (2 + 2) + 4 - 1
+    # of the second block's layers only fc2 and the bias of fc1 are its own
+    assert len(made[0]._copies) == 8 + 3
     with without_copies():
         loss_of(plain).backward()
     assert_equal(gradients(model), gradients(plain))
@@ -171,8 +171,7 @@ def test_one_cast_a_weight(dtype):
 
     with Casts():
         loss_of(model, dtype).backward()
-    # weights and biases but those that a GELU adds; the last decoder block splits its qkv
-    assert cast == [2 * 7, 2 * 7]
+    assert cast == [2 * 8, 2 * 8 + 2]
 
 
 def test_nothing_changes_without_autocast():
@@ -288,8 +287,11 @@ def test_sharded_blocks_have_no_early_copies(alone, checkpointing, reshard):
     fully_shard(model, mesh=alone)
     with recorded() as made:
         found = stepped(model, optimise)
-    assert not any(copies._copies for copies in made)
-    with without_copies():
+    # but the head's, which is of the model: gathered for the whole pass
+    assert [len(copies._copies) for copies in made] == [0, 2, 0, 2]
+    # nor do they leave a bias to the next block
+    with without_copies(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(block, "unaltered", lambda module: False)
         assert_equal(found, stepped(build(), optimise))
 
 
@@ -321,7 +323,8 @@ def test_a_product_on_cuda_sums_in_float32(dtype):
         called.clear()
         out = fused.weight_gradient(grad, x, torch.float32)
         assert out.dtype == torch.float32 and out.shape == (3, 4)
-    assert [op for op in called if op is not torch.ops.aten.t.default] == [torch.ops.aten.mm.dtype]
+    products = torch.ops.aten.mm, torch.ops.aten._to_copy
+    assert [op for op in called if op.overloadpacket in products] == [torch.ops.aten.mm.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
