@@ -131,9 +131,8 @@ class Block(nn.Module):
         stock = is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
         if num_queries is None and stock and stock_norm(norm):
             qkv, residual = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
-            return Stream(
-                residual, *linear_and_bias(attn._attend(qkv), attn.proj, narrow, apart=stock_norm(self.norm2))
-            )
+            out = attn._attend(qkv)
+            return Stream(residual, *linear_and_bias(out, attn.proj, narrow, apart=stock_norm(self.norm2)))
         normed, residual = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
         return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries, narrow))
 
@@ -200,13 +199,16 @@ def takes_stream(block: nn.Module) -> bool:
 def narrow_weights(blocks: Iterable[nn.Module], head: nn.Module | None, x: Tensor) -> NarrowWeights | None:
     """Return copies of the weights of `blocks` and `head` in the dtype that autocast multiplies in, if it does.
 
-    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends.
+    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends. So is
+    one that is compiled in place.
     """
     dtype = narrow_operands(x)
     if dtype is None:
         return None
-    stock = [block for block in blocks if isinstance(block, Block) and takes_stream(block) and unaltered(block)]
-    layers = [layer for block in stock for layer in block._layers()]
+    layers: list[nn.Linear] = []
+    for block in blocks:
+        eager = takes_stream(block) and unaltered(block) and block._compiled_call_impl is None
+        layers += block._layers() if eager and isinstance(block, Block) else ()
     if head is not None and is_stock(head, nn.Linear):
         layers.append(head)
     return NarrowWeights((p for layer in layers for p in (layer.weight, layer.bias)), dtype)

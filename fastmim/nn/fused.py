@@ -313,14 +313,15 @@ class _QueriesLinear(torch.autograd.Function):
         with without_autocast(x.device.type):
             dqueries, dothers = map(ctx.products.operand, grads)
             weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
-            dx = dothers @ weight[width:]
-            dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
+            dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
+            if dx is not None:
+                dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
             wanted = ctx.needs_input_grad[2:4]
             of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
             of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
             found = ([part for part in parts if part is not None] for parts in zip(of_queries, of_others))
             joined = [torch.cat(parts) if parts else None for parts in found]
-        return dx.to(ctx.dtype), None, *joined, None, None
+        return None if dx is None else dx.to(ctx.dtype), None, *joined, None, None
 
 
 class _NormLinear(torch.autograd.Function):

@@ -196,6 +196,19 @@ def test_the_compiler_casts_by_itself():
     assert not made
 
 
+def test_a_block_compiled_in_place_casts_by_itself():
+    torch.compiler.reset()
+    model = build()
+    expected = loss_of(model)
+    for part in (*model.blocks, *model.decoder_blocks):
+        part.compile(fullgraph=True, backend="aot_eager")
+    with recorded() as made:
+        loss = loss_of(model)
+        loss.backward()
+    assert [len(copies._copies) for copies in made] == [0, 2]
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_kept_without_gradients(mode):
     model = build()
