@@ -144,7 +144,7 @@ def add_layer_norm(
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
-    eps: float,
+    eps: float = 1e-6,
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,6 +298,29 @@ def add_layer_norm_backward(
 # ---- bias_gelu -------------------------------------------------------------------------------------------------------
 
 
+@triton.jit
+def _normal_distribution(u):
+    """Return the normal distribution function Φ(u) and its density φ(u), from one exponential.
+
+    Mills's ratio Φ(-|u|) / φ(u) is t times a polynomial in t = 1 / (1 + 0.3 |u|): a minimax fit on |u| <= 14.5, whose
+    relative error is below 2.6e-8 (1 + u²/2), less than that of φ in float32. So Φ is accurate far below 0 as well.
+    """
+    # φ(u) = exp(-u²/2) / sqrt(2π), as a power of 2
+    density = tl.exp2(u * u * -0.72134752 - 1.3257481)
+    base = 1.0 + 0.3 * tl.abs(u)
+    # one instruction, where a division takes six
+    t = tl.rsqrt(base * base)
+    p = t * 0.09018845 - 0.39593846
+    p = p * t + 0.51789504
+    p = p * t - 0.13234808
+    p = p * t + 0.31935102
+    p = p * t + 0.25193167
+    p = p * t + 0.30233806
+    p = p * t + 0.29989648
+    tail = p * t * density
+    return tl.where(u < 0, tail, 1.0 - tail), density
+
+
 @kernel
 def _bias_gelu_kernel(
     x, x_batch, x_row, x_value,
@@ -306,7 +329,7 @@ def _bias_gelu_kernel(
     rows, count, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """GELU u Φ(u) of u = x + bias for a block of rows and columns, with Φ from the error function."""
+    """Write GELU u Φ(u), u = x + bias, of a block of rows and columns; Φ is the normal distribution function."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_columns = column < width
@@ -315,7 +338,8 @@ def _bias_gelu_kernel(
     source = tile_pointers(x, b, k, column, x_batch, x_row, x_value, UNIT)
     biases = tl.load(bias + column * bias_value, mask=valid_columns, other=0.0).to(tl.float32)
     u = tl.load(source, mask=valid, other=0.0).to(tl.float32) + biases[None, :]
-    result = u * (0.5 + 0.5 * tl.erf(u * 0.7071067811865476))
+    phi, _ = _normal_distribution(u)
+    result = u * phi
     tl.store(out + dense_offsets(row, column, width), result.to(out.dtype.element_ty), mask=valid)
 
 
@@ -366,9 +390,8 @@ def _bias_gelu_backward_kernel(
         u = tl.load(source, mask=valid, other=0.0).to(tl.float32) + biases[None, :]
         source = tile_pointers(grad, b, k, column, grad_batch, grad_row, grad_value, UNIT)
         g = tl.load(source, mask=valid, other=0.0).to(tl.float32)
-        bell = tl.exp(-0.5 * u * u) * 0.3989422804014327
-        phi = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)
-        out = tl.where(valid, g * (phi + u * bell), 0.0)
+        phi, density = _normal_distribution(u)
+        out = tl.where(valid, g * (phi + u * density), 0.0)
         dbias += out
         target = dense_offsets(row, column, width)
         tl.store(dx + target, out.to(dx.dtype.element_ty), mask=valid)
@@ -378,7 +401,7 @@ def _bias_gelu_backward_kernel(
 
 
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, in float32, of bias; with `again`, the op's value."""
+    """Return the gradients of x and, in float32, of bias; with `again`, also the op's value."""
     refuse_float64(grad, x, bias)
     dx, recomputed = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
     if x.numel() == 0:
