@@ -259,7 +259,7 @@ class MaskedAutoencoderViT(nn.Module):
             images,
             ids_keep,
             pos_embed=self.pos_embed[0, 1:],
-            prefix=self.cls_token[0] + self.pos_embed[0, :1],
+            prefix=self.cls_token.squeeze(0) + self.pos_embed[0, :1],
             mean=mean,
             std=std,
         )
@@ -271,7 +271,7 @@ class MaskedAutoencoderViT(nn.Module):
             self._decoder_embed(latent),
             mask.ids_keep,
             mask.ids_predict,
-            self.mask_token[0, 0],
+            self.mask_token.flatten(),
             self.decoder_pos_embed[0],
             num_prefix_tokens=1,
         )
@@ -359,7 +359,11 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """latent (B, 1+K, D) -> predictions (B, L, P) of all patches in grid order."""
         tokens = ops.unshuffle(
-            self._decoder_embed(x), ids_restore, self.mask_token[0, 0], self.decoder_pos_embed[0], num_prefix_tokens=1
+            self._decoder_embed(x),
+            ids_restore,
+            self.mask_token.flatten(),
+            self.decoder_pos_embed[0],
+            num_prefix_tokens=1,
         )
         out = run_blocks(self.decoder_blocks, self.decoder_norm, tokens, checkpointing=self._checkpointing())
         return linear(out[:, 1:], self.decoder_pred)

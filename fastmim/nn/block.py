@@ -1,7 +1,7 @@
 """Transformer blocks. Each residual sum is computed in the same pass as the norm that follows it."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
 from typing import NamedTuple, overload
@@ -146,12 +146,12 @@ class Block(nn.Module):
         normed, residual = add_norm(norm, x)
         return Stream(residual, mlp(normed))
 
-    def _layers(self) -> Iterator[nn.Linear]:
-        """Yield the linear layers that are fused, rather than called."""
-        if is_stock(self.attn, Attention):
-            yield from (layer for layer in (self.attn.qkv, self.attn.proj) if is_stock(layer, nn.Linear))
-        if is_stock(self.mlp, Mlp) and self.mlp.fuses():
-            yield from (self.mlp.fc1, self.mlp.fc2)
+    def _layers(self) -> list[nn.Linear]:
+        """Return the linear layers that may be fused, rather than called."""
+        attn, mlp = self.attn, self.mlp
+        layers = [attn.qkv, attn.proj] if is_stock(attn, Attention) else []
+        layers += [mlp.fc1, mlp.fc2] if is_stock(mlp, Mlp) else []
+        return [layer for layer in layers if is_stock(layer, nn.Linear)]
 
 
 def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

@@ -103,8 +103,8 @@ class NarrowWeights:
 
     def of(self, parameter: Tensor) -> Tensor:
         """Return the copy of `parameter`; itself where it has none or was changed since."""
-        copy, version = self._copies.get(parameter, (parameter, None))
-        return copy if version == _version(parameter) else parameter
+        found = self._copies.get(parameter)
+        return found[0] if found is not None and found[1] == _version(parameter) else parameter
 
 
 def _version(x: Tensor) -> int:
@@ -120,9 +120,11 @@ def narrow_operands(x: Tensor) -> torch.dtype | None:
     return None if operands == torch.float32 else operands
 
 
-def _operands(narrow: NarrowWeights | None, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return what products are taken with: narrow copies where there are any."""
-    return tuple(p if narrow is None or p is None else narrow.of(p) for p in parameters)
+def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return what a product is taken with: narrow copies where there are any."""
+    if narrow is None:
+        return weight, bias
+    return narrow.of(weight), None if bias is None else narrow.of(bias)
 
 
 def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
@@ -144,8 +146,8 @@ def linears_of(
     """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in layers)
-    parameters = tuple(chain(*layers))
-    out: tuple[Tensor, ...] = _Linears.apply(x, *parameters, *_operands(narrow, *parameters))  # type: ignore[no-untyped-call]
+    operands = chain(*(_operands(narrow, weight, bias) for weight, bias in layers))
+    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
     return out
 
 
