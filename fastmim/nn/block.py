@@ -121,8 +121,10 @@ class Block(nn.Module):
         if stream.branch is None:
             stream = Stream(residual_stream(stream.residual))
         stream = self._add_attention(stream, num_queries, narrow)
-        # hooks on a block are those of fully_shard, which free its weights when it ends
-        stream = self._add_mlp(stream, narrow, bias_apart=not isinstance(x, Tensor) and unaltered(self))
+        stream = self._add_mlp(stream, narrow, bias_apart=not isinstance(x, Tensor))
+        if stream.bias is not None and not unaltered(self):
+            # hooks on a block that is given a stream are those of fully_shard, which free its weights when it ends
+            stream = stream._replace(bias=stream.bias.clone())
         return stream.sum() if isinstance(x, Tensor) else stream
 
     def _add_attention(self, x: Stream, num_queries: int | None, narrow: NarrowWeights | None) -> Stream:
