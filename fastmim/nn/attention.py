@@ -28,17 +28,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor:
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only."""
-        heads = (self.num_heads, self.head_dim)
+        return linear(self._attend(x, num_queries, narrow), self.proj, narrow)
+
+    def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
+        """Return what the output projection is given, of the last `num_queries` tokens of x (B, S, D)."""
         if num_queries is None:
-            return linear(self._attend(linear(x, self.qkv, narrow)), self.proj, narrow)
+            return self._attend_packed(linear(x, self.qkv, narrow))
+        heads = (self.num_heads, self.head_dim)
         if is_stock(self.qkv, nn.Linear):
             queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
             q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
         else:
             q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
             q = q[:, x.shape[1] - num_queries :]
-        return linear(ops.attention(q, k, v).flatten(2), self.proj, narrow)
+        return ops.attention(q, k, v).flatten(2)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """Return what the output projection is given: the attention of qkv (B, S, 3D), (B, S, D)."""
+    def _attend_packed(self, qkv: Tensor) -> Tensor:
+        """Return what the output projection is given, of qkv (B, S, 3D): (B, S, D)."""
         return ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim))).flatten(2)

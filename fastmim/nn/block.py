@@ -49,11 +49,12 @@ class Stream(NamedTuple):
         return self.residual + (self.branch if self.bias is None else self.branch + self.bias)
 
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return branch, bias and residual, from which a fused norm takes the sum; a missing branch is zeros."""
-        branch = self.branch
-        if branch is None:
-            branch = self.residual.new_zeros(self.residual.shape[-1]).expand_as(self.residual)
-        return branch, self.bias, self.residual
+        """Return branch, bias and residual for a norm that adds them; zeros where there is no branch yet."""
+        if self.branch is not None:
+            return self.branch, self.bias, self.residual
+        # with a bias of zeros too, the first norm is served by the same kernel as the others
+        zeros = self.residual.new_zeros(self.residual.shape[-1])
+        return zeros.expand_as(self.residual), zeros, self.residual
 
 
 class Mlp(nn.Module):
@@ -129,14 +130,13 @@ class Block(nn.Module):
 
     def _add_attention(self, x: Stream, num_queries: int | None, narrow: NarrowWeights | None) -> Stream:
         """Return x + attn(norm1(x)) of the last `num_queries` tokens."""
-        norm, attn = self.norm1, self.attn
-        stock = is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
-        if num_queries is None and stock and stock_norm(norm):
-            qkv, residual = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
-            out = attn._attend(qkv)
-            return Stream(residual, *linear_and_bias(out, attn.proj, narrow, apart=stock_norm(self.norm2)))
-        normed, residual = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
-        return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries, narrow))
+        attn = self.attn
+        if is_stock(attn, Attention):
+            out, residual = norm_attend(self.norm1, attn, x, num_queries, narrow)
+            branch, bias = linear_and_bias(out, attn.proj, narrow, apart=stock_norm(self.norm2))
+            return Stream(last_tokens(residual, num_queries), branch, bias)
+        normed, residual = add_norm(self.norm1, x)
+        return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries))
 
     def _add_mlp(self, x: Stream, narrow: NarrowWeights | None, bias_apart: bool) -> Stream:
         """Return x + mlp(norm2(x))."""
@@ -166,10 +166,22 @@ def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tu
     return norm(total), total
 
 
-def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
+def norm_attend(
+    norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None
+) -> tuple[Tensor, Tensor]:
+    """Return what the output projection of `attn` is given, of norm(x), and x."""
+    stock = is_stock(attn.qkv, nn.Linear)
+    if num_queries is None and stock and stock_norm(norm):
+        qkv, total = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
+        return attn._attend_packed(qkv), total
+    normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
+    return attn._attend(normed, num_queries, narrow), total
+
+
+def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:
     """Return attn(x) of the last `num_queries` tokens; a module of another kind computes all tokens."""
     if type(attn).forward is Attention.forward:
-        out: Tensor = attn(x, num_queries, narrow=narrow)
+        out: Tensor = attn(x, num_queries)
         return out
     return last_tokens(attn(x), num_queries)
 
