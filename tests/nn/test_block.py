@@ -129,6 +129,24 @@ def test_run_blocks(depth, num_queries, norm):
     assert_same(run_blocks(chain[:-1], chain[-1], x, num_queries=num_queries), expected, chain, x)
 
 
+@pytest.mark.parametrize("hooked", ["nothing", "norm", "head"])
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_head_follows_the_last_norm(depth, norm, hooked):
+    blocks = [Block(DIM, HEADS, norm_layer=NORMS[norm]) for _ in range(depth)]
+    chain, x = random_(nn.ModuleList([*blocks, NORMS[norm](DIM), nn.Linear(DIM, 5)])), tokens()
+    last, head = chain[-2:]
+    seen = []
+    for module in {"nothing": (), "norm": (last,), "head": (head,)}[hooked]:
+        module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    found = run_blocks(blocks, last, x, num_queries=3, head=head)
+    assert len(seen) == (hooked != "nothing")
+    expected = x
+    for block in blocks:
+        expected = plain_block(block, expected)
+    assert_same(found, head(last(expected))[:, -3:], chain, x)
+
+
 def test_checkpointing_is_bit_equal_and_recomputes():
     blocks, x = random_(nn.ModuleList(Block(DIM, HEADS) for _ in range(2))), tokens()
     norm, runs = nn.LayerNorm(DIM).double(), []
