@@ -27,7 +27,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor:
-        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only."""
+        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only.
+
+        `narrow` may hold copies of the weights.
+        """
         return linear(self._attend(x, num_queries, narrow), self.proj, narrow)
 
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:

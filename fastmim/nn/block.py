@@ -116,7 +116,8 @@ class Block(nn.Module):
     ) -> Tensor | Stream:
         """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens; the others serve as keys only.
 
-        Under autocast the result is in float32, whatever x is. A chain of blocks passes a `Stream`, and gets one.
+        Under autocast the result is in float32, whatever x is. A chain of blocks passes a `Stream`, and gets one; and
+        `narrow`, copies of the blocks' weights that it makes at once.
         """
         stream = Stream(x) if isinstance(x, Tensor) else x
         if stream.branch is None:
