@@ -537,24 +537,24 @@ def add_layer_norm_backward(
     rows = wide(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     nothing = normed.new_empty(0)
-    again = nothing if bias is None else normed * weight.to(normed.dtype) + bias.to(normed.dtype)
+    recomputed = nothing if bias is None else normed * weight.to(normed.dtype) + bias.to(normed.dtype)
     narrow = None if dx_dtype in (None, total.dtype) else dx_dtype
     return (
         grad.to(total.dtype),
         dweight,
         dbias,
-        again.to(grad_normed.dtype, copy=bias is None),
+        recomputed.to(grad_normed.dtype, copy=bias is None),
         grad.to(narrow) if narrow else total.new_empty(0),
         grad.reshape(rows.shape).sum(0) if sum_dx else nothing,
     )
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """u Φ(u) with u = x + bias and Φ the normal distribution function (erf, not tanh)."""
+    """Return GELU u Φ(u), u = x + bias, with Φ the normal distribution function (erf, not tanh)."""
     return F.gelu(wide(x) + wide(bias)).to(x.dtype)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and, in the wide dtype, of bias; with `again`, the op's value."""
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x and, in the wide dtype, of bias; with `recompute`, also the op's value."""
     dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
-    return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if again else x.new_empty(0)
+    return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if recompute else x.new_empty(0)

@@ -400,10 +400,10 @@ def _bias_gelu_backward_kernel(
     tl.store(partials + tl.program_id(0) * width + column, tl.sum(dbias, axis=0), mask=valid_columns)
 
 
-def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x and, in float32, of bias; with `again`, also the op's value."""
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x and, in float32, of bias; with `recompute`, also the op's value."""
     refuse_float64(grad, x, bias)
-    dx, recomputed = x.new_empty(x.shape), x.new_empty(x.shape if again else 0)
+    dx, recomputed = x.new_empty(x.shape), x.new_empty(x.shape if recompute else 0)
     if x.numel() == 0:
         return dx, bias.new_zeros(bias.shape, dtype=torch.float32), recomputed
     grad, x = as_rows(grad), as_rows(x)
@@ -420,7 +420,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, again: bool = Fals
             bias, bias.stride(0),
             dx, recomputed, partials,
             rows, x.shape[1], width,
-            RECOMPUTE=again, UNIT=unit_of(grad, x), **blocks,
+            RECOMPUTE=recompute, UNIT=unit_of(grad, x), **blocks,
         )  # fmt: skip
         (dbias,) = _sum_partials(partials)
     return dx, dbias, recomputed

@@ -1,4 +1,4 @@
-"""The elementwise passes of a transformer block. Under torch.compile a model leaves both to the compiler."""
+"""Elementwise passes of a transformer block. Under torch.compile, models leave both to the compiler."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def add_layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x + bias), the exact form u·Φ(u) with the error function.
+    """Return GELU(x + bias) in its exact form u·Φ(u), Φ the normal distribution function.
 
     Hendrycks and Gimpel, "Gaussian error linear units", 2016.
 
@@ -137,15 +137,18 @@ def _norm_backward(
     ctx: Any, grad_normed: Tensor | None, grad_sum: Tensor | None, *_: Tensor
 ) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight = ctx.saved_tensors
-    x_dtype, *dtypes = ctx.dtypes
+    (x_dtype, *dtypes), x_bias_dtype = ctx.dtypes, ctx.x_bias_dtype
+    # an argument that is not given has no place in needs_input_grad
+    wants_dx, sum_dx = ctx.needs_input_grad[0], x_bias_dtype is not None and ctx.needs_input_grad[6]
     if grad_normed is None:
         grad_normed = torch.zeros_like(total)
     dtotal, dweight, dbias, _, dx, dx_bias = _add_layer_norm_backward(
-        grad_normed, grad_sum, total, mean, rstd, weight, None, x_dtype, ctx.x_bias_dtype is not None
+        grad_normed, grad_sum, total, mean, rstd, weight, None, x_dtype if wants_dx else None, sum_dx
     )
+    if x_dtype == total.dtype:
+        dx = dtotal
     grads = (grad.to(dtype) for grad, dtype in zip((dtotal, dweight, dbias), dtypes))
-    dx_bias = None if ctx.x_bias_dtype is None else dx_bias.to(ctx.x_bias_dtype)
-    return dtotal if x_dtype == total.dtype else dx, *grads, None, None, dx_bias
+    return dx if wants_dx else None, *grads, None, None, dx_bias.to(x_bias_dtype) if sum_dx else None
 
 
 _add_layer_norm = define(
@@ -192,12 +195,12 @@ _bias_gelu = define(
 
 _bias_gelu_backward = define(
     "bias_gelu_backward",
-    "(Tensor grad, Tensor x, Tensor bias, bool again) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor bias, bool recompute) -> (Tensor, Tensor, Tensor)",
     reference.bias_gelu_backward,
-    lambda grad, x, bias, again: (
+    lambda grad, x, bias, recompute: (
         x.new_empty(x.shape),
         reference.wide(x.new_empty(bias.shape)),
-        x.new_empty(x.shape if again else 0),
+        x.new_empty(x.shape if recompute else 0),
     ),
     internal=True,
 )

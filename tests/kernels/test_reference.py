@@ -373,18 +373,18 @@ def test_add_layer_norm(shape):
     check(normed, value)
     check(found, total)
     grad_sum, rows = randn(*shape), (-1, shape[-1])
-    dtotal, dweight, dbias, again, dx, dx_bias = reference.add_layer_norm_backward(
+    dtotal, dweight, dbias, recomputed, dx, dx_bias = reference.add_layer_norm_backward(
         grad, grad_sum, total, mean, rstd, weight, bias, torch.float32, True
     )
-    check(again, normed)
+    check(recomputed, normed)
     check(dtotal, expected[0] + grad_sum)
     check(dweight, expected[1])
     check(dbias, expected[2])
     assert torch.equal(dx, dtotal.float())
     check(dx_bias, dtotal.reshape(rows).sum(0))
-    dtotal, *_, again, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
+    dtotal, *_, recomputed, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
     check(dtotal, expected[0])
-    assert again.numel() == dx.numel() == dx_bias.numel() == 0
+    assert recomputed.numel() == dx.numel() == dx_bias.numel() == 0
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
@@ -396,10 +396,10 @@ def test_bias_gelu(shape):
 
     value, grad, expected = gradients(formula, x, bias)
     check(reference.bias_gelu(x, bias), value)
-    *found, again = reference.bias_gelu_backward(grad, x, bias, True)
+    *found, recomputed = reference.bias_gelu_backward(grad, x, bias, True)
     for ours, gradient in zip(found, expected):
         check(ours, gradient)
-    check(again, value)
+    check(recomputed, value)
 
 
 # ---- storage, and ids that were not checked --------------------------------------------------------------------------
