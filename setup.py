@@ -1,4 +1,4 @@
-"""The one imperative step: build fastmim._C where torch and a C++ compiler are at hand.
+"""Build of the extensions: fastmim._C where torch and a C++ compiler are installed.
 
 FASTMIM_BUILD_CPP=0 leaves it out; without torch in the build environment the package is pure Python. fastmim._CUDA is
 built where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), with or without fastmim._C, for
@@ -20,7 +20,7 @@ FLAGS = ["-O3", "-g0", "-fno-math-errno", "-fopenmp", "-Wno-unknown-pragmas", "-
 
 
 def native():
-    """Extension modules and the commands that build them; a line says why there are none."""
+    """Return the extension modules and the command that builds them; without them, print the reason."""
     reason = None
     if sys.platform == "win32":
         reason = "the sources are written for gcc and clang"
@@ -46,7 +46,7 @@ def native():
             named = self.compiler.object_filenames
 
             def object_filenames(sources, *args, **options):
-                # csrc/cuda/attention.cu and attention.cpp are two objects
+                # csrc/cuda/attention.cu and attention.cpp would be one object file
                 kinds = [".cuda" * str(source).endswith(".cu") for source in sources]
                 paths = map(Path, named(sources, *args, **options))
                 return [str(path.with_name(path.stem + kind + path.suffix)) for path, kind in zip(paths, kinds)]
@@ -62,7 +62,7 @@ def native():
 
 
 def cpp():
-    """The extension of CPU kernels, or nothing, with a line that says why."""
+    """Return the extension of CPU kernels in a list, empty if it is not wanted."""
     from torch.utils.cpp_extension import CppExtension
 
     if os.environ.get("FASTMIM_BUILD_CPP") == "0":
@@ -78,7 +78,7 @@ def cpp():
 
 
 def compilers():
-    """Every nvcc there is, in the order of preference."""
+    """Yield the paths of nvcc in the order of preference, None for those that are missing."""
     if "CUDA_HOME" in os.environ:
         yield shutil.which("nvcc", path=os.path.join(os.environ["CUDA_HOME"], "bin"))
     yield shutil.which("nvcc")
@@ -88,13 +88,14 @@ def compilers():
 
 
 def toolkit(version):
-    """Where the toolkit of CUDA `version` lies, and why there is none. Where nvcc is a script, --dryrun says TOP."""
+    """Return the folder of the toolkit of CUDA `version` and None, or None and the reason that there is none."""
     found = []
     for nvcc in filter(None, compilers()):
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)\.\d+", said)
-        said = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
-        top = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.\d+", output)
+        # nvcc may be a script in another folder than the toolkit
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.*)$", dry, re.MULTILINE)
         if top and release and release[1] == version.partition(".")[0]:
             return os.path.realpath(top[1].strip()), None
         found.append(f"{nvcc} is of CUDA {release[0].split()[1]}" if release else f"{nvcc} does not run")
@@ -104,7 +105,7 @@ def toolkit(version):
 
 
 def architectures(wanted):
-    """Those of a list as TORCH_CUDA_ARCH_LIST that the kernels are written for."""
+    """Return the architectures of a TORCH_CUDA_ARCH_LIST that the kernels are written for; print the others."""
     names = wanted.replace(" ", ";").strip(";").split(";")
     left_out = [name for name in names if re.match(r"[1-7]\.", name)]
     if left_out:
@@ -113,7 +114,7 @@ def architectures(wanted):
 
 
 def cuda():
-    """The extension of CUDA kernels, or nothing, with a line that says why."""
+    """Return the extension of CUDA kernels in a list, empty, with the reason printed, if it can't be built."""
     import torch
     from torch.utils import cpp_extension
 
@@ -123,7 +124,7 @@ def cuda():
     home, reason = toolkit(torch.version.cuda) if torch.version.cuda else (None, "this torch is a CPU build")
     targets = architectures(os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES)
     if not reason and not targets:
-        reason = "TORCH_CUDA_ARCH_LIST names no architecture that they are written for"
+        reason = "TORCH_CUDA_ARCH_LIST names no architecture that the kernels are written for"
     if reason:
         if wanted == "1":
             sys.exit(f"fastmim: FASTMIM_BUILD_CUDA=1, but {reason}")
@@ -145,7 +146,7 @@ def cuda():
 
 if __name__ == "__main__":
     setup(
-        # kernels/ stands beside the package and installs inside it, as fastmim.kernels
+        # kernels/ lies beside the package and is installed inside it, as fastmim.kernels
         packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
         package_dir={"fastmim.kernels": "kernels"},
         package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "cuda_first.json", "train/configs/*.toml"]},

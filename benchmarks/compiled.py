@@ -1,4 +1,4 @@
-"""Every launch of the Triton kernels at the shapes of the models, compiled ahead of time: no GPU is needed.
+"""Compile every launch of the Triton kernels at the shapes of the models; no GPU is needed.
 
     python benchmarks/compiled.py
 
@@ -8,38 +8,32 @@ to it.
 """
 
 import argparse
-import contextlib
 import importlib
 import itertools
 import json
 import multiprocessing
-import re
-import subprocess
-import tempfile
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import fastmim.kernels
+from harness.ahead_of_time import ARCHITECTURES, Key, launches, machine, resources, tensor_cores, wide_share
 
 RESULTS = Path(__file__).parent / "results"
-# architecture -> bytes of shared memory that a block may have, multiprocessors
-ARCHITECTURES = {80: (163 * 1024, 108), 90: (227 * 1024, 132), 100: (227 * 1024, 148)}
 WORKERS = 2
 BATCH = 256
 
 
-# ---- which calls -----------------------------------------------------------------------------------------------------
+# ---- the calls -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +45,7 @@ class Call:
     args: tuple[Any, ...]
     # sequences over 256 and heads over 88 may spill, as much as the table says
     may_spill: bool = False
-    # most of what it loads are rows that can be read 16 bytes at a time: not pixels, not ids
+    # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True
 
 
@@ -60,7 +54,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def single(*shape: int) -> Tensor:
-    """A parameter, which autocast leaves in float32."""
+    """Return a float32 tensor, as of a parameter, which autocast does not narrow."""
     return empty(*shape, dtype=torch.float32)
 
 
@@ -100,7 +94,7 @@ DECODER_WIDTH, DECODER_HEADS = 512, 16
 
 
 def calls() -> Iterator[Call]:
-    """Representative calls of every op: encoders of ViT-S to ViT-H, the decoder of MAE, batch 256, bfloat16."""
+    """Yield representative calls of every op: encoders of ViT-S to ViT-H, the decoder of MAE, batch 256, bfloat16."""
     yield from masking_calls()
     yield from patches_calls()
     yield from tokens_calls()
@@ -185,7 +179,7 @@ def attention_calls() -> Iterator[Call]:
         shape = f"decoder, S {queries} to {keys}, head {dim}"
         yield Call("attention", shape, (q, k, v, None, None, dim**-0.5))
         yield Call("attention_backward", shape, (grad, q, k, v, None, None, dim**-0.5, False))
-    # the loops read as much of a bias as of all else, and rows of a bias lie on no boundary of 16 bytes
+    # half of what the loops read is the bias, whose rows are not aligned to 16 bytes
     for length, dim, masked, wide in (
         (20, 64, True, True),
         (50, 64, False, True),
@@ -248,12 +242,12 @@ def norm_calls() -> Iterator[Call]:
         yield Call("bias_gelu_backward", shape, (rows, rows, single(4 * width), True))
 
 
-# ---- which launches they make ----------------------------------------------------------------------------------------
+# ---- their launches --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Launch:
-    """One kernel with the arguments of a launch, and the calls that make it."""
+    """A kernel, the arguments of a launch, and the calls that launch it so."""
 
     kernel: JITFunction
     args: tuple[Any, ...]
@@ -262,80 +256,15 @@ class Launch:
     calls: list[Call]
 
 
-class Machine:
-    """A GPU of an architecture that is not here: all that Triton asks of it while it compiles."""
-
-    def __init__(self, architecture: int) -> None:
-        self.architecture = architecture
-
-    def get_current_device(self) -> int:
-        return self.architecture  # kernels are kept by device
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.architecture, 32)
-
-
-@contextlib.contextmanager
-def machine(architecture: int) -> Iterator[None]:
-    """Launchers and Triton see a GPU of this architecture."""
-    memory, multiprocessors = ARCHITECTURES[architecture]
-    major, minor = divmod(architecture, 10)
-    facts = SimpleNamespace(
-        major=major,
-        minor=minor,
-        multi_processor_count=multiprocessors,
-        shared_memory_per_block_optin=memory,
-    )
-    driver.set_active(Machine(architecture))
-    with (
-        mock.patch("torch.cuda.device", lambda device: contextlib.nullcontext()),
-        mock.patch("torch.cuda.get_device_capability", lambda device=None: (major, minor)),
-        mock.patch("torch.cuda.get_device_properties", lambda device=None: facts),
-    ):
-        yield
-
-
-class Pointer:
-    """A meta tensor as Triton sees tensors: a dtype and an address, as if storage began at 0."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.dtype, self.address = tensor.dtype, tensor.storage_offset() * tensor.element_size()
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-# the key that Triton compiles a kernel by
-Key = tuple[Any, ...]
-Record = Callable[[JITFunction, Key, tuple[Any, ...], dict[str, Any]], None]
-
-
-@contextlib.contextmanager
-def launches(architecture: int, record: Record) -> Iterator[None]:
-    """Launches inside, on meta tensors, are recorded as on a GPU of this architecture, and run nothing."""
-
-    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        args = tuple(Pointer(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        bind = kernel.device_caches[driver.active.get_current_device()][-1]
-        _, specialization, remaining = bind(*args, **options)
-        record(kernel, (*specialization, *sorted(remaining.items())), args, options)
-
-    with machine(architecture), mock.patch.object(JITFunction, "run", run):
-        yield
-
-
 def launcher(op: str) -> Callable[..., Any]:
     """Return the Triton launcher of `op`."""
-    rooms = {op: room for room, ops in fastmim.kernels.OPS.items() for op in ops}
-    found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{rooms[op]}"), op)
+    modules = {op: module for module, ops in fastmim.kernels.OPS.items() for op in ops}
+    found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{modules[op]}"), op)
     return found
 
 
 def captured(architecture: int) -> list[Launch]:
-    """Return the launches of all calls, without those that Triton compiles once."""
+    """Return the launches of all calls; of those that share a compiled kernel, the first."""
     found: dict[Any, Launch] = {}
     current: list[Call] = []
 
@@ -353,13 +282,13 @@ def captured(architecture: int) -> list[Launch]:
     return list(found.values())
 
 
-# ---- what they compile to --------------------------------------------------------------------------------------------
+# ---- the compiled kernels --------------------------------------------------------------------------------------------
 
 LAUNCHES: list[Launch] = []  # compiled by forks of this process
 
 
 def compiled(index: int) -> dict[str, Any]:
-    """A row of the table."""
+    """Compile a launch; return its row of the table."""
     launch = LAUNCHES[index]
     row = {
         "op": launch.calls[0].op,
@@ -372,7 +301,7 @@ def compiled(index: int) -> dict[str, Any]:
     try:
         with machine(launch.architecture):
             kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
-    except Exception as error:  # the others are of interest all the same
+    except Exception as error:  # the other rows are still wanted
         return row | {"error": f"{type(error).__name__}: {error}"}
     usage = resources(kernel.asm["cubin"])
     ptx = kernel.asm["ptx"]
@@ -388,41 +317,6 @@ def compiled(index: int) -> dict[str, Any]:
     }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread and bytes of stack, which without calls and local arrays are what was spilled."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    # a program of __nv_ functions that were not inlined has more than one line
-    found: dict[str, int] = {}
-    for name, value in re.findall(r"(\w+):(\d+)", output):
-        found[name] = max(found.get(name, 0), int(value))
-    return found
-
-
-def tensor_cores(ptx: str) -> str | None:
-    """Name of the instruction that multiplies matrices."""
-    for word in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
-        if word in ptx:
-            return word.partition(".")[0]
-    return None
-
-
-def wide_share(ptx: str, direction: str) -> float:
-    """Share of the bytes that a thread moves to or from global memory 16 or more at a time."""
-    accesses = rf"\b{direction}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b"
-    sizes = [int(count or 1) * int(bits) // 8 for count, bits in re.findall(accesses, ptx)]
-    if direction == "ld":
-        copies = r"cp\.async\.c[ag]\.shared\.global.*?\], (0x[0-9a-f]+|\d+)"
-        sizes += [int(size, 0) for size in re.findall(copies, ptx)]
-    # tiles that are copied as a whole
-    bulk = "shared::cluster.global" if direction == "ld" else "global.shared::cta"
-    sizes += [1024] * len(re.findall(rf"cp\.async\.bulk\S*{bulk}", ptx))
-    return round(sum(size for size in sizes if size >= 16) / max(sum(sizes), 1), 2)
-
-
 def table(architectures: Sequence[int]) -> list[dict[str, Any]]:
     """Return the rows of all launches."""
     if triton.knobs.runtime.interpret:
@@ -432,7 +326,7 @@ def table(architectures: Sequence[int]) -> list[dict[str, Any]]:
         return pool.map(compiled, range(len(LAUNCHES)), chunksize=1)
 
 
-# ---- what is written -------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 COLUMNS = "warps", "registers", "spill", "shared", "tensor_cores"

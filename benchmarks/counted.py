@@ -1,8 +1,8 @@
-"""A training step on a GPU, counted without one: launches, bytes, FLOPs and the milliseconds that they take at least.
+"""Count launches, bytes, FLOPs and least milliseconds of a training step on a GPU, without a GPU.
 
     python benchmarks/counted.py --model large --batch 256 --mask-ratio 0.75 --card h100
 
-The kernels are those of one step that runs on tensors without values, under bfloat16 autocast: forward, backward,
+The kernels are those of a step that runs on tensors without values, under bfloat16 autocast: forward, backward,
 clipping of the gradient, fused AdamW. Every kernel is taken as fast as the card's copy, its matrix products or its
 shortest launch allow. `--renew` writes results/counted.json and results/counted.md, to which `make test` holds steps.
 """
@@ -64,7 +64,7 @@ class Step:
 
 
 CELLS = ("base", 0.75, 1.0), ("large", 0.75, 1.0), ("huge", 0.75, 1.0), ("base", 0.95, 0.25)
-# those of results/counted.json
+# the steps of results/counted.json
 STEPS = [Step(*cell, peer) for cell in CELLS for peer in PEERS]
 
 
@@ -98,11 +98,11 @@ def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     return step, stages
 
 
-# ---- what is printed -------------------------------------------------------------------------------------------------
+# ---- printed ---------------------------------------------------------------------------------------------------------
 
 
 def table(sums: list[dict[str, Any]], names: Sequence[str], total: Count) -> str:
-    """Sums by `names`, a line each, and the total."""
+    """Format sums by `names`, a line each, and the total."""
     lines = [_line([*names, "launches", "GB", "TFLOP", "ms at least"]), _line(["---"] * (len(names) + 4))]
     totals = {unit: getattr(total, unit) for unit in ("launches", "bytes", "flops", "milliseconds")}
     for part in [*sums, dict.fromkeys(names, "") | {names[0]: "all"} | totals]:
@@ -136,11 +136,11 @@ def _torch() -> str:
     return torch.__version__.partition("+")[0]
 
 
-# ---- what is kept ----------------------------------------------------------------------------------------------------
+# ---- committed -------------------------------------------------------------------------------------------------------
 
 
 def record(card: str) -> dict[str, Any]:
-    """All steps of the table, counted."""
+    """Count all steps of the table."""
     counts = []
     for step in STEPS:
         counted = step.count(CARDS[card])
@@ -163,7 +163,7 @@ def renew(card: str) -> None:
 
 
 def markdown(kept: dict[str, Any]) -> str:
-    """Totals of all steps, and their milliseconds by kind."""
+    """Format the totals of all steps, and their milliseconds and launches by kind."""
     card = CARDS[kept["card"]]
     lines = [
         "# A training step, counted",

@@ -30,6 +30,7 @@ from torch import Tensor
 
 import fastmim
 from fastmim import masking
+from fastmim.train.reconstruct import grid
 from harness.machine import environment
 from pictures.photographs import Photographs, find
 
@@ -68,14 +69,14 @@ class Bar(NamedTuple):
     low: float  # images/s of the slowest and the fastest round
     high: float
     megabytes: float  # saved for the backward pass
-    decodes_all: bool  # although only a share is asked for: another objective
+    decodes_all: bool  # although decode_ratio is below 1: another objective
 
 
 Series = dict[str, dict[str, Bar]]
 
 
 def throughput(name: str) -> Series:
-    """Bars of a results file by contestant, then by cell."""
+    """Read the bars of a results file by contestant, then by cell."""
     runs = json.loads((RESULTS / name).read_text())
     series: Series = {contestant: {} for contestant in CONTESTANTS}
     for row in (row for run in (runs if isinstance(runs, list) else [runs]) for row in run["rows"]):
@@ -100,13 +101,13 @@ PATCHES, MASK_RATIO, DECODE_RATIO = 196, 0.75, 0.25
 
 
 def counts(decode_ratio: float) -> tuple[int, int, int]:
-    """L, K and M."""
+    """Return L, K and M."""
     kept = masking.count_kept(PATCHES, MASK_RATIO)
     return PATCHES, kept, masking.count_predicted(PATCHES - kept, decode_ratio)
 
 
 def stages() -> list[Stage]:
-    """A step's stages in their order."""
+    """Return a step's stages in their order."""
     (total, kept, every), (_, _, some) = counts(1), counts(DECODE_RATIO)
     return [
         Stage("patch embedding", total, kept, kept),
@@ -140,7 +141,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def chart(value: str, axis: str) -> Figure:
-    """A value of each contestant, a panel per dtype."""
+    """Draw a value of each contestant, with a panel per dtype."""
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), width_ratios=(3, 2), layout="constrained")
     for axes, (name, title) in zip(panels, THROUGHPUT.items()):
         draw_bars(axes, throughput(name), value)
@@ -216,7 +217,7 @@ def step_diagram() -> Figure:
 
 
 def only(picture: Tensor, shown: Tensor, tokens: Tensor | tuple[()]) -> np.ndarray:
-    """RGBA (H, W, 4): the patches `shown`, `tokens` in plain blue, all else transparent; thin gaps between patches."""
+    """Return RGBA (H, W, 4): the patches `shown`, `tokens` in plain blue, the rest and thin gaps transparent."""
     side = math.isqrt(PATCHES)
     patch = picture.shape[1] // side
     canvas = np.zeros((*picture.shape[1:], 4), np.uint8)
@@ -232,7 +233,7 @@ def only(picture: Tensor, shown: Tensor, tokens: Tensor | tuple[()]) -> np.ndarr
 
 
 def photograph(name: str, size: int) -> Tensor:
-    """uint8 (3, size, size): the middle of a photograph that scikit-image ships."""
+    """Return the middle of a photograph that scikit-image ships, uint8 (3, size, size)."""
     with Image.open(find(name)) as file:
         square = ImageOps.fit(file.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
@@ -246,10 +247,9 @@ MODEL = dict(embed_dim=192, depth=4, num_heads=6, decoder_embed_dim=128, decoder
 
 
 def train(steps: int) -> tuple[fastmim.MaskedAutoencoderViT, dict[str, Any]]:
-    """A small model trained on crops of the photographs that it will reconstruct, and how its training went.
+    """Train a small model on crops of the photographs that it will reconstruct; return it and a row of its losses.
 
-    Ten minutes are too short for photographs that it has not seen: the reconstructions are patches of about the right
-    colour.
+    Of photographs that it has not seen, a model trained for ten minutes reconstructs little but the colours.
     """
     torch.manual_seed(0)
     photographs = Photographs(seed=0)
@@ -281,11 +281,8 @@ def draw_reconstructions(model: fastmim.MaskedAutoencoderViT, path: Path) -> flo
     with torch.no_grad():
         mask = masking.random(len(images), (SIZE // PATCH) ** 2, MASK_RATIO, seeds=torch.arange(len(images)))
         out = model(images, mask=mask)
-        original, removed = images / 255, out.mask[..., None]
-        visible = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
-        rows = torch.cat([original, visible, model.reconstruct(images, out)], dim=3)
-    grid = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().numpy()
-    Image.fromarray(grid).quantize(256).save(path, optimize=True)
+        picture = grid(model, images, out)
+    Image.fromarray(picture).quantize(256).save(path, optimize=True)
     return out.loss.item()
 
 

@@ -1,12 +1,12 @@
-"""Measure one GPU within minutes, in the order of value: each result is on disk the moment it exists.
+"""Measure one GPU within minutes, the most informative rows first, and write each result to disk at once.
 
     python benchmarks/flight.py first [--seconds 330] [--stages smoke steps] [--out DIR] [--rehearse]
     python benchmarks/flight.py second [--first build/flight/first.jsonl] --seconds 270
 
-`first` asks whether the kernels are right and how fast a training step is, `second` how fast each op is, `all` both and
-the loader. A stage runs in processes of its own, under its own time limit, and never beyond the budget; one that
-crashes or hangs costs what it was at. A row that isn't run gives the reason. Stopped by a signal, the flight keeps
-all rows but the one that was being measured.
+`first` checks kernels and times training steps, `second` times each op, `all` does both and the loader. A stage runs
+in processes of its own, under its own time limit, and never beyond the budget; one that crashes or hangs loses the row
+that it was measuring. A row that isn't run gives the reason. Stopped by a signal, the flight keeps all rows but the one
+that was being measured.
 
 Into the folder go VISIT.jsonl, the rows (harness/rows.py; gpu_report.py makes a page of them), VISIT.log, all that was
 printed, and triton-new-*.tar.gz, what was compiled. A file of rows of another commit is kept beside, under another
@@ -39,13 +39,13 @@ from harness.commit import ROOT, WRITTEN, commit
 
 HERE = ROOT / "benchmarks"
 STAGE = "flight"
-# of a stage's own row
+# name of a stage's own row
 STAGE_ROW = "(stage)"
-# built to be carried: Triton caches for this commit
+# Triton caches of this commit, built beforehand and brought along
 CARRIED = WRITTEN.parent
-# a stage is not begun with less left, and a process is killed so long after it was asked to end
+# seconds: a stage is not begun with less left; a process that was asked to end is killed after so long
 SHORTEST, GRACE = 4.0, 2.0
-# a process that dies is started again without the row at which it died, so often
+# how often a process that dies is started again, without the row at which it died
 RESTARTS = 6
 LOG_BYTES = 4 << 20
 
@@ -85,7 +85,7 @@ class Flight:
         self.cache = ROOT / "build" / ("triton-rehearsal" if args.rehearse else "triton")
         self.rows, self.log = self.out / f"{self.visit}.jsonl", self.out / f"{self.visit}.log"
         self.suspected = suspected(args.first)
-        # what could not be written: files, and rows
+        # files and rows that could not be written
         self.broken: list[str] = []
         self.lost: dict[tuple[str, str], rows.Row] = {}
         self.statuses: dict[str, str] = {}
@@ -106,7 +106,7 @@ class Flight:
         os.environ[rows.FILE] = str(self.rows)
 
     def left(self) -> float:
-        """Seconds of the budget."""
+        """Return the seconds that are left of the budget."""
         return self.seconds - (time.time() - self.began)
 
     def fly(self) -> int:
@@ -157,20 +157,20 @@ class Flight:
     # ---- stages
 
     def run_stage(self, name: str) -> bool:
-        """Run a stage within what is left; return whether there is a point in going on."""
+        """Run a stage within what is left; return whether later stages can run."""
         stage = STAGES[name]
         commands = stage.commands(self)
         later = self.stages[self.stages.index(name) + 1 :]
-        room = self.left() - sum(STAGES[other].kept for other in later)
+        available = self.left() - sum(STAGES[other].kept for other in later)
         if not commands:
             return True
-        if room < SHORTEST:
-            reason = f"{max(room, 0):.0f} s of {self.seconds:g} s were left"
+        if available < SHORTEST:
+            reason = f"{max(available, 0):.0f} s of {self.seconds:g} s were left"
             self.record(name, STAGE_ROW, not_run=reason)
             self.statuses[name] = f"not run: {reason}"
             return True
         start = time.time()
-        end = start + min(stage.seconds * self.patience, room)
+        end = start + min(stage.seconds * self.patience, available)
         self.say(f"\n== {name}: at most {end - start:.0f} s, {self.left():.0f} s left\n")
         outcomes = []
         for number, command in enumerate(commands):
@@ -199,7 +199,7 @@ class Flight:
         return fields if ended.code == 0 or (ended.code == 1 and recorded) else {**fields, "error": str(ended)}
 
     def run_command(self, name: str, command: Command, end: float) -> "Ended":
-        """Run a process until `end`, again as long as it dies at one row after another."""
+        """Run a process until `end`, and again each time that it dies at another row."""
         ended, start = Ended(0, 0.0, "the time of the stage was up", late=True), time.time()
         for _ in range(1 + RESTARTS):
             limit = end - time.time()
@@ -231,7 +231,7 @@ class Flight:
     # ---- processes
 
     def run(self, command: Command, limit: float) -> "Ended":
-        """Run a process for at most so many seconds."""
+        """Run a process for at most `limit` seconds."""
         start, last, late = time.time(), [""], False
         env = {**self.env, **command.env}
         self.child = child = subprocess.Popen(
@@ -246,24 +246,24 @@ class Flight:
             preexec_fn=group_that_dies_with_us,
         )
 
-        def tell() -> None:
+        def read_output() -> None:
             assert child.stdout is not None
             for line in child.stdout:
                 self.hear(line)
-                # where a process has hung it prints that first, then the stack
+                # a process that hangs prints so, then its stack: keep the first of these lines
                 if line.strip() and not last[0].startswith("Timeout ("):
                     last[0] = line.strip()
 
-        teller = threading.Thread(target=tell, daemon=True)
-        teller.start()
+        reader = threading.Thread(target=read_output, daemon=True)
+        reader.start()
         try:
             child.wait(limit)
         except subprocess.TimeoutExpired:
             late = True
         finally:
             self.end_child()
-        teller.join(GRACE)
-        # one that a driver keeps from dying has no status yet
+        reader.join(GRACE)
+        # a process that a driver call keeps alive has no status yet
         code = -signal.SIGKILL if child.returncode is None else child.returncode
         return Ended(code, time.time() - start, last[0][:300], late)
 
@@ -288,7 +288,7 @@ class Flight:
         self.say(line)
 
     def say(self, text: str) -> None:
-        """Print, and log as long as the disk takes it."""
+        """Print, and log as long as the disk can be written."""
         with contextlib.suppress(OSError):
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -314,7 +314,7 @@ class Flight:
         print(f"flight: {path} can't be written ({error.strerror}); rows go to standard output", flush=True)
 
     def stored(self) -> dict[tuple[str, str], rows.Row]:
-        """All rows, those that could not be written too."""
+        """Return all rows, including those that could not be written."""
         return {**(rows.read(self.rows) if self.rows.is_file() else {}), **self.lost}
 
     def summarise(self) -> int:
@@ -333,7 +333,7 @@ class Flight:
             self.say(f"not run, or cut: {len(missing)} rows, the first: {missing[0]}\n")
         for path in sorted(set(self.broken)):
             self.say(f"flight: {path} could not be written\n")
-        # a rehearsal is to show that everything runs
+        # a rehearsal fails where anything is missing
         return 1 if problems or self.broken or (missing and self.rehearse) else 0
 
 
@@ -360,7 +360,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def group_that_dies_with_us() -> None:
-    """Make a process the first of its group; where Linux serves it, one that is killed when its parent is."""
+    """Make a process the leader of a group; on Linux, have it killed when its parent dies."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -392,7 +392,7 @@ def suspected(first: Path | None) -> list[str]:
 
 
 def card() -> tuple[str, tuple[int, int]] | None:
-    """Name and compute capability of the first GPU, by the driver alone; None where there is none."""
+    """Return name and compute capability of the first GPU, asking the driver alone; None without a GPU."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,7 +1,7 @@
 """Report correctness and speed of the kernels on one GPU. Needs no network.
 
     python benchmarks/gpu_report.py                 # measures, then writes
-    python benchmarks/gpu_report.py --from DIR      # writes what a flight has brought back
+    python benchmarks/gpu_report.py --from DIR      # writes the pages from the rows of a flight
 
 Measuring is `flight.py all`, which goes on where it was stopped. It writes gpu.json and gpu.md into benchmarks/results
 and, where the CUDA C++ kernels are right and faster than Triton's, fastmim/cuda_first.json, by which they go first; a
@@ -24,9 +24,9 @@ from harness.commit import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 TABLE = ROOT / "fastmim" / "cuda_first.json"
-# of all stages; six times what they take on a card whose kernels are compiled already
+# budget of all stages: six times their time on a card whose kernels are already compiled
 SECONDS = 5400.0
-# Triton's kernel is asked first unless the other takes less than this share of its time
+# a CUDA C++ kernel goes first if it takes less than this share of the time of Triton's
 MARGIN = 0.97
 
 Visit = dict[str, Any]
@@ -57,11 +57,11 @@ def visits(folder: Path) -> list[Visit]:
 
 def wrong(found: list[Visit]) -> bool:
     """Return whether a result is wrong or has failed, or nothing was checked."""
-    checked = {row["stage"] for visit in found for row in visit["rows"]} & {"smoke", "suites", "families"}
+    checked = {row["stage"] for visit in found for row in visit["rows"]} & {"smoke", "suites", "backends"}
     return not checked or any(rows.problem(row) for visit in found for row in visit["rows"])
 
 
-# ---- which CUDA C++ kernels go first ---------------------------------------------------------------------------------
+# ---- CUDA C++ kernels that go first ----------------------------------------------------------------------------------
 
 
 def faster(compared: list[rows.Row]) -> dict[str, list[list[int]]]:
@@ -82,7 +82,7 @@ def faster(compared: list[rows.Row]) -> dict[str, list[list[int]]]:
 
 def right(visit: Visit) -> bool:
     """Return whether every CUDA C++ kernel was compared with the reference, and nothing speaks against one."""
-    small = [row for row in visit["rows"] if row["stage"] == "families" and row["name"].startswith("cuda: ")]
+    small = [row for row in visit["rows"] if row["stage"] == "backends" and row["name"].startswith("cuda: ")]
     about = [
         row for row in visit["rows"] if row["stage"] == "cuda-suites" or row["name"].startswith("memcheck of cuda")
     ]
@@ -94,7 +94,7 @@ def right(visit: Visit) -> bool:
 
 
 def table(found: list[Visit], results: Path) -> dict[str, Any] | None:
-    """Return the table that fastmim/_library.py reads, or None if no visit found the kernels right and faster."""
+    """Return the table that fastmim/_dispatch.py reads, or None if no visit found the kernels right and faster."""
     results = results.resolve()
     for visit in found:
         compared = [row for row in visit["rows"] if row["stage"] == "compare" and "ops" in row]

@@ -1,6 +1,7 @@
-"""Measure each loading backend beside a DataLoader with Pillow and beside reading from memory.
+"""Measure each loading backend, a torch DataLoader with Pillow, and batches in memory for comparison.
 
-All run in one process, interleaved: each gives one whole epoch in each round. Only the DataLoader has worker processes.
+All run in one process, interleaved: in each round every one of them yields one epoch. Only the DataLoader has worker
+processes.
 """
 
 import argparse
@@ -19,8 +20,8 @@ from tqdm import tqdm
 
 from fastmim.data import ImageLoader
 from fastmim.data.decoders import BACKENDS, installed
-from fastmim.data.loader import available_cpus
 from fastmim.data.pack import pack
+from fastmim.data.threads import available_cpus
 from harness import machine
 from harness.timing import interleave, spread
 from pictures.jpegs import write_jpegs
@@ -38,8 +39,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=positive, default=512, metavar="N", help="how many are made. Default: 512")
     add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
     add("--image-size", type=positive, default=224, metavar="N", help="default: 224")
-    add("--threads", type=positive, default=available_cpus(), metavar="N", help="and workers. Default: all CPUs")
-    add("--rounds", type=positive, default=5, metavar="N", help="clocked epochs of everybody. Default: 5")
+    add("--threads", type=positive, default=available_cpus(), metavar="N", help="and of workers. Default: all CPUs")
+    add("--rounds", type=positive, default=5, metavar="N", help="timed epochs of each. Default: 5")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches. Default: cpu")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
     args = parser.parse_args(argv)
@@ -86,7 +87,7 @@ def measure(args: argparse.Namespace, folder: Path, packed: Path) -> list[dict[s
 
 
 class Memory:
-    """Shuffled batches of images that are decoded, cropped and resized already: the most a loader could give."""
+    """Shuffled batches of images that are already decoded, cropped and resized: an upper bound for any loader."""
 
     def __init__(self, images: torch.Tensor, batch_size: int) -> None:
         self.images, self.batch_size = images, batch_size

@@ -21,7 +21,7 @@ from fastmim.train import Trainer
 from fastmim.train.config import read
 from fastmim.train.distributed import joined
 from fastmim.train.schedule import adamw
-from fastmim.train.signals import Interruptions
+from fastmim.train.signals import SignalListener
 from harness.timing import interleave, spread
 
 
@@ -34,9 +34,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(read(args.config, [*args.settings, f"output_dir={folder}"]))
         config = trainer.config
-        with joined(config) as trainer.processes, Interruptions() as trainer.interruptions:
+        with joined(config) as trainer.processes, SignalListener() as trainer.signals:
             trainer._prepare()
-            trainer.keeper.writer.wait()
+            trainer.checkpoints.writer.wait()
             batch = next(iter(trainer.loader))
             images = batch.images.to(trainer.processes.device)
             model = copy.deepcopy(trainer.model)
@@ -52,10 +52,10 @@ def main() -> None:
             def loop(_: int) -> None:
                 trainer._update(batch)
                 if trainer.step % config.log_every == 0:
-                    trainer._settle()
+                    trainer._read_results()
 
             seconds = interleave({"bare": bare, "loop": loop}, args.rounds + 3, config.device)
-            trainer.keeper.writer.close()
+            trainer.checkpoints.writer.close()
             trainer.journal.close()
     # the first rounds warm up
     kept = {name: times[3:] for name, times in seconds.items()}

@@ -1,6 +1,6 @@
-"""Each op, forward and backward, beside its eager form, the compiled eager form and, for attention, torch's own.
+"""Time each op, forward and backward, beside its eager form, the compiled eager form and torch's attention.
 
-    pytest benchmarks/ops.py              # all; -k attention: one family
+    pytest benchmarks/ops.py              # all; -k attention: those of attention
 
 Parity is asserted before the clock starts. Rates are of the bytes or FLOPs that the op must move or do, however it is
 computed; their share is of a large copy or matmul measured in the same run.
@@ -18,7 +18,7 @@ from rivals.op_cases import CASES, DEVICE, Case, nbytes
 
 
 def step(form: Callable[..., Any], inputs: list[Tensor], upstream: Tensor | None) -> list[Tensor]:
-    """Outputs, and the gradients of a single one."""
+    """Return the outputs and, if there is one output, its gradients."""
     out = form(*inputs)
     leaves = [t for t in inputs if t.requires_grad]
     if not leaves:
@@ -27,7 +27,7 @@ def step(form: Callable[..., Any], inputs: list[Tensor], upstream: Tensor | None
 
 
 def assert_parity(case: Case, upstream: Tensor | None) -> None:
-    """Every form agrees with every other as far as the narrowest dtype goes."""
+    """Check that every form agrees with ours within the precision of the narrowest dtype."""
     results = {name: step(form, case.inputs, upstream) for name, form in case.forms.items()}
     narrow = any(t.dtype == torch.bfloat16 for t in case.inputs)
     for name, values in results.items():
@@ -39,7 +39,7 @@ def assert_parity(case: Case, upstream: Tensor | None) -> None:
 
 @pytest.fixture(scope="module")
 def ceiling() -> dict[str, float]:
-    """Bytes/s of a large copy and, by dtype, FLOP/s of a large matmul."""
+    """Measure bytes/s of a large copy and, by dtype, FLOP/s of a large matmul."""
     source = torch.empty(1 << 26, device=DEVICE)
     target = torch.empty_like(source)
     copy = Timer("t.copy_(s)", globals={"t": target, "s": source}).blocked_autorange(min_run_time=0.5).median

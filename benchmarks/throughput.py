@@ -25,7 +25,7 @@ from rivals.arguments import parse
 from rivals.breakdown import breakdown, share_of_step
 from rivals.contestants import ACCELERATED, Contestant, Setting, batches
 from rivals.fed import train_fed
-from rivals.footprint import batch_with_room, peak_in_fresh_process
+from rivals.footprint import fitting_batch_size, peak_in_fresh_process
 from rivals.race import Result, race
 from rivals.sizes import Cell, Sizes, classify_flops, train_flops
 
@@ -62,7 +62,7 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[tables.Row]
     template = setting.template()
     sizes = Sizes.of(template)
     if args.batch_size is None:
-        setting = replace(setting, batch_size=batch_with_room(setting, template, args.cells[0]))
+        setting = replace(setting, batch_size=fitting_batch_size(setting, template, args.cells[0]))
     forms = ["fastmim", *args.peers]
     if args.accelerated:
         forms += [peer + ACCELERATED for peer in ACCELERABLE if peer in args.peers]

@@ -1,6 +1,6 @@
-"""Hugging Face's ViTMAE under its own Trainer, made fast by one line.
+"""Hugging Face's ViTMAE under its own Trainer, accelerated by one line.
 
-Everything else is what it was: the model's class and weights, the Trainer, what it saves and what loads it again.
+The rest is unchanged: the model's class and weights, the Trainer, and the checkpoints that it saves and loads.
 """
 
 import tempfile
@@ -13,7 +13,7 @@ import fastmim
 
 
 class Walls(Dataset):
-    """Pictures of coloured walls, as a processor would give them: pixel_values (3, 64, 64), normalised."""
+    """Pictures of coloured walls as an image processor returns them: pixel_values (3, 64, 64), normalised."""
 
     def __len__(self) -> int:
         return 256

@@ -1,6 +1,6 @@
-"""Our ops inside somebody's model: a plain ViT whose encoder sees only visible patches, with attention for short rows.
+"""fastmim's ops inside another model: a plain ViT whose encoder sees only visible patches.
 
-Three lines change: the patch embedding, the attention call, the loss. Everything else stays as it was.
+Three lines change: the patch embedding, the attention call, and the loss. The rest stays as it was.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Predict a frozen teacher's features instead of pixels, teacher and student looking at the same visible patches.
+"""Predict a frozen teacher's features instead of pixels; teacher and student see the same visible patches.
 
 The teacher costs what the student costs: it reads only the patches in the shared `ids_keep` (as DMAE does, Bai et
 al., CVPR 2023). The loss is GraphMAE's scaled cosine error.

@@ -1,4 +1,4 @@
-"""Pretrain a masked autoencoder on a folder of images, and look at what it learnt.
+"""Pretrain a masked autoencoder on a folder of images, and draw reconstructions.
 
 python examples/train_mae.py FOLDER --steps 500 --out grid.png
 """
@@ -8,11 +8,11 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 import fastmim
 from fastmim.data import ImageLoader
+from fastmim.train.reconstruct import draw_grid
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("folder", type=Path)
@@ -32,7 +32,7 @@ except ValueError as error:
 model = fastmim.mae_vit_tiny_patch16(img_size=size, norm_pix_loss=True).to(device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
 
-# epoch after epoch, each in another order
+# epochs, each in another order
 batches = chain.from_iterable(repeat(loader))
 progress = tqdm(islice(batches, args.steps), total=args.steps)
 for batch in progress:
@@ -45,10 +45,5 @@ for batch in progress:
 
 shown = next(iter(whole)).images
 with torch.no_grad():
-    out = model(shown, mask_ratio=args.mask_ratio)
-original = shown.float() / 255
-hidden = model.unpatchify(model.patchify(original) * (1 - out.mask[..., None]) + 0.5 * out.mask[..., None])
-rows = torch.cat([original, hidden, model.reconstruct(shown, out)], dim=3)  # original | masked | reconstruction
-grid = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-Image.fromarray(grid).save(args.out)
+    draw_grid(model, shown, model(shown, mask_ratio=args.mask_ratio), args.out)
 print(f"loss {loss.item():.4f}; original | masked | reconstruction in {args.out}")

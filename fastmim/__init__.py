@@ -1,4 +1,4 @@
-"""fastmim: masked autoencoders that pay only for the patches they look at."""
+"""Masked autoencoders that compute only the patches they keep or predict."""
 
 from . import data, masking, ops
 from ._version import __version__
@@ -9,7 +9,6 @@ from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .masking import Mask
 from .models.mae import (
-    MAEOutput,
     MaskedAutoencoderViT,
     mae_vit_base_patch16,
     mae_vit_huge_patch14,
@@ -17,6 +16,7 @@ from .models.mae import (
     mae_vit_small_patch16,
     mae_vit_tiny_patch16,
 )
+from .models.output import MAEOutput
 
 __all__ = [
     "MAEOutput",

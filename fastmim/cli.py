@@ -1,6 +1,6 @@
-"""The `fastmim` command: one sub-command per job.
+"""The `fastmim` command, also `python -m fastmim`.
 
-A sub-command is a function here and an entry in COMMANDS; what it needs beyond argparse it imports itself.
+Each sub-command is a function here and an entry in COMMANDS, and imports what it needs beyond argparse.
 """
 
 import argparse
@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .data.formats import told
-from .data.loader import available_cpus
+from .data.formats import describe
 from .data.quarantine import NAME, Quarantine
 from .data.sources import open_source
+from .data.threads import available_cpus
 
 SOURCE = (
     "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
@@ -34,7 +34,7 @@ def _seed(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    """A path, `~` expanded: shells don't where it stands in quotes or after an equals sign."""
+    """Return a path with `~` expanded, which shells leave in quotes and after an equals sign."""
     return Path(os.path.expanduser(text))
 
 
@@ -87,24 +87,24 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
 def _check_data(args: argparse.Namespace) -> int:
     """Decode every image in full and say which can't be read, before a training run meets them.
 
-    Unreadable images are printed and listed in a quarantine file with the reason; the exit status is then 1. Training
-    skips them. It serves images that are damaged but decodable, such as JPEGs with too little data before their end
-    mark, and 16-bit images that are nearly black since they use less than 12 bits: both are printed and counted but
-    not listed, and the exit status stays 0. Damage in JPEGs is looked for where simplejpeg is installed. Of a packed
+    Unreadable images are printed and listed in a quarantine file with the reason, and the exit status is 1; training
+    skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
+    mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
+    not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
     dataset all checksums are compared.
     """
     from collections import Counter
 
     from tqdm import tqdm
 
+    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source
     from .data.decoders import installed
     from .data.packed import Packed
-    from .data.verdicts import DAMAGED, DIM, UNREADABLE, check
 
     source = open_source(args.source)
     quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
     found = tqdm(
-        check(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
+        check_source(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
     )
     counts: Counter[str] = Counter()
     for sample, (name, kind, reason) in enumerate(found):
@@ -116,13 +116,14 @@ def _check_data(args: argparse.Namespace) -> int:
         if kind:
             found.write(f"{kind}: {name!a}: {reason}")
     bad = counts[UNREADABLE]
-    print(f"{args.source}: {len(source.names)} images, {bad} can't be read" + (f": {quarantine.path}" if bad else ""))
+    listing = f", {quarantine.listing()}" if bad else ""
+    print(f"{args.source}: {len(source.names)} images, {bad} can't be read{listing}")
     if not isinstance(source, Packed):
         print(f"served: {counts[DAMAGED]} damaged but decodable, {counts[DIM]} of 16 bits that use less than 12")
         if not installed("simplejpeg"):
             print("damage in JPEGs wasn't looked for: pip install 'fastmim[jpeg]'")
     if source.left_out:
-        print(f"left out: {told(source.left_out)}")
+        print(f"left out: {describe(source.left_out)}")
     return 1 if bad else 0
 
 
@@ -136,12 +137,12 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         nargs="*",
         default=[],
-        help="replaces what CONFIG says: data=FOLDER output_dir=FOLDER",
+        help="overrides a key of CONFIG: data=FOLDER output_dir=FOLDER",
     )
 
 
 def _pretrain(args: argparse.Namespace) -> int:
-    """Pretrain a masked autoencoder; run it again to go on after an interruption.
+    """Pretrain a masked autoencoder; run it again to continue after an interruption.
 
     Writes checkpoints, metrics.jsonl, loss.png and final/model.safetensors into output_dir. Under torchrun each process
     takes its share. `fastmim pretrain quickstart_cpu` needs no data and a few minutes.
@@ -161,7 +162,7 @@ CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
     parser.add_argument(
-        "--key", help="the part of a file that holds the model; what lies outside of it is not looked at. Default: all"
+        "--key", help="the key of a file under which the model is; the rest of the file is ignored. Default: all of it"
     )
 
 
@@ -170,8 +171,8 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", type=_path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("-o", "--out", metavar="PNG", type=_path, required=True, help="the grid to write")
     parser.add_argument("--mask-ratio", type=float, default=0.75, metavar="R", help="share removed. Default: 0.75")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the masks. Default: 0")
-    parser.add_argument("--count", type=_count, default=16, metavar="N", help="at most so many. Default: 16")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the masks. Default: 0")
+    parser.add_argument("--count", type=_count, default=16, metavar="N", help="most pictures. Default: 16")
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
@@ -202,8 +203,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="DATA", type=_path, help="a folder of class folders, or of train and test folders of them"
     )
-    parser.add_argument("--labels-per-class", type=_count, metavar="N", help="learn from so many only. Default: all")
-    parser.add_argument("--pool", choices=("mean", "class"), default="mean", help="of tokens. Default: mean")
+    parser.add_argument("--labels-per-class", type=_count, metavar="N", help="images to learn from. Default: all")
+    parser.add_argument("--pool", choices=("mean", "class"), default="mean", help="pooling of tokens. Default: mean")
     _add_threads(parser)
 
 
@@ -219,7 +220,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from .train.evaluate import compare, read_split
     from .train.load_run import load_model
 
-    # features are the encoder's
+    # features need the encoder alone
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
     split = read_split(args.data, model.patch_embed.img_size, args.threads)
     torch.manual_seed(0)
@@ -247,16 +248,17 @@ def _export(args: argparse.Namespace) -> int:
     from .train.export import export
     from .train.load_run import load_model
 
-    # timm's model is the encoder
+    # timm's model has no decoder
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
-    apart = export(model, args.to, args.out)
-    print(f"{args.out}: outputs equal (apart by {apart:.0e} of the largest)")
+    difference = export(model, args.to, args.out)
+    print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
     return 0
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
-# name: what adds its arguments, what runs it and returns the exit status; its docstring is its help
+# by name: a function that adds the arguments, and one that runs the command and returns the exit status, whose
+# docstring is the help
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "pack": (_add_pack, _pack),
     "check-data": (_add_check_data, _check_data),
@@ -274,8 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, (add_arguments, run) in COMMANDS.items():
-        said = run.__doc__ or ""
-        command = commands.add_parser(name, help=said.splitlines()[0], description=said)
+        description = run.__doc__ or ""
+        command = commands.add_parser(name, help=description.splitlines()[0], description=description)
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(argv)

@@ -1,6 +1,6 @@
-"""Masks: which patches are visible, which are predicted, and where masks come from.
+"""Masks of visible and predicted patches, and functions that make them.
 
-Polarity, everywhere: 1 or True = removed. Ids live in patch space and never count a class token.
+1 or True means removed, everywhere. Ids count patches, never prefix tokens such as a class token.
 """
 
 import math
@@ -26,8 +26,9 @@ class Mask:
         num_patches: L.
 
     Raises:
-        TypeError, ValueError: wrong type, shape, dtype or device; ids that are out of range or repeat in a row, and an
-            ids_restore that is not the rank of each patch (looked at on the CPU, not under torch.compile).
+        TypeError: a value of a wrong type or dtype.
+        ValueError: wrong shapes or devices; ids that are out of range or repeat in a row; an ids_restore that is not
+            the rank of each patch. Values are checked on the CPU only, and not under torch.compile.
     """
 
     ids_keep: Tensor
@@ -45,32 +46,32 @@ class Mask:
             self._check_values()
 
     def _check_values(self) -> None:
-        """ids_restore is a permutation of which ids_keep holds the first; ids_predict are distinct patches."""
+        """Check that ids_restore is a permutation that begins with ids_keep, and that ids_predict are distinct."""
         restore, keep = self.ids_restore.long(), self.ids_keep.long()
         check_id_values("ids_restore", restore, self.num_patches)
         check_id_values("ids_keep", keep, self.num_patches)
         check_id_values("ids_predict", self.ids_predict.long(), self.num_patches)
         wrong = restore.gather(1, keep) != torch.arange(keep.shape[1], device=keep.device)
         if bool(wrong.any()):
-            row, place = wrong.nonzero()[0].tolist()
-            patch = int(keep[row, place])
+            row, rank = wrong.nonzero()[0].tolist()
+            patch = int(keep[row, rank])
             raise ValueError(
                 f"ids_restore must hold the rank of each patch, so that ids_restore[b, ids_keep[b, k]] is k; in row "
-                f"{row} ids_keep[{place}] is {patch}, whose rank is {int(restore[row, patch])}"
+                f"{row} ids_keep[{rank}] is {patch}, whose rank is {int(restore[row, patch])}"
             )
 
     @property
     def mask(self) -> Tensor:
-        """(B, L) bool, True = removed."""
+        """Tensor (B, L) bool, True = removed."""
         return self.ids_restore >= self.len_keep
 
     @property
     def len_keep(self) -> int:
-        """Visible patches K of each row."""
+        """Number K of visible patches of each row."""
         return self.ids_keep.shape[1]
 
     def to(self, device: torch.device | str) -> "Mask":
-        """The same mask on `device`."""
+        """Return the same mask on `device`."""
         keep, predict, restore = (t.to(device) for t in (self.ids_keep, self.ids_predict, self.ids_restore))
         return Mask(keep, predict, restore, self.num_patches)
 
@@ -87,18 +88,22 @@ def random(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Mask:
-    """Patches removed at random, counted and ordered as in facebookresearch/mae.
+    """Remove patches at random; counts and order are those of facebookresearch/mae.
 
     Args:
         batch, num_patches: B and L.
-        mask_ratio: share r removed, in (0, 1): K = int(L·(1−r)) are kept.
+        mask_ratio: share r of the patches to remove, in (0, 1): K = int(L·(1−r)) are kept.
         len_keep: K itself, instead of `mask_ratio`.
         decode_ratio: share q of the removed patches to predict, in (0, 1]: M = max(1, round(q·(L−K))).
         noise, seeds, generator, device: as in `fastmim.ops.random_masking`.
 
+    Returns:
+        A `Mask` with ids in the order of ascending noise.
+
     Raises:
-        TypeError, ValueError: both or neither of mask_ratio and len_keep; a ratio out of range or NaN; keeping or
-            removing nothing; as `fastmim.ops.random_masking`.
+        TypeError: a value of a wrong type or dtype.
+        ValueError: both or neither of mask_ratio and len_keep; a ratio out of range; no patch kept or none removed; as
+            `fastmim.ops.random_masking`.
     """
     num_patches = check_count("num_patches", num_patches, 1)
     len_keep = count_kept(num_patches, mask_ratio, len_keep)
@@ -119,11 +124,14 @@ def random(
 def from_scores(
     scores: Tensor, mask_ratio: float | None = None, *, len_keep: int | None = None, decode_ratio: float = 1.0
 ) -> Mask:
-    """The patches of the largest scores removed; ids in the order of ascending score.
+    """Remove the patches with the largest scores.
 
     Args:
         scores: (B, L) floating, without NaN.
         mask_ratio, len_keep, decode_ratio: as in `random`.
+
+    Returns:
+        A `Mask` with ids in the order of ascending score.
 
     Raises:
         TypeError, ValueError: as `random`.
@@ -131,21 +139,25 @@ def from_scores(
     check_tensor("scores", scores, (None, None), letters="(batch, patches)")
     check_floating("scores", scores)
     if can_be_read(scores) and bool(scores.isnan().any()):
-        raise ValueError("scores must not hold NaN: the order of their values is the mask")
+        raise ValueError("scores must not hold NaN")
     batch, num_patches = scores.shape
     return random(batch, num_patches, mask_ratio, len_keep=len_keep, decode_ratio=decode_ratio, noise=scores)
 
 
 def from_bool(mask: Tensor, *, predict: Tensor | None = None) -> Mask:
-    """A mask given patch by patch; ids in ascending position. Reads the counts on the host.
+    """Convert a boolean mask. Reads the counts on the host, which waits for the device.
 
     Args:
-        mask: (B, L) bool, True = removed; equally many in each row, at least one kept and one removed.
-        predict: (B, L) bool, True = predict; equally many in each row. Default: the removed patches. It may
-            mark visible patches (running cell masking): they are decoded and carry no loss.
+        mask: (B, L) bool, True = removed; as many in each row, at least one kept and one removed.
+        predict: (B, L) bool, True = predict; as many in each row. Default: the removed patches. It may mark visible
+            patches (as in running cell masking), which are decoded and have no loss.
+
+    Returns:
+        A `Mask` with ids in ascending order.
 
     Raises:
-        TypeError, ValueError: not bool, another shape, or rows of unequal count (the error names them).
+        TypeError: mask or predict is not a bool tensor.
+        ValueError: another shape or device; rows with different counts (the message names them).
     """
     check_tensor("mask", mask, (None, None), letters="(batch, patches)")
     removed = _equal_count("mask", mask)
@@ -161,9 +173,9 @@ def from_bool(mask: Tensor, *, predict: Tensor | None = None) -> Mask:
     predicted = _equal_count("predict", predict)
     if predicted == 0 and mask.shape[0]:
         raise ValueError("predict must mark at least one patch of each row")
-    plain = _ascending(mask, num_patches - removed)
-    ids_predict = _positions_first(predict)[:, :predicted].contiguous()
-    return Mask(plain.ids_keep, ids_predict, plain.ids_restore, num_patches)
+    ascending = _ascending(mask, num_patches - removed)
+    ids_predict = _true_first(predict)[:, :predicted].contiguous()
+    return Mask(ascending.ids_keep, ids_predict, ascending.ids_restore, num_patches)
 
 
 def tube(
@@ -175,13 +187,16 @@ def tube(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Mask:
-    """The same random patches removed in every frame (Tong et al., VideoMAE, NeurIPS 2022); ids ascending.
+    """Remove the same random patches in every frame (Tong et al., VideoMAE, NeurIPS 2022).
 
     Args:
         batch: B.
         grid: (T, H, W) in patches; L = T·H·W, frames first.
-        mask_ratio: share removed, in (0, 1): int(r·H·W) patches of each frame, as VideoMAE counts.
+        mask_ratio: share r to remove, in (0, 1): int(r·H·W) patches of each frame, as in VideoMAE.
         seeds, generator, device: as in `fastmim.ops.random_masking`.
+
+    Returns:
+        A `Mask` with ids in ascending order.
 
     Raises:
         TypeError, ValueError: as `random`.
@@ -203,10 +218,10 @@ def running_cell(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Which patches a video decoder predicts: a 2x2 cell whose decoded corners move on with each frame.
+    """Choose the patches of a video to decode: corners of 2x2 cells that advance with each frame.
 
-    Wang et al., VideoMAE V2, CVPR 2023. Each position is decoded equally often over four frames. Counted as there:
-    int(4·(1 − decode_ratio)) of a cell's four patches are left out. The cell's phase is drawn for each row.
+    Wang et al., VideoMAE V2, CVPR 2023. Each position is decoded equally often over four frames. As there,
+    int(4·(1 − decode_ratio)) of the four patches of a cell are left out. The first corner is random for each row.
 
     Args:
         batch: B.
@@ -215,10 +230,10 @@ def running_cell(
         seeds, generator, device: as in `fastmim.ops.random_masking`.
 
     Returns:
-        (B, T·H·W) bool, True = decode: the `predict` of `from_bool`.
+        (B, T·H·W) bool, True = decode, for the argument `predict` of `from_bool`.
 
     Raises:
-        TypeError, ValueError: as `random`; an odd H or W; a ratio that decodes none or all of a cell.
+        TypeError, ValueError: as `random`; an odd H or W; a ratio that decodes none or all patches of a cell.
     """
     frames, frame = _grid(grid)
     height, width = grid[1:]
@@ -238,9 +253,9 @@ def running_cell(
 
 
 def count_kept(num_patches: int, mask_ratio: float | None, len_keep: int | None = None) -> int:
-    """K = int(L·(1−r)), in double as facebookresearch/mae has it: int(100·(1−0.9)) is 9."""
+    """Return K = int(L·(1−r)), rounded in float64 as in facebookresearch/mae: int(100·(1−0.9)) is 9."""
     if (mask_ratio is None) == (len_keep is None):
-        raise ValueError(f"give one of mask_ratio and len_keep; got mask_ratio={mask_ratio}, len_keep={len_keep}")
+        raise ValueError(f"pass one of mask_ratio and len_keep; got mask_ratio={mask_ratio}, len_keep={len_keep}")
     if len_keep is None:
         len_keep = int(num_patches * (1 - check_ratio("mask_ratio", mask_ratio)))
         if not 0 < len_keep < num_patches:
@@ -250,12 +265,12 @@ def count_kept(num_patches: int, mask_ratio: float | None, len_keep: int | None 
 
 
 def count_predicted(removed: int, decode_ratio: float) -> int:
-    """M = max(1, round(q·removed)), with Python's round."""
+    """Return M = max(1, round(q·removed)), with Python's round."""
     return max(1, round(check_ratio("decode_ratio", decode_ratio, one=True) * removed))
 
 
 def _grid(grid: Sequence[int]) -> tuple[int, int]:
-    """Frames, and patches of a frame."""
+    """Return the number of frames, and of patches in a frame."""
     if not isinstance(grid, Sequence) or len(grid) != 3:
         raise ValueError(f"grid must be (frames, height, width) in patches, got {grid!r}")
     frames, *frame = (check_count("grid", size, 1) for size in grid)
@@ -263,26 +278,26 @@ def _grid(grid: Sequence[int]) -> tuple[int, int]:
 
 
 def _equal_count(name: str, mask: Tensor) -> int:
-    """How many are True in each row."""
+    """Return the number of True values in each row, which must be the same."""
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be of dtype bool, got {mask.dtype}")
     counts = mask.sum(1).tolist()
-    odd = [row for row, count in enumerate(counts) if count != counts[0]]
-    if odd:
+    others = [row for row, count in enumerate(counts) if count != counts[0]]
+    if others:
         raise ValueError(
-            f"{name} must mark equally many patches in each row: row 0 marks {counts[0]}, "
-            f"row {odd[0]} marks {counts[odd[0]]} ({len(odd)} rows differ: {odd[:8]})"
+            f"{name} must mark the same number of patches in each row: row 0 marks {counts[0]}, "
+            f"row {others[0]} marks {counts[others[0]]} ({len(others)} rows differ: {others[:8]})"
         )
     return counts[0] if counts else 0
 
 
-def _positions_first(mask: Tensor) -> Tensor:
-    """Positions of True, ascending, then those of False, ascending."""
+def _true_first(mask: Tensor) -> Tensor:
+    """Return the positions of True values in ascending order, then those of False values."""
     return (~mask).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def _ascending(mask: Tensor, len_keep: int) -> Mask:
-    order = _positions_first(~mask)
+    order = _true_first(~mask)
     ids_restore = torch.empty_like(order)
     ids_restore.scatter_(1, order, torch.arange(mask.shape[1], device=mask.device).expand_as(order))
     return Mask(order[:, :len_keep].contiguous(), order[:, len_keep:].contiguous(), ids_restore, mask.shape[1])

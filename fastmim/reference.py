@@ -1,7 +1,7 @@
-"""Every op in plain PyTorch: the executable specification, and the kernel that serves where no other does.
+"""Every op in plain PyTorch: its definition, and the fallback where no kernel serves a call.
 
-Each function has the signature of its dispatcher op (see `fastmim.ops`). Arithmetic is in float32 (float64 for
-float64 inputs) whatever the storage. Letters: B batch, L patches, K visible, M predicted, D width, P values of a
+Each function has the signature of its dispatcher op (see `fastmim.ops`, which documents the ops). Arithmetic is in
+float32, or in float64 for float64 inputs. Letters: B batch, L patches, K visible, M predicted, D width, P values of a
 patch, N prefix tokens, S sequence, H heads.
 """
 
@@ -21,18 +21,18 @@ _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 # ---- values ----------------------------------------------------------------------------------------------------------
 
 
-def wide(x: Tensor) -> Tensor:
-    """`x` in the dtype that arithmetic is done in."""
+def upcast(x: Tensor) -> Tensor:
+    """Return x in the dtype of arithmetic: float64 as it is, all others as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _checked(x: Tensor) -> bool:
-    """Whether the values of `x` may be read by the host: free on the CPU, a synchronisation elsewhere."""
+    """Return whether the host may read values of `x`: on the CPU; on devices only with FASTMIM_CHECK_IDS=1."""
     return x.device.type == "cpu" or _CHECK_ON_DEVICE
 
 
 def check_id_values(name: str, ids: Tensor, limit: int) -> None:
-    """The ids of each row are distinct and in 0..limit-1."""
+    """Check that the ids of each row are distinct and in 0..limit-1, where `_checked`."""
     if not _checked(ids) or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())
@@ -44,17 +44,18 @@ def check_id_values(name: str, ids: Tensor, limit: int) -> None:
 
 
 def _batch(ids: Tensor) -> Tensor:
+    """Return row numbers (B, 1), to index with ids (B, K)."""
     return torch.arange(ids.shape[0], device=ids.device)[:, None]
 
 
 def _take(x: Tensor, ids: Tensor, name: str = "ids") -> Tensor:
-    """Rows `ids` (B, K), distinct in a row, of x (B, L, ...)."""
+    """Return rows `ids` (B, K) of x (B, L, ...), after checking the ids."""
     check_id_values(name, ids, x.shape[1])
     return _rows(x, ids)
 
 
 def _rows(x: Tensor, ids: Tensor) -> Tensor:
-    """x[b, ids[b, k]]; an id that is out of range and was not checked reads NaN."""
+    """Return x[b, ids[b, k]]; NaN for an id that is out of range and was not checked."""
     if _checked(ids):
         return x[_batch(ids), ids]
     limit = x.shape[1]
@@ -64,7 +65,7 @@ def _rows(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def _put(rows: Tensor, ids: Tensor, limit: int) -> Tensor:
-    """Zeros (B, limit, ...) with `rows` at `ids`; an id out of range writes nothing."""
+    """Return zeros (B, limit, ...) with `rows` written at `ids`; ids out of range are ignored."""
     spare = torch.where((ids >= 0) & (ids < limit), ids, limit)
     out = rows.new_zeros(rows.shape[0], limit + 1, *rows.shape[2:])
     out[_batch(ids), spare] = rows
@@ -75,8 +76,9 @@ def _put(rows: Tensor, ids: Tensor, limit: int) -> Tensor:
 
 
 def philox(seeds: Tensor, count: int) -> Tensor:
-    """(B, count) int64 in 0..2^32-1: word j % 4 of Philox4x32-10 with counter (j // 4, 0, 0, 0) and key seeds[b].
+    """Return random words (B, count), int64 in 0..2^32-1, of Philox4x32-10.
 
+    Word [b, j] is number j % 4 of the block with counter (j // 4, 0, 0, 0) and key seeds[b].
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     low = 0xFFFFFFFF
@@ -84,7 +86,7 @@ def philox(seeds: Tensor, count: int) -> Tensor:
     c1 = c2 = c3 = torch.zeros_like(c0)
     k0, k1 = (seeds & low)[:, None], ((seeds >> 32) & low)[:, None]
     for _ in range(10):
-        # int64 products wrap modulo 2^64, so both 32-bit halves are right
+        # int64 products wrap modulo 2^64, which keeps both 32-bit halves exact
         left, right = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((right >> 32) & low) ^ c1 ^ k0, right & low, ((left >> 32) & low) ^ c3 ^ k1, left & low
         k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
@@ -118,12 +120,12 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor
 
 
 def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
-    """The gradient of a table (L, D) of which row ids[b, k] was added to token (b, k)."""
-    return _put(wide(rows), ids, num_positions).sum(0)
+    """Return the gradient (L, D) of a table whose row ids[b, k] was added to token (b, k), given `rows` (B, K, D)."""
+    return _put(upcast(rows), ids, num_positions).sum(0)
 
 
 def _positions(table: Tensor, ids: Tensor, name: str) -> Tensor:
-    return _take(wide(table).expand(ids.shape[0], -1, -1), ids, name)
+    return _take(upcast(table).expand(ids.shape[0], -1, -1), ids, name)
 
 
 def decoder_tokens(
@@ -135,9 +137,9 @@ def decoder_tokens(
     num_prefix_tokens: int,
 ) -> Tensor:
     prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens])
-    prefix = wide(visible[:, :num_prefix_tokens]) + wide(prefix_pos)
-    kept = wide(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
-    predicted = wide(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
+    prefix = upcast(visible[:, :num_prefix_tokens]) + upcast(prefix_pos)
+    kept = upcast(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
+    predicted = upcast(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
     return torch.cat([prefix, kept, predicted], dim=1).to(visible.dtype)
 
 
@@ -145,29 +147,29 @@ def unshuffle(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int
 ) -> Tensor:
     check_id_values("ids_restore", ids_restore, ids_restore.shape[1])
-    prefix, kept = wide(visible).tensor_split([num_prefix_tokens], dim=1)
+    prefix, kept = upcast(visible).tensor_split([num_prefix_tokens], dim=1)
     len_keep = kept.shape[1]
-    hidden = wide(mask_token).expand(ids_restore.shape[0], 1, -1)
+    hidden = upcast(mask_token).expand(ids_restore.shape[0], 1, -1)
     removed = (ids_restore >= len_keep) & (ids_restore < ids_restore.shape[1])
     patches = _rows(torch.cat([kept, hidden], dim=1), torch.where(removed, len_keep, ids_restore))
-    return (torch.cat([prefix, patches], dim=1) + wide(pos_embed)).to(visible.dtype)
+    return (torch.cat([prefix, patches], dim=1) + upcast(pos_embed)).to(visible.dtype)
 
 
 def unshuffle_backward(
     grad: Tensor, ids_restore: Tensor, len_keep: int, num_prefix_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `visible` and, in the wide dtype, of `mask_token`."""
+    """Return the gradients of `visible` and, upcast, of `mask_token`."""
     prefix, patches = grad.tensor_split([num_prefix_tokens], dim=1)
     masked = (ids_restore >= len_keep)[..., None]
     kept = _put(patches, torch.where(masked[..., 0], len_keep, ids_restore), len_keep)
-    return torch.cat([prefix, kept], dim=1), (wide(patches) * masked).sum((0, 1))
+    return torch.cat([prefix, kept], dim=1), (upcast(patches) * masked).sum((0, 1))
 
 
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 
 def _patch_view(images: Tensor, patch_size: list[int]) -> Tensor:
-    """images (B, C, *sizes) as a view (B, *grid, C, *patch)."""
+    """Return images (B, C, *sizes) as a view (B, *grid, C, *patch)."""
     for axis, p in enumerate(patch_size):
         images = images.unflatten(2 + 2 * axis, (images.shape[2 + 2 * axis] // p, p))
     n = len(patch_size)
@@ -175,14 +177,14 @@ def _patch_view(images: Tensor, patch_size: list[int]) -> Tensor:
 
 
 def _channels(stat: Tensor, like: Tensor) -> Tensor:
-    """A per-channel statistic (C,) broadcastable to patches (B, K, C, *patch)."""
+    """Return a statistic of each channel (C,) in a shape that broadcasts to patches (B, K, C, *patch)."""
     return stat.to(like.dtype).reshape(-1, *[1] * (like.dim() - 3))
 
 
 def _cut(
     images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The chosen patches (B, K, C, *patch), normalised, in `dtype`."""
+    """Return the patches at `ids`, (B, K, C, *patch), normalised, in `dtype`."""
     view = _patch_view(images, patch_size)
     grid = view.shape[1 : 1 + len(patch_size)]
     limit = grid.numel()
@@ -203,21 +205,21 @@ def _cut(
     return patches
 
 
-def _wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def _upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def gather_patches(
     images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return _cut(images, ids, patch_size, mean, std, _wide_dtype(images.dtype, dtype)).flatten(2).to(dtype)
+    return _cut(images, ids, patch_size, mean, std, _upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
 
 
 def gather_patches_backward(
     grad: Tensor, ids: Tensor, patch_size: list[int], std: Tensor | None, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """The gradient (B, C, *sizes) of floating images, in `dtype`."""
-    patches = wide(grad).unflatten(2, (shape[1], *patch_size))
+    """Return the gradient (B, C, *sizes) of floating images, in `dtype`."""
+    patches = upcast(grad).unflatten(2, (shape[1], *patch_size))
     if std is not None:
         patches = patches / _channels(std, patches)
     grid = [size // p for size, p in zip(shape[2:], patch_size)]
@@ -239,11 +241,11 @@ def embed_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
-    # contiguous: sums, and so bits, do not depend on the layout of the weight
+    # contiguous, so that the bits of sums do not depend on the layout of the weight
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = wide(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)
@@ -253,12 +255,12 @@ def embed_patches(
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    """(B, S, H, D) as (B, H, S, D), contiguous: sums, and so bits, do not depend on the layout of x."""
-    return wide(x).transpose(1, 2).contiguous()
+    """Return x (B, S, H, D) as (B, H, S, D), contiguous, so that the bits of sums do not depend on its layout."""
+    return upcast(x).transpose(1, 2).contiguous()
 
 
 def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale q kᵀ + bias) over the unmasked keys, (B, H, Sq, Sk); 0 for a query without any."""
+    """Return softmax(scale q kᵀ + bias) over the unmasked keys, (B, H, Sq, Sk); 0 for a query without keys."""
     scores = (_heads_first(q) * scale) @ _heads_first(k).mT
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -270,7 +272,7 @@ def _probabilities(q: Tensor, k: Tensor, key_mask: Tensor | None, bias: Tensor |
 
 
 def _attended(x: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Keys or values (B, H, Sk, D) with zeros where masked, so that what lies there can't leak."""
+    """Return keys or values (B, H, Sk, D) with zeros where masked, so that NaN there has no effect."""
     x = _heads_first(x)
     return x if key_mask is None else x.masked_fill(~key_mask[:, None, :, None], 0)
 
@@ -290,12 +292,12 @@ def attention_backward(
     scale: float,
     need_bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and bias (empty unless asked for), from q, k, v alone."""
+    """Return the gradients of q, k, v and bias (empty unless needed), computed from q, k and v again."""
     p = _probabilities(q, k, key_mask, bias, scale)
     g, keys, values = _heads_first(grad), _attended(k, key_mask), _attended(v, key_mask)
     dp = g @ values.mT
     dp = dp - (p * dp).sum(-1, keepdim=True)
-    # again: rows of p sum to 1 only up to rounding
+    # subtract the mean again, because rows of p sum to 1 only up to rounding
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dq = (ds @ keys) * scale
     dk = (ds.mT @ _heads_first(q)) * scale
@@ -317,14 +319,14 @@ def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | N
 
 
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """For each packed row its sequence and its place in it."""
+    """Return, for each packed row, the number of its sequence and its position in it."""
     row = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.bucketize(row, cu_seqlens[1:].contiguous(), right=True)
     return sequence, row - cu_seqlens[sequence]
 
 
 def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """Packed rows (T, H, D) as (sequences, max_seqlen, H, D), zeros behind, and which of them are rows."""
+    """Pad packed rows (T, H, D) with zeros to (sequences, max_seqlen, H, D); also return the mask of the rows."""
     sequence, place = places(cu_seqlens, x.shape[0])
     out = x.new_zeros(cu_seqlens.shape[0] - 1, max_seqlen, *x.shape[1:])
     out[sequence, place] = x
@@ -332,7 +334,7 @@ def pad(x: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]
 
 
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, total: int, max_seqlen: int) -> None:
-    """Starts at 0, never falls, ends at `total`; no sequence is longer than `max_seqlen`."""
+    """Check that cu_seqlens rises from 0 to `total`, and that no sequence is longer than `max_seqlen`."""
     if not _checked(cu_seqlens):
         return
     lengths = cu_seqlens.diff()
@@ -399,8 +401,8 @@ def pixel_loss(
     std: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The loss and, where asked for, its gradient by pred (else empty)."""
-    dtype = _wide_dtype(pred.dtype, images.dtype)
+    """Return the loss and, if needed, its gradient by pred (else empty)."""
+    dtype = _upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
     error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
     loss = (error.square().mean(-1) * row_scale).sum()
@@ -409,9 +411,9 @@ def pixel_loss(
 
 
 def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """pred (B, M, P) minus its target, which is patches (B, M, C, *patch) normalised, and what a row's loss counts.
+    """Return pred (B, M, P) minus its target, the normalised patches (B, M, C, *patch), and the scale of each row.
 
-    Both are 0 for a row without weight, whatever lies in it.
+    Both are 0 for a row of weight 0, even where it holds NaN.
     """
     row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), REDUCE_MEAN)
     if weight is not None:
@@ -428,19 +430,20 @@ def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | 
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How a gradient made in the forward pass is stored: a mean's gradient underflows in float16."""
+    """Return the dtype of a gradient computed in the forward pass: a mean's gradient underflows in float16."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
-    """grad *= upstream, a scalar; nothing is touched where that is 1."""
-    if upstream.device.type == "cpu" and upstream == 1:  # elsewhere a look at it would wait for the device
+    """Multiply grad by the scalar `upstream` in place."""
+    # on the CPU only: reading a device's value waits
+    if upstream.device.type == "cpu" and upstream == 1:
         return
     grad.mul_(upstream)
 
 
 def _row_scale(weight: Tensor | None, like: Tensor, reduction: int) -> Tensor:
-    """What each row's loss is multiplied by, of the shape of `like`; 0 where all weights are 0."""
+    """Return the factor of each row's loss, of the shape of `like`; 0 where all weights are 0."""
     rows = torch.ones_like(like) if weight is None else weight.to(like.dtype).expand_as(like)
     if reduction != REDUCE_MEAN:
         return rows
@@ -457,14 +460,14 @@ def scaled_cosine_loss(
     need_pred_grad: bool,
     need_target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss and, where asked for, its gradients by pred and target (else empty).
+    """Return the loss and, if needed, its gradients by pred and target (else empty).
 
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
     """
-    dtype = _wide_dtype(pred.dtype, target.dtype)
+    dtype = _upcast_dtype(pred.dtype, target.dtype)
     row_scale = _row_scale(weight, pred.new_empty(pred.shape[:-1], dtype=dtype), reduction)
     if weight is not None:
-        # rows without weight are rows of zeros, whatever lies in them
+        # rows of weight 0 may hold NaN
         idle = row_scale[..., None] == 0
         pred, target = pred.masked_fill(idle, 0), target.masked_fill(idle, 0)
     (x, x_size, x_norm), (y, y_size, y_norm) = (_direction(t.to(dtype)) for t in (pred, target))
@@ -488,7 +491,7 @@ def scaled_cosine_loss(
 
 
 def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = direction * norm * size, where size is the largest magnitude of the row, so that no square overflows."""
+    """Split x into direction * norm * size; size is the row's largest magnitude, so that no square overflows."""
     size = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
     scaled = torch.where(size == 0, 0, x / size)
     norm = scaled.norm(dim=-1, keepdim=True).clamp(min=1)
@@ -508,9 +511,9 @@ def add_layer_norm(
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum."""
-    branch = wide(x) if x_bias is None else wide(x) + wide(x_bias)
-    total = (branch + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
-    rows = wide(total)
+    branch = upcast(x) if x_bias is None else upcast(x) + upcast(x_bias)
+    total = (branch + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    rows = upcast(total)
     width = [x.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
     return normed.to(dtype or total.dtype), total, mean, rstd
@@ -528,13 +531,13 @@ def add_layer_norm_backward(
     sum_dx: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return dtotal, dweight, dbias, normed, dx and dx_bias, as fastmim.ops.norm describes them."""
-    normed = (wide(total) - mean) * rstd
-    weighted = wide(grad_normed) * weight.to(normed.dtype)
+    normed = (upcast(total) - mean) * rstd
+    weighted = upcast(grad_normed) * weight.to(normed.dtype)
     slope = (weighted * normed).mean(-1, keepdim=True)
     grad = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
     if grad_sum is not None:
-        grad = grad + wide(grad_sum)
-    rows = wide(grad_normed).reshape(-1, normed.shape[-1])
+        grad = grad + upcast(grad_sum)
+    rows = upcast(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     nothing = normed.new_empty(0)
     recomputed = nothing if bias is None else normed * weight.to(normed.dtype) + bias.to(normed.dtype)
@@ -551,10 +554,10 @@ def add_layer_norm_backward(
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return GELU u Φ(u), u = x + bias, with Φ the normal distribution function (erf, not tanh)."""
-    return F.gelu(wide(x) + wide(bias)).to(x.dtype)
+    return F.gelu(upcast(x) + upcast(bias)).to(x.dtype)
 
 
 def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x and, in the wide dtype, of bias; with `recompute`, also the op's value."""
-    dx = torch.ops.aten.gelu_backward(wide(grad), wide(x) + wide(bias))
+    """Return the gradients of x and, upcast, of bias; with `recompute`, also the op's value."""
+    dx = torch.ops.aten.gelu_backward(upcast(grad), upcast(x) + upcast(bias))
     return dx.to(x.dtype), dx.reshape(-1, x.shape[-1]).sum(0), bias_gelu(x, bias) if recompute else x.new_empty(0)

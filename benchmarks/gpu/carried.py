@@ -1,4 +1,4 @@
-"""Write the commit down beside what is carried to a machine with a GPU, and print how to go there.
+"""Write the commit beside the files that are taken to a machine with a GPU; print their sizes and the commands there.
 
 python benchmarks/gpu/carried.py build/flight fastmim/_C.cpython-312-x86_64-linux-gnu.so ...
 """
@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness.commit import ROOT, WRITTEN, commit
 
-# of all that travels, the repository's files too
+# most bytes of everything that is taken along, the repository's files included
 MOST = 64 << 20
 COMMAND = 'PYTHONPATH=$PWD PYTHONSAFEPATH=1 python3 benchmarks/flight.py {visit} --seconds {seconds} --out "$OUT"'
 

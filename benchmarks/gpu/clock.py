@@ -1,4 +1,4 @@
-"""Seconds of a call: on a GPU from CUDA graphs of several calls with a cold cache, on a CPU by the clock."""
+"""Timing of a call: on a GPU in CUDA graphs of several calls with a cold cache, on a CPU by the clock."""
 
 from collections.abc import Callable
 from statistics import median
@@ -12,9 +12,9 @@ from harness.timing import Stopwatch, captured
 
 
 def seconds_of(call: Callable[[], Any], plan: Plan) -> float:
-    """Seconds of one call among `plan.calls` in a graph, each after a write that fills the L2 cache.
+    """Measure the seconds of one call among `plan.calls` in a graph, each after a write that fills the L2 cache.
 
-    The median of the replays; the writes are timed in a graph of their own and taken off.
+    The result is the median of the replays; the writes are timed in a graph of their own and subtracted.
     """
     if plan.device == "cpu":
         return median(_laps(call, plan.replays, "cpu"))
@@ -29,7 +29,7 @@ def seconds_of(call: Callable[[], Any], plan: Plan) -> float:
 
 
 def seconds_by_direction(form: Callable[..., Any], inputs: list[Tensor], plan: Plan) -> dict[str, float]:
-    """Seconds of the forward pass, of both passes, and of the backward pass as the difference."""
+    """Measure the seconds of the forward pass, of both passes, and of the backward pass as the difference."""
 
     def forward() -> None:
         with torch.no_grad():

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from fastmim import _library, kernels, reference
+from fastmim import _backends, _dispatch, kernels, reference
 from gpu import triton_cache
 from gpu.clock import seconds_of
 from gpu.plans import Plan, parse
@@ -25,7 +25,7 @@ from gpu.tensors import as_tuple, dtype_name, in_float64, poisoned
 from harness.rows import UNSERVED, Job, run
 
 Call = tuple[str, tuple[Any, ...]]
-# one row; under a sanitizer too
+# seconds for one row, under a sanitizer too
 HUNG = 60.0
 NARROW = (torch.bfloat16, torch.float16)
 # largest error of a result, as a share of the norm of the exact one
@@ -48,7 +48,7 @@ class Calls:
     def attention(
         self, batch: int, heads: int, queries: int, keys: int, dim: int, dtype: torch.dtype
     ) -> Iterator[Call]:
-        """Forward and backward, packed where there are as many keys as queries."""
+        """Yield attention's forward and backward call, packed where there are as many keys as queries."""
         grad, scale = self.randn(batch, queries, heads, dim, dtype=dtype), dim**-0.5
         if queries == keys:
             qkv = self.randn(batch, queries, 3, heads, dim, dtype=dtype)
@@ -60,7 +60,7 @@ class Calls:
         yield "attention_backward", (grad, q, k, v, None, None, scale, False)
 
     def rest(self, batch: int, size: int, width: int, dtype: torch.dtype) -> Iterator[Call]:
-        """The ops besides attention, on pictures of `size` in patches of 16, three quarters of them removed."""
+        """Yield calls of the ops besides attention, on pictures of `size` in patches of 16, three quarters removed."""
         images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=self.device)
         patches, patch = (size // 16) ** 2, [16, 16]
         noise = torch.rand(batch, patches, device=self.device)
@@ -88,7 +88,7 @@ Makers = list[tuple[str, Callable[[], Iterator[Call]]]]
 
 
 def small(plan: Plan) -> Makers:
-    """Names and makers of calls of every kernel in every form."""
+    """Return names and makers of calls of every kernel in every form."""
     calls, found = Calls(plan.device), []
     for queries, keys, dim in plan.forms:
         for dtype in NARROW:
@@ -100,7 +100,7 @@ def small(plan: Plan) -> Makers:
 
 
 def large(plan: Plan) -> Makers:
-    """Names and makers of calls that fill a GPU, attention first, the most telling of each first."""
+    """Return names and makers of calls that fill a GPU, attention first, the most informative of each first."""
     calls, found = Calls(plan.device), []
     for dim in plan.head_dims:
         for length in plan.lengths:
@@ -116,12 +116,12 @@ def large(plan: Plan) -> Makers:
     return found
 
 
-# ---- right -----------------------------------------------------------------------------------------------------------
+# ---- correctness -----------------------------------------------------------------------------------------------------
 
 
 def launcher(backend: str, op: str) -> Callable[..., Any]:
     """Return the kernel of an op in a backend, which may be "reference"."""
-    return getattr(reference, op) if backend == "reference" else _library.launcher(backend, op)
+    return getattr(reference, op) if backend == "reference" else _dispatch.launcher(backend, op)
 
 
 def off(ours: Any, exact: Any) -> float:
@@ -141,7 +141,7 @@ def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
     row: dict[str, Any] = {"errors_by_op": {}, "unserved": {}}
     wrong = []
     for op, args in make():
-        if backend == "cuda" and op not in _library.CUDA_OPS:
+        if backend == "cuda" and op not in _backends.cuda_ops:
             continue
         with poisoned():
             try:
@@ -161,14 +161,14 @@ def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
     return row | ({"wrong": "; ".join(wrong)} if wrong else {})
 
 
-# ---- fast ------------------------------------------------------------------------------------------------------------
+# ---- speed -----------------------------------------------------------------------------------------------------------
 
 
 def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:
     """Return, by op, seconds of each backend's kernel in turn and the distance of their results."""
     row: dict[str, Any] = {"ops": {}}
     for op, args in make():
-        found: dict[str, Any] = {"sizes": _library.sizes_of(op, args), "seconds": {}}
+        found: dict[str, Any] = {"sizes": _dispatch.sizes_of(op, args), "seconds": {}}
         calls, results = {}, []
         for backend, name in plan.backends.items():
             call = partial(launcher(name, op), *args)
@@ -191,14 +191,14 @@ def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:
 
 def main() -> int:
     options = {
-        "--stage": dict(choices=("families", "compare", "memcheck"), default="families", help="default: families"),
+        "--stage": dict(choices=("backends", "compare", "memcheck"), default="backends", help="default: backends"),
         "--backend": dict(choices=("cuda", "triton"), default="cuda", help="whose kernels are checked; default: cuda"),
     }
     args = parse(__doc__, options)
     plan: Plan = args.plan
     backend = plan.backends[args.backend]
-    if "cuda" in (backend, plan.backends["cuda"] * (args.stage == "compare")) and _library.cuda_build is None:
-        print(f"no CUDA C++ kernels: {_library.missing['cuda']}")
+    if "cuda" in (backend, plan.backends["cuda"] * (args.stage == "compare")) and _backends.cuda_build is None:
+        print(f"no CUDA C++ kernels: {_backends.missing['cuda']}")
         return UNSERVED
     triton_cache.watch()
     jobs: list[Job]

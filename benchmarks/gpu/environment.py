@@ -35,7 +35,7 @@ def unusable() -> str | None:
 
 
 def machine(plan: Plan) -> dict[str, Any]:
-    """The card, its driver, and the versions."""
+    """Return the card, its driver, and the versions."""
     on_gpu = plan.device == "cuda"
     fields = "name,driver_version,clocks.max.sm,clocks.max.memory"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
@@ -61,7 +61,7 @@ def machine(plan: Plan) -> dict[str, Any]:
 
 
 def served() -> dict[str, Any]:
-    """The backend of each op on each device, and why the others are missing."""
+    """Return the backend of each op on each device, and the reasons that others are missing."""
     from fastmim import info
 
     found = info.collect()
@@ -72,7 +72,7 @@ def served() -> dict[str, Any]:
 
 
 def ceilings(plan: Plan) -> dict[str, float]:
-    """Bytes/s of a large copy, FLOP/s of a large bfloat16 product, both of random data."""
+    """Measure bytes/s of a large copy and FLOP/s of a large bfloat16 product, both of random data."""
     source = torch.randint(0, 256, (plan.copied,), device=plan.device, dtype=torch.uint8)
     target = torch.empty_like(source)
     copy = min(seconds_of(partial(target.copy_, source), plan) for _ in range(3))

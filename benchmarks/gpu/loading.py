@@ -21,7 +21,7 @@ HUNG = 240.0
 
 
 def loaded(backend: str, images: int, batch_size: int, device: str) -> dict[str, Any]:
-    """Images/s over an epoch, after one that isn't clocked, and grey levels from Pillow's pixels."""
+    """Measure images/s over an epoch, after an unclocked one, and the largest difference from Pillow's pixels."""
     with tempfile.TemporaryDirectory() as work:
         write_jpegs(Path(work), images, Photographs())
         loader = ImageLoader(work, batch_size, backend=backend, device=device)

@@ -1,4 +1,4 @@
-"""Kernels at small sizes under compute-sanitizer's memcheck, with PyTorch's caching of memory off.
+"""Run kernels at small sizes under compute-sanitizer's memcheck, with PyTorch's caching of memory off.
 
 Cached, a tensor lies inside a larger allocation, where most accesses out of its bounds are legal.
 """
@@ -23,7 +23,7 @@ LINES, CHARACTERS = 60, 4000
 
 
 def sanitizer() -> str | None:
-    """compute-sanitizer: on PATH, of the toolkit, or of NVIDIA's package from PyPI."""
+    """Find compute-sanitizer on PATH, in the toolkit, or in NVIDIA's package from PyPI."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "compute-sanitizer"
     packages = importlib.util.find_spec("nvidia")
     places = packages.submodule_search_locations or [] if packages else []
@@ -35,7 +35,7 @@ def sanitized(script: list[str], found: str | None) -> dict[str, Any]:
     """Run a script under the sanitizer; return its exit status and the complaints about its memory."""
     command = [sys.executable, *script]
     if found:
-        # a kernel that is at fault ends alone; torch's own aren't looked at; a failed call of the driver raises anyway
+        # end only the kernel at fault, skip torch's own kernels, and ignore failed driver calls, which raise anyway
         tool = [found, "--tool", "memcheck", "--error-exitcode", str(ERRORS), "--target-processes", "all"]
         tool += ["--destroy-on-device-error", "kernel", "--report-api-errors", "no", "--print-limit", "20"]
         command = [*tool, "--kernel-name-exclude", "kernel_substring=at6native", *command]

@@ -1,4 +1,4 @@
-"""Each op at sizes that fill a GPU: attention beside every backend of PyTorch's, the rest beside their eager forms."""
+"""Time each op at sizes that fill a GPU: attention beside every backend of PyTorch's, the rest beside eager forms."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ from harness.rows import Job, run, stored
 from rivals import op_cases
 
 STAGE = "ops"
-# one row; cuDNN takes about a second for a shape it hasn't seen
+# seconds for one row; cuDNN takes about one for a shape that it hasn't seen
 HUNG = 45.0
 BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -35,19 +35,19 @@ Floors = dict[str, tuple[float, float]]
 
 
 def by_backend(backend: SDPBackend, qkv: Tensor) -> Tensor:
-    """torch's attention, by one backend."""
+    """Run torch's attention on one backend."""
     with sdpa_kernel(backend):
         return op_cases.sdpa(qkv)
 
 
 def without_cudnn(qkv: Tensor) -> Tensor:
-    """torch's attention, by the backend that it chooses among all but cuDNN's."""
+    """Run torch's attention on the backend that it chooses among all but cuDNN's."""
     with sdpa_kernel([backend for name, backend in BACKENDS.items() if name != "cudnn"]):
         return op_cases.sdpa(qkv)
 
 
 class Varlen:
-    """torch's attention for packed sequences; all are of one length here."""
+    """torch's attention for packed sequences, here of one length."""
 
     def __init__(self, batch: int, length: int, device: str) -> None:
         from torch.nn.attention.varlen import varlen_attn
@@ -62,7 +62,7 @@ class Varlen:
 
 
 def attention_forms(batch: int, length: int, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Ours and torch's, of which some are missing on some devices; a row says so."""
+    """Return our attention and torch's forms; a form that fails on a device is named in the row."""
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "fastmim": op_cases.ops.attention_qkvpacked,
         "sdpa": op_cases.sdpa,
@@ -139,14 +139,14 @@ def other(make: Callable[[int], op_cases.Case], batch: int, plan: Plan) -> dict[
 
 
 def changing_lengths(plan: Plan) -> dict[str, Any]:
-    """Milliseconds of a call, forward and backward, where each has another number of tokens and none was seen before.
+    """Measure calls, forward and backward, each with a number of tokens that was not seen before, in milliseconds.
 
     By the host's clock, so that what is compiled or planned for a length counts.
     """
     batch, heads, dim, lengths = plan.changing
     row: dict[str, Any] = {"lengths": lengths, "milliseconds": {}, "slowest": {}}
     kinds = {"fastmim": 0, "sdpa": 0, "sdpa without cudnn": 0, "sdpa flash": 0, "varlen": 0}
-    # lengths that no other row has, after a first one that pays for what is loaded once
+    # lengths that no other row has, after a first one during which libraries are loaded
     packed = [op_cases.randn(batch, length, 3, heads, dim) for length in (lengths[0] + 1, *lengths)]
     for name in kinds:
         spent = []

@@ -24,7 +24,7 @@ def pack(cache: Path, out: Path, since: float, deadline: float) -> dict[str, obj
         with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w:gz", compresslevel=4) as archive:
             while packed < len(entries) and time.time() < deadline:
                 largest = sum(part.stat().st_size for part in entries[packed].rglob("*") if part.is_file())
-                # compressed it is a quarter of that or less; what the compressor holds back is little
+                # compressed it is a quarter of that or less, plus a little in the compressor's buffers
                 if file.tell() and file.tell() + largest / 2 + (1 << 18) > LARGEST:
                     break
                 archive.add(entries[packed], entries[packed].name)
@@ -33,7 +33,7 @@ def pack(cache: Path, out: Path, since: float, deadline: float) -> dict[str, obj
 
 
 def newest(entry: Path) -> float:
-    """When the youngest file of an entry was written."""
+    """Return the time at which the newest file of an entry was written."""
     return max((part.stat().st_mtime for part in (entry, *entry.rglob("*"))), default=0.0)
 
 

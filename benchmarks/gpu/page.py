@@ -10,7 +10,7 @@ Stages = dict[str, dict[str, Row]]
 
 
 def page(visits: list[dict[str, Any]]) -> str:
-    """One section for each visit, with the card, versions, command and commit that its figures are of."""
+    """Format a section for each visit, with card, versions, command and commit."""
     lines = ["# On a GPU", ""]
     for visit in visits:
         lines += section(visit)
@@ -18,7 +18,7 @@ def page(visits: list[dict[str, Any]]) -> str:
 
 
 def section(visit: dict[str, Any]) -> Iterator[str]:
-    """A visit's tables."""
+    """Yield the lines of a visit's tables."""
     stages: Stages = defaultdict(dict)
     for row in visit["rows"]:
         if row["name"] != PLANNED:
@@ -42,17 +42,17 @@ def section(visit: dict[str, Any]) -> Iterator[str]:
 
 
 def table(title: str, *columns: str) -> list[str]:
-    """A heading and the head of a table."""
+    """Return a heading and the head of a table."""
     return ["", f"### {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
 
 
 def cells(*values: Any) -> str:
-    """A line of a table."""
+    """Format a line of a table."""
     return "| " + " | ".join(str(value).replace("|", "\\|").replace("\n", "<br>") for value in values) + " |"
 
 
 def machine(rows: dict[str, Row]) -> Iterator[str]:
-    """Card, driver, versions and ceilings."""
+    """Yield card, driver, versions and ceilings."""
     found, rates = rows.get("machine", {}), rows.get("ceilings", {})
     for key in ("card", "nvidia-smi", "capability", "cuda", "cudnn", "python"):
         if found.get(key):
@@ -64,7 +64,7 @@ def machine(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def correctness(stages: Stages) -> Iterator[str]:
-    """Smoke test by op, kernels at small sizes by backend, suites and sanitizer, followed by every problem."""
+    """Yield smoke test by op, kernels at small sizes by backend, suites and sanitizer, then every problem."""
     lines = []
     smoke = [row for row in stages["smoke"].values() if "op" in row]
     by_op: dict[str, list[Row]] = defaultdict(list)
@@ -76,7 +76,7 @@ def correctness(stages: Stages) -> Iterator[str]:
         most = f"error at most {max(shares):.2f} of what is allowed" if shares else "equal"
         lines.append(cells(f"smoke: {op}", len(found) - bad, bad, most))
     for backend in ("cuda", "triton"):
-        found = [row for name, row in stages["families"].items() if name.startswith(f"{backend}: ")]
+        found = [row for name, row in stages["backends"].items() if name.startswith(f"{backend}: ")]
         if found:
             done = [row for row in found if "errors_by_op" in row]
             bad = sum(bool(problem(row)) for row in found)
@@ -107,13 +107,13 @@ def correctness(stages: Stages) -> Iterator[str]:
 
 
 def row_message(stages: Stages, where: str) -> str:
-    """The end of what a failing test printed."""
+    """Return the end of a failing test's output."""
     stage, _, name = where.partition(": ")
     return str(stages[stage][name].get("message", "")).strip()[-300:]
 
 
 def steps(rows: Iterable[Row]) -> Iterator[str]:
-    """Training steps; beside plain PyTorch's where that was measured in the same way."""
+    """Yield training steps, compared with plain PyTorch's where those were measured in the same way."""
     rows = [row for row in rows if "milliseconds" in row]
     if not rows:
         return
@@ -144,7 +144,7 @@ def steps(rows: Iterable[Row]) -> Iterator[str]:
 
 
 def profile(rows: dict[str, Row]) -> Iterator[str]:
-    """Time of a step by kind of kernel."""
+    """Yield the time of a step by kind of kernel."""
     for name, row in rows.items():
         if "by kind" not in row:
             continue
@@ -162,7 +162,7 @@ def profile(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def ops(rows: dict[str, Row]) -> Iterator[str]:
-    """Ops beside the other forms of each."""
+    """Yield each op beside its other forms."""
     lines = []
     for name, row in rows.items():
         for direction in ("forward", "backward", "both"):
@@ -187,7 +187,7 @@ def ops(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def compare(rows: dict[str, Row]) -> Iterator[str]:
-    """CUDA C++ beside Triton."""
+    """Yield CUDA C++ kernels beside Triton's."""
     lines = []
     for name, row in rows.items():
         for op, found in row.get("ops", {}).items():
@@ -204,7 +204,7 @@ def compare(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def loader(rows: dict[str, Row]) -> Iterator[str]:
-    """The loader by backend."""
+    """Yield the loader's speed by backend."""
     rows = {name: row for name, row in rows.items() if "images_per_second" in row}
     if rows:
         yield from table("Loader", "backend", "images/s", "grey levels from Pillow's at most")
@@ -213,7 +213,7 @@ def loader(rows: dict[str, Row]) -> Iterator[str]:
 
 
 def missing(stages: Stages) -> Iterator[str]:
-    """Rows that were not measured, and kernels that had to be compiled."""
+    """Yield rows that were not measured, and kernels that had to be compiled."""
     left = [
         (f"{stage}: {name}", row.get("not_run") or row.get("cut"))
         for stage, rows in stages.items()

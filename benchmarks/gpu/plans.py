@@ -97,7 +97,7 @@ GPU = Plan(
     lengths=(3, 10, 20, 50, 65, 99, 197),
     head_dims=(64, 32, 80),
     attention_bytes=256e6,
-    # the last decoder block asks for what is predicted alone
+    # the last decoder block computes the predicted tokens alone
     cross=((147, 197, 32), (37, 47, 32)),
     step_attention=((256, 16, 50, 64), (1024, 12, 10, 64), (256, 16, 197, 32)),
     batches=(1024, 256),

@@ -16,22 +16,22 @@ STAGE = "suites"
 NAME = "FASTMIM_SUITE"
 # seconds between rows of counts
 EVERY = 5.0
-# so many failures are told, so many characters of each
-TOLD, CHARACTERS = 400, 3000
+# most failures that are recorded, and most characters of each
+RECORDED, CHARACTERS = 400, 3000
 
 
 class Recorder:
     """Counts of a run by outcome."""
 
     def __init__(self, suite: str) -> None:
-        self.suite, self.counts, self.told = suite, Counter[str](), time.monotonic()
+        self.suite, self.counts, self.recorded = suite, Counter[str](), time.monotonic()
         self.slowest = (0.0, "")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Record a failure; keep count."""
         if report.failed:
             self.counts["failed"] += 1
-            if self.counts["failed"] <= TOLD:
+            if self.counts["failed"] <= RECORDED:
                 output = report.longreprtext
                 name = f"{self.suite}: {report.nodeid}" + f" ({report.when})" * (report.when != "call")
                 rows.record(STAGE, name, failed=1, message=output[-CHARACTERS:])
@@ -39,8 +39,8 @@ class Recorder:
             self.counts[report.outcome] += 1
         if report.when == "call":
             self.slowest = max(self.slowest, (report.duration, report.nodeid))
-        if time.monotonic() - self.told > EVERY:
-            self.tell(begun=True)
+        if time.monotonic() - self.recorded > EVERY:
+            self.record_counts(begun=True)
 
     def pytest_collectreport(self, report: Any) -> None:
         """Record a module that can't be collected."""
@@ -50,17 +50,17 @@ class Recorder:
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
         """Record the counts."""
-        self.tell(exit=int(exitstatus))
+        self.record_counts(exit=int(exitstatus))
 
-    def tell(self, **fields: Any) -> None:
+    def record_counts(self, **fields: Any) -> None:
         """Record the counts as they are."""
-        self.told = time.monotonic()
+        self.recorded = time.monotonic()
         counts = {outcome: self.counts[outcome] for outcome in ("passed", "failed", "skipped")}
         rows.record(STAGE, self.suite, **counts, slowest=self.slowest, **fields)
 
 
 def pytest_configure(config: Any) -> None:
-    """Take part where tests are handed out, not where they run."""
+    """Register the plugin in the process that hands out the tests, not in those that run them."""
     if not hasattr(config, "workerinput"):
         rows.record(STAGE, os.environ[NAME], begun=True)
         config.pluginmanager.register(Recorder(os.environ[NAME]))

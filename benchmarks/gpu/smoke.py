@@ -108,7 +108,7 @@ def work(source: Source, rehearse: bool, indices: list[int], seed: int, parent: 
     if not rehearse:
         importlib.import_module("gpu.triton_cache").watch()
     found = source(rehearse)
-    with poisoned():  # imports much, which is not the first case's
+    with poisoned():  # imports modules whose time the first case should not include
         torch.empty(1, device=device)
     for index in indices:
         if time.time() > float(os.environ.get(rows.DEADLINE, "inf")):
@@ -169,7 +169,7 @@ def run(
         indices = [index for index, name in enumerate(names) if name in only]
         if missing := set(only) - set(names):
             raise ValueError(f"there are no cases {sorted(missing)}")
-        limit *= 10  # a sanitizer may watch
+        limit *= 10  # single cases may run under a sanitizer
     context = multiprocessing.get_context("spawn")
     limit *= float(os.environ.get(rows.PATIENCE, "1"))
     wrong: dict[str, str] = {}
@@ -199,14 +199,14 @@ def run(
                     worker.current = None
                     if kind == "wrong":
                         wrong[names[index]] = reason
-        except (EOFError, OSError):  # at the end, or within a message
+        except (EOFError, OSError):  # the process has ended, perhaps within a message
             return False
         return True
 
     def bury(worker: Worker) -> None:
         worker.process.join()
         reason = worker.reason or f"the process ended with status {worker.process.exitcode}"
-        # one that dies before its first case would die again
+        # a process that dies before its first case would die again
         lost = [worker.current] if worker.current is not None else list(worker.left)
         for index in lost:
             worker.left.remove(index)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim import MaskedAutoencoderViT, _library, reference
+from fastmim import MaskedAutoencoderViT, _dispatch, reference
 from gpu.tensors import as_tuple, dtype_name, in_float64
 from pictures.photographs import normalise
 from rivals.plain_mae import PlainGatherMAE
@@ -34,7 +34,7 @@ Results = tuple[Tensor, ...]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One call: `call` is checked against `expected`, both of what `make` draws on a device."""
+    """A call that is checked against `expected`, both with the arguments that `make` draws on a device."""
 
     op: str
     shape: str
@@ -60,7 +60,7 @@ def op_case(op: str, shape: str, dtype: torch.dtype, make: Callable[[str], Args]
 
 def launched(op: str, args: Args) -> Results:
     """Return the results of the op's Triton launcher; those of an op that works in place are what it wrote."""
-    launch = _library.launcher("triton", op)
+    launch = _dispatch.launcher("triton", op)
     if not op.endswith("_"):
         return as_tuple(launch(*args))
     first = args[0].clone()
@@ -70,9 +70,9 @@ def launched(op: str, args: Args) -> Results:
 
 def referred(op: str, args: Args) -> Results:
     """Return the reference's results for the same arguments in float64."""
-    wide = [in_float64(arg) for arg in args]
-    found = getattr(reference, op)(*wide)
-    return (wide[0],) if op.endswith("_") else as_tuple(found)
+    upcast = [in_float64(arg) for arg in args]
+    found = getattr(reference, op)(*upcast)
+    return (upcast[0],) if op.endswith("_") else as_tuple(found)
 
 
 def referred_norm_backward(args: Args) -> Results:
@@ -157,7 +157,7 @@ def cases(rehearse: bool = False) -> list[Case]:
     return found
 
 
-# what a case draws from
+# random values of cases
 
 
 def randn(*shape: int, dtype: torch.dtype = FP32, device: str) -> Tensor:

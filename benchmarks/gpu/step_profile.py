@@ -21,7 +21,7 @@ from rivals.sizes import Cell, Sizes, train_flops
 STAGE = "profile"
 HUNG = 60.0
 TOP = 25
-# kinds of kernel, by what their names hold; the first that fits
+# kinds of kernel and patterns of their names; the first match counts
 KINDS = (
     ("attention", "tile_forward|tile_backward|loop_forward|loop_backward|attention|flash|fmha"),
     ("matmul", "gemm|cutlass|nvjet|cublas|_mm|s16816|wgmma|sgemm|splitk"),
@@ -39,7 +39,7 @@ def kind_of(kernel: str) -> str:
 
 
 def amounts(sizes: Sizes, cell: Cell, batch: int, parameters: int) -> dict[str, dict[str, float]]:
-    """Bytes or FLOPs of a step that a kind of kernel must move or do, where that is known.
+    """Return the bytes or FLOPs that a kind of kernel must move or do in a step, for kinds where that is known.
 
     Attention's backward pass is counted with five products, as in `op_times`, and with values of two bytes that are
     read or written once in each pass. AdamW reads weight, gradient and two moments and writes all but the gradient.

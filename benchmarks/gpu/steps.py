@@ -28,7 +28,7 @@ from rivals.contestants import DTYPES, Batch, Contestant, Setting
 from rivals.sizes import Cell, train_flops
 
 DTYPE = "bf16"
-# building, warming up, compiling and measuring one row
+# seconds for building, warming up, compiling and measuring one row
 HUNG = 75.0
 WARM_UP = 3
 # largest difference from plain PyTorch, as a share of its value: of the first loss, of the norm of its gradient, and of
@@ -59,7 +59,7 @@ def images_and_noise(step: Step, contestant: Contestant) -> Batch:
 
 
 def first_step(contestant: Contestant, batch: Batch) -> dict[str, float]:
-    """One step of training; its loss and the norm of its gradient."""
+    """Take one training step; return its loss and the norm of its gradient."""
     with contestant.setting.autocast():
         loss = contestant.loss(batch)
     loss.backward()
@@ -70,10 +70,10 @@ def first_step(contestant: Contestant, batch: Batch) -> dict[str, float]:
     return {"loss": loss.item(), "gradient_norm": norm.item()}
 
 
-def host_seconds(step: Callable[[], Any], device: str, count: int = 5) -> float:
+def host_seconds(step: Callable[[], Any], device: str) -> float:
     """Return the seconds that the host takes to launch a step."""
     spent = []
-    for _ in range(count):
+    for _ in range(5):
         synchronize(device)
         start = time.perf_counter()
         step()
@@ -97,7 +97,7 @@ def synchronisations(step: Callable[[], Any]) -> list[str]:
 
 
 def measured(step: Step, form: str, how: str, plan: Plan) -> dict[str, Any]:
-    """Milliseconds of a step on the device and on the host, peak memory, and what tells whether it is right."""
+    """Milliseconds of a step on the device and on the host, peak memory, and the figures that show if it is right."""
     device = plan.device
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -173,7 +173,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def matmul_rate(plan: Plan) -> float:
-    """FLOP/s of a large product, the best of five."""
+    """Measure the FLOP/s of a large product, the best of five."""
     matmul, watch = Matmul(DTYPES[DTYPE], plan.device, plan.matmul), Stopwatch(plan.device)
     matmul()
     watch.mark()
@@ -194,7 +194,7 @@ def disagreement(row: Row, other: Row) -> str | None:
 
 
 def judge(stage: str, name: str) -> None:
-    """Mark the rows of a step that disagree with plain PyTorch's, or where that is missing with the first."""
+    """Mark the rows of a step that disagree with plain PyTorch's row or, without that, with the first."""
     step = name.partition(": ")[0]
     rows = [row for other, row in stored(stage).items() if other.startswith(f"{step}: ") and "loss" in row]
     rows = [row for row in rows if not row["decodes_all"]]

@@ -1,4 +1,4 @@
-"""Tensors as the stages compare them with a reference."""
+"""Preparing tensors for comparison with a reference."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what `torch.empty` and its kin return with NaN, or the largest whole number."""
+    """Fill the results of `torch.empty` and similar functions with NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

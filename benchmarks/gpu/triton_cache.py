@@ -1,4 +1,4 @@
-"""Triton caches that are filled for a GPU elsewhere, and a record of the kernels that are compiled there all the same.
+"""Triton caches that are filled without the GPU, and a record of the kernels that are compiled there all the same.
 
     python benchmarks/gpu/triton_cache.py fill build/flight/triton.tar.gz
     python benchmarks/gpu/triton_cache.py check build/flight/triton.tar.gz
@@ -34,9 +34,9 @@ from harness.commit import commit
 
 ARCHITECTURE = 90
 STAGE = "cache_miss"
-# what a launch reads of a kernel's entry; the intermediate forms of a kernel stay behind
+# files of a kernel's entry that a launch reads; its intermediate forms are left out
 KEPT = (".json", ".cubin")
-# beside the entries: what they were made with
+# file beside the entries with the versions that they were made with
 MADE = "made.json"
 
 # ---- what was compiled, and what was found ---------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def facts() -> dict[str, Any]:
 
 
 def differences(made: dict[str, Any]) -> list[str]:
-    """Return, in words, what is other here than where an archive was made, and so may make it useless."""
+    """Describe the differences between here and where an archive was made that may make it useless."""
     here = facts()
     names = [name for name in ("triton", "ptxas", "environment", "python", "commit") if made.get(name) != here[name]]
     found = [f"{name} is {here[name]}, there it was {made.get(name)}" for name in names]
@@ -133,7 +133,7 @@ def differences(made: dict[str, Any]) -> list[str]:
 
 
 def pack(folder: Path, archive: Path, kernels: set[str]) -> None:
-    """Write what launches read of a cache into an archive: the entries of kernels, and all C modules."""
+    """Write the files of a cache that launches read into an archive: entries of kernels, and all C modules."""
     with tarfile.open(archive, "w:gz", compresslevel=9) as tar:
         add(tar, MADE, json.dumps(facts()).encode())
         for file in sorted(folder.glob("*/*")):
@@ -185,7 +185,7 @@ def unpack(archive: Path, folder: Path) -> dict[str, Any]:
 
 
 def unpack_all(archives: list[Path], folder: Path) -> int:
-    """Unpack archives into a folder, and say what is wrong with each; return 1 where one can't be unpacked."""
+    """Unpack archives into a folder and print the faults of each; return 1 if one can't be unpacked."""
     status = 0
     for archive in archives:
         try:
@@ -199,7 +199,7 @@ def unpack_all(archives: list[Path], folder: Path) -> int:
 
 
 def made_with(archive: Path) -> dict[str, Any]:
-    """Return what an archive was made with; nothing where there is none."""
+    """Return the facts that an archive was made with; an empty dict without an archive."""
     if not archive.is_file():
         return {}
     with tarfile.open(archive) as tar:

@@ -31,10 +31,10 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
-import compiled
-from fastmim import _library, kernels
+from fastmim import _dispatch, kernels
 from gpu import cuda_cpp, op_times, plans, smoke_cases, steps
 from gpu.triton_cache import ARCHITECTURE, Seen, pack, unpack, watch
+from harness.ahead_of_time import Machine, machine
 from rivals import op_cases
 from rivals.contestants import Contestant, Setting
 from rivals.sizes import Cell
@@ -71,7 +71,7 @@ def training_step(step: plans.Step) -> None:
 
 
 def op_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what op_times.py times of fastmim."""
+    """Yield the programs of fastmim that op_times.py times."""
 
     def packed(batch: int, heads: int, length: int, dim: int) -> None:
         differentiated(op_cases.ops.attention_qkvpacked, [op_cases.randn(batch, length, 3, heads, dim)])
@@ -91,13 +91,13 @@ def op_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def launcher_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Yield what cuda_cpp.py calls of Triton's launchers."""
+    """Yield the calls of Triton's launchers that cuda_cpp.py makes."""
 
     def call_all(make: Callable[[], Iterator[Any]]) -> None:
         with unset_fake_temporarily():
             for op, args in make():
                 with contextlib.suppress(kernels.Unserved):
-                    _library.launcher("triton", op)(*args)
+                    _dispatch.launcher("triton", op)(*args)
 
     for name, make in (*cuda_cpp.small(plan), *cuda_cpp.large(plan)):
         yield f"launchers: {name}", partial(call_all, make)
@@ -117,19 +117,19 @@ def differentiated(form: Callable[..., Any], inputs: list[Tensor]) -> None:
 
 
 class Launched(TorchDispatchMode):
-    """Ops of fastmim call their Triton launchers, on tensors with the layout of the arguments and no values."""
+    """Mode in which ops of fastmim call their Triton launchers, on tensors with the arguments' layout and no values."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "fastmim":
             op = func._schema.name.partition("::")[2]
-            if _library.triton_room(op):
+            if _dispatch.triton_module(op):
                 rest = func._schema.arguments[len(args) :]
                 values = [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
-                # what no kernel serves is served by the reference there
+                # a call that no kernel serves is the reference's
                 unserved = contextlib.suppress(kernels.Unserved)
                 with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), unserved:
-                    _library.launcher("triton", op)(*map(laid_out, values))
+                    _dispatch.launcher("triton", op)(*map(laid_out, values))
         return func(*args, **kwargs)
 
 
@@ -158,17 +158,17 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
         after(found)
         return found
 
-    # kernels are kept by device: nothing that this process has compiled is found again but in the cache
+    # Triton keeps compiled kernels by device: with a new one they are found in the cache alone
     device = object()
     with (
-        compiled.machine(ARCHITECTURE),
-        mock.patch.object(compiled.Machine, "get_current_device", lambda machine: device),
+        machine(ARCHITECTURE),
+        mock.patch.object(Machine, "get_current_device", lambda self: device),
         mock.patch.object(JITFunction, "run", warm_up),
         # a GPU multiplies 16-bit matrices
         mock.patch.object(linear, "emulated", lambda device: False),
-        # a compiler's fake tensors would be told from a step's
+        # the loss treats fake tensors as those of a compiler
         mock.patch.object(loss, "Tensor", FakeTensor),
-        # a fake parameter can't be moved, and is where it should be
+        # fake parameters can't be moved, and need not be
         mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module),
         FakeTensorMode(),
         Launched(),
@@ -196,7 +196,7 @@ def listed(wanted: Programs) -> list[Launch]:
 
     def take(*, compile: dict[str, Any], **_: Any) -> bool:
         found.setdefault((called[0], compile["key"]), Launch(*called, compile["signature"]))
-        return True  # which leaves it uncompiled
+        return True  # do not compile
 
     with without_gpu(before=call), mock.patch.object(triton.knobs.runtime, "jit_cache_hook", take):
         for name, program in wanted:
@@ -212,9 +212,9 @@ LAUNCHES: list[Launch] = []  # compiled by forks of this process
 
 
 def compile_one(index: int) -> str:
-    """Compile a kernel, and what Triton calls it through, into the cache; return the name of the kernel's entry."""
+    """Compile a kernel and the module that launches it into the cache; return the name of the kernel's entry."""
     launch = LAUNCHES[index]
-    with compiled.machine(ARCHITECTURE):
+    with machine(ARCHITECTURE):
         kernel = launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.options)
         build_launcher(kernel)
     # as Triton names them
@@ -255,16 +255,16 @@ def load_driver(library: str) -> None:
     """Load the stubs where modules look for the driver, in a process of their own."""
     nvidia.libcuda_dirs.cache_clear()
     nvidia.library_dirs.cache_clear()
-    ctypes.CDLL(library)  # found by modules that need it by name, and by no others
+    ctypes.CDLL(library)  # modules that need this name find it, others don't
 
 
 # ---- archives --------------------------------------------------------------------------------------------------------
 
 
 def fill(archive: Path, wanted: Programs, processes: int) -> dict[str, Any]:
-    """Compile all that the programs launch into an archive; return counts, seconds and bytes.
+    """Compile all kernels that the programs launch into an archive; return counts, seconds and bytes.
 
-    What the archive holds already of the same kernels is not compiled again.
+    Kernels that the archive already holds are not compiled again.
     """
     if triton.knobs.runtime.interpret:
         raise SystemExit("TRITON_INTERPRET is set: nothing would be compiled")
@@ -300,7 +300,7 @@ def empty_cache() -> Iterator[Path]:
 
 
 def check(archive: Path, wanted: Programs) -> Seen:
-    """Run the programs again with what an archive holds; return what was found and what was compiled."""
+    """Run the programs again with an archive's cache; return the kernels that were found and those compiled."""
     found: list[Any] = []
     with empty_cache() as folder:
         unpack(archive, folder)
@@ -333,7 +333,7 @@ def rebuilt() -> dict[str, float]:
 
     with (
         mock.patch.object(build, "_build", compile_anew),
-        compiled.machine(ARCHITECTURE),
+        machine(ARCHITECTURE),
     ):
         build_driver()
         for kernel in LAUNCHED:

@@ -1,1 +1,1 @@
-"""Timing, memory, environment and rows of measurements."""
+"""Timing, memory, environment, rows of measurements, and Triton kernels compiled ahead of time."""

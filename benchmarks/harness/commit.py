@@ -1,10 +1,10 @@
-"""The commit that a figure belongs to."""
+"""The commit of a measurement."""
 
 import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-# written where files are built to be carried to a machine without the repository's history
+# written with the files that are built for a machine without the repository's history
 WRITTEN = ROOT / "build" / "flight" / "commit"
 
 

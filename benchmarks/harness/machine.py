@@ -1,4 +1,4 @@
-"""The machine and the versions that a figure belongs to."""
+"""The machine and the versions of a measurement."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ from harness.commit import commit
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Collect what a figure depends on besides the code."""
+    """Collect the machine, versions and command of a measurement."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "device_name": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),

@@ -1,4 +1,4 @@
-"""Bytes that a step keeps for its backward pass, and bytes in use at its peak."""
+"""Memory of a step: bytes kept for its backward pass, and bytes in use at its peak."""
 
 import resource
 import sys
@@ -36,7 +36,7 @@ class SavedBytes:
 
 
 def peak_memory(device: str) -> int:
-    """Largest number of bytes ever held: by tensors on CUDA, by the whole process on a CPU."""
+    """Return the largest number of bytes ever held, by tensors on CUDA and by the whole process on a CPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     # on Linux a child starts with its parent's ru_maxrss; VmHWM is its own

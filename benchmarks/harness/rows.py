@@ -27,18 +27,18 @@ Row = dict[str, Any]
 Job = tuple[str, Callable[[], Row]]
 
 FILE = "FASTMIM_FLIGHT_ROWS"
-# seconds since the epoch: rows from then on are of this run, and no work begins after the deadline
+# seconds since the epoch: rows written after SINCE are of this run, and no work begins after DEADLINE
 SINCE, DEADLINE = "FASTMIM_FLIGHT_SINCE", "FASTMIM_FLIGHT_DEADLINE"
-# a factor of the limits of single rows
+# a factor for the time limits of single rows
 PATIENCE = "FASTMIM_FLIGHT_PATIENCE"
 PLANNED = "(planned)"
-# begins a printed line that holds a row which is not in the file
+# first words of a printed line with a row that could not be written to the file
 LOST = "row not written: "
 PRINTED = 300
 # exit status of a process that can't measure anything here and has printed the reason, and of one whose CUDA context is
 # lost
 UNSERVED, BROKEN = 3, 70
-# errors after which every call fails; memory that ran out isn't one
+# errors after which every call fails; running out of memory is none
 FATAL = ("CUDA error", "CUDA driver error", "device-side assert", "illegal memory access", "Triton Error [CUDA]")
 
 
@@ -78,7 +78,7 @@ def append(path: Path, line: str) -> None:
 
 
 def run(stage: str, jobs: Sequence[Job], limit: float, after: Callable[[str], None] | None = None) -> None:
-    """Measure and record each of the jobs in turn, what is on disk already left out.
+    """Measure and record each of the jobs in turn, skipping those whose rows are on disk.
 
     Args:
         stage: of the rows.

@@ -1,4 +1,4 @@
-"""Clocks, the statistics of their laps, and the matmul rate."""
+"""Stopwatch, statistics of laps, and a matrix product for its rate."""
 
 import statistics
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Stopwatch:
-    """Marks in time: events in the stream on CUDA, else the host's clock."""
+    """Clock that takes marks: events in the stream on CUDA, the host's clock elsewhere."""
 
     def __init__(self, device: str) -> None:
         self.cuda = device == "cuda"
@@ -25,7 +25,7 @@ class Stopwatch:
         self.marks.append(event)
 
     def laps(self) -> list[float]:
-        """Seconds between successive marks."""
+        """Return the seconds between successive marks."""
         pairs = list(zip(self.marks, self.marks[1:]))
         if not self.cuda:
             return [end - start for start, end in pairs]
@@ -61,7 +61,7 @@ class Matmul:
 
 
 def spread(seconds: list[float]) -> float:
-    """Half the range over the median."""
+    """Return half the range over the median."""
     return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
 
 

@@ -12,7 +12,7 @@ QUALITY = 98
 
 
 def write_jpegs(folder: Path, count: int, photographs: Photographs) -> float:
-    """Write `count` crops of the photographs, upright or lying, in ten class folders; their mean size in bytes."""
+    """Write `count` crops of the photographs in ten class folders; return their mean size in bytes."""
     total, random = 0, photographs.generator
     for index in range(count):
         width, height = SIDES if random.random() < 0.75 else SIDES[::-1]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmim.models.mae import IMAGENET_MEAN, IMAGENET_STD
 
-# what else these folders hold is drawings, test patterns and microscopy
+# the other files of these folders are drawings, test patterns and microscopy
 _SHIPPED = {
     "skimage": (
         "data",

@@ -1,4 +1,4 @@
-"""Checks before any clock starts: all contestants compute the same thing, fastmim as exactly as the others."""
+"""Checks before any timing: all contestants compute the same, and fastmim as exactly as the others."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from rivals.sizes import PARTIAL, Cell, Sizes
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25
-# of an accelerated model beside itself
+# for an accelerated model compared with itself
 ACCELERATED_LOSS_TOLERANCE, ACCELERATED_ERROR_FACTOR = 1e-6, 2.0
 # below this, two errors in fp32 differ by the order of summation alone; in bf16 the factor is enough
 ERROR_FLOOR = {"fp32": 2e-6, "bf16": 0.0}
@@ -21,7 +21,7 @@ TOKENS = 384
 
 
 class Disagreement(Exception):
-    """Two contestants computed different things, so that their speeds can't be compared."""
+    """Results of two contestants differ, so that their speeds can't be compared."""
 
 
 def images_to_check(sizes: Sizes, cell: Cell) -> int:
@@ -98,7 +98,7 @@ def check_accelerated(plain: Contestant, accelerated: Contestant, cell: Cell, ba
         _entered(exact_contestant, cell).loss(replace(few, floats=few.floats.double())),
     )
     allowed, found = _errors(plain, few, exact), _errors(accelerated, few, exact)
-    # a gradient that is nothing but rounding (that of a key's bias) has no error to speak of
+    # a gradient that is rounding alone, as that of a key's bias, is compared with the largest gradient instead
     weights = {key: value.norm().item() for key, value in exact.items()}
     worst = 0.0
     for key, error in found.items():

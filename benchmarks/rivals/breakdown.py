@@ -1,4 +1,4 @@
-"""Time of each stage of a fastmim step, and of its matrix products alone."""
+"""Times of the stages of a fastmim step, and of its matrix products alone."""
 
 from statistics import median
 
@@ -15,7 +15,7 @@ PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1}
 
 
 def breakdown(contestant: Contestant, batches: list[Batch]) -> dict[str, float]:
-    """Median seconds of each stage over one step per batch, told apart by hooks on the modules between them.
+    """Return the median seconds of each stage over one step per batch, measured by hooks on modules.
 
     Decoder assembly is the narrowing to the decoder's width, mask tokens and positions.
     """
@@ -50,7 +50,7 @@ def breakdown(contestant: Contestant, batches: list[Batch]) -> dict[str, float]:
 
 
 class Recorded(TorchDispatchMode):
-    """Context that notes shape, strides and dtype of the factors of each matrix product but that in embed_patches."""
+    """Context that records shape, strides and dtype of the factors of each matrix product outside embed_patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Recorded(TorchDispatchMode):
 
 
 def share_of_step(contestant: Contestant, batches: list[Batch]) -> float:
-    """Median seconds of a step's products alone over those of the step, in turns."""
+    """Return the median of the time of a step's products alone over that of the step, timed in turns."""
     with Recorded() as recorded:
         contestant.step(batches[0])
     made: dict[object, Tensor] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmim
+from fastmim.train.schedule import decay_groups
 from pictures.photographs import normalise
 from rivals.plain_mae import PlainGatherMAE, PlainMAE
 from rivals.sizes import PARTIAL, Cell, Sizes
@@ -24,7 +25,7 @@ PATCH_SIZES = {model: 14 if model == "huge" else 16 for model in MODELS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the same algorithm first, beside ours
 PEERS = ("plain-gather", "plain", "huggingface")
-# as fastmim.accelerate() leaves a peer
+# suffix of a peer that fastmim.accelerate() has changed
 ACCELERATED = "+accelerated"
 
 
@@ -121,7 +122,7 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         vit_mae.load(model, weights)
         return model
     build = {"fastmim": lambda _: setting.template(), "plain": PlainMAE, "plain-gather": PlainGatherMAE}[form]
-    with torch.device(setting.device):  # where initial values, which are replaced, are drawn at once
+    with torch.device(setting.device):  # where drawing the initial values, which are replaced, is fast
         model = build(sizes)
     model.load_state_dict(weights)
     return model
@@ -139,9 +140,4 @@ def _loss_function(form: str, model: nn.Module, cell: Cell) -> Callable[[Batch],
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
     """Return the optimiser of all contestants, without decay of vectors."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.dim() > 1], "weight_decay": 0.05},
-        {"params": [p for p in weights if p.dim() == 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=1.5e-4, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(decay_groups(model, 0.05), lr=1.5e-4, betas=(0.9, 0.95), fused=True)

@@ -19,14 +19,14 @@ def peak_in_fresh_process(form: str, compiled: bool, setting: Setting, cell: Cel
         return pool.submit(_peak, form, compiled, setting, cell).result()
 
 
-def batch_with_room(setting: Setting, template: nn.Module, cell: Cell) -> int:
-    """Return 8 on a CPU; on CUDA the power of two at which what `plain` saves fills at most a quarter of the memory."""
+def fitting_batch_size(setting: Setting, template: nn.Module, cell: Cell) -> int:
+    """Return 8 on a CPU; on CUDA the power of two at which `plain` saves at most a quarter of the free memory."""
     if setting.device == "cpu":
         return 8
     plain = Contestant("plain", replace(setting, batch_size=2), template)
     plain.enter(cell)
-    room = torch.cuda.mem_get_info()[0] / 4
-    return min(1024, 2 ** int(math.log2(room / saved_bytes(plain, _random_batch(plain)) * 2)))
+    available = torch.cuda.mem_get_info()[0] / 4
+    return min(1024, 2 ** int(math.log2(available / saved_bytes(plain, _random_batch(plain)) * 2)))
 
 
 def saved_bytes(contestant: Contestant, batch: Batch) -> int:
@@ -49,7 +49,7 @@ def _peak(form: str, compiled: bool, setting: Setting, cell: Cell) -> int:
 
 
 def _random_batch(contestant: Contestant) -> Batch:
-    """Memory doesn't depend on what the images show."""
+    """Return a batch of noise: memory does not depend on the images."""
     setting = contestant.setting
     shape = (setting.batch_size, 3, setting.image_size, setting.image_size)
     images = torch.randint(256, shape, dtype=torch.uint8, device=setting.device)

@@ -1,4 +1,4 @@
-"""Each op, its eager form as a careful PyTorch user writes it, and what it costs at least."""
+"""Cases of each op: its eager form as a careful PyTorch user writes it, and its least bytes or FLOPs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +19,12 @@ B, L, K, D = 16, 196, 49, 768
 
 @dataclass
 class Case:
-    """One op at one size: its forms, which take the same inputs, and what it costs at least."""
+    """One op at one size: its forms, which take the same inputs, and its least bytes or FLOPs."""
 
     forms: dict[str, Callable[..., Any]]
     inputs: list[Tensor]
     bytes: float = 0
     flops: float = 0
-    compiled: bool = True
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
@@ -186,7 +185,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention 16x16x197x32": lambda: attention(16, 16, 197, 32, torch.bfloat16),
     "attention 16x12x50x64 float32": lambda: attention(16, 12, 50, 64, torch.float32),
     "attention 16x16x197x32 float32": lambda: attention(16, 16, 197, 32, torch.float32),
-    # longer than a GPU's kernels take: torch's own attention serves there, nowhere is the op slower than it
+    # longer than a GPU's kernels serve: the op calls torch's own attention there
     "attention 1x12x1157x64": lambda: attention(1, 12, 1157, 64, torch.bfloat16),
     "attention 1x12x1157x64 float32": lambda: attention(1, 12, 1157, 64, torch.float32),
     "embed_patches": embed,

@@ -22,7 +22,7 @@ class Attention(nn.Module):
         self.attend = sdpa
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D), or (B, queries, D): what the last tokens see."""
+        """Attend from the tokens x (B, S, D), or the last `queries` of them, to all of x: (B, S or queries, D)."""
         if queries is None:
             q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         else:
@@ -54,7 +54,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width)
 
     def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D), or (B, queries, D): the last tokens only."""
+        """Apply the block to x (B, S, D): (B, S, D), or the last tokens only, (B, queries, D)."""
         attended = self.attn(self.norm1(x), queries)
         x = (x if queries is None else x[:, -queries:]) + attended
         return x + self.mlp(self.norm2(x))

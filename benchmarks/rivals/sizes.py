@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# embed what is visible, decode and score what is predicted; the others work on all L tokens
+from fastmim.models.cost import step_flops
+
+# contestants that embed the visible and decode and score the predicted patches; the others compute all L tokens
 PARTIAL = ("fastmim", "plain-gather")
 
 
@@ -60,31 +62,17 @@ class Sizes:
 
 
 def train_flops(sizes: Sizes, form: str, cell: Cell) -> int:
-    """FLOPs of one image's forward and backward pass, matrix products only, two per multiply-add."""
-    visible = sizes.visible(cell)
+    """Return the FLOPs of one image's forward and backward pass, matrix products only, two per multiply-add."""
+    visible, tokens = sizes.visible(cell), 1 + sizes.patches
+    counts = dict(embedded=sizes.patches, decoded=tokens, queries=tokens, scored=tokens)
     if form in PARTIAL:
-        embedded, scored = visible, sizes.predicted(cell)
-        tokens, last_queries = 1 + visible + scored, scored
-    else:
-        embedded, scored = sizes.patches, 1 + sizes.patches
-        tokens = last_queries = 1 + sizes.patches
-    forward = sizes.depth * _block(sizes.width, 1 + visible, 1 + visible)
-    forward += 2 * (1 + visible) * sizes.width * sizes.decoder_width
-    forward += (sizes.decoder_depth - 1) * _block(sizes.decoder_width, tokens, tokens)
-    forward += _block(sizes.decoder_width, last_queries, tokens)
-    forward += 2 * scored * sizes.decoder_width * sizes.values
-    # images need no gradient, so embedding has one product in its backward pass, the others two
-    return 3 * forward + 2 * (2 * embedded * sizes.values * sizes.width)
+        predicted = sizes.predicted(cell)
+        counts = dict(embedded=visible, decoded=1 + visible + predicted, queries=predicted, scored=predicted)
+    widths = sizes.values, sizes.width, sizes.depth, sizes.decoder_width, sizes.decoder_depth
+    return step_flops(*widths, visible=1 + visible, **counts)
 
 
 def classify_flops(sizes: Sizes) -> int:
-    """FLOPs of one whole image's step through the encoder alone; a classifier's last layer is not worth counting."""
-    tokens = 1 + sizes.patches
-    return 3 * sizes.depth * _block(sizes.width, tokens, tokens) + 2 * (2 * sizes.patches * sizes.values * sizes.width)
-
-
-def _block(width: int, queries: int, tokens: int) -> int:
-    keys_values = 2 * tokens * 2 * width**2
-    attention = 2 * 2 * queries * tokens * width
-    queries_projection_mlp = 2 * queries * 10 * width**2
-    return keys_values + attention + queries_projection_mlp
+    """Return the FLOPs of a whole image's step through the encoder alone; a classifier's last layer is not counted."""
+    encoder = sizes.values, sizes.width, sizes.depth, 0, 0
+    return step_flops(*encoder, embedded=sizes.patches, visible=1 + sizes.patches, decoded=0, queries=0, scored=0)

@@ -48,8 +48,8 @@ def build(sizes: Sizes) -> ViTMAEForPreTraining:
     return ViTMAEForPreTraining(config)
 
 
-def names(key: str, known: Collection[str]) -> list[str]:
-    """Return Hugging Face's names of one of our parameters, among `known`: three for a fused qkv."""
+def names(key: str, existing: Collection[str]) -> list[str]:
+    """Return Hugging Face's names of one of our parameters, among those of its model: three for a fused qkv."""
     stack, _, rest = key.partition(".")
     if stack not in _BLOCKS:
         return [_NAMES.get(key, f"decoder.{key}")]
@@ -59,15 +59,15 @@ def names(key: str, known: Collection[str]) -> list[str]:
         before, _, choices = pattern.partition("{")
         choices, _, after = choices.partition("}")
         theirs = [f"{blocks}.{index}.{before}{choice}{after}.{kind}" for choice in choices.split(",")]
-        if all(name in known for name in theirs):
+        if all(name in existing for name in theirs):
             return theirs
     raise KeyError(f"this version of transformers has no counterpart of {key}")
 
 
 def load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Copy our weights, position table and mask token too."""
-    state, known = {}, model.state_dict()
+    state, existing = {}, model.state_dict()
     for key, value in weights.items():
-        theirs = names(key, known)
+        theirs = names(key, existing)
         state.update(zip(theirs, value.chunk(len(theirs))))
     model.load_state_dict(state)

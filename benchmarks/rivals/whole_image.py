@@ -1,7 +1,6 @@
 """timm's vision transformer on whole images, as it comes and accelerated: a classifier's step."""
 
-import importlib
-import sys
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -64,9 +63,9 @@ def installed() -> bool:
 
 def _timm():
     """Import timm, which needs torchvision; the tests' stand-in is enough for its models."""
-    sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
-    try:
-        with importlib.import_module("torchvision_stub").torchvision():
-            return importlib.import_module("timm")
-    finally:
-        sys.path.pop()
+    path = Path(__file__).parents[2] / "tests" / "support" / "torchvision_stub.py"
+    spec = importlib.util.spec_from_file_location("torchvision_stub", path)
+    stub = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(stub)
+    with stub.torchvision():
+        return importlib.import_module("timm")

@@ -28,17 +28,11 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
-bool served(const OptionalTensor& tensor) {
-  return !tensor || cpu::served(*tensor);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                           const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype,
                                                           const OptionalTensor& x_bias) {
-  if (!served(x) || !served(residual) || !served(weight) || !served(bias) || !served(x_bias) || dtype == at::kDouble) {
-    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps, dtype, x_bias);
-  }
+  check_dtypes(x, residual, weight, bias, x_bias, dtype);
   const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias),
                branch_bias = x_bias ? as_float(*x_bias) : Tensor();
   const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
@@ -66,10 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backwa
     const Tensor& grad_normed, const OptionalTensor& grad_sum, const Tensor& total, const Tensor& mean,
     const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias, std::optional<at::ScalarType> dx_dtype,
     bool sum_dx) {
-  if (!served(total) || !served(grad_normed) || !served(grad_sum) || dx_dtype == at::kDouble) {
-    return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward")
-        .call(grad_normed, grad_sum, total, mean, rstd, weight, bias, dx_dtype, sum_dx);
-  }
+  check_dtypes(total, grad_normed, grad_sum, dx_dtype);
   const Tensor g = grad_normed.contiguous(), through = grad_sum ? grad_sum->contiguous() : Tensor(),
                sum = total.contiguous(), w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
@@ -99,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backwa
 }
 
 Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
-  if (!served(x) || !served(bias)) return reference<decltype(bias_gelu)>("bias_gelu").call(x, bias);
+  check_dtypes(x, bias);
   const Tensor from = x.contiguous(), b = as_float(bias);
   Tensor out = at::empty(x.sizes(), from.options());
   const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out), View{}};
@@ -109,8 +100,7 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
 
 std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const Tensor& x, const Tensor& bias,
                                                       bool again) {
-  if (!served(x) || !served(bias) || !served(grad))
-    return reference<decltype(bias_gelu_backward)>("bias_gelu_backward").call(grad, x, bias, again);
+  check_dtypes(x, bias, grad);
   const Tensor from = x.contiguous(), g = grad.contiguous(), b = as_float(bias);
   Tensor dx = at::empty(x.sizes(), from.options()),
          out = at::empty(again ? x.sizes() : at::IntArrayRef({0}), from.options());
@@ -126,10 +116,10 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("add_layer_norm", add_layer_norm);
-  library.impl("add_layer_norm_backward", add_layer_norm_backward);
-  library.impl("bias_gelu", bias_gelu);
-  library.impl("bias_gelu_backward", bias_gelu_backward);
+  serve(library, "add_layer_norm", add_layer_norm);
+  serve(library, "add_layer_norm_backward", add_layer_norm_backward);
+  serve(library, "bias_gelu", bias_gelu);
+  serve(library, "bias_gelu_backward", bias_gelu_backward);
 }
 
 }  // namespace fastmim::cpu

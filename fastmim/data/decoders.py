@@ -1,113 +1,108 @@
-"""Decoders: from what a source reads to crops.
+"""Decoding backends: which are installed, which one serves a device, and the decoder of each.
 
-A decoder works in two steps. `prepare` serves one sample in a thread of the pool; `finish` ends what was prepared for a
-batch, and says which of it can't be decoded after all. Order, retries, threads and state are everybody's (feed.py), and
-so is the way to the device (transfer.py).
+A decoder works in two steps. `prepare` handles one sample in a thread of a pool. `finish` completes a batch of prepared
+samples and reports those that turn out to be undecodable.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from . import jpeg, pictures, regions
+from . import dali_probe, images, jpeg
 from .crops import Crops
+from .images import Note, Pixels, ignore
 from .philox import Floats
-from .pictures import Note, Pixels, ignore
 from .transfer import Row, link_to
 
 BACKENDS = ("dali", "simplejpeg", "pillow")
-PACKAGES = {"dali": ("nvidia.dali", "fastmim[dali]"), "simplejpeg": ("simplejpeg", "fastmim[jpeg]")}
-PACKAGES["pillow"] = "PIL", "fastmim[images]"
+# the module that a backend needs, and the extra that installs it
+PACKAGES = {
+    "dali": ("nvidia.dali", "fastmim[dali]"),
+    "simplejpeg": ("simplejpeg", "fastmim[jpeg]"),
+    "pillow": ("PIL", "fastmim[images]"),
+}
 
 
 def installed(backend: str) -> bool:
-    """Whether the package behind a backend is there."""
+    """Return whether the package of a backend is installed."""
     try:
         return find_spec(PACKAGES[backend][0]) is not None
-    except ModuleNotFoundError:  # of the package around it
+    except ModuleNotFoundError:  # of the parent package
         return False
 
 
 def choose(backend: str, device: torch.device) -> str:
-    """The backend that "auto" means: DALI on a GPU, simplejpeg where it is installed, else Pillow.
+    """Return the backend that serves a device: "auto" is DALI on a GPU, else simplejpeg if installed, else Pillow.
 
     Raises:
-        ValueError: there is no such backend, or it isn't installed.
+        ValueError: the backend is unknown or not installed.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
     if backend != "auto":
-        # Pillow decides what is readable on every backend
+        # every backend leaves some files to Pillow
         missing = [name for name in (backend, "pillow") if not installed(name)]
         if missing:
             raise ValueError(
                 f"backend {backend!r} needs {PACKAGES[missing[0]][0]}: pip install '{PACKAGES[missing[0]][1]}'"
             )
         return backend
-    wanted = BACKENDS if device.type == "cuda" else BACKENDS[1:]
-    found = [name for name in wanted if installed(name)]
     if not installed("pillow"):
         raise ValueError("backend 'auto' needs at least Pillow: pip install 'fastmim[images]'")
-    return found[0]
+    candidates = BACKENDS if device.type == "cuda" else BACKENDS[1:]
+    return next(name for name in candidates if installed(name))
 
 
-class Decoder:
-    """Crops in the threads of the pool; subclasses say how a sample becomes pixels."""
+class Decoder(Protocol):
+    """Interface of a decoder, which turns the data of samples into crops."""
 
-    def __init__(self, crops: Crops) -> None:
-        self.crops = crops
+    crops: Crops
 
     def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> Any:
-        """A list of crops (H, W, 3), or what `finish` makes them of; `note` takes remarks. Raises Unreadable."""
-        raise TypeError(f"{type(self).__name__} is no decoder")
+        """Return the crops of a sample, each (H, W, 3), or an object that `finish` turns into them.
 
-    def _resized(self, picture: Any, draws: Floats) -> list[Pixels]:
-        """The crops of a PIL image or of pixels (H, W, 3)."""
-        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.size[::-1]
-        return [pictures.resize(picture, crop, self.crops.size) for crop in self.crops.of(draws, width, height)]
+        `note` is called with remarks on the image. Raises Unreadable.
+        """
 
     def finish(self, prepared: list[Any]) -> tuple[list[Row], dict[int, str]]:
-        """The crops of each sample; why some can't be decoded, by place: they are left out."""
-        return prepared, {}
+        """Return the crops of each decodable sample, and the reasons for the others by position in `prepared`."""
 
     def close(self) -> None:
-        """Give back what `finish` holds."""
+        """Release threads and memory."""
 
 
-class Pillow(Decoder):
-    """Pillow decodes."""
+class CpuDecoder:
+    """Decoder that decodes whole images by `decode(data, note)` and completes each sample in `prepare`."""
 
-    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
-        assert isinstance(data, bytes)
-        return self._resized(pictures.decode(data, note), draws)
-
-
-class Simplejpeg(Decoder):
-    """simplejpeg decodes plain JPEGs, Pillow the rest."""
+    def __init__(self, crops: Crops, decode: Callable[[Any, Note], Any]) -> None:
+        self.crops, self._decode = crops, decode
 
     def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
-        assert isinstance(data, bytes)
-        return self._resized(jpeg.decode(data, note), draws)
+        return images.resized_crops(self._decode(data, note), self.crops, draws)
+
+    def finish(self, prepared: list[list[Pixels]]) -> tuple[list[Row], dict[int, str]]:
+        return list(prepared), {}
+
+    def close(self) -> None:
+        pass
 
 
-class Undecoded(Decoder):
-    """Pixels as a packed dataset holds them."""
-
-    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
-        return self._resized(data, draws)
-
-
-HERE = {"pillow": Pillow, "simplejpeg": Simplejpeg, "packed": Undecoded}
+# "packed" reads pixels, which need no decoding
+DECODE: dict[str, Callable[[Any, Note], Any]] = {
+    "pillow": images.decode,
+    "simplejpeg": jpeg.decode,
+    "packed": lambda pixels, note: pixels,
+}
 
 
 def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Decoder:
-    """The decoder of a backend; "packed" is the one for pixels."""
-    if backend == "dali":
-        from .dali import Dali
+    """Return the decoder of a backend, or of packed datasets for "packed"."""
+    if backend != "dali":
+        return CpuDecoder(crops, DECODE[backend])
+    from .dali import Dali
 
-        if device.type == "cpu":
-            return Dali(crops, device, threads)
-        return Dali(crops, device, threads, link_to(device), regions=regions.usable(device))
-    return HERE[backend](crops)
+    if device.type == "cpu":
+        return Dali(crops, device, threads)
+    return Dali(crops, device, threads, link_to(device), regions=dali_probe.can_decode_regions(device))

@@ -1,15 +1,14 @@
-"""Plain JPEGs, which decoders other than Pillow may be given; simplejpeg is one."""
+"""Recognise plain JPEGs, which any decoder reads as Pillow does, and decode them with simplejpeg."""
 
 import re
 import struct
-import threading
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from . import pictures
-from .pictures import MAX_PIXELS, ORIENTATION, Note, ignore
+from . import images
+from .images import MAX_PIXELS, ORIENTATION, Note, ignore, scratch
 
 SOF, DHT, SOS, EOI, DQT, DRI, COM = (0xC0, 0xC1, 0xC2), 0xC4, 0xDA, 0xD9, 0xDB, 0xDD, 0xFE
 APPS, APP1, APP2, APP13, APP14 = range(0xE0, 0xF0), 0xE1, 0xE2, 0xED, 0xEE
@@ -17,27 +16,26 @@ PROGRESSIVE = 0xC2
 # libjpeg's limit
 MAX_SIDE = 65500
 COMPONENTS = b"\1\2\3"
-# sampling factors, horizontal and vertical: of luma for 4:4:4, 4:2:2, 4:4:0 and 4:2:0, and of chroma
+# allowed sampling factors (horizontal, vertical) of luma, for 4:4:4, 4:2:2, 4:4:0 and 4:2:0; those of both chromas
 SAMPLING = {0x11: (1, 1), 0x21: (2, 1), 0x12: (1, 2), 0x22: (2, 2)}
 CHROMA = b"\x11\x11"
 ADOBE_YCC = 1
-# bits, of those of a set of tables; see _tables
+# a set of tables is a bit mask: 1 << n for quantisation table n, DC << n and AC << n for Huffman table n
 DC, AC = 1 << 4, 1 << 8
-# low bits that are missing of a coefficient, or that none has been sent; of the 64 of a block at the start and the end
+# number of low bits still to be sent of a coefficient, or UNSEEN before its first scan; for the 64 coefficients of a
+# block, ALL before the first scan and NONE after the last
 UNSEEN = 0xFF
 ALL, NONE = bytes([UNSEEN]) * 64, bytes(64)
-# orientation in XMP, an attribute or an element, that isn't plainly 1; nor a closing tag
+# any mention of an orientation in XMP but the value 1, as an attribute or an element, and the closing tag
 TURNED = re.compile(rb'Orientation(?!="1"|>1<|>\s*<)')
-
-_memory = threading.local()
 
 
 def plain_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a whole, upright 8-bit YCbCr JPEG; None for all else, which is Pillow's.
+    """Return (width, height) of a complete, upright 8-bit YCbCr JPEG; None for any other file.
 
-    Pillow reads all of these, and other decoders give the same pixels, so that it doesn't matter which one runs. That
-    is why each marker up to the end is checked: decoders differ in those that they skip, stop at, or refuse. Only the
-    entropy-coded data aren't: where those are damaged, libjpeg fills up, and `strict` decoders hand over to Pillow.
+    Pillow reads all files that pass, and other decoders return the same pixels, so the backend doesn't matter. Every
+    marker is checked, because decoders differ in the markers that they skip, stop at or refuse. The entropy-coded data
+    are not checked: where they are damaged, libjpeg fills in pixels, and a decoder in strict mode raises an error.
     """
     if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9":
         return None
@@ -48,13 +46,13 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
 
 
 class _Markers:
-    """The markers of a JPEG, from the first to the last. Anything odd in them raises ValueError."""
+    """Reader of the markers of a JPEG, which raises ValueError, IndexError or KeyError at anything unusual."""
 
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.interval = self.tables = self.width = self.height = 0
         self.progressive = self.exif = False
-        # of each component: sampling factors and quantisation table; bits that are missing of each coefficient
+        # by component: sampling factors and quantisation table; low bits still to be sent of each coefficient
         self.components: dict[int, tuple[int, int, int]] = {}
         self.missing: dict[int, bytes] = {}
 
@@ -69,7 +67,7 @@ class _Markers:
                 self.tables |= _tables(marker, segment)
             elif marker == SOS:
                 starts = starts or _starts(data)
-                at = self._behind(at, self._scan(segment), starts)
+                at = self._end_of_scan(at, self._scan(segment), starts)
                 if data[at + 1] == EOI:
                     _demand(at + 2 == len(data) and all(missing == NONE for missing in self.missing.values()))
                     return self.width, self.height
@@ -78,7 +76,7 @@ class _Markers:
             elif marker == DRI:
                 (self.interval,) = struct.unpack(">H", segment)
             elif marker in APPS:
-                # Pillow reads them up to the first scan, libjpeg all
+                # Pillow reads those before the first scan, libjpeg all of them
                 _demand(not starts and self._harmless(marker, segment))
             else:
                 _demand(marker == COM)
@@ -88,7 +86,7 @@ class _Markers:
         bits, self.height, self.width, count = struct.unpack_from(">BHHB", segment)
         _demand(not self.components and bits == 8 and count == 3 and len(segment) == 15)
         _demand(0 < self.width * self.height <= MAX_PIXELS and max(self.width, self.height) <= MAX_SIDE)
-        # others may be RGB
+        # with other component numbers the colours may be RGB
         _demand(segment[6::3] == COMPONENTS and segment[10::3] == CHROMA and max(segment[8::3]) < 4)
         self.progressive = marker == PROGRESSIVE
         for name, factors, table in zip(COMPONENTS, segment[7::3], segment[8::3]):
@@ -96,7 +94,7 @@ class _Markers:
             self.missing[name] = ALL
 
     def _scan(self, segment: bytes) -> int:
-        """Minimum coded units of a scan, which must send what is due: neither too little nor again."""
+        """Return the number of coded units of a scan; it must send the next bits of its coefficients, and no others."""
         count = segment[0]
         names, selected = segment[1 : 1 + 2 * count : 2], segment[2 : 2 + 2 * count : 2]
         first, last, bits = segment[1 + 2 * count :]
@@ -118,13 +116,13 @@ class _Markers:
             missing = self.missing[name]
             _demand(needed & self.tables == needed and missing[first : last + 1] == due)
             self.missing[name] = missing[:first] + sent + missing[last + 1 :]
-        # a component alone is coded block by block
-        wide, tall = self.components[COMPONENTS[0]][:2]
+        # a scan of one component is coded block by block, others in units of all components
+        horizontal, vertical = self.components[COMPONENTS[0]][:2]
         across, down = self.components[names[0]][:2] if count == 1 else (1, 1)
-        return -(-self.width * across // (8 * wide)) * -(-self.height * down // (8 * tall))
+        return -(-self.width * across // (8 * horizontal)) * -(-self.height * down // (8 * vertical))
 
-    def _behind(self, at: int, units: int, starts: bytes) -> int:
-        """Position of the marker behind a scan's data, whose restart markers must be all there, and in order."""
+    def _end_of_scan(self, at: int, units: int, starts: bytes) -> int:
+        """Return the position of the marker after a scan's data; its restart markers must be complete and in order."""
         for restart in range((units - 1) // self.interval if self.interval else 0):
             at = starts.index(1, at)
             _demand(self.data[at + 1] == 0xD0 + restart % 8)
@@ -132,7 +130,7 @@ class _Markers:
         return starts.index(1, at)
 
     def _harmless(self, marker: int, segment: bytes) -> bool:
-        """Return whether a segment of an application leaves the picture as it is, and Pillow can read it."""
+        """Return whether an application segment leaves the image as it is and Pillow can read it."""
         if marker == APP1 and segment[:4] == b"Exif":
             first, self.exif = not self.exif, True
             return first and _upright(segment[6:])
@@ -140,7 +138,7 @@ class _Markers:
             return not TURNED.search(segment)
         if marker == APP14 and segment[:5] == b"Adobe":
             return segment[11:12] == bytes([ADOBE_YCC])
-        # several pictures; a truncated profile or resource, which Pillow refuses, as it does a truncated JFIF
+        # harmful: several images in one file, and what Pillow refuses: a truncated profile, resource or JFIF header
         if marker == APP2:
             return segment[:4] != b"MPF\0" and (segment[:12] != b"ICC_PROFILE\0" or len(segment) >= 14)
         if marker == APP13:
@@ -154,7 +152,7 @@ def _demand(fact: bool) -> None:
 
 
 def _starts(data: bytes) -> bytes:
-    """1 where a marker begins in entropy-coded data: at FF before anything but 0."""
+    """Return 1 for each byte that begins a marker if it is in entropy-coded data: 0xFF before any byte but 0."""
     values = np.frombuffer(data, np.uint8)
     found = values[:-1] == 0xFF
     found &= values[1:] != 0
@@ -162,10 +160,10 @@ def _starts(data: bytes) -> bytes:
     return starts
 
 
-# most files have the same Huffman codes
+# cached, since most files have the same Huffman codes
 @lru_cache(256)
 def _tables(marker: int, segment: bytes) -> int:
-    """The tables that a segment defines: 1 << n, DC << n and AC << n for number n of each kind."""
+    """Return the set of tables that a segment defines, as bits 1 << n, DC << n and AC << n."""
     found = at = 0
     while at < len(segment):
         kind, number = segment[at] >> 4, segment[at] & 15
@@ -181,7 +179,7 @@ def _tables(marker: int, segment: bytes) -> int:
         _demand(len(symbols) <= 256 and (kind == 1 or max(symbols, default=0) < 16))
         for bits, count in enumerate(counts, 1):
             code += count
-            # no code is all ones
+            # no code consists of ones only
             _demand(not count or code < 1 << bits)
             code <<= 1
     _demand(at == len(segment))
@@ -189,7 +187,7 @@ def _tables(marker: int, segment: bytes) -> int:
 
 
 def _upright(tiff: bytes) -> bool:
-    """Return whether EXIF data leave the picture as it is; only data that say so plainly do."""
+    """Return whether EXIF data certainly leave the image as it is; False for any that are malformed."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return False
@@ -204,22 +202,19 @@ def _upright(tiff: bytes) -> bool:
 
 
 def decode(data: bytes, note: Note = ignore) -> Any:
-    """The picture in the bytes of a file: pixels (H, W, 3) by simplejpeg of a plain JPEG, else Pillow's.
+    """Return the image in the bytes of a file: pixels (H, W, 3) from simplejpeg for a plain JPEG, else a PIL image.
 
-    The pixels lie in memory of this thread, which its next picture overwrites: fresh memory is an eighth of the time.
+    The pixels lie in memory that the next call in this thread overwrites.
 
     Raises:
-        Unreadable: as `pictures.decode`, which `note` is for.
+        Unreadable: as `images.decode` does, which also calls `note`.
     """
     import simplejpeg
 
     size = plain_size(data)
     if size:
-        needed = 3 * size[0] * size[1]
-        if len(getattr(_memory, "pixels", b"")) < needed:
-            _memory.pixels = bytearray(needed)
         try:
-            return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=_memory.pixels)
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=scratch(3 * size[0] * size[1], "decode"))
         except ValueError:
-            pass  # Pillow decides, and says why
-    return pictures.decode(data, note)
+            pass  # damaged: Pillow decides whether it is readable, and gives the reason
+    return images.decode(data, note)

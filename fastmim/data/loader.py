@@ -1,4 +1,4 @@
-"""The loader: what a user holds."""
+"""ImageLoader, the public class of this package, and its batches."""
 
 import logging
 import os
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from .._checks import axes, check_count
-from .changes import compare, contents, former_identity
 from .crops import Crops
 from .decoders import choose, make
-from .feed import Feed, Position, labels_of
+from .images import Notes
+from .loader_state import FORMAT, accept, contents
 from .order import Order
 from .packed import Packed
-from .pictures import Notes
+from .prefetch import Position, Prefetcher
 from .quarantine import NAME, Quarantine
 from .sources import open_source
+from .threads import available_cpus
 from .transfer import transfer_to
 
 logger = logging.getLogger("fastmim.data")
 
-FORMAT = 1
-
 
 class Batch(NamedTuple):
-    """Images, their labels, and their numbers.
+    """A batch of images.
 
     images: uint8 (B, 3, H, W) in channels_last memory, ready for `model(batch.images)`.
     labels: int64 (B,), or None where the source has none.
-    ids: int64 (B,), a sample's number among all files of the source, unreadable ones included, by relative path.
+    ids: int64 (B,), the number of each sample among all files of the source, sorted by relative path; unreadable files
+        are counted too.
     """
 
     images: Tensor
@@ -43,7 +43,7 @@ class Batch(NamedTuple):
 
 
 class TooFewImages(ValueError):
-    """A source of fewer images, `samples`, than a global batch, with drop_last=True."""
+    """Error for a source with fewer images, `samples`, than a global batch, with drop_last=True."""
 
     def __init__(self, samples: int, batch_size: int, world: int) -> None:
         self.samples = samples
@@ -54,47 +54,51 @@ class TooFewImages(ValueError):
 
 
 class ImageLoader:
-    """Batches of random resized crops of the images of a source; each iteration is an epoch.
+    """Iterable over batches of random resized crops of the images of a source; each iteration is one epoch.
 
-    The order, the crops and the flips are functions of seed, epoch and sample alone: they depend neither on threads nor
-    on the backend nor, for the same global batch, on the number of shards. Each readable image is in exactly one batch
-    of an epoch of one shard. The epoch's order is cut into global batches; every shard yields equally many. With
-    `drop_last=False` the remainder is dealt out evenly, and repeated only where fewer samples than shards are left.
+    The order, the crops and the flips depend on seed, epoch and sample alone: not on the number of threads, nor on the
+    backend, nor, for the same global batch, on the number of shards. Each readable image is in exactly one batch of one
+    shard per epoch. An epoch is divided into global batches, and every shard yields the same number of batches. With
+    `drop_last=False` the remainder is divided evenly; a sample is repeated only where fewer samples than shards are
+    left.
 
-    What can't be read is skipped, and tried again in the next epoch; the samples that follow in the shard's own part
-    move up: other shards are not concerned. Once that part is used up, `drop_last=True` repeats samples of the epoch to
-    keep batches whole, `drop_last=False` gives a short batch, of one repeated sample if need be. Skipped samples are in
-    `skipped`, and in the quarantine file with their reasons. Damaged files that Pillow still decodes are served, on
-    every backend: `fastmim check-data` names them.
+    A sample that can't be read is skipped, and tried again in the next epoch; the following samples of the same shard
+    move up, and other shards are not affected. When a shard has used up its own samples, `drop_last=True` repeats
+    samples of the epoch to fill its batches, and `drop_last=False` yields a short batch of at least one sample, which
+    is repeated if need be. Skipped samples are in `skipped`, and in the quarantine file with the reasons. Damaged files
+    that Pillow still decodes are served, on every backend; `fastmim check-data` lists them.
 
     Grey, CMYK, L*a*b*, palette, transparent and animated images (the first frame) are converted to RGB, and the
-    orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. Of 16-bit values the 8
-    high bits are kept: they span 0 to 65535, but in grey TIFFs the range that BitsPerSample or SMinSampleValue and
-    SMaxSampleValue state. The first image whose 16-bit values are all below 4096 is logged as a warning. Values without
-    a known range are unreadable: floating-point ones, and signed and 32-bit integers unless a TIFF states their range.
+    orientation of EXIF or XMP is applied. Alpha is dropped, and colour profiles are ignored. 16-bit values keep their 8
+    high bits. They range from 0 to 65535, or in grey TIFFs over the range that BitsPerSample, or SMinSampleValue and
+    SMaxSampleValue, state. The first image whose 16-bit values are all below 4096 is logged as a warning. Values
+    without a known range are unreadable: floating-point ones, and signed and 32-bit integers unless a TIFF states their
+    range.
 
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar
             file, a list of them or a folder of them, as WebDataset writes them: uncompressed, `key.jpg` with its label,
-            an integer, in `key.cls`; a dataset that `fastmim pack` wrote. Of folders and tars, files whose suffix is
-            no image's are left out, and of folders hidden names and output folders of runs; `source.left_out` counts
-            them, and a warning says so where images may be among them. HEIC is read where pillow-heif is installed.
-        batch_size: different images in a batch of this shard.
-        image_size: int, or (height, width).
-        scale: share of the image's area that a crop covers, between the two.
-        ratio: its width over its height, between the two, log-uniform.
+            an integer, in `key.cls`; a dataset that `fastmim pack` wrote. Files in folders and tars whose suffix is not
+            that of an image are left out, and in folders also hidden names and output folders of runs.
+            `source.left_out` counts them, and a warning is logged if images may be among them. HEIC is read where
+            pillow-heif is installed.
+        batch_size: number of different images in a batch of this shard.
+        image_size: size of the crops, int or (height, width).
+        scale: (low, high) share of the image's area that a crop covers.
+        ratio: (low, high) ratio of a crop's width to its height, drawn log-uniformly.
         flip: mirror half of the crops.
-        repeats: crops of each decoded image: a batch has B = batch_size * repeats rows, those of an image side by side.
+        repeats: crops per decoded image. A batch has B = batch_size * repeats rows, those of an image next to each
+            other.
         backend: "auto" (DALI on a GPU, simplejpeg where it is installed, else Pillow), "dali", "simplejpeg", "pillow".
-            On a CPU crops of JPEGs are the same on each, but for a grey level where versions of libjpeg differ; on
-            a GPU DALI has a filter of its own. Packed datasets need none.
-        device: of the batches; None: the CPU.
-        seed: from 0 to 2^64 - 1.
-        shard: (rank, world): which part of each global batch of batch_size * world images this process loads.
-        num_threads: None: as many as the CPUs that this process may use.
+            On a CPU the crops of JPEGs are the same on each, apart from one grey level where versions of libjpeg
+            differ; on a GPU DALI resizes with a filter of its own. Packed datasets need no backend.
+        device: device of the batches; None: the CPU.
+        seed: an integer from 0 to 2^64 - 1.
+        shard: (rank, world): the part of each global batch of batch_size * world images that this process loads.
+        num_threads: number of threads that decode; None: the number of CPUs that this process may use.
         drop_last: leave out the remainder of an epoch that fills no global batch.
         on_error: "skip", or "raise" at the first sample that can't be read.
-        quarantine: the file that lists what was skipped; None: quarantine.jsonl in the source's folder.
+        quarantine: the file that lists skipped samples; None: quarantine.jsonl in the source's folder.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -150,12 +154,13 @@ class ImageLoader:
         self._notes = Notes()
         self._identity, self._contents = self.source.identity(), contents(self.source)
         self._position = Position()
-        # whether an iteration has begun at the position's epoch
+        # an iteration of the position's epoch has begun
         self._begun = False
+        # number of the newest iteration
         self._newest = 0
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches in an epoch."""
         return len(self.order)
 
     def __repr__(self) -> str:
@@ -172,18 +177,18 @@ class ImageLoader:
 
     @property
     def epoch(self) -> int:
-        """The epoch of the next batch."""
+        """Epoch of the next batch."""
         return self._position.epoch
 
     @property
     def skipped(self) -> dict[int, str]:
-        """Samples met so far, those decoded ahead included, that couldn't be read: why, by number."""
+        """Reasons why samples couldn't be read, by sample number; includes samples decoded ahead."""
         return dict(self.quarantine.reasons)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of the next epoch; after load_state_dict, the rest of the one that was interrupted.
+        """Return an iterator over the next epoch, or after load_state_dict over the rest of the interrupted one.
 
-        The threads behind an iteration end with it, also when it is left early and nothing refers to it any more.
+        Its threads end with it, also when a loop over it is left early.
         """
         if self._begun:
             self._position = Position(self._position.epoch + 1)
@@ -191,12 +196,12 @@ class ImageLoader:
         self._newest += 1
         return _Iteration(self, self._position, self._newest)
 
-    def _feed(self, start: Position) -> Feed:
+    def _prefetcher(self, start: Position) -> Prefetcher:
         device = self.device
         if device.type == "cuda" and device.index is None:
-            # that of this thread: another has its own
+            # asked here, since each thread has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
-        return Feed(
+        return Prefetcher(
             self.source,
             self.order,
             make(self.backend, self.crops, device, self.num_threads),
@@ -208,19 +213,19 @@ class ImageLoader:
             start,
         )
 
-    def _given(self, after: Position, iteration: int) -> None:
-        """A batch was given; of several iterations the newest counts."""
+    def _advance(self, after: Position, iteration: int) -> None:
+        """Set the position after a batch was returned, unless a newer iteration has begun."""
         if iteration == self._newest:
             done = after.batches == len(self)
             self._position = Position(after.epoch + 1) if done else after
             self._begun = not done
 
-    # ---- state -----------------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the newest iteration stands: what follows the last batch that was given. It can be written as JSON.
+        """Return the position of the newest iteration, after the last batch that it returned. It can be saved as JSON.
 
-        Each shard has its own. After the last batch of an epoch it is the beginning of the next.
+        Each shard has a state of its own. After the last batch of an epoch it is the beginning of the next epoch.
         """
         position = self._position
         return {
@@ -235,7 +240,7 @@ class ImageLoader:
         }
 
     def _settings(self) -> dict[str, Any]:
-        """What a state must agree in. Backend, device and threads may change."""
+        """Return the settings that a state must agree with; backend, device and threads may change."""
         return {
             "data": self._identity,
             "samples": self.order.samples,
@@ -251,107 +256,68 @@ class ImageLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the next iteration gives the rest of that epoch, bit for bit.
+        """Continue from a state: the next iteration yields the rest of its epoch, bit for bit.
 
-        A state of another world and batch size is converted if their product, the global batch, is the same, and one of
-        another rank is taken, as long as the shard it comes from had skipped nothing in that epoch.
+        A state with another world and batch size is converted if their product, the global batch, is the same. A state
+        of another rank is accepted. Both require that the shard which saved it had skipped no sample in that epoch.
 
-        Files may have been repaired or changed since, as long as their names and labels stay and at most a tenth
-        changed, by sizes and beginnings of files evenly spread: the rest of the epoch has them as they are now.
+        Files may have been repaired or changed since, if names and labels are the same and at most a tenth of the files
+        changed. That is judged by the sizes and first bytes of files spread evenly over the source. The rest of the
+        epoch uses the files as they are now.
 
         Raises:
             TypeError: `state` is no dict.
             ValueError: it is no state of an ImageLoader, or of one with other data or settings, which are named.
         """
-        if not isinstance(state, dict):
-            raise TypeError(f"state must be a dict that state_dict() returned, got {type(state).__name__}")
-        try:
-            theirs, ours = dict(state["of"]), self._settings()
-            epoch, batches, consumed, rank = (int(state[key]) for key in ("epoch", "batches", "consumed", "rank"))
-            bad = {int(sample): str(reason) for sample, reason in state["bad"]}
-            before = [int(number) for number in state.get("contents", self._contents)]
-            if len(before) != len(self._contents) and theirs["samples"] == ours["samples"]:
-                raise ValueError(f"{len(before)} contents")
-            theirs["batch_size"], theirs["world"] = int(theirs["batch_size"]), int(theirs["world"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"state must be what ImageLoader.state_dict() returned; it isn't: {error!r}") from error
-        if state.get("format") != FORMAT:
-            raise ValueError(f"state must be of format {FORMAT}, got {state.get('format')!r}")
-        if "contents" not in state and theirs.get("data") == former_identity(self.source):
-            theirs["data"] = ours["data"]
-        moved = consumed - batches * theirs["batch_size"]
-        same_batch = theirs["batch_size"] * theirs["world"] == ours["batch_size"] * ours["world"]
-        free = {"batch_size", "world"} if same_batch and not moved else set()
-        different = [key for key, value in ours.items() if key not in free and _plain(theirs.get(key)) != _plain(value)]
-        differences = [f"{key} was {theirs.get(key)!r}, is {ours[key]!r}" for key in different if key != "data"]
-        changed, too_many = (0, False) if "samples" in different else compare(before, self._contents)
-        if "data" in different:
-            # states of earlier versions hold all of these in one hash
-            parts = "names or labels" if "contents" in state else "names, labels or sizes"
-            differences.append(f"{parts} of the files are others")
-        elif too_many:
-            differences.append(f"{changed} of {len(before)} files that were compared have changed")
-        if rank != self.order.rank and moved:
-            differences.append(
-                f"it is of shard {rank}, which had skipped {moved} samples, and this is shard {self.order.rank}"
-            )
-        if differences:
-            raise ValueError(f"state is of another loader: {'; '.join(differences)}")
-        if not (
-            epoch >= 0 and 0 <= batches < len(self) and moved >= 0 and all(0 <= s < self.order.samples for s in bad)
-        ):
-            raise ValueError(
-                f"state must be at a batch in 0..{len(self) - 1} of an epoch, got batch {batches} of epoch {epoch} "
-                f"with {consumed} samples consumed"
-            )
-        if changed and self.order.rank == 0:
+        accepted = accept(state, self.state_dict(), self.source, len(self))
+        if accepted.changed and self.order.rank == 0:
             logger.warning(
                 "%d of %d files of %s that were compared changed since; they are served as they are now",
-                *(changed, len(before), self.source.root),
+                *(accepted.changed, len(self._contents), self.source.root),
             )
-        for sample, reason in bad.items():
+        for sample, reason in accepted.bad.items():
             self.quarantine.reasons.setdefault(sample, reason)
-        self._position = Position(epoch, batches, batches * self.order.batch_size + moved)
+        self._position = accepted.position
         self._begun = False
-        # an iteration that is under way no longer counts
+        # earlier iterations no longer set the position
         self._newest += 1
 
 
 class _Iteration(Iterator[Batch]):
-    """One epoch, or the rest of one. Its threads start with the first batch that is asked for."""
+    """Iterator over one epoch or the rest of one. Its threads start when the first batch is asked for."""
 
     def __init__(self, loader: ImageLoader, start: Position, number: int) -> None:
         self._loader, self._start, self._number = loader, start, number
-        self._feed: Feed | None = None
+        self._prefetcher: Prefetcher | None = None
         self._over = False
 
     def __next__(self) -> Batch:
         if self._over:
             raise StopIteration
-        if self._feed is None:
-            self._feed = self._loader._feed(self._start)
-            weakref.finalize(self, self._feed.stop)
+        if self._prefetcher is None:
+            self._prefetcher = self._loader._prefetcher(self._start)
+            weakref.finalize(self, self._prefetcher.stop)
         try:
-            made = self._feed.get()
+            prefetched = self._prefetcher.get()
         except BaseException as error:
-            # an interrupted wait may go on
+            # after an interrupt from the keyboard the iteration may continue
             self._over = isinstance(error, Exception)
             raise
-        if made is None:
+        if prefetched is None:
             self._over = True
             raise StopIteration
-        images, repeats = self._feed.transfer.receive(made.sent).permute(0, 3, 1, 2), self._loader.crops.repeats
-        ids = torch.from_numpy(np.repeat(np.array(made.samples, dtype=np.int64), repeats))
-        batch = Batch(images, labels_of(self._loader.source, made.samples, repeats), ids)
-        self._loader._given(made.after, self._number)
-        return batch
+        images = self._prefetcher.transfer.receive(prefetched.sent).permute(0, 3, 1, 2)
+        ids = np.repeat(np.array(prefetched.samples, dtype=np.int64), self._loader.crops.repeats)
+        of_source = self._loader.source.labels
+        labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))
+        self._loader._advance(prefetched.after, self._number)
+        return Batch(images, labels, torch.from_numpy(ids))
 
     def __reduce__(self) -> Any:
         raise TypeError("an iteration can't be pickled: pickle the ImageLoader, and its state_dict()")
 
 
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, (tuple, list)) else value
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _shard(shard: object) -> tuple[int, int]:
@@ -364,7 +330,7 @@ def _shard(shard: object) -> tuple[int, int]:
 
 
 def _interval(name: str, value: object, most: float | None) -> tuple[float, float]:
-    """Two positive numbers in order."""
+    """Check a pair of positive numbers in ascending order."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (low, high), got {value!r}")
     if not all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in value):
@@ -390,8 +356,3 @@ def _device(device: object) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device must be 'cpu' where torch finds no CUDA device, got {str(device)!r}")
     return chosen
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,8 @@
-"""Exclusive use of a folder: processes that write into the same one would delete each other's files.
+"""Lock a folder, so that no two processes write into it and delete each other's files.
 
-The kernel's lock (flock) on a file in the folder decides between processes of one machine, and of several where the
-file system carries it from one to another. Where it doesn't, or has no such locks, the file says who holds it, and its
-modification time, which the holder renews, that the holder is alive.
+The lock is the kernel's (flock) on a file in the folder. It works between processes of one machine, and between
+machines on file systems that support it. For all other cases the file names the holder, which updates the modification
+time of the file regularly to show that it is alive.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import sys
 import textwrap
 import threading
@@ -26,48 +27,53 @@ except ImportError:  # Windows
 logger = logging.getLogger("fastmim.data")
 
 NAME = ".fastmim.lock"
-# seconds between two signs of life, and without any until a holder that no kernel knows of counts as dead
+# seconds between two updates of the modification time, and without an update until a holder counts as dead
 BEAT = 5.0
 PATIENCE = 20.0
-# errors of file systems without locks
-NONE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# errors of flock on file systems without locks
+UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 
 class Locked(ValueError):
-    """A folder that another process writes to; the message names the process."""
+    """Error for a folder that is in use by another process, which the message names."""
 
 
 class Lock:
-    """Exclusive use of a folder while entered; the file `.fastmim.lock` in it stays there, empty when nobody holds it.
+    """Context manager that locks a folder by a file `.fastmim.lock` in it.
 
-    A holder that was killed holds nothing: the next one gets the lock at once, or after PATIENCE seconds where the
-    kernel can't tell. A child of the holder, by fork or otherwise, holds nothing either.
+    The file stays there, and is empty while the folder isn't locked. After a holder was killed, the next process gets
+    the lock at once, or after PATIENCE seconds where the kernel's lock doesn't work. A child process of the holder does
+    not hold the lock.
 
     Args:
-        what: the name of the argument that `folder` was given as, for messages.
+        argument: name of the argument that `folder` was given as, for messages.
         folder: an existing folder.
 
     Raises:
-        Locked: when entered: another process, or another lock of this one, holds the folder.
-        OSError: when entered: the file can't be made.
+        Locked: on entering: another process, or another lock of this process, holds the folder.
+        OSError: on entering: the lock file can't be created, or is not a regular file.
     """
 
-    def __init__(self, what: str, folder: Path) -> None:
-        self.what, self.folder, self.path = what, folder, folder / NAME
+    def __init__(self, argument: str, folder: Path) -> None:
+        self.argument, self.folder, self.path = argument, folder, folder / NAME
 
     def __enter__(self) -> "Lock":
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        # a pipe would block when it is read
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
         try:
-            self._sure = sure = self._ask_kernel()
+            if not stat.S_ISREG(os.fstat(self._file).st_mode):
+                raise FileExistsError(errno.EEXIST, "it must be a regular file", str(self.path))
+            self._by_kernel = self._lock_by_kernel()
             holder = self._holder()
-            if holder and not (sure and holder.get("host") == socket.gethostname()) and self._is_alive(holder):
-                raise self._refusal(holder, sure)
-            self._said = self._sign(strict=not sure)
-            if not sure:
-                # without the kernel, of two that come at the same moment the later stays
+            here = holder.get("host") == socket.gethostname()
+            if holder and not (self._by_kernel and here) and self._is_alive(holder):
+                raise self._refusal(holder)
+            self._entry = self._sign()
+            if not self._by_kernel:
+                # of two processes that signed at the same moment, the later one keeps the lock
                 time.sleep(BEAT / 10)
-                if (holder := self._holder()) != self._said:
-                    raise self._refusal(holder, sure)
+                if (holder := self._holder()) != self._entry:
+                    raise self._refusal(holder)
         except BaseException:
             os.close(self._file)
             raise
@@ -79,7 +85,7 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         if self not in _held:
-            # a child of the holder
+            # this process is a child of the holder
             return
         _held.discard(self)
         self._over.set()
@@ -87,33 +93,35 @@ class Lock:
         with contextlib.suppress(OSError):
             if self.is_mine():
                 os.ftruncate(self._file, 0)
-            if self._sure:
-                # a child that was just forked may not have closed the file yet
+            if self._by_kernel:
+                # explicitly: a child that was just forked may still have the file open
                 fcntl.flock(self._file, fcntl.LOCK_UN)
         os.close(self._file)
 
     def is_mine(self) -> bool:
-        """Return whether nobody else has signed since: the folder may have been removed and made anew by another."""
-        return self._holder() in ({}, self._said)
+        """Return whether no other process holds the folder, which may have been removed and created anew by another."""
+        return self._holder() in ({}, self._entry)
 
-    # ---- who holds it ------------------------------------------------------------------------------------------------
+    # ---- the holder --------------------------------------------------------------------------------------------------
 
-    def _ask_kernel(self) -> bool:
-        """Take the kernel's lock; return False where there is none."""
+    def _lock_by_kernel(self) -> bool:
+        """Take the kernel's lock; return False where it is not supported."""
         if fcntl is None:
             return False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise self._refusal(self._holder(), True) from None
+            self._by_kernel = True
+            raise self._refusal(self._holder()) from None
         except OSError as error:
-            if error.errno in NONE:
+            if error.errno in UNSUPPORTED:
                 return False
             raise
         return True
 
-    def _sign(self, *, strict: bool) -> dict[str, Any]:
-        said = {
+    def _sign(self) -> dict[str, Any]:
+        """Write this process into the lock file as its holder."""
+        entry = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -123,45 +131,50 @@ class Lock:
         try:
             os.ftruncate(self._file, 0)
             os.lseek(self._file, 0, os.SEEK_SET)
-            os.write(self._file, json.dumps(said).encode())
+            os.write(self._file, json.dumps(entry).encode())
             os.fsync(self._file)
         except OSError:
-            # on a full disk the kernel's lock holds without a name
-            if strict:
+            # the disk may be full; the kernel's lock works without the entry
+            if not self._by_kernel:
                 raise
-        return said
+        return entry
 
     def _holder(self) -> dict[str, Any]:
-        """Read who holds the lock; empty where nobody does, or nobody has signed yet."""
+        """Return the entry of the lock's holder; empty where there is none."""
         try:
-            # opened anew: network file systems then ask their server
-            said = json.loads(self.path.read_bytes() or b"{}")
+            # opened anew, so that a network file system asks its server
+            entry = json.loads(self.path.read_bytes() or b"{}")
         except (OSError, ValueError):
             return {}
-        return said if isinstance(said, dict) else {}
+        return entry if isinstance(entry, dict) else {}
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:
+        """Return whether a holder still runs.
+
+        If its process isn't found on this machine, wait PATIENCE seconds for an update of the lock file.
+        """
         pid = holder.get("pid")
         if holder.get("host") == socket.gethostname() and isinstance(pid, int):
             if pid == os.getpid():
-                # if not this process, then one before it, as in a container that was started again
+                # a lock of this process, or one of an earlier process with its number, as in a restarted container
                 return any(lock.path.resolve() == self.path.resolve() for lock in _held)
-            if _runs(pid):
+            if _is_running(pid):
                 return True
         logger.warning(
-            "%s %s was last used by process %s on %s, which didn't end by itself: waiting %g s for a sign of life",
-            *(self.what, self.folder, pid, holder.get("host"), PATIENCE),
+            "%s %s was last used by process %s on %s, which didn't end properly: waiting %g s for a sign of life",
+            *(self.argument, self.folder, pid, holder.get("host"), PATIENCE),
         )
-        seen, end = self._renewed(), time.monotonic() + PATIENCE
+        updated, end = self._updated(), time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(PATIENCE / 20)
             if not (now := self._holder()):
                 return False
-            if now != holder or self._renewed() != seen:
+            if now != holder or self._updated() != updated:
                 return True
         return False
 
-    def _renewed(self) -> int:
+    def _updated(self) -> int:
+        """Return the modification time of the lock file."""
         try:
             with open(self.path, "rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -169,11 +182,12 @@ class Lock:
             return -1
 
     def _beat(self) -> None:
+        """Update the modification time until the lock is released."""
         while not self._over.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self._file if os.utime in os.supports_fd else self.path)
 
-    def _refusal(self, holder: dict[str, Any], sure: bool) -> Locked:
+    def _refusal(self, holder: dict[str, Any]) -> Locked:
         here = holder.get("host") == socket.gethostname()
         if here and holder.get("pid") == os.getpid():
             by = "this process already"
@@ -182,14 +196,15 @@ class Lock:
             by += f" ({holder['command']})" if holder.get("command") else ""
         else:
             by = "another process"
-        way = "wait for its end or choose another folder"
-        if not sure:
-            way += f"; if it has ended, remove {self.path}"
-        return Locked(f"{self.what} {self.folder} is in use by {by}: {way}")
+        advice = "wait until it ends or choose another folder"
+        if not self._by_kernel:
+            advice += f"; if it has ended, remove {self.path}"
+        return Locked(f"{self.argument} {self.folder} is in use by {by}: {advice}")
 
 
-def _runs(pid: int) -> bool:
-    """Return whether a process of this machine has the number; signal 0 means another thing on Windows."""
+def _is_running(pid: int) -> bool:
+    """Return whether this machine has a process with that number; always False on Windows."""
+    # there, signal 0 is Ctrl-C
     if os.name != "posix":
         return False
     try:
@@ -197,19 +212,19 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except OverflowError:
-        # the file holds no number of a process
+        # not a process number
         return False
     except OSError:
         return True
     return True
 
 
-# of this process
+# locks that this process holds
 _held: set[Lock] = set()
 
 
-def _let_go() -> None:
-    """In a child, close the files that it shares with its parent: it would hold the locks beyond the parent's death."""
+def _release_in_child() -> None:
+    """Close the lock files that a forked child shares with its parent, so that the locks end with the parent."""
     for lock in _held:
         with contextlib.suppress(OSError):
             os.close(lock._file)
@@ -217,4 +232,4 @@ def _let_go() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
+    os.register_at_fork(after_in_child=_release_in_child)

@@ -1,35 +1,31 @@
-"""Writing packed datasets (packed.py says what they are)."""
+"""Write packed datasets; packed.py describes the format."""
 
 import hashlib
 import logging
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from .._checks import check_count
-from . import pictures
+from . import images
 from .crops import Crop
+from .formats import first_names
+from .images import Note, Notes, Pixels, Unreadable
 from .lock import NAME as LOCK
 from .lock import Lock
 from .packed import FORMAT, INDEX, Packed, read_json, replaced, shard_files, write_json
-from .pictures import Note, Notes, Pixels, Unreadable
 from .quarantine import NAME, Quarantine
 from .sources import Source, open_source
+from .threads import map_ahead
 
 logger = logging.getLogger("fastmim.data")
 
 SHARD_SIZE = 4096
-# samples per thread that are worked on ahead
-AHEAD = 4
-
-T = TypeVar("T")
 
 
 def pack(
@@ -43,52 +39,51 @@ def pack(
 ) -> Packed:
     """Decode every image of `source` once, into a packed dataset in the folder `out`.
 
-    An interrupted run goes on after the last whole shard when it is called again in the same way; shards that are
-    missing or not whole are made again. What can't be read keeps its number, and its reason is kept and listed in
-    `out`/quarantine.jsonl.
+    After an interruption, the same call continues: complete shards stay, and missing or incomplete ones are written
+    again. A sample that can't be read keeps its number; the reason is stored and listed in `out`/quarantine.jsonl.
 
-    Called again on a finished dataset, it packs what was repaired or changed since: files that couldn't be read are
-    tried again, and those of another size or time are decoded if their CRC-32 differs too. What was packed well stays
-    where its file is gone or damaged now.
+    On a finished dataset, the same call packs the files that were repaired or changed since: files that couldn't be
+    read are tried again, and files whose size or time differs are decoded if their CRC-32 differs too. Where a file is
+    missing or damaged now, the pixels packed earlier stay.
 
     Args:
-        source: as ImageLoader takes it.
-        out: new, empty, or from an earlier run of the same.
-        short_side: of the pictures, in pixels; smaller ones are kept as they are.
-        num_threads: that decode.
-        shard_size: samples in a file.
-        progress: is called with the number of samples that are done.
+        source: a source as for ImageLoader.
+        out: a folder that is new, empty, or holds the same dataset from an earlier call.
+        short_side: length in pixels to which the shorter side is reduced; smaller images keep their size.
+        num_threads: number of threads that decode.
+        shard_size: samples per shard.
+        progress: is called with the number of samples completed since its last call.
 
     Raises:
-        ValueError: an argument is out of range, the source holds no image, or `out` holds something else or is in use
-            by another process.
+        ValueError: an argument is out of range, the source holds no image, or `out` holds other files or is in use by
+            another process.
         RuntimeError: more than a tenth of the samples can't be read.
-        OSError: a file, which is named, can't be written; whole shards stay.
+        OSError: a file, which is named, can't be written; complete shards stay.
     """
     for name, value in (("short_side", short_side), ("num_threads", num_threads), ("shard_size", shard_size)):
         check_count(name, value, 1)
-    images, root = open_source(source), Path(out)
-    if isinstance(images, Packed):
+    opened, root = open_source(source), Path(out)
+    if isinstance(opened, Packed):
         raise ValueError(f"source {source} is a packed dataset already")
-    total = len(images.names)
-    said = {
+    total = len(opened.names)
+    header = {
         "format": FORMAT,
-        "plan": hashlib.sha256(f"{images.identity()} {short_side} {shard_size}".encode()).hexdigest(),
-        "source": str(images.root),
+        "plan": hashlib.sha256(f"{opened.identity()} {short_side} {shard_size}".encode()).hexdigest(),
+        "source": str(opened.root),
         "samples": total,
         "short_side": short_side,
         "shard_size": shard_size,
         "shards": -(-total // shard_size),
-        "classes": images.classes,
+        "classes": opened.classes,
     }
-    _make(root)
+    _make_folder(root)
     with Lock("out", root):
-        _Packing(images, root, said, num_threads, progress).run()
+        _Packing(opened, root, header, num_threads, progress).run()
         return Packed(root)
 
 
-def _make(root: Path) -> None:
-    """Make the folder, unless it is there; nothing is put into one that holds other files."""
+def _make_folder(root: Path) -> None:
+    """Create the output folder if it doesn't exist; raise ValueError if it holds other files."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"out must be a folder, got the file {root}")
     root.mkdir(parents=True, exist_ok=True)
@@ -98,162 +93,164 @@ def _make(root: Path) -> None:
 
 @dataclass
 class _Packing:
-    """Packing `images` into `root`, which is locked; `said` is what the index will say."""
+    """Job that packs `source` into the locked folder `root`; `header` is the content of packed.json."""
 
-    images: Source
+    source: Source
     root: Path
-    said: dict[str, Any]
+    header: dict[str, Any]
     threads: int
     progress: Callable[[int], object]
 
     def run(self) -> None:
-        total, size = self.said["samples"], self.said["shard_size"]
+        total, size = self.header["samples"], self.header["shard_size"]
         self._claim()
         self.quarantine, self.notes = Quarantine(self.root / NAME, total), Notes()
-        # names of files: decoded again, and gone or damaged since
+        # names of files that changed and were packed again, and of unreadable ones whose earlier pixels stay
         self.renewed: list[str] = []
         self.kept: list[str] = []
-        for shard in range(self.said["shards"]):
+        for shard in range(self.header["shards"]):
             samples = range(shard * size, min(total, (shard + 1) * size))
-            held = self._whole(shard)
-            if held is None:
+            index = self._complete_index(shard)
+            if index is None:
                 self._write(shard, samples, None, set(samples))
             else:
-                self._renew(shard, samples, held)
+                self._update(shard, samples, index)
         self.quarantine.check(0, 0)
-        write_json(self.root / INDEX, {**self.said, "complete": True})
-        for names, what in (
+        write_json(self.root / INDEX, {**self.header, "complete": True})
+        for names, event in (
             (self.renewed, "changed since and are packed again"),
             (self.kept, "can't be read any more; their pixels stay as they were"),
         ):
             if names:
-                some = ", ".join(map(ascii, sorted(names)[:3])) + (", ..." if len(names) > 3 else "")
-                logger.warning("%s: %d files %s: %s", self.root, len(names), what, some)
+                logger.warning("%s: %d files %s: %s", self.root, len(names), event, first_names(sorted(names)))
 
-    # ---- what is there -----------------------------------------------------------------------------------------------
+    # ---- earlier shards ----------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
-        """Make `root` the place of this dataset, unless it is somebody else's."""
+        """Write the header into `root`; raise ValueError if another dataset is there."""
         for part in self.root.glob("*.part"):
             part.unlink()
         if (self.root / INDEX).exists():
             before = read_json(self.root / INDEX)
-            # the same files may lie elsewhere now
+            # the source may have moved
             differences = [
                 f"{key} was {before.get(key)!r}, is {value!r}"
-                for key, value in self.said.items()
+                for key, value in self.header.items()
                 if key not in ("plan", "source") and before.get(key) != value
             ]
-            if not differences and before.get("plan") != self.said["plan"]:
+            if not differences and before.get("plan") != self.header["plan"]:
                 differences = self._other_samples(before)
             if differences:
                 raise ValueError(f"out {self.root} holds another packed dataset: {'; '.join(differences)}")
-        write_json(self.root / INDEX, {**self.said, "complete": False})
+        write_json(self.root / INDEX, {**self.header, "complete": False})
 
     def _other_samples(self, before: dict[str, Any]) -> list[str]:
-        """The first sample that differs from that of a dataset of another plan.
+        """Return the first difference between the samples and those of the earlier dataset in `root`, or nothing.
 
-        Sizes were part of the plan in an earlier version: if the samples are the same, that plan goes on.
+        In an earlier version the plan depended on file sizes too: if the samples are the same, that plan is kept.
         """
-        size, labels = self.said["shard_size"], self.images.labels
-        for shard in range(self.said["shards"]):
+        size, labels = self.header["shard_size"], self.source.labels
+        for shard in range(self.header["shards"]):
             try:
-                held = read_json(shard_files(self.root, shard)[1])
+                index = read_json(shard_files(self.root, shard)[1])
             except ValueError:
                 continue
-            for sample, name in enumerate(held["names"], shard * size):
-                if name != self.images.names[sample]:
-                    return [f"sample {sample} was {name}, is {self.images.names[sample]}"]
+            for sample, name in enumerate(index["names"], shard * size):
+                if name != self.source.names[sample]:
+                    return [f"sample {sample} was {name}, is {self.source.names[sample]}"]
             ours = None if labels is None else labels[shard * size : (shard + 1) * size].tolist()
-            if held["labels"] != ours:
+            if index["labels"] != ours:
                 return [f"labels of samples {shard * size} and up differ"]
-            if "stamps" in held:
+            if "stamps" in index:
                 return ["names or labels of samples that are not packed yet differ"]
-            self.said["plan"] = before["plan"]
+            self.header["plan"] = before["plan"]
         return []
 
-    def _whole(self, shard: int) -> dict[str, Any] | None:
-        """The index of a shard; None if anything of it is missing."""
-        data, index = shard_files(self.root, shard)
+    def _complete_index(self, shard: int) -> dict[str, Any] | None:
+        """Return the index of a shard, or None if the shard is incomplete or of another plan."""
+        data, path = shard_files(self.root, shard)
         try:
-            held = read_json(index)
-            return held if held["plan"] == self.said["plan"] and data.stat().st_size == held["bytes"] else None
+            index = read_json(path)
+            return index if index["plan"] == self.header["plan"] and data.stat().st_size == index["bytes"] else None
         except (OSError, ValueError, KeyError):
             return None
 
-    def _renew(self, shard: int, samples: range, held: dict[str, Any]) -> None:
-        """Bring a whole shard up to date with its files."""
-        # none in an earlier version: whether files changed can't be known
-        stamps = held.get("stamps", [None] * len(samples))
+    def _update(self, shard: int, samples: range, index: dict[str, Any]) -> None:
+        """Bring a complete shard up to date with its files."""
+        # an earlier version stored no stamps, so that every file may have changed
+        stamps = index.get("stamps", [None] * len(samples))
 
-        def look(sample: int) -> tuple[bool, list[int] | None]:
-            """Whether a sample must be decoded again, and the stamp of its file."""
-            was, now = stamps[sample - samples.start], self.images.stamp(sample)
-            if str(sample - samples.start) in held["reasons"]:
-                return not isinstance(self._decode(sample)[0], Unreadable), was
-            if was is None:
+        def compare(sample: int) -> tuple[bool, list[int] | None]:
+            """Return whether a sample must be decoded again, and the stamp to store if not."""
+            before, now = stamps[sample - samples.start], self.source.stamp(sample)
+            if str(sample - samples.start) in index["reasons"]:
+                return not isinstance(self._decode(sample)[0], Unreadable), before
+            if before is None:
                 return True, None
-            if now and was[:3] == list(now):
-                return False, was
+            if now and before[:3] == list(now):
+                return False, before
             try:
-                data = self.images.read(sample)
+                data = self.source.read(sample)
             except Unreadable:
-                self.kept.append(self.images.names[sample])
-                return False, was
+                self.kept.append(self.source.names[sample])
+                return False, before
             assert isinstance(data, bytes)
-            return (False, [*now, was[3]]) if now and was[3] == zlib.crc32(data) else (True, was)
+            return (False, [*now, before[3]]) if now and before[3] == zlib.crc32(data) else (True, before)
 
-        found = list(ahead(self.threads, look, samples))
+        found = list(map_ahead(self.threads, compare, samples))
         again = {sample for sample, (changed, _) in zip(samples, found) if changed}
         if again:
-            self._write(shard, samples, held, again)
+            self._write(shard, samples, index, again)
             return
-        for at, reason in held["reasons"].items():
-            self.quarantine.add(samples[int(at)], self.images.names[samples[int(at)]], reason)
+        for at, reason in index["reasons"].items():
+            self.quarantine.add(samples[int(at)], self.source.names[samples[int(at)]], reason)
         if [stamp for _, stamp in found] != stamps:
-            write_json(shard_files(self.root, shard)[1], {**held, "stamps": [stamp for _, stamp in found]})
+            write_json(shard_files(self.root, shard)[1], {**index, "stamps": [stamp for _, stamp in found]})
         self.progress(len(samples))
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
-    def _write(self, shard: int, samples: range, held: dict[str, Any] | None, again: set[int]) -> None:
-        """Write a shard, of which the samples `again` are decoded and the others taken from what it held.
+    def _write(self, shard: int, samples: range, earlier: dict[str, Any] | None, again: set[int]) -> None:
+        """Write a shard: decode the samples `again`, and copy the others from the shard with the index `earlier`.
 
-        Pixels first, then the index: a shard without it isn't there.
+        The pixels are written first, and then the index: a shard without an index counts as missing.
         """
-        data, index = shard_files(self.root, shard)
-        old = None if held is None else np.memmap(data, np.uint8, "r") if held["bytes"] else np.zeros(0, np.uint8)
+        data, path = shard_files(self.root, shard)
+        pixels_before = np.zeros(0, np.uint8)
+        if earlier is not None and earlier["bytes"]:
+            pixels_before = np.memmap(data, np.uint8, "r")
 
-        def before(at: int) -> Pixels | None:
-            """What the shard held of a sample, if it is undamaged."""
-            if held is None or old is None or str(at) in held["reasons"]:
+        def copy_of(at: int) -> Pixels | None:
+            """Return the earlier pixels of a sample, unless there are none or they are damaged."""
+            if earlier is None or str(at) in earlier["reasons"]:
                 return None
-            start, height, width, checksum = held["places"][at]
-            flat = old[start : start + height * width * 3]
+            start, height, width, checksum = earlier["places"][at]
+            flat = pixels_before[start : start + height * width * 3]
             return flat.reshape(height, width, 3) if zlib.crc32(flat.data) == checksum else None
 
         def make(sample: int) -> tuple[Pixels | Unreadable, list[int] | None]:
-            at, name = sample - samples.start, self.images.names[sample]
-            stamp = held["stamps"][at] if held and "stamps" in held else None
-            reason = held["reasons"].get(str(at)) if held else None
-            pixels = before(at)
+            """Return the pixels of a sample or the reason why there are none, and the stamp of its file."""
+            at, name = sample - samples.start, self.source.names[sample]
+            stamp = earlier["stamps"][at] if earlier and "stamps" in earlier else None
+            reason = earlier["reasons"].get(str(at)) if earlier else None
+            pixels = copy_of(at)
             if sample not in again:
                 if reason is not None:
                     return Unreadable(reason), stamp
                 if pixels is not None:
                     return pixels, stamp
-            made, now = self._decode(sample)
-            if isinstance(made, Unreadable) and pixels is not None:
+            decoded, new_stamp = self._decode(sample)
+            if isinstance(decoded, Unreadable) and pixels is not None:
                 self.kept.append(name)
                 return pixels, stamp
             if stamp or reason is not None:
                 self.renewed.append(name)
-            return made, now
+            return decoded, new_stamp
 
         places, stamps, reasons, start = [], [], {}, 0
         with replaced(data) as file:
-            for at, (pixels, stamp) in enumerate(ahead(self.threads, make, samples)):
-                sample, name = samples[at], self.images.names[samples[at]]
+            for at, (pixels, stamp) in enumerate(map_ahead(self.threads, make, samples)):
+                sample, name = samples[at], self.source.names[samples[at]]
                 stamps.append(stamp)
                 if isinstance(pixels, Unreadable):
                     reasons[at] = str(pixels)
@@ -267,15 +264,15 @@ class _Packing:
                     start += file.write(flat)
                 self.progress(1)
             file.flush()
-            # it is not of the pixels that come now
-            index.unlink(missing_ok=True)
-        labels = None if self.images.labels is None else self.images.labels[samples.start : samples.stop].tolist()
+            # the old index doesn't describe the new pixels
+            path.unlink(missing_ok=True)
+        labels = None if self.source.labels is None else self.source.labels[samples.start : samples.stop].tolist()
         write_json(
-            index,
+            path,
             {
-                "plan": self.said["plan"],
+                "plan": self.header["plan"],
                 "bytes": start,
-                "names": list(self.images.names[samples.start : samples.stop]),
+                "names": list(self.source.names[samples.start : samples.stop]),
                 "labels": labels,
                 "places": places,
                 "stamps": stamps,
@@ -284,21 +281,25 @@ class _Packing:
         )
 
     def _decode(self, sample: int) -> tuple[Pixels | Unreadable, list[int] | None]:
-        """The pixels of a sample, or why there are none; size, times and checksum of its file."""
-        # first: what is changed while it is read has another one next time
-        stamp = self.images.stamp(sample)
+        """Return the reduced pixels of a sample or the reason why there are none, and the stamp of its file.
+
+        A stamp consists of size, modification time, change time and CRC-32.
+        """
+        # before reading: a file that changes meanwhile has another stamp next time
+        stamp = self.source.stamp(sample)
         try:
-            data = self.images.read(sample)
+            data = self.source.read(sample)
         except Unreadable as error:
             return error, None
         assert isinstance(data, bytes)
-        note = self.notes.on(self.images.names[sample])
-        return _shrunk(data, self.said["short_side"], note), stamp and [*stamp, zlib.crc32(data)]
+        note = self.notes.on(self.source.names[sample])
+        return _reduced(data, self.header["short_side"], note), stamp and [*stamp, zlib.crc32(data)]
 
 
-def _shrunk(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
+def _reduced(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
+    """Return the decoded image, reduced so that its shorter side is at most `short_side`."""
     try:
-        image = pictures.decode(data, note)
+        image = images.decode(data, note)
     except Unreadable as error:
         return error
     width, height = image.size
@@ -306,17 +307,4 @@ def _shrunk(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
     if share >= 1:
         return np.asarray(image)
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
-    return pictures.resize(image, Crop(0, 0, width, height, False), size)
-
-
-def ahead(threads: int, function: Callable[[int], T], samples: range) -> Iterator[T]:
-    """function(sample) of each in order, made by threads a little ahead: memory stays bounded."""
-    with ThreadPoolExecutor(threads, "fastmim-pack") as pool:
-        rest = iter(samples)
-        pending: list[Future[T]] = [pool.submit(function, sample) for sample in islice(rest, AHEAD * threads)]
-        try:
-            while pending:
-                yield pending.pop(0).result()
-                pending += [pool.submit(function, sample) for sample in islice(rest, 1)]
-        finally:
-            pool.shutdown(cancel_futures=True)
+    return images.resize(image, Crop(0, 0, width, height, False), size)

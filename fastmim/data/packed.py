@@ -1,9 +1,10 @@
-"""Packed datasets: pictures decoded once, in shards that are mapped into memory; a crop costs no JPEG decoding.
+"""Read packed datasets: images that were decoded once, in shards that are mapped into memory.
 
-A packed dataset is a folder: `packed.json` says what it is, and shard k holds samples k * shard_size and up as
-`shard-k.bin`, their uint8 pixels (H, W, 3) one after the other, and `shard-k.json`, where each begins, its height,
-width and CRC-32, its name and label, or why it couldn't be read, and of the file that it was made of the size, times of
-modification and change, and CRC-32. Each .json file holds the SHA-256 of its content.
+A packed dataset is a folder with the file `packed.json`, which describes the whole. Shard k has samples k * shard_size
+and up, in two files. `shard-k.bin` holds the uint8 pixels (H, W, 3) of its images, concatenated. `shard-k.json` holds
+for each sample its name, its label, the start, height, width and CRC-32 of its pixels, or the reason why it couldn't be
+read, and the size, modification time, change time and CRC-32 of the original file. Each .json file holds the SHA-256 of
+its content.
 """
 
 import contextlib
@@ -18,22 +19,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .images import Pixels, Unreadable
 from .philox import Ints
-from .pictures import Pixels, Unreadable
 
 INDEX = "packed.json"
 FORMAT = "fastmim packed dataset 1"
-# datasets up to this size are verified whole when they are opened
+# in bytes; the checksums of smaller datasets are all verified when they are opened
 SMALL = 2**30
 
 
 def shard_files(root: Path, shard: int) -> tuple[Path, Path]:
-    """The pixels and the index of a shard."""
+    """Return the paths of a shard's pixels and of its index."""
     return root / f"shard-{shard:05d}.bin", root / f"shard-{shard:05d}.json"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all or nothing, with a checksum."""
+    """Write a JSON file with a checksum, atomically."""
     text = json.dumps(content)
     digest = hashlib.sha256(text.encode()).hexdigest()
     with replaced(path) as file:
@@ -42,10 +43,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """Write a whole new file, or leave the old one; nothing half written stays.
+    """Open a file that replaces `path` when it is complete; after an error the old file stays.
 
     Raises:
-        OSError: it can't be written; the message names it.
+        OSError: the file can't be written; the message names it.
     """
     part = path.with_name(f"{path.name}.part")
     try:
@@ -63,10 +64,10 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What write_json wrote.
+    """Return the content of a file that `write_json` wrote.
 
     Raises:
-        ValueError: it isn't there or isn't what was written.
+        ValueError: the file is missing or damaged.
     """
     try:
         held = json.loads(path.read_text())
@@ -79,45 +80,44 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Packed:
-    """A packed dataset as a source of samples; see sources.Source.
+    """A packed dataset as a source of samples, as sources.Source describes.
 
     Raises:
-        ValueError: packing it isn't finished, or a shard, which is named, is damaged or missing.
+        ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
-        said = read_json(root / INDEX)
-        if said.get("format") != FORMAT:
-            raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {said.get('format')!r}")
-        if not said["complete"]:
+        info = read_json(root / INDEX)
+        if info.get("format") != FORMAT:
+            raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")
+        if not info["complete"]:
             raise ValueError(f"packed dataset {root} is not finished: run the same `fastmim pack` again")
-        self.classes: list[str] = said["classes"]
-        self.short_side: int = said["short_side"]
+        self.classes: list[str] = info["classes"]
         self.names: list[str] = []
         self.left_out: dict[str, int] = {}
         self.reasons: dict[int, str] = {}
-        self._shard_size: int = said["shard_size"]
-        self._plan: str = said["plan"]
+        self._shard_size: int = info["shard_size"]
+        self._plan: str = info["plan"]
         labels: list[int] = []
         places: list[list[int]] = []
         bytes_held = 0
-        for shard in range(said["shards"]):
+        for shard in range(info["shards"]):
             data, index = shard_files(self.root, shard)
-            inside = read_json(index)
+            content = read_json(index)
             size = data.stat().st_size if data.exists() else 0
-            if inside["plan"] != self._plan or size != inside["bytes"]:
+            if content["plan"] != self._plan or size != content["bytes"]:
                 raise ValueError(
-                    f"packed dataset: {data} is damaged: it has {size} bytes instead of {inside['bytes']}; "
+                    f"packed dataset: {data} is damaged: it has {size} bytes instead of {content['bytes']}; "
                     f"remove it and run the same `fastmim pack` again"
                 )
-            self.reasons |= {len(self.names) + int(at): reason for at, reason in inside["reasons"].items()}
-            self.names += inside["names"]
-            labels += inside["labels"] or []
-            places += inside["places"]
+            self.reasons |= {len(self.names) + int(at): reason for at, reason in content["reasons"].items()}
+            self.names += content["names"]
+            labels += content["labels"] or []
+            places += content["places"]
             bytes_held += size
         self.labels: Ints | None = np.array(labels, dtype=np.int64) if labels else None
-        # where a sample begins, its height and width, its checksum
+        # by sample: start, height, width and checksum of its pixels
         self._places: Ints = np.array(places, dtype=np.int64).reshape(-1, 4)
         self._verified = bytearray(len(self.names))
         self._maps: dict[int, Pixels] = {}
@@ -127,7 +127,7 @@ class Packed:
                     self.read(sample)
 
     def read(self, sample: int, most: int = -1) -> Pixels:
-        """Whole pixels, mapped into memory; their checksum is compared when they are read for the first time."""
+        """Return all pixels of an image, mapped into memory; their checksum is verified at the first read."""
         if sample in self.reasons:
             raise Unreadable(self.reasons[sample])
         shard = sample // self._shard_size
@@ -145,15 +145,16 @@ class Packed:
         return np.asarray(flat).reshape(height, width, 3)
 
     def checksum(self, sample: int) -> int:
-        """CRC-32 of the pixels; 0 where there are none."""
+        """Return the CRC-32 of an image's pixels, 0 where there are none."""
         return int(self._places[sample, 3])
 
     def stamp(self, sample: int) -> None:
-        """None: it is of no file."""
+        """Return None, since a packed image is no file."""
 
     def identity(self) -> str:
+        """Return the hash of the original names, labels and packing options."""
         return self._plan
 
     def __getstate__(self) -> dict[str, Any]:
-        # a mapping belongs to its process
+        # pickled, a mapping would be copied into memory
         return {**self.__dict__, "_maps": {}}

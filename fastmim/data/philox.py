@@ -1,4 +1,4 @@
-"""Random numbers that are a function of what they are for: no generator, so no state to lose or to share."""
+"""Counter-based random numbers: pure functions of seed and counter, without a generator whose state must be saved."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ SHIFT = np.uint64(32)
 
 
 def philox(seed: int, *counter: Ints | int) -> Words:
-    """Philox4x32-10 words (..., 4) in 0..2^32-1 under key `seed`, at four counters that are broadcast.
+    """Return Philox4x32-10 words (..., 4) in 0..2^32-1 for key `seed` at a counter of four parts, which broadcast.
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
@@ -28,6 +28,6 @@ def philox(seed: int, *counter: Ints | int) -> Words:
 
 
 def uniforms(seed: int, epoch: int, samples: Ints, repeats: Ints, blocks: int) -> Floats:
-    """(n, 4 * blocks) numbers in [0, 1) for pairs of sample and repeat, each (n,)."""
+    """Return numbers (n, 4 * blocks) in [0, 1) for n pairs of a sample and a repeat."""
     words = philox(seed, np.arange(blocks), samples[:, None], epoch, repeats[:, None])
     return words.reshape(len(samples), 4 * blocks) / 2.0**32

@@ -1,4 +1,4 @@
-"""What can't be served: counted, listed in a file with the reason, and too much when it is."""
+"""Count unreadable samples, list them in a file with the reasons, and stop when there are too many."""
 
 import json
 import logging
@@ -8,71 +8,81 @@ from pathlib import Path
 logger = logging.getLogger("fastmim.data")
 
 NAME = "quarantine.jsonl"
-# a larger share of unreadable samples is no accident
+# largest share of unreadable samples
 LIMIT = 0.1
-# samples after which a share found is trusted
+# samples that must have been tried before the share among them is judged
 ENOUGH = 100
 
 
 class Quarantine:
-    """The unreadable samples met so far, `reasons` by number, and the file that lists them.
+    """The unreadable samples found so far, `reasons` by sample number, and the file that lists them.
 
-    The file is appended to, one JSON object a line with `file`, `id` and `reason`; nothing is written while nothing
-    is bad. A file that could be read later, since it was repaired, gets a line whose reason is null.
+    The file is only appended to, one JSON object per line with `file`, `id` and `reason`; it isn't created while every
+    sample is readable. A file that becomes readable again gets a line with the reason null.
     """
 
     def __init__(self, path: Path, samples: int) -> None:
         self.path, self.samples = path, samples
         self.reasons: dict[int, str] = {}
+        # names of files that the quarantine file lists; None until it is read
         self._listed: set[str] | None = None
+        self._failure: OSError | None = None
 
     def add(self, sample: int, name: str, reason: str) -> None:
+        """Record that a sample can't be read."""
         if sample in self.reasons:
             return
         self.reasons[sample] = reason
-        # %a: a name may hold bytes that are no text
+        # %a, since a name may hold bytes that are not valid text
         logger.warning("skipping %a: %s", name, reason)
         self._list(sample, name, reason)
 
     def remove(self, sample: int, name: str) -> None:
-        """Note that a sample can be read; says so if it couldn't be before."""
+        """Record that a sample can be read, and log it if it couldn't be before."""
         if self.reasons.pop(sample, None) is not None:
             logger.warning("%a can be read again", name)
         self._list(sample, name, None)
 
     def _list(self, sample: int, name: str, reason: str | None) -> None:
-        """Append a line, unless the file says so already."""
+        """Append a line, unless the file states this already."""
         try:
             if self._listed is None:
                 self._listed = set()
                 self._listed |= {str(entry["file"]) for entry in listed(self.path)}
             if (name in self._listed) == (reason is None):
                 self._listed ^= {name}
-                # one write, so that lines of several processes don't mix
+                # a single write, so that lines of several processes don't mix
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"file": name, "id": sample, "reason": reason}) + "\n")
         except OSError as error:
+            self._failure = error
             logger.warning("can't list it in %s: %s", self.path, error)
 
+    def listing(self) -> str:
+        """Return where the samples are listed, or why they aren't, for messages."""
+        if self._failure is None:
+            return f"listed in {self.path}"
+        return f"not listed, since {self.path} can't be written: {self._failure.strerror}"
+
     def check(self, tried: int, failed: int) -> None:
-        """Stop when more than LIMIT of all samples are known to be bad, or those tried leave no doubt of it.
+        """Stop when more than LIMIT of all samples are unreadable, or clearly more than LIMIT of those tried so far.
 
         Raises:
-            RuntimeError: naming the counts, a few samples and the file.
+            RuntimeError: there are too many; the message names the counts, a few samples and the file.
         """
-        known = len(self.reasons)
+        bad = len(self.reasons)
         # five standard deviations above the limit
-        surely = tried >= ENOUGH and failed > LIMIT * tried + 5 * math.sqrt(LIMIT * (1 - LIMIT) * tried)
-        if known > LIMIT * self.samples or surely:
-            found = f"{known} of {self.samples} samples" if not surely else f"{failed} of the first {tried} samples"
+        clearly = tried >= ENOUGH and failed > LIMIT * tried + 5 * math.sqrt(LIMIT * (1 - LIMIT) * tried)
+        if bad > LIMIT * self.samples or clearly:
+            found = f"{failed} of the first {tried} samples" if clearly else f"{bad} of {self.samples} samples"
             some = "; ".join(f"{sample}: {reason}" for sample, reason in list(self.reasons.items())[:3])
-            raise RuntimeError(f"{found} can't be read, and at most {LIMIT:.0%} may be: {some}; {self.path} lists them")
+            raise RuntimeError(f"{found} can't be read, and at most {LIMIT:.0%} may be: {some}; {self.listing()}")
 
 
 def listed(path: Path) -> list[dict[str, object]]:
-    """The entries of a quarantine file, without those of files that could be read later; none where there is no file.
+    """Return the entries of a quarantine file, without files that could be read later; none if there is no file.
 
-    Lines that can't be read are left out.
+    Malformed lines are skipped.
     """
     entries: dict[str, dict[str, object]] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:

@@ -1,7 +1,7 @@
-"""Where samples come from: a folder, a list of files, WebDataset tar shards, or a packed dataset.
+"""Sources of samples: a folder, a list of files, WebDataset tar shards, or a packed dataset.
 
-Each is a numbered list of samples: the number of a sample is its place among all files of the source, readable or not,
-sorted by relative path. Which names are images is in formats.py.
+A source is a numbered list of samples. The number of a sample is its position among all files of the source, readable
+or not, sorted by relative path.
 """
 
 import hashlib
@@ -16,24 +16,27 @@ from typing import Protocol
 
 import numpy as np
 
-from . import formats, tars
+from . import formats
+from .images import Pixels, Unreadable
 from .lock import NAME as LOCK
 from .packed import INDEX, Packed
 from .philox import Ints
-from .pictures import Pixels, Unreadable
 from .quarantine import NAME
+from .tar_members import COMPRESSED
+from .tars import Image, images_in
 
-# in the output folder of a run by an earlier version, which has no lock
+# files that mark the output folder of a run of an earlier version, which wrote no lock file
 RUN = {"checkpoints", "metrics.jsonl"}
 
+# size in bytes, modification time and change time in ns
 Stamp = tuple[int, int, int]
 
 
 class Source(Protocol):
     """A numbered list of samples.
 
-    `names` are relative paths, sorted; `labels` (N,) int64 or None; `root` the folder that holds it all; `left_out` how
-    many files of which kind lie there and are no samples (formats.kind).
+    `names` are relative paths, sorted; `labels` are int64 (N,) or None; `root` is the folder that holds all files;
+    `left_out` is the number of files there that are no samples, by their kind (formats.kind).
     """
 
     names: list[str]
@@ -43,21 +46,21 @@ class Source(Protocol):
     left_out: dict[str, int]
 
     def read(self, sample: int, most: int = -1) -> bytes | Pixels:
-        """The bytes of a file, at most so many, or pixels that need no decoding. Raises Unreadable."""
+        """Return the bytes of a file, or its first `most` bytes, or decoded pixels. Raises Unreadable."""
 
     def stamp(self, sample: int) -> Stamp | None:
-        """Size, and when a file was modified and changed, in ns; None where it can't be found."""
+        """Return the stamp of a file; None if it doesn't exist."""
 
     def identity(self) -> str:
-        """A hash of names and labels; files that are repaired stay the same samples."""
+        """Return a hash of names and labels. It doesn't depend on the content of files, which may be repaired."""
 
 
 def open_source(source: object) -> Source:
-    """The source that a user means by a path or a list of paths; what it leaves out is logged.
+    """Return the source at a path or of a list of paths, and log the files that it leaves out.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it doesn't exist, holds no image, or is damaged.
+        TypeError: `source` is neither a path nor a list of paths.
+        ValueError: the source doesn't exist, holds no image, or is damaged.
     """
     given: Path | list[Path]
     if isinstance(source, (str, os.PathLike)):
@@ -67,35 +70,36 @@ def open_source(source: object) -> Source:
     else:
         raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
     try:
-        found = _of_path(given) if isinstance(given, Path) else _of_list(given)
+        found = _from_path(given) if isinstance(given, Path) else _from_list(given)
     except OSError as error:
-        raise ValueError(f"source {source!r:.80} can't be read: {type(error).__name__}: {error}") from error
+        shown = given if isinstance(given, Path) else formats.first_names([str(path) for path in given])
+        raise ValueError(f"source {shown} can't be read: {type(error).__name__}: {error}") from error
     formats.report(found.root, found.left_out)
     return found
 
 
-def _of_path(path: Path) -> Source:
+def _from_path(path: Path) -> Source:
     if path.is_dir():
         if (path / INDEX).exists():
             return Packed(path)
         shards = [path / name for name in sorted(os.listdir(path)) if name.lower().endswith(".tar")]
         shards = [shard for shard in shards if shard.is_file() and not shard.name.startswith(".")]
-        return _beside(path, shards) if shards else folder(path)
+        return _tars_of_folder(path, shards) if shards else folder(path)
     if _is_tar(path):
         return Tars([path])
     if formats.is_archive(path.name):
-        raise ValueError(f"source {path}: {tars.COMPRESSED}")
+        raise ValueError(f"source {path}: {COMPRESSED}")
     got = path if os.path.lexists(path) else f"{path}, which doesn't exist"
     raise ValueError(f"source must be a folder, a .tar file, a packed dataset or a list of files; got {got}")
 
 
-def _of_list(paths: list[Path]) -> Source:
+def _from_list(paths: list[Path]) -> Source:
     if not paths:
         raise ValueError("source must hold at least one file, got an empty list")
     for path in paths:
         if formats.is_archive(path.name) and not _is_tar(path):
-            raise ValueError(f"source holds {path}: {tars.COMPRESSED}")
-        # a name that says what it is costs no look
+            raise ValueError(f"source holds {path}: {COMPRESSED}")
+        # only for names without the suffix of an image, since each call of is_dir costs time
         if not formats.is_image(path.name) and path.is_dir():
             raise ValueError(f"source must be images or .tar files, got the folder {path} in a list")
     shards = [_is_tar(path) for path in paths]
@@ -108,16 +112,16 @@ def _is_tar(path: Path) -> bool:
     return path.suffix.lower() == ".tar"
 
 
-def _beside(root: Path, shards: list[Path]) -> "Tars":
-    """The tar files of a folder; the images beside them are left out."""
+def _tars_of_folder(root: Path, shards: list[Path]) -> "Tars":
+    """Return the source of a folder's tar files; it leaves out the images beside them."""
     names, left_out = _walk(root)
     left_out[".tar"] -= len(shards)
-    left_out[formats.BESIDE] += len(names)
+    left_out[formats.BESIDE_TARS] += len(names)
     return Tars(shards, left_out)
 
 
 class Files:
-    """Files by name under a root; `labels`, `classes` and `left_out` as in Source."""
+    """Files by name under a root; the attributes are those of Source."""
 
     def __init__(
         self, root: Path, names: list[str], labels: Ints | None, classes: list[str], left_out: dict[str, int]
@@ -127,7 +131,7 @@ class Files:
 
     def read(self, sample: int, most: int = -1) -> bytes:
         try:
-            # a pipe would wait for its other end for ever
+            # opening a pipe would block
             handle = os.open(self.root / self.names[sample], os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -137,25 +141,22 @@ class Files:
             raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
     def stamp(self, sample: int) -> Stamp | None:
-        try:
-            found = (self.root / self.names[sample]).stat()
-        except OSError:
-            return None
-        return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+        return _stamp(self.root / self.names[sample])
 
     def identity(self) -> str:
         return digest(self.names, self.labels).hexdigest()
 
 
 def folder(root: Path) -> Files:
-    """All images below a folder. Labels are the classes that its subfolders are, by name.
+    """Return the source of all images below a folder; the subfolders, sorted by name, are the classes.
 
-    With images directly in the folder there are no classes. Left out are hidden names, and the output folders of runs.
+    There are no classes if an image lies directly in the folder. Hidden names and output folders of runs are left out.
     """
     names, left_out = _walk(root)
     if not names:
-        others = f"; it holds {formats.told(left_out)}" if left_out else ""
-        raise ValueError(f"source {root} holds no file that ends in one of {' '.join(formats.served())}{others}")
+        others = f"; it holds {formats.describe(left_out)}" if left_out else ""
+        suffixes = " ".join(formats.readable_suffixes())
+        raise ValueError(f"source {root} holds no file that ends in one of {suffixes}{others}")
     heads = [name.partition("/")[0] if "/" in name else None for name in names]
     if None in heads:
         return Files(root, names, None, [], left_out)
@@ -166,29 +167,33 @@ def folder(root: Path) -> Files:
 
 
 def _walk(root: Path) -> tuple[list[str], Counter[str]]:
-    """Relative paths of images, sorted, and what is left out; links are followed, but not round in circles."""
+    """Return the sorted relative paths of images below a folder, and the number of other files by kind.
+
+    Links are followed, but not into a folder that contains them.
+    """
     names: list[str] = []
     left_out: Counter[str] = Counter()
+    # folders to read: the path relative to root, and the device and inode of each folder above
     pending: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]
     while pending:
-        inside, above = pending.pop()
+        path, above = pending.pop()
         try:
-            here = os.stat(root / inside)
-            if (here.st_dev, here.st_ino) in above:
+            status = os.stat(root / path)
+            if (status.st_dev, status.st_ino) in above:
                 continue
-            with os.scandir(root / inside) as listing:
+            with os.scandir(root / path) as listing:
                 entries = list(listing)
         except OSError as error:
-            if not inside:
+            if not path:
                 raise
             left_out[formats.CLOSED] += 1
-            said = f"source {root}: leaving out {inside!a}: {type(error).__name__}: {error.strerror}"
-            formats.say_once(logging.WARNING, said)
+            line = f"source {root}: leaving out {path!a}: {type(error).__name__}: {error.strerror}"
+            formats.log_once(logging.WARNING, line)
             continue
-        inner = (*above, (here.st_dev, here.st_ino))
+        inner = (*above, (status.st_dev, status.st_ino))
         found = {entry.name for entry in entries}
         if LOCK in found or found >= RUN:
-            if not inside:
+            if not path:
                 raise ValueError(
                     f"source {root} is the output folder of a run or of `fastmim pack`: it holds "
                     + (f"{LOCK} (remove it if that is not so)" if LOCK in found else " and ".join(sorted(RUN)))
@@ -200,9 +205,9 @@ def _walk(root: Path) -> tuple[list[str], Counter[str]]:
             if entry.name.startswith("."):
                 continue
             if _is_folder(entry):
-                pending.append((f"{inside}{entry.name}/", inner))
+                pending.append((f"{path}{entry.name}/", inner))
             elif formats.is_image(entry.name):
-                names.append(f"{inside}{entry.name}")
+                names.append(f"{path}{entry.name}")
             elif entry.name != NAME:
                 left_out[formats.kind(entry.name)] += 1
     return sorted(names), left_out
@@ -216,51 +221,55 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
 
 
 def listed(paths: list[Path]) -> Files:
-    """Files by name, whatever they end in; named relative to the folder they share."""
+    """Return the source of a list of files, whatever their suffixes; names are relative to their common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names = sorted(Path(os.path.relpath(path, root)).as_posix() for path in absolute)
-    _once(names)
+    _refuse_duplicates(names)
     return Files(Path(root), names, None, [], {})
 
 
-def _once(names: list[str]) -> None:
-    twice = [name for name, after in pairwise(sorted(names)) if name == after]
-    if twice:
-        raise ValueError(f"source must hold a file once, got {twice[0]} twice")
+def _refuse_duplicates(names: list[str]) -> None:
+    for name, following in pairwise(sorted(names)):
+        if name == following:
+            raise ValueError(f"source must hold a file once, got {name} twice")
 
 
 class Tars:
-    """Samples in tar shards, as WebDataset writes them: `key.jpg`, and `key.cls` with the label if there is one.
+    """Samples in tar shards as WebDataset writes them: `key.jpg`, and `key.cls` with an integer label.
 
-    There are labels if each image has one. `left_out`: what lies beside the shards.
+    There are labels only if every image has one.
+
+    Args:
+        shards: the tar files.
+        left_out: number of other files beside the shards, by kind.
     """
 
     def __init__(self, shards: list[Path], left_out: Mapping[str, int] | None = None) -> None:
         self.root = Path(os.path.commonpath([shard.absolute().parent for shard in shards]))
         names = [Path(os.path.relpath(shard, self.root)).as_posix() for shard in shards]
-        _once(names)
-        found: list[tuple[str, str, tars.Image]] = []
-        all_left = Counter(left_out)
+        _refuse_duplicates(names)
+        found: list[tuple[str, str, Image]] = []
+        all_left_out = Counter(left_out)
         for shard, name in zip(shards, names):
-            images, left = tars.images(shard)
+            images, others = images_in(shard)
             found += [(f"{name}/{image.name}", name, image) for image in images]
-            all_left.update(left)
-        self.left_out: dict[str, int] = dict(+all_left)
+            all_left_out.update(others)
+        self.left_out: dict[str, int] = dict(+all_left_out)
         if not found:
-            others = f"; they hold {formats.told(self.left_out)}" if self.left_out else ""
-            raise ValueError(f"source {', '.join(map(str, shards))} holds no image{others}")
-        found.sort(key=lambda each: each[0])
+            held = f"; they hold {formats.describe(self.left_out)}" if self.left_out else ""
+            raise ValueError(f"source {', '.join(map(str, shards))} holds no image{held}")
+        found.sort(key=lambda item: item[0])
         self.names = [name for name, *_ in found]
         self._places = [(shard, image.place) for _, shard, image in found]
         labels = [image.label for *_, image in found]
-        bare = [name for name, label in zip(self.names, labels) if label is None]
-        self.labels: Ints | None = None if bare else np.array(labels, dtype=np.int64)
-        if 0 < len(bare) < len(labels):
-            some = ", ".join(map(ascii, bare[:3])) + (", ..." if len(bare) > 3 else "")
-            formats.say_once(
+        unlabelled = [name for name, label in zip(self.names, labels) if label is None]
+        self.labels: Ints | None = None if unlabelled else np.array(labels, dtype=np.int64)
+        if 0 < len(unlabelled) < len(labels):
+            formats.log_once(
                 logging.WARNING,
-                f"source {self.root}: no labels, since {len(bare)} of its {len(labels)} images have none: {some}",
+                f"source {self.root}: no labels, since {len(unlabelled)} of its {len(labels)} images have none: "
+                f"{formats.first_names(unlabelled)}",
             )
         self.classes: list[str] = []
 
@@ -278,19 +287,25 @@ class Tars:
             raise Unreadable(f"{shard}: {error}") from error
 
     def stamp(self, sample: int) -> Stamp | None:
+        """Return the size of the image, and the times of its tar file; None if that doesn't exist."""
         shard, place = self._places[sample]
-        try:
-            found = (self.root / shard).stat()
-        except OSError:
-            return None
-        return place.size, found.st_mtime_ns, found.st_ctime_ns
+        found = _stamp(self.root / shard)
+        return found and (place.size, *found[1:])
 
     def identity(self) -> str:
         return digest(self.names, self.labels).hexdigest()
 
 
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def digest(names: Sequence[str], labels: Ints | None) -> "hashlib._Hash":
-    """SHA-256 of names and labels."""
+    """Return the SHA-256 of names and labels."""
     total = hashlib.sha256("\0".join(names).encode(errors="surrogateescape"))
     if labels is not None:
         total.update(labels.tobytes())

@@ -1,7 +1,7 @@
-"""From crops to batches on their device. To a GPU they go by pinned memory and a stream of copies: nothing waits there.
+"""Stack crops into batches and copy them to their device, for a GPU through pinned memory and a stream of its own.
 
-The thread that makes batches queues copies and never waits for one, but for those from memory that it fills again. Who
-takes a batch waits for nothing either: its current CUDA stream waits for the batch's event.
+The thread that makes batches queues copies and does not wait for them, unless it needs the pinned memory of an earlier
+copy again. The consumer doesn't wait either: its current CUDA stream waits for the event of the batch.
 """
 
 import functools
@@ -12,60 +12,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import Pixels
+from .images import Pixels
 
-# the crops of a sample: each (H, W, 3), or all of them on the device (repeats, H, W, 3)
+# the crops of a sample: each (H, W, 3) in host memory, or all on the device as (repeats, H, W, 3)
 Row = list[Pixels] | Tensor
-# pinned memory: one part is filled while the other is copied
-PARTS = 2
+# pinned buffers, used in turn: one is filled while another is copied
+BUFFERS = 2
 
 
 class Sent(NamedTuple):
-    """A batch on its device, or on its way there until `event`."""
+    """A batch on its device; a copy to it is complete at `event`, or already if that is None."""
 
     images: Tensor
     event: Any = None
 
 
 class Host:
-    """Batches in the memory of the host."""
+    """Maker of batches in host memory."""
 
     def send(self, rows: Sequence[Row]) -> Sent:
-        """Make a batch (n * repeats, H, W, 3) of the crops of all samples."""
+        """Stack the crops of all samples into a batch (n * repeats, H, W, 3)."""
         crops = _crops(rows)
         batch = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)
         np.stack(crops, out=batch.numpy())
         return Sent(batch)
 
     def receive(self, sent: Sent) -> Tensor:
-        """Return the batch to the thread that takes it."""
+        """Return the batch to the thread that consumes it."""
         return sent.images
 
 
 class Link(Protocol):
-    """A device with a stream of copies, as `Transfer` sees it."""
+    """The operations of a device and its stream of copies that `Transfer` uses."""
 
     def pinned(self, shape: tuple[int, ...]) -> Tensor:
-        """Memory of the host from which copies are made without waiting."""
+        """Return host memory that can be copied from asynchronously."""
 
     def copied(self, host: Tensor) -> Tensor:
-        """A tensor on the device to which the stream copies `host`."""
+        """Return a tensor on the device and queue the copy of `host` to it."""
 
     def joined(self, parts: Iterable[Tensor]) -> Tensor:
-        """A tensor on the device to which the stream copies the parts, which lie there, one after another."""
+        """Return a tensor on the device and queue the concatenation of `parts`, which are on the device, into it."""
 
     def mark(self) -> Any:
-        """An event behind all that the stream was given."""
+        """Return an event after all operations queued so far."""
 
     def wait(self, event: Any) -> None:
-        """Hold this thread until the event."""
+        """Block this thread until the event."""
 
     def hand_over(self, tensor: Tensor, event: Any) -> None:
-        """Let the caller's current stream wait for the event, and keep the memory until that stream is through."""
+        """Make the caller's current stream wait for the event, and keep the memory until that stream has used it."""
 
 
 class Cuda:
-    """The link to a CUDA device. Each thread has a current device of its own: all that is done here names it."""
+    """Link to a CUDA device, which each call names: the current device differs between threads."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -99,17 +99,17 @@ class Cuda:
 
 @functools.cache
 def link_to(device: torch.device) -> Link:
-    """The link of this process to a CUDA device: its memory is kept by stream, so that there is one stream."""
+    """Return this process's only link to a CUDA device; a second stream could not reuse the memory of the first."""
     return Cuda(device)
 
 
 class Transfer(Host):
-    """Batches on the device behind a link."""
+    """Maker of batches on the device of a link."""
 
     def __init__(self, link: Link) -> None:
         self.link = link
-        # memory, and the event after which it may be written
-        self._parts: list[tuple[Tensor | None, Any]] = [(None, None)] * PARTS
+        # each buffer, and the event after which it may be overwritten
+        self._buffers: list[tuple[Tensor | None, Any]] = [(None, None)] * BUFFERS
 
     def send(self, rows: Sequence[Row]) -> Sent:
         on_host = [row for row in rows if not isinstance(row, Tensor)]
@@ -123,19 +123,20 @@ class Transfer(Host):
         return sent.images
 
     def _copied(self, crops: list[Pixels]) -> Tensor:
-        memory, event = self._parts.pop(0)
+        """Stack crops in pinned memory and queue the copy to the device."""
+        buffer, event = self._buffers.pop(0)
         if event is not None:
             self.link.wait(event)
-        if memory is None or len(memory) < len(crops):
-            memory = self.link.pinned((len(crops), *crops[0].shape))
-        part = memory[: len(crops)]
+        if buffer is None or len(buffer) < len(crops):
+            buffer = self.link.pinned((len(crops), *crops[0].shape))
+        part = buffer[: len(crops)]
         np.stack(crops, out=part.numpy())
         copied = self.link.copied(part)
-        self._parts.append((memory, self.link.mark()))
+        self._buffers.append((buffer, self.link.mark()))
         return copied
 
     def _in_order(self, rows: Sequence[Row], copied: Tensor | None) -> Tensor:
-        """Join the rows that lie on the device and those that were copied there, in their order."""
+        """Concatenate the rows made on the device and those copied there, in the order of `rows`."""
         parts, at = list[Tensor](), 0
         for row in rows:
             if isinstance(row, Tensor):
@@ -152,5 +153,5 @@ def _crops(rows: Sequence[Row]) -> list[Pixels]:
 
 
 def transfer_to(device: torch.device) -> Host:
-    """Return the sender of batches to a device."""
+    """Return the maker of batches on a device."""
     return Host() if device.type == "cpu" else Transfer(link_to(device))

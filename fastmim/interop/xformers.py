@@ -1,4 +1,4 @@
-"""xformers' attention function over our kernels, for code written on it."""
+"""xformers' attention function on fastmim's kernels, for code written for xformers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import ops
 from .._checks import check_tensor
 
-# limits of the kernels on CUDA devices: beyond them calls go to xformers where it is installed
+# limits of the kernels on CUDA devices; calls beyond them go to xformers where it is installed
 HEAD_DIM, SEQUENCE = 128, 1024
 
 
@@ -23,29 +23,32 @@ def memory_efficient_attention(
     op: Any = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """softmax(scale · query keyᵀ + attn_bias) value, called as `xformers.ops.memory_efficient_attention`.
+    """Compute softmax(scale · query keyᵀ + attn_bias) value, with the signature of xformers' function.
 
-    Without a bias, with a tensor or with a `BlockDiagonalMask` (sequences packed one after another), fastmim's kernels
-    serve it, on CPUs too. The rest goes to xformers as it came: other masks (causal, padded, paged, local), dropout,
-    values of another width than the keys, quantised keys, `op` and `output_dtype`; and on CUDA devices, where xformers
-    is installed, heads wider than 128 and, unless packed, rows of more than 1024 keys.
+    fastmim's kernels serve calls without a bias, with a tensor, or with a `BlockDiagonalMask` (sequences packed one
+    after another), on CPUs too. All other calls are passed on to xformers: other masks (causal, padded, paged, local),
+    dropout, values of another width than the keys, quantised keys, `op` and `output_dtype`. On CUDA devices, where
+    xformers is installed, it also gets heads that are wider than 128 or no multiple of 8, and rows of more than 1024
+    keys, unless they are packed.
 
     Args:
-        query: (B, Mq, H, K), (B, Mq, K) of one head, or (B, Mq, G, H, K) of G groups of H heads.
+        query: (B, Mq, H, K), (B, Mq, K) for one head, or (B, Mq, G, H, K) for G groups of H heads.
         key, value: (B, Mk, H, K), (B, Mk, K) or (B, Mk, G, H, K); may be expanded.
-        attn_bias: None; a tensor broadcastable to (B, H, Mq, Mk), (B, Mq, Mk) or (B, G, H, Mq, Mk), with a gradient;
-            or a mask of xformers. With a `BlockDiagonalMask` B is 1.
-        p: dropout probability.
-        scale: default K^-1/2.
-        op: xformers' choice of its operator.
-        output_dtype: another dtype for the result.
+        attn_bias: None; a tensor broadcastable to (B, H, Mq, Mk), (B, Mq, Mk) or (B, G, H, Mq, Mk), which gets a
+            gradient; or a mask of xformers. With a `BlockDiagonalMask`, B is 1.
+        p: dropout probability; default 0.
+        scale: factor of the scores; default K^-1/2.
+        op: operator of xformers; default: its own choice.
+        output_dtype: dtype of the result; default that of `query`.
 
     Returns:
-        Of the shape and dtype of `query`, or in autocast's dtype.
+        A tensor of the shape and dtype of `query`, or in autocast's dtype.
 
     Raises:
-        ImportError: left to xformers, which is not installed (`pip install fastmim[xformers]`) or does not load.
-        TypeError, ValueError: wrong type, shape, dtype or device; a mask for another number of rows.
+        ImportError: the call needs xformers, which is not installed (`pip install fastmim[xformers]`) or can't be
+            imported.
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: shapes or devices that don't fit, or a mask for another number of rows.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor)
@@ -56,15 +59,15 @@ def memory_efficient_attention(
             )
         if tensor.shape[0] != query.shape[0] or tensor.shape[2:-1] != query.shape[2:-1]:
             raise ValueError(
-                "query, key and value must agree in batch, groups and heads (expand them where they are shared); "
+                "query, key and value must agree in batch, groups and heads (expand shared keys and values); "
                 f"got {name} {tuple(tensor.shape)} beside query {tuple(query.shape)}"
             )
     if not 0 <= p <= 1:
-        raise ValueError(f"p must be a probability, in 0..1, got {p}")
-    reason = _left_to_xformers(query, key, value, attn_bias, p, op, output_dtype)
-    theirs = _xformers(reason) if reason is not None or _beyond_kernels(query, key, attn_bias) else None
-    if theirs is not None:
-        out: Tensor = theirs.memory_efficient_attention(
+        raise ValueError(f"p must be a probability in [0, 1], got {p}")
+    reason = _not_served(query, key, value, attn_bias, p, op, output_dtype)
+    xformers_ops = _xformers(reason) if reason is not None or _beyond_kernels(query, key, attn_bias) else None
+    if xformers_ops is not None:
+        out: Tensor = xformers_ops.memory_efficient_attention(
             query, key, value, attn_bias, p, scale, op=op, output_dtype=output_dtype
         )
         return out
@@ -75,10 +78,10 @@ def memory_efficient_attention(
     return _packed(q, k, v, attn_bias, scale).reshape(query.shape)
 
 
-def _left_to_xformers(
+def _not_served(
     query: Tensor, key: Tensor, value: Tensor, attn_bias: Any, p: float, op: Any, output_dtype: torch.dtype | None
 ) -> str | None:
-    """What our kernels don't do, if anything."""
+    """Description of the argument that fastmim's kernels don't serve, or None."""
     if p != 0:
         return f"dropout (p {p})"
     if op is not None:
@@ -93,7 +96,7 @@ def _left_to_xformers(
 
 
 def _beyond_kernels(query: Tensor, key: Tensor, attn_bias: Any) -> bool:
-    """Whether xformers' kernel is worth asking: xformers has none for other devices."""
+    """Return whether the call exceeds the kernels' limits on CUDA devices, the only ones xformers has kernels for."""
     if query.device.type != "cuda":
         return False
     keys = attn_bias.k_seqinfo.max_seqlen if _block_diagonal(attn_bias) else key.shape[1]
@@ -101,12 +104,12 @@ def _beyond_kernels(query: Tensor, key: Tensor, attn_bias: Any) -> bool:
 
 
 def _block_diagonal(attn_bias: Any) -> bool:
-    """Whether it is xformers' BlockDiagonalMask itself: its subclasses mask more."""
+    """Return whether `attn_bias` is xformers' BlockDiagonalMask itself, not a subclass, which masks more."""
     return type(attn_bias).__name__ == "BlockDiagonalMask" and hasattr(attn_bias, "k_seqinfo")
 
 
 def _xformers(reason: str | None) -> Any:
-    """xformers.ops; where it can't be imported None, or an error if there is a `reason` to need it."""
+    """Import xformers.ops; if that fails, return None, or raise if there is a `reason` to need it."""
     try:
         import xformers.ops
     except ImportError as error:
@@ -114,18 +117,18 @@ def _xformers(reason: str | None) -> Any:
             return None
         install = "pip install fastmim[xformers]" if error.name in (None, "xformers") else f"install {error.name}"
         raise ImportError(
-            f"{reason} is left to xformers, which can't be imported ({error}): {install}", name=error.name
+            f"{reason} needs xformers, which can't be imported ({error}): {install}", name=error.name
         ) from error
     return xformers.ops
 
 
 def _heads(x: Tensor) -> Tensor:
-    """(B, M, K) or (B, M, G, H, K) -> (B, M, H, K)."""
+    """Reshape (B, M, K) or (B, M, G, H, K) to (B, M, H, K)."""
     return x.unsqueeze(2) if x.dim() == 3 else x.flatten(2, -2)
 
 
 def _bias(attn_bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """A bias of the query's layout -> one broadcastable to (B, H, Mq, Mk)."""
+    """Reshape a bias of the query's layout to one broadcastable to (B, H, Mq, Mk)."""
     if attn_bias.dim() != query.dim():
         raise ValueError(
             f"attn_bias must have as many dimensions as query, {query.dim()}; got {tuple(attn_bias.shape)}"
@@ -137,20 +140,18 @@ def _bias(attn_bias: Tensor, query: Tensor, key: Tensor) -> Tensor:
     groups = query.shape[2:4]
     if any(size not in (1, whole) for size, whole in zip(attn_bias.shape[1:3], groups)):
         raise ValueError(
-            f"attn_bias must be of {tuple(groups)} groups and heads, or 1 of them; got {tuple(attn_bias.shape)}"
+            f"attn_bias must have {tuple(groups)} or 1 groups and heads; got shape {tuple(attn_bias.shape)}"
         )
     return attn_bias.expand(-1, *groups, -1, -1).flatten(1, 2)
 
 
 def _packed(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Tensor:
-    """Attention within the blocks of a BlockDiagonalMask; (1, M, H, K) each."""
+    """Compute attention of q, k, v (1, M, H, K) within the blocks of a BlockDiagonalMask."""
     queries, keys = mask.q_seqinfo, mask.k_seqinfo
     for name, x, info in (("query", q, queries), ("key", k, keys), ("value", v, keys)):
         rows = info.seqstart_py[-1]
         if x.shape[:2] != (1, rows):
-            raise ValueError(
-                f"{name} must be packed as attn_bias says, batch 1 and {rows} rows; got {tuple(x.shape[:2])}"
-            )
+            raise ValueError(f"{name} must have batch 1 and the {rows} rows of attn_bias; got {tuple(x.shape[:2])}")
     return ops.attention_varlen(
         q.squeeze(0),
         k.squeeze(0),

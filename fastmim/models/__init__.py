@@ -1,1 +1,1 @@
-"""Models over nn and ops; each reads like its paper."""
+"""Models, built from fastmim.nn and fastmim.ops."""

@@ -1,107 +1,51 @@
-"""Masked autoencoders with a vision transformer (He et al., CVPR 2022), paying only for the patches they look at.
+"""Masked autoencoders with a vision transformer (He et al., CVPR 2022) that compute visible and predicted patches only.
 
 Letters: B batch, L patches, K visible, M predicted, D width, P = p·p·C values of a patch.
 """
 
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from .. import masking, ops
 from .._checks import check_count, check_floating, check_number, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, linear, run_blocks
+from .output import MAEOutput
 from .positions import sincos_2d
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class GatheredOutput(NamedTuple):
-    """What `nn.DataParallel` returns for a masked autoencoder on several devices: the parts that unpack.
-
-    Attributes:
-        loss: (devices,), the loss of each; train on its mean.
-        pred, mask: of the whole batch, as in `MAEOutput`.
-    """
-
-    loss: Tensor
-    pred: Tensor
-    mask: Tensor
-
-
-@dataclass
-class MAEOutput:
-    """What a masked autoencoder returns; unpacks to `loss, pred, mask`. `nn.DataParallel` keeps these three alone.
-
-    Attributes:
-        loss: scalar, mean squared error over the predicted patches.
-        pred: (B, M, P) in the order of ids_predict, or (B, L, P) in grid order for predict="all".
-        mask: (B, L) float, 1 = removed.
-        ids_keep: (B, K) int64 visible patches.
-        ids_predict: (B, M) int64 predicted patches.
-        ids_restore: (B, L) int64 rank of each patch.
-    """
-
-    loss: Tensor
-    pred: Tensor
-    mask: Tensor
-    ids_keep: Tensor
-    ids_predict: Tensor
-    ids_restore: Tensor
-
-    def __new__(cls, *values: Any, **named: Any) -> Any:
-        """Torch's `gather` hands over what the outputs of all devices unpack to, as one iterable."""
-        if len(values) == 1 and not named:
-            return GatheredOutput(*values[0])
-        return super().__new__(cls)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.loss, self.pred, self.mask))
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.loss, self.pred, self.mask)[index]
-
-    def __len__(self) -> int:
-        return 3
-
-
-pytree.register_pytree_node(
-    MAEOutput,
-    lambda out: ([getattr(out, field.name) for field in fields(out)], None),
-    lambda values, _: MAEOutput(*values),
-    serialized_type_name="fastmim.MAEOutput",
-)
-
-
 class MaskedAutoencoderViT(nn.Module):
     """Masked autoencoder with a ViT backbone.
 
     Arguments, parameter names and shapes, initial distributions and the loss are those of facebookresearch/mae, so
-    that its checkpoints load with `strict=True`. The encoder embeds visible patches only; the decoder's last block
-    and head run, and the loss is taken, on predicted patches only; both are exact.
+    that its checkpoints load with `strict=True`. The encoder embeds visible patches only. The decoder's last block, its
+    head and the loss are computed for predicted patches only. Both give the same results as computing all patches.
 
     Args:
-        img_size, patch_size: int or (height, width); images must divide into patches.
-        in_chans: channels C.
-        embed_dim, depth, num_heads: of the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder.
-        mlp_ratio: hidden width of the MLPs over the width.
-        norm_layer: makes a norm from a width; default LayerNorm with eps 1e-6.
-        norm_pix_loss: whether each target patch is normalised by its own mean and deviation.
-        mean, std: of the channels, for uint8 images; default ImageNet's for 3 channels.
-        decoder_mlp_ratio: default `mlp_ratio`.
-        qkv_bias: whether qkv projections have a bias.
+        img_size, patch_size: int or (height, width); the image size must be a multiple of the patch size.
+        in_chans: number of channels C.
+        embed_dim, depth, num_heads: width, number of blocks and heads of the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the same of the decoder.
+        mlp_ratio: hidden width of the MLPs, as a multiple of the width.
+        norm_layer: function from a width to a norm; default LayerNorm with eps 1e-6.
+        norm_pix_loss: normalise each target patch by its own mean and standard deviation.
+        mean, std: mean and standard deviation of each channel of uint8 images, scaled to 0..1; default ImageNet's for 3
+            channels, none for other numbers.
+        decoder_mlp_ratio: `mlp_ratio` of the decoder; default that of the encoder.
+        qkv_bias: give the qkv projections a bias.
 
     Raises:
-        TypeError, ValueError: sizes that don't divide, a width that is no multiple of 4.
+        TypeError: a value of a wrong type.
+        ValueError: sizes that don't divide, a width that is not a multiple of 4, a value out of range.
     """
 
     def __init__(
@@ -169,7 +113,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
-        """Draw all weights anew, from the distributions of facebookresearch/mae."""
+        """Initialise all weights anew, from the distributions of facebookresearch/mae."""
         for table in (self.pos_embed, self.decoder_pos_embed):
             with torch.no_grad():
                 table.copy_(sincos_2d(table.shape[2], self.patch_embed.grid_size, num_prefix_tokens=1))
@@ -187,7 +131,7 @@ class MaskedAutoencoderViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside blocks; compute them again in the backward pass."""
+        """Keep no activations inside blocks while training; recompute them in the backward pass."""
         self.gradient_checkpointing = enable
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -201,19 +145,20 @@ class MaskedAutoencoderViT(nn.Module):
         mask: Mask | None = None,
         predict: Literal["masked", "all"] = "masked",
     ) -> MAEOutput:
-        """Mask, encode what is visible, predict what is not, and score it.
+        """Encode the visible patches, predict the removed ones and compute the loss.
 
         Args:
-            images: (B, C, H, W), floating and normalised, or uint8, then normalised here with `mean` and `std`.
-            mask_ratio: share of the patches removed, in (0, 1): K = int(L·(1−r)) stay.
-            decode_ratio: share of the removed patches predicted and scored, in (0, 1]. Below 1 the objective changes.
-            noise: (B, L) whose smallest K values stay; default random.
-            mask: decides which patches are visible and predicted, in place of the three above.
-            predict: "masked": predictions of the predicted patches; "all": of all patches, in grid order.
+            images: (B, C, H, W), floating and normalised, or uint8, which is normalised with `mean` and `std`.
+            mask_ratio: share r of the patches to remove, in (0, 1): K = int(L·(1−r)) stay visible.
+            decode_ratio: share of the removed patches to predict, in (0, 1]. Below 1 the objective changes.
+            noise: (B, L) floating; the patches with the K smallest values stay visible. Default: random.
+            mask: visible and predicted patches, in place of the three arguments above.
+            predict: "masked": return predictions of the predicted patches; "all": of all patches, in grid order.
 
         Raises:
-            TypeError, ValueError: images of another size, a bad ratio, both noise and mask, predict="all" with fewer
-                than all removed patches predicted.
+            TypeError: images, noise, mask or a ratio of a wrong type or dtype.
+            ValueError: images of another size, a ratio out of range, both noise and mask, or predict="all" while not
+                all removed patches are predicted.
         """
         self._check_images(images)
         if predict not in ("masked", "all"):
@@ -242,18 +187,18 @@ class MaskedAutoencoderViT(nn.Module):
         else:
             pred = scored = self._decode(latent, mask)
         removed = mask.mask.float()
-        # a given mask may predict visible patches too, which carry no loss
+        # the user's mask may predict visible patches too, which have no loss
         weight = removed.gather(1, mask.ids_predict) if given else None
         loss = self._loss(scored, images, mask.ids_predict, weight)
         return MAEOutput(loss, pred, removed, mask.ids_keep, mask.ids_predict, mask.ids_restore)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The encoder on whole images: (B, 1+L, D), class token first, after the final norm."""
+        """Encode whole images: (B, C, H, W) to (B, 1+L, D), class token first, after the final norm."""
         self._check_images(images)
         return self._encode(images, None)
 
     def _encode(self, images: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """images -> (B, 1+K, D) of the visible patches, class token first."""
+        """Encode the patches `ids_keep` of images, None for all: (B, 1+K, D), class token first."""
         mean, std = self._stats(images)
         tokens = self.patch_embed(
             images,
@@ -266,7 +211,7 @@ class MaskedAutoencoderViT(nn.Module):
         return run_blocks(self.blocks, self.norm, tokens, checkpointing=self._checkpointing())
 
     def _decode(self, latent: Tensor, mask: Mask) -> Tensor:
-        """latent (B, 1+K, D) -> predictions (B, M, P) of the predicted patches."""
+        """Decode latent (B, 1+K, D) to predictions (B, M, P) of the predicted patches."""
         tokens = ops.decoder_tokens(
             self._decoder_embed(latent),
             mask.ids_keep,
@@ -304,11 +249,11 @@ class MaskedAutoencoderViT(nn.Module):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def _stats(self, images: Tensor) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-        """What images are still to be normalised with."""
+        """Return the mean and std to normalise images with, or None for floating images."""
         if images.dtype != torch.uint8:
             return None, None
         if self.mean is None or self.std is None:
-            raise ValueError(f"uint8 images of {self.in_chans} channels need the constructor's mean and std")
+            raise ValueError(f"uint8 images of {self.in_chans} channels need a model with mean and std")
         return self.mean, self.std
 
     def _check_images(self, images: Tensor) -> None:
@@ -322,7 +267,7 @@ class MaskedAutoencoderViT(nn.Module):
         if not isinstance(mask, Mask):
             raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
         if noise is not None:
-            raise ValueError("give noise or mask, not both: mask decides which patches are visible")
+            raise ValueError("pass noise or mask, not both")
         if mask.num_patches != self.patch_embed.num_patches or mask.ids_keep.shape[0] != images.shape[0]:
             raise ValueError(
                 f"mask must be of {images.shape[0]} images of {self.patch_embed.num_patches} patches; "
@@ -333,7 +278,7 @@ class MaskedAutoencoderViT(nn.Module):
     # ---- facebookresearch/mae's methods, on all L tokens -------------------------------------------------------------
 
     def patchify(self, imgs: Tensor) -> Tensor:
-        """imgs (B, C, H, W) -> (B, L, P), values in the order (row, column, channel)."""
+        """Cut imgs (B, C, H, W) into patches (B, L, P), with values in the order (row, column, channel)."""
         check_tensor(
             "imgs", imgs, (None, self.in_chans, *self.patch_embed.img_size), letters="(batch, in_chans, *img_size)"
         )
@@ -342,7 +287,7 @@ class MaskedAutoencoderViT(nn.Module):
         return cut.permute(0, 2, 4, 3, 5, 1).reshape(imgs.shape[0], rows * columns, p * q * self.in_chans)
 
     def unpatchify(self, x: Tensor) -> Tensor:
-        """x (B, L, P) -> images (B, C, H, W); the inverse of `patchify`."""
+        """Assemble patches x (B, L, P) to images (B, C, H, W); the inverse of `patchify`."""
         (rows, columns), (p, q) = self.patch_embed.grid_size, self.patch_embed.patch_size
         check_tensor(
             "x", x, (None, rows * columns, p * q * self.in_chans), letters="(batch, patches, values of a patch)"
@@ -351,13 +296,13 @@ class MaskedAutoencoderViT(nn.Module):
         return cut.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.in_chans, rows * p, columns * q)
 
     def forward_encoder(self, x: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> latent (B, 1+K, D), mask (B, L) float, 1 = removed, and ids_restore (B, L)."""
+        """Mask images x (B, C, H, W) and encode: latent (B, 1+K, D), mask (B, L), 1 = removed, ids_restore (B, L)."""
         self._check_images(x)
         mask = masking.random(x.shape[0], self.patch_embed.num_patches, mask_ratio, device=x.device)
         return self._encode(x, mask.ids_keep), mask.mask.float(), mask.ids_restore
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
-        """latent (B, 1+K, D) -> predictions (B, L, P) of all patches in grid order."""
+        """Decode latent x (B, 1+K, D) to predictions (B, L, P) of all patches, in grid order."""
         tokens = ops.unshuffle(
             self._decoder_embed(x),
             ids_restore,
@@ -369,7 +314,7 @@ class MaskedAutoencoderViT(nn.Module):
         return linear(out[:, 1:], self.decoder_pred)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """imgs (B, C, H, W), pred (B, L, P), mask (B, L), 1 = removed -> scalar."""
+        """Return the scalar loss of pred (B, L, P) for imgs (B, C, H, W) and mask (B, L), 1 = removed."""
         self._check_images(imgs)
         ids = torch.arange(pred.shape[1], device=pred.device).expand(pred.shape[0], -1)
         return self._loss(pred, imgs, ids, mask)
@@ -378,13 +323,13 @@ class MaskedAutoencoderViT(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, out: MAEOutput) -> Tensor:
-        """Pictures (B, C, H, W) in 0..1: predicted patches with the visible ones pasted in, unpredicted ones grey.
+        """Return float32 pictures (B, C, H, W) in 0..1 of the visible and predicted patches; others are grey.
 
-        Predictions of a model with `norm_pix_loss` are brought back with each patch's own mean and deviation.
+        With `norm_pix_loss`, predictions are scaled by the mean and standard deviation of each target patch.
 
         Args:
-            images: those that `out` was computed from.
-            out: what the model returned.
+            images: (B, C, H, W), the images that `out` was computed from.
+            out: output of the model.
         """
         self._check_images(images)
         mean = torch.tensor(self.mean or [0.0] * self.in_chans, device=images.device)
@@ -416,11 +361,11 @@ def _channel_constants(
 ) -> tuple[float, ...] | None:
     if values is None:
         return imagenet if channels == 3 else None
-    values = values.tolist() if hasattr(values, "tolist") else values  # a tensor's or a NumPy array's
+    values = values.tolist() if hasattr(values, "tolist") else values  # of a tensor or a NumPy array
     if not isinstance(values, Sequence) or not all(isinstance(value, numbers.Real) for value in values):
         raise TypeError(f"{name} must be a sequence of numbers, got {values!r}")
     if len(values) != channels:
-        raise ValueError(f"{name} must have one value for each of the {channels} channels, got {list(values)}")
+        raise ValueError(f"{name} must have a value for each of the {channels} channels, got {list(values)}")
     if not all(math.isfinite(value) for value in values) or (name == "std" and min(values) <= 0):
         raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(values)}")
     return tuple(float(value) for value in values)
@@ -431,27 +376,42 @@ def _mae(defaults: dict[str, Any], overrides: dict[str, Any]) -> MaskedAutoencod
 
 
 def mae_vit_tiny_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """192 wide, 12 deep, 3 heads; decoder 192, 4, 6. `kwargs` as for `MaskedAutoencoderViT`."""
+    """Build a model of width 192 with 12 blocks and 3 heads; decoder 192, 4 and 6.
+
+    `kwargs`: arguments of `MaskedAutoencoderViT`, also in place of these sizes.
+    """
     sizes = dict(embed_dim=192, depth=12, num_heads=3, decoder_embed_dim=192, decoder_depth=4, decoder_num_heads=6)
     return _mae(dict(patch_size=16, **sizes), kwargs)
 
 
 def mae_vit_small_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """384 wide, 12 deep, 6 heads; decoder 256, 4, 8. `kwargs` as for `MaskedAutoencoderViT`."""
+    """Build a model of width 384 with 12 blocks and 6 heads; decoder 256, 4 and 8.
+
+    `kwargs`: arguments of `MaskedAutoencoderViT`, also in place of these sizes.
+    """
     sizes = dict(embed_dim=384, depth=12, num_heads=6, decoder_embed_dim=256, decoder_depth=4, decoder_num_heads=8)
     return _mae(dict(patch_size=16, **sizes), kwargs)
 
 
 def mae_vit_base_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """768 wide, 12 deep, 12 heads; decoder 512, 8, 16, as in the paper. `kwargs` as for `MaskedAutoencoderViT`."""
+    """Build a model of width 768 with 12 blocks and 12 heads; decoder 512, 8 and 16, as in the paper.
+
+    `kwargs`: arguments of `MaskedAutoencoderViT`, also in place of these sizes.
+    """
     return _mae(dict(patch_size=16, embed_dim=768, depth=12, num_heads=12), kwargs)
 
 
 def mae_vit_large_patch16(**kwargs: Any) -> MaskedAutoencoderViT:
-    """1024 wide, 24 deep, 16 heads; decoder 512, 8, 16, as in the paper. `kwargs` as for `MaskedAutoencoderViT`."""
+    """Build a model of width 1024 with 24 blocks and 16 heads; decoder 512, 8 and 16, as in the paper.
+
+    `kwargs`: arguments of `MaskedAutoencoderViT`, also in place of these sizes.
+    """
     return _mae(dict(patch_size=16, embed_dim=1024, depth=24, num_heads=16), kwargs)
 
 
 def mae_vit_huge_patch14(**kwargs: Any) -> MaskedAutoencoderViT:
-    """1280 wide, 32 deep, 16 heads; decoder 512, 8, 16, as in the paper. `kwargs` as for `MaskedAutoencoderViT`."""
+    """Build a model of width 1280 with 32 blocks and 16 heads; decoder 512, 8 and 16, as in the paper.
+
+    `kwargs`: arguments of `MaskedAutoencoderViT`, also in place of these sizes.
+    """
     return _mae(dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16), kwargs)

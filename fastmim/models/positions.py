@@ -6,10 +6,15 @@ from torch import Tensor
 
 
 def sincos_2d(embed_dim: int, grid_size: tuple[int, int], *, num_prefix_tokens: int = 0) -> Tensor:
-    """(N+L, D) float32 sine-cosine table of facebookresearch/mae, bit for bit; prefix rows are zero.
+    """Return the sine-cosine table of facebookresearch/mae, (N+L, D) float32, with equal bits; prefix rows are zero.
 
-    The first half of the width encodes the column, the second the row; each half holds its sines, then its cosines.
+    The first half of the width encodes the column, the second the row; each half has its sines, then its cosines.
     Computed in float64 with frequencies 10000^(-i / (D/4)).
+
+    Args:
+        embed_dim: D, a multiple of 4.
+        grid_size: (rows, columns) of the grid of L patches.
+        num_prefix_tokens: N.
 
     Raises:
         ValueError: embed_dim is not a multiple of 4.

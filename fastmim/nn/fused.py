@@ -21,8 +21,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as modules
 
-from ..ops._define import autocast_dtype, sum_rows, transformed, without_autocast
+from .._autocast import autocast_dtype, without_autocast
+from ..ops._define import transformed
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
+from ..ops.tokens import sum_rows
 
 M = TypeVar("M", bound=nn.Module)
 

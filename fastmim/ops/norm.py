@@ -98,7 +98,7 @@ def _norm_fake(
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    row = reference.wide(total.new_empty(*x.shape[:-1], 1))
+    row = reference.upcast(total.new_empty(*x.shape[:-1], 1))
     return torch.empty_like(total, dtype=dtype), total, row, torch.empty_like(row)
 
 
@@ -199,7 +199,7 @@ _bias_gelu_backward = define(
     reference.bias_gelu_backward,
     lambda grad, x, bias, recompute: (
         x.new_empty(x.shape),
-        reference.wide(x.new_empty(bias.shape)),
+        reference.upcast(x.new_empty(bias.shape)),
         x.new_empty(x.shape if recompute else 0),
     ),
     internal=True,

@@ -1,7 +1,19 @@
-"""Pretraining runs: one CPU to many GPUs, resumed exactly.
+"""Pretraining runs on one CPU or many GPUs, resumed exactly after an interruption.
 
-The room reads upwards: config says what a run is, schedule, masks and samples what its steps are made of, processes who
-computes, state, checkpoints and writer what is kept, metrics what is told, loop is the run itself.
+Modules:
+
+    config         settings of a run, from TOML and the command line
+    loop           Trainer: the run itself
+    data           the loader of a run; digits: pictures that need no download
+    seeds          seeds of a sample's masks
+    schedule       AdamW and its learning rate
+    distributed    processes, DDP and FSDP2
+    signals        SIGTERM and SIGUSR1
+    checkpoint/    writing, verifying and restoring checkpoints
+    metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
+    meter          images per second and their share of the matrix product rate
+    flops/         kernels of a GPU step, counted without a GPU
+    load_run       the model of a run, for evaluate, export and reconstruct, which are commands of their own
 """
 
 from .config import Config, ConfigError

@@ -1,4 +1,4 @@
-"""What a run is: read from a TOML file and `key=value`, checked whole before anything starts."""
+"""Settings of a run, read from a TOML file and `key=value`, and all checked before anything starts."""
 
 import codecs
 import dataclasses
@@ -35,17 +35,17 @@ MODELS = {
 SHORT = {name.split("_")[2]: name for name in MODELS}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
-# a run goes on from a checkpoint only where these are what they were
+# settings that must not change between a checkpoint and the run that continues from it
 IDENTITY = (
     *("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype"),
-    # of the loader, which goes on in the middle of an epoch
+    # settings of the loader, which may continue in the middle of an epoch
     *("crop_scale", "flip"),
 )
 PATHS = ("data", "output_dir")
 
 
 class ConfigError(ValueError):
-    """A setting that can't be served; the message is one line that names it."""
+    """A setting that is wrong or can't be served, named by a message of one line."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +55,37 @@ class Config:
     In `data` and `output_dir` a leading `~` is the home folder; environment variables are not expanded.
 
     Args:
-        data: a folder of images, packed shards, or "digits": those that scikit-learn ships.
-        output_dir: where checkpoints, metrics and the final model go; the same folder resumes, for one process or job
-            at a time. Below `data` it is left out of the images.
-        seed: of weights, order, crops and masks.
-        model: "tiny", "small", "base", "large", "huge" or the function's whole name.
+        data: a folder of images, a folder of packed shards, or "digits", the digits inside scikit-learn.
+        output_dir: the folder of checkpoints, metrics and the final model. A run in a folder that has checkpoints
+            continues from them; one process or job may use it at a time. Below `data` it is left out of the images.
+        seed: seed of weights, order, crops and masks.
+        model: "tiny", "small", "base", "large", "huge" or the full name of the model's function.
         model_options: arguments of `MaskedAutoencoderViT` that replace the model's own, such as patch_size.
         image_size: side of the square crops.
-        norm_pix_loss: whether targets are normalised patch by patch.
-        mask_ratio, decode_ratio: shares removed, and predicted of the removed; a decode_ratio below 1 changes the
-            objective.
-        crop_scale: share of a picture's area that crops take, from and to.
+        norm_pix_loss: normalise the targets patch by patch.
+        mask_ratio, decode_ratio: share of the patches that is removed, and share of the removed that is predicted; a
+            decode_ratio below 1 is another objective.
+        crop_scale: least and largest share of a picture's area that a crop takes.
         flip: mirror half of the crops.
-        backend, num_threads: of the loader.
+        backend, num_threads: decoder and threads of the loader.
         batch_size: images of one update, over all processes.
-        micro_batch_size: most images that a process takes at once; more are accumulated.
-        epochs, max_steps: how long; max_steps wins.
+        micro_batch_size: most images that a process takes at once; the gradients of larger batches are accumulated.
+        epochs, max_steps: length of the run; max_steps overrides epochs.
         base_lr, min_lr: the peak is base_lr * batch_size / 256; min_lr is absolute.
-        warmup: share of the run in which the rate rises.
+        warmup: share of the run in which the learning rate rises.
         weight_decay, betas: AdamW's; biases and norms don't decay.
-        clip_grad: largest norm of the gradient; none: as it is.
+        clip_grad: largest norm of the gradient; none: no clipping.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "bfloat16" (by autocast, weights in float32), "float32", "float64".
         parallel: "auto", "ddp" or "fsdp"; auto shards the huge model.
-        compile, cuda_graphs, checkpoint_activations: how the step runs; cuda_graphs implies compile, and goes neither
-            with micro_batch_size nor with sharded parameters.
+        compile, cuda_graphs, checkpoint_activations: how a step runs. cuda_graphs implies compile, and excludes
+            micro_batch_size and sharded parameters.
         checkpoint_every: steps between checkpoints.
-        keep_last, keep_every: checkpoints that stay: the last ones, and those of every so many steps.
+        keep_last, keep_every: checkpoints that are kept: the last `keep_last`, and those of every `keep_every` steps.
         log_every: steps between lines of metrics.
         reconstruct_every: steps between pictures of reconstructions; 0: none.
-        max_skipped: updates skipped in a row, for want of a finite gradient, that stop the run.
+        max_skipped: consecutive updates without a finite loss and gradient after which the run goes back to the last
+            checkpoint, and the second time stops.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -152,12 +153,12 @@ class Config:
         _one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
         _one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
         if self.cuda_graphs and self.micro_batch_size is not None:
-            # each replay writes to the memory of the gradients that the one before it left
+            # a replay writes to the memory in which the one before it left its gradients
             raise ConfigError(
                 f"micro_batch_size must be none with cuda_graphs, which take a batch whole; got {self.micro_batch_size}"
             )
         if self.cuda_graphs and self.parallel == "fsdp":
-            # weights that are gathered anew lie elsewhere than when the graph was captured
+            # FSDP gathers weights into other memory than that of the captured graph
             raise ConfigError("parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("device must be auto or cpu where torch finds no CUDA device, got cuda")
@@ -166,7 +167,7 @@ class Config:
         check_count("seed", self.seed, 0, 2**63 - 1)
         for name in ("image_size", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
             check_count(name, getattr(self, name), 1)
-        check_count("keep_last", self.keep_last, 2)  # one to fall back to
+        check_count("keep_last", self.keep_last, 2)  # with one to fall back to
         check_count("reconstruct_every", self.reconstruct_every, 0)
         for name in ("max_steps", "micro_batch_size", "keep_every", "num_threads"):
             if getattr(self, name) is not None:
@@ -202,37 +203,37 @@ class Config:
             except TypeError as error:
                 raise ConfigError(f"model_options: {error}") from None
             except ValueError as error:
-                # the model has another name for it
+                # the model's name for image_size
                 raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
         count_kept(model.patch_embed.num_patches, self.mask_ratio, None)
 
     def build(self) -> mae.MaskedAutoencoderViT:
-        """The model, its weights drawn from torch's generator."""
+        """Build the model; its weights are drawn from torch's generator."""
         options = {"img_size": self.image_size, "norm_pix_loss": self.norm_pix_loss, **self.model_options}
         model: mae.MaskedAutoencoderViT = MODELS[self.model](**options)
         return model
 
     @property
     def sharded(self) -> bool:
-        """Whether parameters are sharded over processes (FSDP2)."""
+        """Return whether parameters are sharded over processes (FSDP2)."""
         return self.parallel == "fsdp" or (self.parallel == "auto" and self.model == "mae_vit_huge_patch14")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as JSON has it."""
-        plain = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+        """Return the settings as plain data that JSON can hold."""
+        settings = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> "Config":
-        """From plain data.
+        """Make a config of plain data.
 
         Raises:
-            ConfigError: an unknown or missing key, or as the constructor.
+            ConfigError: an unknown or missing key, or a value that the constructor refuses.
         """
-        known = {entry.name: entry for entry in dataclasses.fields(Config)}
+        valid = [entry.name for entry in dataclasses.fields(Config)]
         for name in settings:
-            if name not in known:
-                raise ConfigError(f"unknown key {name!r}; known are {', '.join(known)}")
+            if name not in valid:
+                raise ConfigError(f"unknown key {name!r}; valid keys are {', '.join(valid)}")
         for name in ("data", "output_dir"):
             if name not in settings:
                 raise ConfigError(f"{name} is missing: add {name}=PATH")
@@ -240,10 +241,12 @@ class Config:
 
 
 def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The config in a TOML file, or a shipped one by name, with `key=value` on top, of which the last of a key counts.
+    """Read a config from a TOML file, or a shipped one by its name, and replace what the overrides say.
 
-    The value of a key of text, such as `output_dir`, is what follows the equals sign, or a string quoted as in TOML. Of
-    other keys it is a value of TOML, or `none`.
+    Args:
+        source: path of a TOML file, or name of a shipped config.
+        overrides: settings as `key=value`; the last one of a key counts. The value of a text key, such as `output_dir`,
+            is the text after the equals sign, or a string quoted as in TOML. Other values are TOML, or `none`.
 
     Raises:
         ConfigError: no such file, no TOML, or settings that can't be served.
@@ -269,7 +272,7 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
         if option:
             table = settings.setdefault(name, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"{name} is no table, so that {text!r} means nothing")
+                raise ConfigError(f"{name} is not a table, so {text!r} sets nothing")
             table[option] = _value(value)
         else:
             settings[name] = _text(value) if kinds.get(name) is str else _value(value)
@@ -277,12 +280,12 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def shipped() -> list[str]:
-    """Names of the configs that come with the package."""
+    """Return the names of the configs that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
 
 
 def _value(text: str) -> Any:
-    """A TOML value; `none`; anything else is a string."""
+    """Return the TOML value of a text; None for `none`; the text itself where it is not TOML."""
     text = text.strip()
     if text.lower() == "none":
         return None
@@ -294,13 +297,13 @@ def _value(text: str) -> Any:
 
 
 def _text(text: str) -> str:
-    """The text itself, without the quotes of a TOML string."""
+    """Return the text itself, without the quotes if it is a TOML string."""
     value = _value(text)
     return value if isinstance(value, str) else text.strip()
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`; whole numbers serve as fractions, lists as tuples, paths as text."""
+    """Return `value` as `kind`: an int may stand for a float, a list for a tuple, a path for a text."""
     optional = isinstance(kind, types.UnionType)
     if optional:
         if value is None:
@@ -326,7 +329,7 @@ def _typed(name: str, value: Any, kind: Any) -> Any:
 
 
 def _expanded(name: str, path: str) -> str:
-    """A path without `~`."""
+    """Return a path with `~` replaced by the home folder."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ConfigError(f"{name} {path} is in the home folder of no user; write ./{path} if ~ is part of the name")

@@ -1,4 +1,4 @@
-"""What a run trains on."""
+"""The loader of a run."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .distributed import Processes
 
 
 def open_loader(config: Config, processes: Processes) -> ImageLoader:
-    """This process's share of every global batch.
+    """Open the loader of this process, which gives its share of every global batch.
 
     Raises:
         ConfigError: no images, or fewer than a batch.
@@ -19,7 +19,7 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
     if config.data in digits.NAMES:
         if processes.first:
             digits.write(config.data, folder / "data")
-        processes.tell(None)
+        processes.broadcast(None)
         source = folder / "data" / config.data / "train"
     try:
         return ImageLoader(

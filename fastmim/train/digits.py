@@ -1,6 +1,7 @@
-"""Labelled pictures that any machine can get: the handwritten digits inside scikit-learn, as a folder of images.
+"""Pictures that need no download: the handwritten digits inside scikit-learn, written as a folder of class folders.
 
-1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI machine learning repository, CC BY 4.0). Every fifth is for testing.
+There are 1797 digits of 8x8 pixels (Alpaydin and Kaynak, UCI machine learning repository, CC BY 4.0). Every fifth is
+kept for testing.
 """
 
 import os
@@ -15,7 +16,7 @@ NAMES = ("digits",)
 
 
 def write(name: str, folder: Path) -> Path:
-    """Write the pictures called `name` as PNG files into folder/name/{train,test}/CLASS, unless they are there.
+    """Write the pictures called `name` as PNG files into folder/name/{train,test}/CLASS, unless folder/name exists.
 
     Raises:
         ImportError: scikit-learn isn't installed, or can't be imported.
@@ -29,7 +30,7 @@ def write(name: str, folder: Path) -> Path:
         raise import_error(error, "sklearn", f'data = "{name}" needs scikit-learn: pip install scikit-learn') from error
     from PIL import Image
 
-    # processes may do so at once: the first to be ready wins
+    # several processes may write at once: the first to finish wins
     aside = folder / f"{name}.{os.getpid()}.tmp"
     digits = load_digits()
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):

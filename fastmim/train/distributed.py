@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that torchrun started; torch's own engine carries what is between them."""
+"""The processes of a run, one or those that torchrun started, and the model parallelised over them."""
 
 import os
 import warnings
@@ -20,7 +20,7 @@ from .config import Config, ConfigError
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many, and on which device it computes."""
+    """Rank of this process, number of processes, and the device of this one."""
 
     rank: int
     world: int
@@ -28,26 +28,26 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this one writes, prints and draws."""
+        """Return whether this is the process that writes, prints and draws."""
         return self.rank == 0
 
-    def agree(self, *flags: bool) -> list[bool]:
-        """What any process says, known to all. Goes over the hosts: no device waits."""
+    def any(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether it is set on any process. Exchanged between hosts, so that no device waits."""
         if self.world == 1:
             return list(flags)
-        said = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(said, dist.ReduceOp.MAX)
-        return [bool(flag) for flag in said.tolist()]
+        merged = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(merged, dist.ReduceOp.MAX)
+        return [bool(flag) for flag in merged.tolist()]
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over processes, on the device."""
+        """Average a tensor over processes, in place, on the device."""
         if self.world > 1:
             dist.all_reduce(value)
             value /= self.world
         return value
 
-    def tell(self, value: Any) -> Any:
-        """The first process's value, to all."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the first process's value on every process."""
         if self.world == 1:
             return value
         box = [value]
@@ -55,7 +55,7 @@ class Processes:
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, to all."""
+        """Return the values of all processes, in the order of their ranks, on every process."""
         if self.world == 1:
             return [value]
         boxes = [None] * self.world
@@ -74,17 +74,17 @@ def joined(config: Config) -> Iterator[Processes]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     started = (world > 1 or config.parallel == "fsdp") and not dist.is_initialized()
-    # hosts agree by gloo, devices exchange gradients
+    # gloo for messages between hosts, nccl for gradients
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if started and "MASTER_ADDR" in os.environ:
         store, *_ = next(rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it starts all again: the dead left their addresses there
+            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it
             attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     elif started:
-        # sharded, but alone
+        # FSDP on a single process
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
@@ -94,8 +94,8 @@ def joined(config: Config) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def spread(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
-    """The model as this run computes it: compiled, sharded block by block, or replicated.
+def parallelize(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
+    """Return the model compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
 
     Raises:
         ConfigError: cuda_graphs of a model that is sharded.
@@ -115,7 +115,7 @@ def spread(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
                 block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        # its output is a view, into which nobody writes
+        # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return model
     if compiled:
@@ -125,7 +125,7 @@ def spread(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
 
 @contextmanager
 def accumulating(model: nn.Module, more: bool) -> Iterator[None]:
-    """A backward pass after which gradients are exchanged only if there is no `more` to come."""
+    """Let the backward pass inside exchange gradients only if no `more` passes are to be accumulated."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not more)
     if more and isinstance(model, DistributedDataParallel):

@@ -1,4 +1,4 @@
-"""What features are worth: nearest neighbours, a linear probe, and fine-tuning with the labels there are."""
+"""Evaluation of features by classification: nearest neighbours, a linear probe, and fine-tuning with few labels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,17 @@ from torch import Tensor, nn
 from ..data import ImageLoader
 from ..models.mae import MaskedAutoencoderViT
 
+# names of the two folders of a split; without them every fifth file is for testing
 PARTS = (("train", "test"), ("train", "val"))
 EVERY = 5
+# images that are loaded, or go through the encoder, at once
+BATCH = 64
+# votes of nearest neighbours
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+# the linear probe
+DECAY, LBFGS_STEPS = 1e-3, 200
+# fine-tuning
+RATE, TUNED_AT_ONCE = 1e-3, 32
 
 
 @dataclass(frozen=True)
@@ -22,7 +31,7 @@ class Labelled:
     labels: Tensor
 
     def few(self, per_class: int) -> "Labelled":
-        """The first so many of each class."""
+        """Return the first `per_class` images of each class."""
         chosen = [(self.labels == label).nonzero()[:per_class, 0] for label in self.labels.unique()]
         rows = torch.cat(chosen).sort().values
         return Labelled(self.images[rows], self.labels[rows])
@@ -30,7 +39,7 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be learnt from, and what is judged by."""
+    """Images to learn from, and images to test on."""
 
     train: Labelled
     test: Labelled
@@ -38,9 +47,9 @@ class Split:
 
 
 def read_split(source: Path, image_size: tuple[int, int], num_threads: int | None = None) -> Split:
-    """Labelled images, the middle square of each, from a folder of class folders.
+    """Read labelled images, the middle square of each, from a folder of class folders.
 
-    Where `source` holds train and test (or val) folders, these are the split; else every fifth file is for testing.
+    Folders train and test (or val) in `source` are the split; without them every fifth file is for testing.
 
     Raises:
         ValueError: no such folder, no classes, or other classes in one part than in the other.
@@ -61,7 +70,7 @@ def _read(source: Path, image_size: tuple[int, int], num_threads: int | None) ->
     # the largest square, never mirrored: the same pixels each time
     loader = ImageLoader(
         source,
-        64,
+        BATCH,
         image_size=image_size,
         scale=(1.0, 1.0),
         ratio=(1.0, 1.0),
@@ -82,41 +91,44 @@ def _read(source: Path, image_size: tuple[int, int], num_threads: int | None) ->
 
 
 @torch.no_grad()
-def features(model: MaskedAutoencoderViT, images: Tensor, pool: str = "mean", batch_size: int = 64) -> Tensor:
-    """(N, D) float32 on the CPU: the mean of the patch tokens after the final norm, or pool="class" token."""
+def features(model: MaskedAutoencoderViT, images: Tensor, pool: str = "mean") -> Tensor:
+    """Return features (N, D), float32 on the CPU, of the tokens after the final norm.
+
+    pool="mean" is the mean of the patch tokens, pool="class" the class token.
+    """
     device = model.cls_token.device
     found = []
-    for part in images.split(batch_size):
+    for part in images.split(BATCH):
         tokens = model.forward_features(part.to(device))
         found.append((tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(1)).float().cpu())
     return torch.cat(found)
 
 
 def raw_pixels(images: Tensor) -> Tensor:
-    """(N, C·H·W) in 0..1."""
+    """Return the images as features (N, C·H·W) in 0..1."""
     return images.flatten(1).float() / 255
 
 
-def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Labels (N,) of `test` by the cosine-weighted votes of the k nearest of `train` (Wu et al., CVPR 2018)."""
+def nearest_neighbours(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Predict labels (N,) of `test` by the cosine-weighted votes of the nearest of `train` (Wu et al., CVPR 2018)."""
     train, test = F.normalize(train), F.normalize(test)
     votes = F.one_hot(labels).float()
-    near, rows = (test @ train.T).topk(min(k, len(train)))
-    return (votes[rows] * (near / temperature).exp()[..., None]).sum(1).argmax(1)
+    near, rows = (test @ train.T).topk(min(NEIGHBOURS, len(train)))
+    return (votes[rows] * (near / TEMPERATURE).exp()[..., None]).sum(1).argmax(1)
 
 
-def linear_probe(train: Tensor, labels: Tensor, test: Tensor, decay: float = 1e-3, steps: int = 200) -> Tensor:
-    """Labels (N,) of `test` by logistic regression on standardised features, fitted to the end with L-BFGS."""
+def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
+    """Predict labels (N,) of `test` by logistic regression on standardised features, fitted by L-BFGS."""
     deviation, mean = torch.std_mean(train, 0)
     deviation = deviation + 1e-6
     train, test = (train - mean) / deviation, (test - mean) / deviation
     weight = torch.zeros(train.shape[1], int(labels.max()) + 1, requires_grad=True)
     bias = torch.zeros(weight.shape[1], requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=LBFGS_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(train @ weight + bias, labels) + 0.5 * decay * weight.square().sum()
+        loss = F.cross_entropy(train @ weight + bias, labels) + 0.5 * DECAY * weight.square().sum()
         loss.backward()
         return loss
 
@@ -130,11 +142,9 @@ def fine_tune(
     test: Tensor,
     *,
     steps: int,
-    lr: float = 1e-3,
-    batch_size: int = 32,
     seed: int = 0,
 ) -> Tensor:
-    """Labels (N,) of `test` after training the whole encoder and a linear head; `model` is changed."""
+    """Predict labels (N,) of `test` after training the whole encoder and a linear head; `model` is changed."""
     device = model.cls_token.device
     generator = torch.Generator().manual_seed(seed)
     head = nn.Linear(model.cls_token.shape[-1], int(train.labels.max()) + 1).to(device)
@@ -142,30 +152,30 @@ def fine_tune(
     nn.init.zeros_(head.bias)
     encoder = [p for name, p in model.named_parameters() if p.requires_grad and "decoder" not in name]
     encoder = [p for p in encoder if p is not model.mask_token]
-    optimizer = torch.optim.AdamW([*encoder, *head.parameters()], lr=lr, weight_decay=0.05, fused=True)
+    optimizer = torch.optim.AdamW([*encoder, *head.parameters()], lr=RATE, weight_decay=0.05, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / max(steps // 10, 1)) * (1 - step / steps)
-        rows = torch.randint(len(train.labels), (batch_size,), generator=generator)
+            group["lr"] = RATE * min(1.0, (step + 1) / max(steps // 10, 1)) * (1 - step / steps)
+        rows = torch.randint(len(train.labels), (TUNED_AT_ONCE,), generator=generator)
         tokens = model.forward_features(train.images[rows].to(device))
         loss = F.cross_entropy(head(tokens[:, 1:].mean(1)), train.labels[rows].to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        said: Tensor = head(features(model, test).to(device)).argmax(1).cpu()
-    return said
+        predicted: Tensor = head(features(model, test).to(device)).argmax(1).cpu()
+    return predicted
 
 
-def accuracy(said: Tensor, labels: Tensor) -> float:
-    """Share of labels that are right."""
-    return (said == labels).double().mean().item()
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Return the share of predicted labels that are right."""
+    return (predicted == labels).double().mean().item()
 
 
 def compare(
     models: dict[str, MaskedAutoencoderViT], split: Split, per_class: int | None = None, pool: str = "mean"
 ) -> dict[str, tuple[float, float]]:
-    """Accuracy of nearest neighbours and of a linear probe, on the features of each model and on raw pixels."""
+    """Return the accuracies of nearest neighbours and of a linear probe, on features of each model and raw pixels."""
     train = split.train if per_class is None else split.train.few(per_class)
     pairs = {
         name: [features(model, part.images, pool) for part in (train, split.test)] for name, model in models.items()
@@ -173,8 +183,8 @@ def compare(
     pairs["raw pixels"] = [raw_pixels(part.images) for part in (train, split.test)]
     return {
         name: (
-            accuracy(nearest_neighbours(known, train.labels, asked), split.test.labels),
-            accuracy(linear_probe(known, train.labels, asked), split.test.labels),
+            accuracy(nearest_neighbours(learnt, train.labels, tested), split.test.labels),
+            accuracy(linear_probe(learnt, train.labels, tested), split.test.labels),
         )
-        for name, (known, asked) in pairs.items()
+        for name, (learnt, tested) in pairs.items()
     }

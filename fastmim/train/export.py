@@ -1,11 +1,11 @@
-"""A run's model as other people's code has it, checked by what comes out."""
+"""Export of a model to the format of another library, checked by comparing outputs."""
 
 import shutil
 from pathlib import Path
 
 import torch
 
-from .._library import reference_serves
+from .._dispatch import reference_serves
 from ..interop.convert.facebook import to_facebook
 from ..interop.convert.huggingface import to_huggingface
 from ..interop.convert.load import load
@@ -19,31 +19,34 @@ TARGETS = ("facebook", "huggingface", "timm")
 def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
-    What was written is read again and computes on the same images, the reference serving what a forced backend
-    does not; returns by how much outputs differ, at most. If it fails, nothing stays behind.
+    The written model is read back and run on the same images; the reference serves what a forced backend does not.
+    After a failure to write, nothing is left behind.
+
+    Returns:
+        The largest difference between the outputs of both models, as a share of the largest output.
 
     Raises:
-        ValueError: an unknown target, `out` is there already, or a model that the target can't hold.
+        ValueError: an unknown target, an `out` that exists, or a model that the target can't represent.
         ImportError: transformers or timm is not installed.
         RuntimeError: the outputs differ.
     """
     if target not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}; got {target!r}")
     if out.exists():
-        raise ValueError(f"{out} is there already: nothing is written over")
+        raise ValueError(f"{out} exists already, and nothing is overwritten")
     try:
-        apart = _export(model, target, out)
+        difference = _export(model, target, out)
     except BaseException:
-        # half of a model; the next export would refuse to write over it
+        # a partial file would make the next export refuse to overwrite it
         shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
         raise
-    if not apart <= 1e-3:
-        raise RuntimeError(f"{out} was written, but its outputs differ by {apart:.1e} from the model's")
-    return apart
+    if not difference <= 1e-3:
+        raise RuntimeError(f"{out} was written, but its outputs differ by {difference:.1e} from the model's")
+    return difference
 
 
 def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
-    """Write it, read it again, and return by how much the outputs differ."""
+    """Write the model, read it back, and return the largest relative difference of the outputs."""
     model.train(False)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, model.in_chans, *model.patch_embed.img_size, generator=generator).to(model.cls_token.dtype)
@@ -53,17 +56,19 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
         if target == "facebook":
             out.parent.mkdir(parents=True, exist_ok=True)
             to_facebook(model, out)
-            # what no tensor tells
-            untold = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
+            # settings that can't be read from the tensors
+            names = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
             settings = settings_of_model(model)
-            again = load(out, **{name: settings[name] for name in untold})
-            apart = max(_apart(again(images, noise=noise).loss, loss), _apart(again.forward_features(images), tokens))
+            again = load(out, **{name: settings[name] for name in names})
+            difference = max(
+                _difference(again(images, noise=noise).loss, loss), _difference(again.forward_features(images), tokens)
+            )
         elif target == "huggingface":
             to_huggingface(model).save_pretrained(out)
             from transformers import ViTMAEForPreTraining
 
             theirs = ViTMAEForPreTraining.from_pretrained(out).train(False)
-            apart = _apart(theirs(images, noise=noise).loss, loss)
+            difference = _difference(theirs(images, noise=noise).loss, loss)
         else:
             from safetensors.torch import load_file, save_file
 
@@ -71,9 +76,9 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             out.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in vit.state_dict().items()}, out, {"format": "pt"})
             vit.load_state_dict(load_file(out))
-            apart = _apart(vit.train(False).forward_features(images), tokens)
-    return apart
+            difference = _difference(vit.train(False).forward_features(images), tokens)
+    return difference
 
 
-def _apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()

@@ -1,4 +1,4 @@
-"""The model of a finished, running or foreign run."""
+"""Loading the model of a run, finished or not, or of any checkpoint."""
 
 import json
 from collections.abc import Iterable
@@ -11,37 +11,37 @@ from .config import Config
 
 
 def load_model(path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()) -> MaskedAutoencoderViT:
-    """From a run's folder, one of its checkpoints, its final model, or any checkpoint that `fastmim.load` reads.
+    """Load a model from a run's folder, one of its checkpoints, its final model, or what `fastmim.load` reads.
 
-    Of a run's folder the final model is taken, else the newest good checkpoint. Sums are verified where there are any.
-    `key` and `allow_missing` are those of `fastmim.load`.
+    From a run's folder it takes the final model, or without one the newest good checkpoint. Checkpoints with a manifest
+    are verified. `key` and `allow_missing` are those of `fastmim.load`.
 
     Raises:
         ValueError: a damaged checkpoint, or one of another kind of model; a `key` for a run, which holds one model.
-        FileNotFoundError: nothing there.
+        FileNotFoundError: a folder without a good checkpoint.
     """
     if path.is_file() and path.name == "model.safetensors":
         path = path.parent
     if (path / "final" / "model.safetensors").is_file():
         path = path / "final"
     elif (path / "checkpoints").is_dir():
-        good = next((place for _, place in store.found(path / "checkpoints") if _is_good(place)), None)
+        good = next((place for _, place in store.list_checkpoints(path / "checkpoints") if _is_good(place)), None)
         if good is None:
             raise FileNotFoundError(f"{path / 'checkpoints'} holds no good checkpoint")
         path = good
     if (path / store.MANIFEST).is_file():
         store.verify(path)
-        said = path / "state.json"
+        description = path / "state.json"
     else:
-        said = path / "run.json"
-    if not said.is_file():
+        description = path / "run.json"
+    if not description.is_file():
         return load(path, key=key, allow_missing=allow_missing)
     if key is not None:
         raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
     try:
-        config = Config.of(json.loads(said.read_text())["config"] | {"device": "auto", "cuda_graphs": False})
+        config = Config.of(json.loads(description.read_text())["config"] | {"device": "auto", "cuda_graphs": False})
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{said} doesn't describe a run: {error}") from None
+        raise ValueError(f"{description} doesn't describe a run: {error}") from None
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -50,7 +50,7 @@ def load_model(path: Path, *, key: str | None = None, allow_missing: str | Itera
         model = config.build().to(weights["cls_token"].dtype)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged or not of {said}: {error}") from None
+        raise ValueError(f"{path / 'model.safetensors'} is damaged or not of {description}: {error}") from None
     return model
 
 

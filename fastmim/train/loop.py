@@ -1,8 +1,8 @@
 """The pretraining loop.
 
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
-sample), so that a result does not depend on restarts, and on the number of processes or of PyTorch's threads only by
-rounding. The host reads nothing from the device but every `log_every` steps.
+sample). A result therefore does not depend on restarts; the number of processes and of PyTorch's threads changes it by
+rounding alone. The host reads from the device every `log_every` steps only.
 """
 
 import os
@@ -20,19 +20,19 @@ from .. import masking
 from ..data import Batch
 from ..data.lock import Lock, Locked
 from . import metrics
-from .checkpoint.manager import Keeper
+from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config, ConfigError
 from .data import open_loader
-from .distributed import accumulating, joined, spread
+from .distributed import accumulating, joined, parallelize
 from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .seeds import mask_seeds
-from .signals import Interrupted, Interruptions
+from .signals import Interrupted, SignalListener
 
 
-class Done(NamedTuple):
-    """A step that was made, its results still on the device."""
+class StepResult(NamedTuple):
+    """Results of a step, still on the device."""
 
     step: int
     lr: float
@@ -43,20 +43,20 @@ class Done(NamedTuple):
 
 
 class Trainer:
-    """A pretraining run: `Trainer(config).run()` starts it, or goes on from the newest good checkpoint.
+    """A pretraining run: `Trainer(config).run()` starts it, or continues from the newest good checkpoint.
 
-    Under torchrun each process makes its own. The run leaves `final/model.safetensors` (facebookresearch/mae's names),
-    `metrics.jsonl`, `loss.png` and its last checkpoints in `config.output_dir`.
+    Under torchrun each process makes its own Trainer. The run leaves `final/model.safetensors`
+    (facebookresearch/mae's names), `metrics.jsonl`, `loss.png` and its last checkpoints in `config.output_dir`.
 
     Args:
         config: a `Config`, or a mapping of its settings.
 
     Raises:
-        ConfigError (a ValueError): before the first step, if the settings, the data or a checkpoint that is there don't
-            go together, or another run uses `config.output_dir`.
-        RuntimeError: no finite gradient for `max_skipped` steps in a row, twice at the same place.
-        OSError: the last checkpoint, or the final model, can't be written.
-        Interrupted (a SystemExit): after SIGTERM or SIGUSR1, once all is saved.
+        ConfigError (a ValueError): before the first step, if the settings contradict the data or an existing
+            checkpoint, or another run uses `config.output_dir`.
+        RuntimeError: no finite gradient for `max_skipped` steps in a row, twice at the same step.
+        OSError: the last checkpoint or the final model can't be written.
+        Interrupted (a SystemExit): after SIGTERM or SIGUSR1, once everything is saved.
     """
 
     def __init__(self, config: Config | Mapping[str, Any]) -> None:
@@ -65,24 +65,28 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the end, or until interrupted."""
-        with joined(self.config) as self.processes, Interruptions() as self.interruptions, self._claimed() as self.lock:
+        with (
+            joined(self.config) as self.processes,
+            SignalListener() as self.signals,
+            self._claim_folder() as self.lock,
+        ):
             self._prepare()
             try:
                 self._train()
                 self._finish()
             finally:
                 self.progress.close()
-                self.keeper.writer.close()
+                self.checkpoints.writer.close()
                 if self.processes.first:
                     self.journal.close()
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def _claimed(self) -> Iterator[Lock | None]:
-        """Make the folder and keep other runs out of it; the first process locks it for all, and all learn of failure.
+    def _claim_folder(self) -> Iterator[Lock | None]:
+        """Make output_dir and lock it against other runs; the first process does so, and its failure stops all.
 
-        The lock's file tells loaders that images in the folder are a run's own: it is there before the data are opened.
+        Loaders leave out images in a folder that holds the lock's file, so it must exist before the data are opened.
         """
         if os.path.realpath(self.folder) == os.path.realpath(self.config.data):
             raise ConfigError(f"output_dir must be another folder than data, got {self.folder} for both")
@@ -96,7 +100,7 @@ class Trainer:
                 problem = str(error)
             except OSError as error:
                 problem = f"output_dir {self.folder} can't be made or written to: {error}"
-            if problems := [said for said in self.processes.gather(problem) if said]:
+            if problems := [text for text in self.processes.gather(problem) if text]:
                 raise ConfigError(problems[0])
             yield lock
 
@@ -109,22 +113,24 @@ class Trainer:
         self.dtype = DTYPES[config.dtype]
         self.model = config.build().to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.model.set_grad_checkpointing(config.checkpoint_activations)
-        self.spread = spread(self.model, config, self.processes)
+        self.parallel_model = parallelize(self.model, config, self.processes)
         self.optimizer = adamw(self.model, config)
 
         self.step = self.skipped = self.streak = 0
         self.failed_at = -1
-        self.pending: list[Done] = []
-        self.keeper = Keeper(config, self.processes, self.model, self.optimizer, self.loader, self.lock, self._say)
+        self.pending: list[StepResult] = []
+        self.checkpoints = CheckpointManager(
+            config, self.processes, self.model, self.optimizer, self.loader, self.lock, self._say
+        )
         self.meter = Meter(self.model, config, self.processes, self.dtype)
         if not self._resume():
             self._save()
 
     def _resume(self) -> bool:
-        """Go on from the newest good checkpoint, if there is one; what was told of later steps is taken back."""
-        path = self.keeper.newest()
+        """Continue from the newest good checkpoint, dropping metrics of later steps; return whether there was one."""
+        path = self.checkpoints.newest()
         if path is not None:
-            self.step, self.skipped, self.streak = self.keeper.restore(path)
+            self.step, self.skipped, self.streak = self.checkpoints.restore(path)
         if self.processes.first:
             self.journal = metrics.Journal(self.folder, self.step)
             if path is not None or self.journal.repeated:
@@ -147,14 +153,14 @@ class Trainer:
             self._update(batch)
             self.progress.advance()
             last = self.step == self.steps
-            if (last or self.step % self.config.log_every == 0) and not self._settle():
+            if (last or self.step % self.config.log_every == 0) and not self._read_results():
                 batches = iter(())
                 continue
             if self.config.reconstruct_every and self.step % self.config.reconstruct_every == 0:
-                self._picture(batch)
-            (stop,) = self.processes.agree(self.interruptions.number is not None)
+                self._draw_reconstructions(batch)
+            (stop,) = self.processes.any(self.signals.received is not None)
             if (stop or self.step % self.config.checkpoint_every == 0) and not last:
-                if not self._settle():
+                if not self._read_results():
                     batches = iter(())
                     continue
                 self._save()
@@ -162,13 +168,13 @@ class Trainer:
                 self._stop()
 
     def _update(self, batch: Batch) -> None:
-        """Forward, backward and optimiser on one batch; whether the gradient is finite is decided on the device."""
+        """Run forward, backward and optimiser on one batch; the device itself skips an update that is not finite."""
         config, device = self.config, self.processes.device
         lr = learning_rate(config, self.step, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = mask_seeds(config.seed, self.step // len(self.loader), batch.ids).to(device, non_blocking=True)
-        images = self._pixels(batch.images.to(device, non_blocking=True))
+        images = self._prepare_images(batch.images.to(device, non_blocking=True))
         micro = config.micro_batch_size or len(images)
         total = torch.zeros((), device=device, dtype=torch.float64)
         for start in range(0, len(images), micro):
@@ -181,9 +187,9 @@ class Trainer:
                 seeds=seeds[start : start + micro],
                 device=device,
             )
-            with accumulating(self.spread, more=start + micro < len(images)):
+            with accumulating(self.parallel_model, more=start + micro < len(images)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                    loss = self.spread(part, mask=mask).loss
+                    loss = self.parallel_model(part, mask=mask).loss
                 loss = loss * (len(part) / len(images))
                 loss.backward()
             total += loss.detach()
@@ -194,15 +200,15 @@ class Trainer:
         if config.clip_grad is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_grad, norm)
         skipped = ~(loss.isfinite() & norm.isfinite())
-        # fused optimisers leave weights and state alone where it is 1, as torch.amp has it
+        # fused optimisers leave weights and state unchanged where found_inf is 1, as for torch.amp
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        self.pending.append(Done(self.step, lr, loss, norm, skipped, batch.ids))
+        self.pending.append(StepResult(self.step, lr, loss, norm, skipped, batch.ids))
 
-    def _pixels(self, images: Tensor) -> Tensor:
-        """As they are: the kernels normalise. Their constants are float32, so that float64 takes its own."""
+    def _prepare_images(self, images: Tensor) -> Tensor:
+        """Return uint8 images as they are, which the kernels normalise by float32 constants; normalise for float64."""
         if self.dtype != torch.float64:
             return images
         stats = (
@@ -211,8 +217,8 @@ class Trainer:
         mean, std = (stat[:, None, None] for stat in stats)
         return (images.to(self.dtype) / 255 - mean) / std
 
-    def _settle(self) -> bool:
-        """Read what the steps since the last time gave; False if the run went back to a checkpoint."""
+    def _read_results(self) -> bool:
+        """Read and log the results of the steps since the last call; return False after going back to a checkpoint."""
         done, self.pending = self.pending, []
         if not done:
             return True
@@ -229,16 +235,16 @@ class Trainer:
                 return False
         return True
 
-    def _record(self, entry: Done, loss: float, norm: float) -> None:
-        """An update that was skipped, with the numbers of its samples on all processes."""
+    def _record(self, entry: StepResult, loss: float, norm: float) -> None:
+        """Record a skipped update with the sample numbers of all processes."""
         ids = [number for part in self.processes.gather(entry.ids.tolist()) for number in part]
         self._say(f"step {entry.step} skipped: loss {loss}, norm of the gradient {norm}")
         if self.processes.first:
             self.journal.write_skipped(entry.step, loss, norm, ids)
 
     def _go_back(self, step: int) -> None:
-        """To the last good checkpoint; at the same place again it is an error."""
-        self.keeper.writer.wait()
+        """Return to the last good checkpoint; raise if the run had already gone back from this step."""
+        self.checkpoints.writer.wait()
         row = f"no finite loss and gradient in {self.streak} steps in a row, up to step {step}"
         if step <= self.failed_at:
             raise RuntimeError(
@@ -253,7 +259,7 @@ class Trainer:
         if not self._resume():
             raise RuntimeError(f"{row}, and no good checkpoint to go back to: stopped")
 
-    def _log(self, entry: Done, loss: float, norm: float) -> None:
+    def _log(self, entry: StepResult, loss: float, norm: float) -> None:
         line = {
             "step": entry.step,
             "epoch": (entry.step - 1) // len(self.loader),
@@ -268,13 +274,13 @@ class Trainer:
             self.progress.show(line)
 
     @torch.no_grad()
-    def _picture(self, batch: Batch) -> None:
-        """What the model makes of a few images; all processes of a sharded model must take part."""
+    def _draw_reconstructions(self, batch: Batch) -> None:
+        """Draw reconstructions of a few images; all processes of a sharded model must take part."""
         images = batch.images[:8].to(self.processes.device)
         seeds = mask_seeds(self.config.seed, 0, batch.ids[:8]).to(self.processes.device)
         patches = self.model.patch_embed.num_patches
         mask = masking.random(len(images), patches, self.config.mask_ratio, seeds=seeds, device=self.processes.device)
-        out = self.spread(images, mask=mask)
+        out = self.parallel_model(images, mask=mask)
         if self.processes.first:
             folder = self.folder / "reconstructions"
             with metrics.forgiving(f"{folder} lacks step {self.step}"):
@@ -286,18 +292,18 @@ class Trainer:
     def _save(self) -> None:
         if self.processes.first:
             self.journal.flush()
-        self.keeper.save(self.step, self.skipped, self.streak)
+        self.checkpoints.save(self.step, self.skipped, self.streak)
 
     def _stop(self) -> None:
-        self.keeper.writer.wait(strict=True)
+        self.checkpoints.writer.wait(strict=True)
         self._say(f"interrupted: step {self.step} is saved; the same command goes on from there")
-        raise Interrupted(self.interruptions.number or 15)
+        raise Interrupted(self.signals.received or 15)
 
     def _finish(self) -> None:
-        """The last checkpoint, the final model and the curve."""
-        if self.keeper.saved != self.step:
+        """Write the last checkpoint, the final model and the loss curve."""
+        if self.checkpoints.saved != self.step:
             self._save()
-        path = self.keeper.finish()
+        path = self.checkpoints.finish()
         if self.processes.first:
             curve = self.folder / "loss.png"
             with metrics.forgiving(f"{curve} can't be drawn"):

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, TensorBoard where it is installed, a line of progress, and a curve at the end."""
+"""Metrics of a run: JSON lines, TensorBoard where it is installed, progress on the terminal, and a loss curve."""
 
 import contextlib
 import json
@@ -11,46 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import import_error
-from .checkpoint.store import replace
-from .tensorboard import Board
+from .checkpoint.store import write_atomically
+from .tensorboard import TensorBoardWriter
 
-# what a line must have to be kept by a run that goes on
+# every line has it; lines without are dropped when a run continues
 STEP = "step"
 
 
 class Journal:
-    """Appends to `metrics.jsonl` and `skipped.jsonl`.
+    """Writer of `metrics.jsonl`, `skipped.jsonl` and TensorBoard's file.
 
-    A run that goes on from a step first takes back what was written after it, in both.
+    Args:
+        folder: the run's folder.
+        start: the step that the run continues from; lines of later steps are dropped from both files.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
         self.path, self.skipped = folder / "metrics.jsonl", folder / "skipped.jsonl"
         self.repeated = max([0, *(line[STEP] - start for line in read_lines(self.path))])
         for path in (self.path, self.skipped):
-            _take_back(path, start)
+            _drop_after(path, start)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.board = _board(folder / "tensorboard", start)
+        self.tensorboard = _open_tensorboard(folder / "tensorboard", start)
 
     def write(self, line: dict[str, Any]) -> None:
         with forgiving(f"{self.path} is behind"):
-            # what can't be written now is written with the next line
+            # a line that can't be written stays in the buffer and is written with the next one
             self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
             self.file.flush()
-        board, self.board = self.board, None
-        if board is not None:
-            with forgiving(f"{board.file.name} ends before step {line[STEP]}"):
-                board.write(line[STEP], {key: value for key, value in line.items() if key != STEP})
-                self.board = board
+        writer, self.tensorboard = self.tensorboard, None
+        if writer is not None:
+            with forgiving(f"{writer.file.name} ends before step {line[STEP]}"):
+                writer.write(line[STEP], {key: value for key, value in line.items() if key != STEP})
+                self.tensorboard = writer
 
     def write_skipped(self, step: int, loss: float, norm: float, ids: list[int]) -> None:
-        """An update that was skipped, with the numbers of its samples, into `skipped.jsonl`."""
+        """Append a skipped update and the numbers of its samples to `skipped.jsonl`."""
         line = {STEP: step, "loss": str(loss), "grad_norm": str(norm), "ids": ids}
         with forgiving(f"{self.skipped} lacks step {step}"), open(self.skipped, "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """Onto the disk, so that what a checkpoint follows is never lost."""
+        """Flush the metrics to disk, so that no checkpoint is newer than its metrics."""
         with forgiving(f"{self.path} is behind"):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -58,13 +60,13 @@ class Journal:
     def close(self) -> None:
         with forgiving(f"{self.path} lacks its last lines"):
             self.file.close()
-        if self.board is not None:
-            with forgiving(f"{self.board.file.name} lacks its last steps"):
-                self.board.close()
+        if self.tensorboard is not None:
+            with forgiving(f"{self.tensorboard.file.name} lacks its last steps"):
+                self.tensorboard.close()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last one that was cut off is left out."""
+    """Return the lines of a metrics file; one that was cut off is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         try:
@@ -76,33 +78,33 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _take_back(path: Path, start: int) -> None:
+def _drop_after(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`, and those that were cut off."""
     if path.exists():
         kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
-        replace(path, lambda aside: aside.write_text(kept))
+        write_atomically(path, lambda aside: aside.write_text(kept))
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN and infinities, which JSON lacks, by None."""
     return value if not isinstance(value, float) or abs(value) < float("inf") else None
 
 
-def _board(folder: Path, start: int) -> Board | None:
-    """None where TensorBoard isn't installed, or the disk is full."""
+def _open_tensorboard(folder: Path, start: int) -> TensorBoardWriter | None:
+    """Open TensorBoard's file; return None where TensorBoard isn't installed or the file can't be written."""
     with contextlib.suppress(ImportError), forgiving(f"{folder} can't be written"):
-        return Board(folder, start)
+        return TensorBoardWriter(folder, start)
     return None
 
 
 def say(text: str) -> None:
-    """A line on standard error."""
+    """Print a line to standard error."""
     print(f"fastmim: {text}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def forgiving(what: str) -> Iterator[None]:
-    """A disk that is full or gone costs what is said of the run, not the run."""
+    """Print an OSError instead of raising it: a full disk costs metrics and pictures, but does not end the run."""
     try:
         yield
     except OSError as error:
@@ -113,7 +115,7 @@ def forgiving(what: str) -> Iterator[None]:
 
 
 class Progress:
-    """A bar on a terminal, lines elsewhere; silent on all but the first process."""
+    """Progress as a bar on a terminal and as lines elsewhere; `shown` on the first process alone."""
 
     def __init__(self, start: int, steps: int, shown: bool) -> None:
         from tqdm import tqdm
@@ -129,7 +131,7 @@ class Progress:
     def show(self, line: dict[str, Any]) -> None:
         if not self.shown:
             return
-        said = (
+        text = (
             f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, |g| {line['grad_norm']:.3g}, "
             f"{line['images_per_second']:.1f} images/s, {line['matmul_share']:.0%} of matmul, "
             f"{line['waiting']:.0%} waiting for data, {line['skipped']} skipped"
@@ -137,9 +139,9 @@ class Progress:
         if self.bar.disable:
             left = time.strftime("%H:%M:%S", time.gmtime(line["seconds_left"]))
             days = f"{int(line['seconds_left'] // 86400)}d " if line["seconds_left"] >= 86400 else ""
-            print(f"step {line['step']}/{self.steps}: {said}, {days}{left} left", flush=True)
+            print(f"step {line['step']}/{self.steps}: {text}, {days}{left} left", flush=True)
         else:
-            self.bar.set_postfix_str(said)
+            self.bar.set_postfix_str(text)
 
     def close(self) -> None:
         self.bar.close()
@@ -149,7 +151,7 @@ class Progress:
 
 
 def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
-    """The loss over the steps, as a PNG; without matplotlib a line that says so."""
+    """Draw the loss over the steps as a PNG; without matplotlib, print a line instead."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -1,33 +1,43 @@
-"""Pictures of what a masked autoencoder sees and makes of it."""
+"""Pictures of a masked autoencoder's input and its reconstruction."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.mae import MAEOutput, MaskedAutoencoderViT
+from ..models.mae import MaskedAutoencoderViT
+from ..models.output import MAEOutput
 
 
 def draw_grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput, path: Path) -> None:
-    """Write a PNG, a row per image: original, masked, reconstruction with the visible patches pasted in.
-
-    Args:
-        images: uint8 (B, 3, H, W).
-        out: what the model returned for them.
-    """
+    """Write the picture of `grid` as a PNG."""
     from PIL import Image
 
+    Image.fromarray(grid(model, images, out)).save(path)
+
+
+def grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput) -> np.ndarray[Any, Any]:
+    """Return a picture uint8 (B·H, 3·W, 3): a row per image of original, masked image and reconstruction.
+
+    The visible patches are pasted into the reconstruction.
+
+    Args:
+        model: the model.
+        images: uint8 (B, 3, H, W).
+        out: the model's output for the images.
+    """
     original = images.float() / 255
     removed = out.mask[..., None].float()
     hidden = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
     rows = torch.cat([original, hidden, model.reconstruct(images, out).float()], dim=3)
-    grid = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-    Image.fromarray(grid).save(path)
+    picture: np.ndarray[Any, Any] = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
+    return picture
 
 
 def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:
-    """uint8 (B, 3, H, W): pictures cut to the model's shape around their middle.
+    """Read pictures as uint8 (B, 3, H, W), resized and cut to `size` around their middle.
 
     Raises:
         ValueError: a file that is no picture.
@@ -46,7 +56,7 @@ def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:
 
 
 def find_images(places: list[Path], count: int) -> list[Path]:
-    """The first `count` pictures among files and folders, sorted by name within a folder.
+    """Return the first `count` pictures among files and folders, sorted by name within a folder.
 
     Raises:
         ValueError: there are none.

@@ -1,4 +1,4 @@
-"""Which patches a sample loses: a function of seed, epoch and sample, never of batch, process or restart."""
+"""Seeds of a sample's mask: functions of seed, epoch and sample, and not of batch, process or restart."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEE
 
 
 def mask_seeds(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """Seeds (B,) int64 for `fastmim.masking.random` of the samples `ids` (B,) int64."""
+    """Return seeds (B,) int64 for `fastmim.masking.random`, of the samples `ids` (B,) int64."""
     mixed = torch.zeros_like(ids)
     for word in (torch.full_like(ids, seed), torch.full_like(ids, epoch), ids):
         mixed = _mix((mixed ^ word) + WEYL)
@@ -16,12 +16,12 @@ def mask_seeds(seed: int, epoch: int, ids: Tensor) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser; products wrap around."""
+    """Apply splitmix64's finaliser; products wrap around."""
     x = (x ^ _shift(x, 30)) * FIRST
     x = (x ^ _shift(x, 27)) * SECOND
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in."""
+    """Shift right, filling with zeros."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

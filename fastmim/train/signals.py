@@ -1,4 +1,4 @@
-"""Signals by which schedulers end a job: noted, so that the loop can finish its step and save."""
+"""Signals by which schedulers end a job; the loop then finishes its step and saves."""
 
 import signal
 import threading
@@ -9,20 +9,20 @@ SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") els
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop, saved, and can go on: ends the process with status 128 + signal, as shells have it."""
+    """Exit after a signal, once the run is saved, with status 128 + signal, as shells do."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
 
 
-class Interruptions:
-    """While entered, SIGTERM and SIGUSR1 are noted in `number`; only the main thread can listen."""
+class SignalListener:
+    """Context that stores SIGTERM or SIGUSR1 in `received` instead of ending the process; in the main thread only."""
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.received: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "Interruptions":
+    def __enter__(self) -> "SignalListener":
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
@@ -32,4 +32,4 @@ class Interruptions:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self.received = number

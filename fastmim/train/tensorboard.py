@@ -1,4 +1,4 @@
-"""TensorBoard's files, written in this thread: what the disk refuses is this one's to say."""
+"""TensorBoard's event files, written by the calling thread, so that it sees the errors of the disk."""
 
 import os
 import socket
@@ -9,8 +9,8 @@ from typing import Any
 PREFIX = "events.out.tfevents."
 
 
-class Board:
-    """Scalars for `tensorboard --logdir`; those that an interrupted run wrote after `start` are taken back.
+class TensorBoardWriter:
+    """Writer of scalars for `tensorboard --logdir`; it hides those that an earlier run wrote after step `start`.
 
     Raises:
         ImportError: tensorboard isn't installed.
@@ -24,7 +24,8 @@ class Board:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads a folder's files by name: after all others, even if the clock was set back since
+        # TensorBoard reads a folder's files in the order of their names: ours must be last even after the clock was set
+        # back
         others = [
             (int(path.name.split(".")[3]), path.stat().st_mtime_ns) for path in folder.glob(f"{PREFIX}{'[0-9]' * 20}.*")
         ]
@@ -37,7 +38,7 @@ class Board:
         self._add(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Values of one step."""
+        """Write the values of one step."""
         values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
         self._add(step=step, summary=self._summary(value=values))
 

@@ -44,7 +44,7 @@ def test_too_much_is_refused(run, tmp_path, capsys):
     assert run("build/flight", "_C.so") == 1
 
 
-def test_changes_are_said(run, capsys):
+def test_changes_are_named(run, capsys):
     assert run("build/flight", of="0123+changes") == 0
     assert "files differ from the commit" in capsys.readouterr().out
 

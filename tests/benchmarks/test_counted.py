@@ -1,4 +1,4 @@
-"""Steps are as the committed table counts them: more launches or bytes need a new table, and a reason."""
+"""Steps have the launches and bytes of the committed table: more of them need a new table, and a reason."""
 
 import json
 
@@ -35,9 +35,9 @@ def test_a_step_is_as_the_table_has_it(step):
     before = {tuple(row[name] for name in ("stage", "direction", "kind", "kernel")): row for row in kept["rows"]}
     after = {(row.stage, row.direction, row.kind, row.kernel): row for row in found.rows}
     changed = [
-        f"{' / '.join(key)}: {_said(before.get(key))} -> {_said(vars(after[key]) if key in after else None)}"
+        f"{' / '.join(key)}: {_described(before.get(key))} -> {_described(vars(after[key]) if key in after else None)}"
         for key in dict.fromkeys((*before, *after))
-        if _said(before.get(key)) != _said(vars(after[key]) if key in after else None)
+        if _described(before.get(key)) != _described(vars(after[key]) if key in after else None)
     ]
     output = "\n".join([f"{step} has changed; `{RENEW}` writes the table anew", *changed])
     assert found.launches == kept["launches"], output
@@ -45,7 +45,7 @@ def test_a_step_is_as_the_table_has_it(step):
     assert found.flops == pytest.approx(kept["flops"], rel=1e-3), output
 
 
-def _said(row):
+def _described(row):
     return "none" if row is None else f"{row['launches']} launches, {(row['read'] + row['written']) / 1e6:.1f} MB"
 
 
@@ -66,6 +66,6 @@ def test_what_is_printed_and_written(tmp_path, capsys):
 
 @pytest.mark.parametrize("peer", counted.PEERS)
 def test_flops_of_vit_large_are_those_of_the_formula(peer):
-    """123 GFLOP an image; attention's backward pass makes a product or more again."""
+    """Compare with 123 GFLOP an image; attention's backward pass repeats a product or more."""
     (kept,) = (k for k in KEPT["steps"] if k["model"] == "large" and k["peer"] == peer)
     assert kept["flops"] / kept["batch"] == pytest.approx(123e9, rel=0.03)

@@ -1,4 +1,4 @@
-"""The pictures and the tables of README and docs hold the numbers of the committed results files."""
+"""Pictures and tables of README and docs have the numbers of the committed results files."""
 
 import json
 import re
@@ -20,7 +20,7 @@ RESULTS_PAGE = (draw.ROOT / "docs" / "results.md").read_text()
 
 
 def labels(path: Path) -> Counter[str]:
-    """Texts of an SVG, which matplotlib writes into comments beside their outlines."""
+    """Return the texts of an SVG, which matplotlib writes into comments beside their outlines."""
     return Counter(re.findall(r"<!-- (.*?) -->", path.read_text()))
 
 
@@ -95,7 +95,7 @@ def test_stages_are_those_of_a_step():
 
 
 def read(name: str) -> list[dict]:
-    """Rows of a results file, of all its runs."""
+    """Return the rows of all runs in a results file."""
     found = json.loads((draw.RESULTS / name).read_text())
     return [row for run in (found if isinstance(found, list) else [found]) for row in run["rows"]]
 

@@ -1,4 +1,4 @@
-"""Rows that a flight without a GPU leaves on disk when a stage crashes, hangs, is cut, or can't be written."""
+"""Rows that a flight leaves on disk when a stage crashes, hangs or is cut, or the disk is full; without a GPU."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def nothing_is_carried(tmp_path, monkeypatch):
 
 
 def command(out: Path, stages: dict[str, tuple[float, str]], *args: str) -> list[str]:
-    """A flight whose stages run so many seconds and such code."""
+    """Make a flight whose stages run the given code for the given seconds."""
     codes = {name: (seconds, JOBS.format(code=code, stage=name)) for name, (seconds, code) in stages.items()}
     return [sys.executable, "-c", DRIVER.format(benchmarks=str(BENCHMARKS), stages=codes, out=str(out)), *args]
 
@@ -55,7 +55,7 @@ def fly(out: Path, stages: dict[str, tuple[float, str]], *args: str, **options) 
 
 
 def found(out: Path) -> dict[str, dict]:
-    """Rows by "stage: name", without those of the flight itself."""
+    """Return rows by "stage: name", without those of the flight itself."""
     return {
         f"{stage}: {name}": row
         for (stage, name), row in rows.read(out / "first.jsonl").items()
@@ -109,7 +109,7 @@ def test_a_stage_is_cut_at_its_limit_and_the_next_one_runs(tmp_path):
 
 def test_a_process_that_does_not_die_is_left_behind(tmp_path, monkeypatch):
     class Hung:
-        """A process in a call of the driver that doesn't return."""
+        """Stand-in for a process in a call of the driver that doesn't return."""
 
         pid, returncode, stdout = 2**30, None, ()
 
@@ -164,7 +164,7 @@ WAITING = 'jobs = [("a", lambda: {"pid": os.getpid()}), ("b", lambda: time.sleep
 
 
 def started(out: Path) -> subprocess.Popen:
-    """A flight that is in the middle of row b."""
+    """Start a flight and wait until it measures row b."""
     process = subprocess.Popen(command(out, {"one": (60, WAITING), "two": (60, GOOD)}), stdout=subprocess.DEVNULL)
     for _ in range(300):
         if (out / "first.jsonl").exists() and found(out).get("one: b"):
@@ -210,7 +210,7 @@ def test_a_flight_that_is_killed_keeps_its_rows_and_leaves_no_process(tmp_path):
 
 
 def test_a_full_disk_loses_no_row(tmp_path):
-    """A file may not grow past 2 KB here, as one on a full disk may not."""
+    """Limit files to 2 KB, as a full disk does."""
     long = 'jobs = [(f"{i}", lambda i=i: {"value": i, "filler": "x" * 200}) for i in range(20)]'
 
     def limited():

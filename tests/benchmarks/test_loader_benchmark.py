@@ -1,4 +1,4 @@
-"""The loader's benchmark: all load the same files, the DataLoader as facebookresearch/mae does."""
+"""The loader's benchmark: all backends load the same files, and the DataLoader loads as facebookresearch/mae does."""
 
 import json
 

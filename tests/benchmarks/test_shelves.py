@@ -20,8 +20,7 @@ def test_the_readme_names_every_command():
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_folder_imports_those_before_it(folder):
     above = set(FOLDERS[: FOLDERS.index(folder) + 1])
-    # gpu/triton_fill.py compiles as compiled.py does
-    commands = {path.stem for path in BENCHMARKS.glob("*.py")} - {"compiled"}
+    commands = {path.stem for path in BENCHMARKS.glob("*.py")}
     for path in (BENCHMARKS / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in getattr(node, "names", ())]

@@ -1,4 +1,4 @@
-"""The smoke test finds results that are wrong, unwritten or unserved, and survives kernels that end its process."""
+"""The smoke test finds wrong, unwritten and unserved results, and survives kernels that end its process."""
 
 import os
 import signal
@@ -18,13 +18,13 @@ from harness import rows
 SCRIPT = str(Path(smoke.__file__))
 
 
-def case(call=None, op="bias_gelu", dtype=torch.float32, name="planted"):
-    """A case whose right result is GELU(x + bias), with another `call`."""
+def case(call=None, dtype=torch.float32, name="planted"):
+    """Return a case whose right result is GELU(x + bias), with another `call`."""
 
     def make(device):
         return torch.randn(5, 8, device=device).to(dtype), torch.randn(8, device=device)
 
-    found = smoke_cases.op_case(op, name, dtype, make)
+    found = smoke_cases.op_case("bias_gelu", name, dtype, make)
     return replace(found, call=lambda args: (right(*args),) if call is None else call(*args))
 
 
@@ -45,7 +45,7 @@ def unserved(x, bias):
 
 
 def off(share):
-    """Right up to that share of the largest value, at one place."""
+    """Return a call that is wrong in one value, by that share of the largest value."""
 
     def call(x, bias):
         out = right(x, bias)
@@ -126,7 +126,7 @@ def test_new_inputs_each_time():
 
 
 def planted(rehearse):
-    """Cases of which some end their process."""
+    """Return cases of which some end their process."""
     calls = [None, dying, off(1e-2), silent, unserved, None]
     return [case(call, name=str(number)) for number, call in enumerate(calls)]
 
@@ -150,7 +150,7 @@ def found_in_order(found):
 
 
 def test_rehearsed_cases(tmp_path):
-    """Real cases, by the command that flies."""
+    """Run real cases by the command of a flight."""
     path = tmp_path / "rows.jsonl"
     names = [
         "attention_qkvpacked_backward, ViT-B, S 7, D 8, bfloat16",

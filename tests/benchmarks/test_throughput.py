@@ -1,4 +1,4 @@
-"""The throughput benchmark: its peers are what they claim to be, and no wrong speed-up is printed."""
+"""The throughput benchmark: its peers compute the published algorithms, and no wrong speed-up is printed."""
 
 import json
 import os
@@ -164,7 +164,7 @@ def test_flops_are_those_that_pytorch_counts(template, form, cell):
 @pytest.mark.fault
 @pytest.mark.parametrize("cell", CELLS)
 def test_pytorch_counts_the_flops_of_our_ops(template, cell):
-    """Those of the algorithm, and the scores once more in each block's backward pass, as of PyTorch's own attention."""
+    """Compare with the algorithm's FLOPs plus the scores that each block's backward pass computes again."""
     contestant = entered("fastmim", template, cell)
     sizes = contestant.sizes
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""A Triton cache that is filled without a GPU holds what the programs that fly launch, and reports what it lacks."""
+"""A Triton cache that is filled without a GPU holds the kernels of a flight, and reports those that it lacks."""
 
 import importlib
 import json
@@ -53,7 +53,7 @@ def archive(tmp_path_factory):
 
 
 def kernels(misses):
-    """Kernels that were compiled; Triton's C modules are another matter."""
+    """Return the kernels that were compiled, without Triton's C modules."""
     return [name for name in misses if name.startswith("fastmim.")]
 
 
@@ -67,7 +67,7 @@ def test_nothing_is_compiled_that_the_archive_holds(archive):
     reason="later versions name their C module by the folder of the driver's library, too",
 )
 def test_modules_load_with_the_driver_alone(archive, tmp_path):
-    """Modules linked without a driver find its functions in one, and are not compiled again."""
+    """Check that modules linked without a driver work with one, and are not compiled again."""
     assert not triton_fill.check(archive, chosen(SCALED)).misses
     triton_cache.unpack(archive, tmp_path)
     for module in tmp_path.glob("*/*.so"):
@@ -157,7 +157,7 @@ def test_an_archive_that_is_cut_short_spoils_no_other(archive, tmp_path, capsys)
     assert triton_cache.unpack_all(archives[1:], tmp_path / "folder") == 0
 
 
-def test_what_differs_from_the_archive_is_said(archive, tmp_path):
+def test_differences_from_the_archive_are_named(archive, tmp_path):
     made = triton_cache.unpack(archive, tmp_path)
     (difference,) = triton_cache.differences({**made, "triton": "3.0.0"})
     assert difference == f"triton is {triton.__version__}, there it was 3.0.0"
@@ -199,7 +199,7 @@ def test_layouts_keep_their_alignment():
 
 
 class Layouts(TorchDispatchMode):
-    """The calls of fastmim's ops, each with the layout of its arguments."""
+    """Record the calls of fastmim's ops, each with the layout of its arguments."""
 
     def __init__(self):
         super().__init__()

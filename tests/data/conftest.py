@@ -1,4 +1,4 @@
-"""Photographs to load, and a look at the threads afterwards."""
+"""Fixtures: small photographs, and a check that no thread of a loader survives its test."""
 
 import gc
 import threading
@@ -9,18 +9,19 @@ from photos import write_pictures
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory):
+    """Folder of photographs that no test may change."""
     return write_pictures(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture
 def own(tmp_path):
-    """Photographs that a test may damage."""
+    """Folder of photographs that a test may damage."""
     return write_pictures(tmp_path / "own")
 
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-    """Whatever a test does to its loaders, their threads end."""
+    """Check after each test that the threads of its loaders have ended."""
     yield
     gc.collect()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("fastmim")]

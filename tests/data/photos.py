@@ -1,4 +1,4 @@
-"""Small photographs with sharp edges and noise, as JPEGs in class folders."""
+"""Make small images with sharp edges and noise, as JPEGs in class folders."""
 
 import numpy as np
 from PIL import Image
@@ -8,7 +8,7 @@ SAMPLES = 31
 
 
 def picture(seed, size=(96, 64)):
-    """A gradient with a dark box and some noise: RGB."""
+    """Return an RGB image of a gradient with a dark box and some noise."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[: size[1], : size[0]]
     pixels = (
@@ -19,7 +19,7 @@ def picture(seed, size=(96, 64)):
 
 
 def write_pictures(root, count=SAMPLES, classes=3):
-    """`count` JPEGs; the sizes and the subsampling differ."""
+    """Write `count` JPEGs of different sizes and subsampling below `root`, and return it."""
     for index in range(count):
         folder = root / f"class{index % classes}"
         folder.mkdir(parents=True, exist_ok=True)

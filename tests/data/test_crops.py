@@ -1,4 +1,4 @@
-"""Where crops lie."""
+"""Positions of random crops."""
 
 import math
 
@@ -12,7 +12,7 @@ MAE = Crops((224, 224), (0.2, 1.0), (3 / 4, 4 / 3), True, 1)
 
 def crops_of(crops, count, width, height, seed=0, epoch=0):
     draws = crops.draws(seed, epoch, np.arange(count))
-    return [crop for numbers in draws for crop in crops.of(numbers, width, height)]
+    return [crop for numbers in draws for crop in crops.boxes(numbers, width, height)]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64), (1, 1), (1000, 3), (2, 900)])
@@ -29,7 +29,7 @@ def test_areas_and_shapes_are_those_asked_for():
     assert areas.min() > 0.195 and 0.5 < areas.mean() < 0.6
     assert abs(shapes).max() < math.log(4 / 3) + 0.02 and abs(shapes.mean()) < 0.01
     assert abs(np.mean([crop.flip for crop in crops]) - 0.5) < 0.03
-    # the corners are reached
+    # crops reach both edges
     assert min(crop.left for crop in crops) == 0 == min(512 - crop.left - crop.width for crop in crops)
 
 

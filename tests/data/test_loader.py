@@ -1,4 +1,4 @@
-"""The loader's contract, on every backend."""
+"""ImageLoader on every backend: batches, epochs, threads and arguments."""
 
 import gc
 import multiprocessing
@@ -28,7 +28,7 @@ def names_of(root):
 
 
 def same(ours, theirs):
-    """Whether two sequences of batches are equal bit for bit."""
+    """Return whether two sequences of batches are equal bit for bit."""
     ours, theirs = list(ours), list(theirs)
     return len(ours) == len(theirs) and all(
         torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids) for a, b in zip(ours, theirs)
@@ -76,7 +76,7 @@ def test_backends_agree(photographs, backend, levels):
 
 
 def test_pixels_are_pillows(photographs):
-    """A crop that is the whole image, square and not mirrored."""
+    """A crop of the whole square image, not mirrored, against Pillow's own resizing."""
     path = photographs / "square.jpg"
     Image.open(photographs / "class0" / "000.jpg").resize((64, 64)).save(path)
     try:
@@ -142,7 +142,7 @@ def test_two_iterations_at_once(photographs):
     expected[1] = list(other)
     pairs = list(zip(loader, loader))
     assert same([a for a, _ in pairs], expected[0]) and same([b for _, b in pairs], expected[1])
-    # the newest counts
+    # the position is that of the newer iteration
     assert loader.epoch == 2
 
 
@@ -187,19 +187,19 @@ def test_a_fork(photographs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_program_that_ends_in_the_middle_ends(photographs, backend):
-    """Its threads end before what was registered earlier is done: DALI's pipelines, from when DALI is imported."""
+    """End of the threads before earlier registered exit functions run, such as DALI's, which ends all pipelines."""
     code = (
         "import atexit, sys, threading; from fastmim.data import ImageLoader\n"
-        "alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == 'fastmim-feed']\n"
+        "alive = lambda: [thread.name for thread in threading.enumerate() if thread.name == 'fastmim-prefetch']\n"
         "atexit.register(lambda: print(alive()))\n"
         f"iterator = iter(ImageLoader(sys.argv[1], 2, image_size=32, backend={backend!r}))\n"
         "next(iterator); print(alive())"
     )
     done = subprocess.run([sys.executable, "-c", code, photographs], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "['fastmim-feed']\n[]\n" and not done.returncode and not done.stderr
+    assert done.stdout == "['fastmim-prefetch']\n[]\n" and not done.returncode and not done.stderr
 
 
-def test_what_goes_wrong_in_the_background_arrives(photographs, monkeypatch):
+def test_an_error_in_the_background_is_raised(photographs, monkeypatch):
     loader = load(photographs)
 
     def fail(*_):
@@ -214,7 +214,7 @@ def test_what_goes_wrong_in_the_background_arrives(photographs, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"batch_size": 0}, ValueError, "batch_size must be at least 1, got 0"),
         ({"batch_size": 2.0}, TypeError, "batch_size must be an int"),
@@ -238,13 +238,13 @@ def test_what_goes_wrong_in_the_background_arrives(photographs, monkeypatch):
         ({"on_error": "ignore"}, ValueError, "on_error must be 'skip' or 'raise', got 'ignore'"),
     ],
 )
-def test_a_bad_argument_is_named(photographs, options, error, said):
-    with pytest.raises(error, match=said):
+def test_a_bad_argument_is_named(photographs, options, error, message):
+    with pytest.raises(error, match=message):
         load(photographs, **options)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there(photographs):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is present")
+def test_a_missing_device(photographs):
     with pytest.raises(ValueError, match="device must be 'cpu' where torch finds no CUDA device"):
         load(photographs, device="cuda")
 
@@ -261,8 +261,7 @@ def test_automatic_choices(photographs):
     assert loader.backend == "simplejpeg" and loader.num_threads == len(os.sched_getaffinity(0))
 
 
-def test_order_counts(photographs):
-    """Every sample comes first in some epoch sooner or later."""
+def test_the_first_sample_differs_between_epochs(photographs):
     loader = load(photographs, 1)
     firsts = Counter(next(iter(loader)).ids.item() for _ in range(60))
     assert len(firsts) > 20

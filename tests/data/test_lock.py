@@ -1,4 +1,4 @@
-"""One process a folder: who is refused, who takes over, and what is left."""
+"""Lock of a folder: refusal of a second process, takeover after a crash, and files left behind."""
 
 import errno
 import json
@@ -19,7 +19,7 @@ from fastmim.data.lock import Lock, Locked
 
 pytestmark = pytest.mark.fault
 
-# the module alone: no torch need be imported
+# imports the module alone, without torch
 HOLD = """
 import importlib.util, sys
 from pathlib import Path
@@ -37,7 +37,7 @@ with lock.Lock("output_dir", Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds tmp_path until its input ends."""
+    """Return a function that starts a process which locks tmp_path until its input ends."""
     started = []
 
     def start(how="flock"):
@@ -61,7 +61,7 @@ def hurried(monkeypatch):
 
 @pytest.fixture(params=["flock", "without flock", "refused"])
 def how(request, monkeypatch, hurried):
-    """With the kernel's lock; on a system without it; on a file system without it."""
+    """Use the kernel's lock; pretend a system without it; pretend a file system without it."""
     if request.param == "without flock":
         monkeypatch.setattr(lock, "fcntl", None)
     elif request.param == "refused":
@@ -74,22 +74,24 @@ def how(request, monkeypatch, hurried):
 
 
 def written_by(folder, **changes):
-    """What a process that was killed left."""
-    said = {"host": socket.gethostname(), "pid": 2**22 - 1, "since": "then", "command": "fastmim", "nonce": "x"}
-    (folder / lock.NAME).write_text(json.dumps({**said, **changes}))
+    """Write the lock file of a process that was killed."""
+    entry = {"host": socket.gethostname(), "pid": 2**22 - 1, "since": "then", "command": "fastmim", "nonce": "x"}
+    (folder / lock.NAME).write_text(json.dumps({**entry, **changes}))
 
 
-def test_the_second_process_is_refused_and_told_by_whom(tmp_path, how, holder):
+def test_the_second_process_is_refused_and_the_holder_named(tmp_path, how, holder):
     process = holder("flock" if how == "flock" else "without flock")
     with pytest.raises(Locked) as caught, Lock("output_dir", tmp_path):
         pass
-    said = str(caught.value)
-    assert said.startswith(f"output_dir {tmp_path} is in use by process {process.pid} on {socket.gethostname()} since ")
-    assert "\n" not in said and ("remove" in said) == (how != "flock")
+    message = str(caught.value)
+    assert message.startswith(
+        f"output_dir {tmp_path} is in use by process {process.pid} on {socket.gethostname()} since "
+    )
+    assert "\n" not in message and ("remove" in message) == (how != "flock")
 
 
 @pytest.mark.parametrize("end", ["end", "kill"])
-def test_the_next_starts_without_a_hand(tmp_path, how, holder, end):
+def test_the_next_process_gets_the_lock(tmp_path, how, holder, end):
     process = holder("flock" if how == "flock" else "without flock")
     if end == "kill":
         process.send_signal(signal.SIGKILL)
@@ -104,8 +106,8 @@ def test_the_next_starts_without_a_hand(tmp_path, how, holder, end):
 def test_a_long_command_is_cut_visibly(tmp_path, hurried, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fastmim", *["key=value"] * 40])
     with Lock("output_dir", tmp_path):
-        said = json.loads((tmp_path / lock.NAME).read_text())["command"]
-    assert len(said) <= 200 and said.startswith("fastmim key=value") and said.endswith("key=value ...")
+        command = json.loads((tmp_path / lock.NAME).read_text())["command"]
+    assert len(command) <= 200 and command.startswith("fastmim key=value") and command.endswith("key=value ...")
 
 
 @pytest.mark.parametrize("pid", [10**20, "x", None])
@@ -115,11 +117,11 @@ def test_a_file_without_the_number_of_a_process(tmp_path, how, pid):
         pass
 
 
-def test_two_of_one_process(tmp_path, how):
+def test_two_locks_of_one_process(tmp_path, how):
     with Lock("out", tmp_path):
         with pytest.raises(Locked, match="is in use by this process already"), Lock("out", tmp_path):
             pass
-        # the one that was refused took nothing away
+        # the refused lock did not release the first
         with pytest.raises(Locked), Lock("out", tmp_path):
             pass
     with Lock("out", tmp_path):
@@ -127,8 +129,8 @@ def test_two_of_one_process(tmp_path, how):
 
 
 @pytest.mark.parametrize("beats", [True, False])
-def test_another_machine_is_asked_for_a_sign_of_life(tmp_path, how, beats, caplog):
-    """Where the kernel's lock doesn't reach other machines too."""
+def test_a_holder_on_another_machine(tmp_path, how, beats, caplog):
+    """Lock file of a process on another machine, which is alive if it updates the file."""
     written_by(tmp_path, host="elsewhere", pid=7)
     over = threading.Event()
 
@@ -160,15 +162,23 @@ def test_a_container_that_starts_again_has_the_old_number(tmp_path, how):
         pass
 
 
-def test_what_is_no_lock_file_holds_nothing(tmp_path, how):
+def test_a_malformed_lock_file_is_ignored(tmp_path, how):
     for content in (b"", b"{", b"[1]", b"\xff"):
         (tmp_path / lock.NAME).write_bytes(content)
         with Lock("out", tmp_path):
             pass
 
 
+def test_a_pipe_in_the_place_of_the_lock_file(tmp_path):
+    """Pipe that would block whoever reads it."""
+    os.mkfifo(tmp_path / lock.NAME)
+    command = [sys.executable, "-c", HOLD, str(tmp_path), "flock", lock.__file__]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode and f"it must be a regular file: '{tmp_path / lock.NAME}'" in done.stderr
+
+
 def test_a_child_does_not_hold_it_beyond_its_parent(tmp_path):
-    """Such as a worker that outlives a run that was killed."""
+    """Forked child that outlives its killed parent, as a worker of a run may."""
     context = multiprocessing.get_context("fork")
     started, over = context.Event(), context.Event()
     killed = Lock("out", tmp_path).__enter__()
@@ -176,10 +186,10 @@ def test_a_child_does_not_hold_it_beyond_its_parent(tmp_path):
     child.start()
     try:
         assert started.wait(60)
-        # what a kill does
+        # has the effect of killing the holder
         killed._over.set()
         killed._thread.join()
-        lock._let_go()
+        lock._release_in_child()
         with Lock("out", tmp_path):
             pass
     finally:
@@ -193,7 +203,7 @@ def test_a_folder_that_was_made_anew_is_not_mine(tmp_path, how):
     with Lock("out", folder) as mine:
         assert mine.is_mine()
         folder.rename(tmp_path / "away")
-        assert mine.is_mine(), "nobody else's"
+        assert mine.is_mine(), "no other process has locked it"
         folder.mkdir()
         with Lock("out", folder) as theirs:
             assert theirs.is_mine() and not mine.is_mine()
@@ -211,8 +221,8 @@ def test_a_full_disk_does_not_open_the_lock(tmp_path, monkeypatch):
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_that_pack_into_one_folder(photographs, tmp_path):
-    """The second is refused, and the first one's half-written shard stays."""
+def test_packing_twice_at_once_is_refused(photographs, tmp_path):
+    """Refusal of the second call; the incomplete shard of the first stays."""
     out, seen = tmp_path / "packed", []
 
     def second(count):
@@ -227,7 +237,7 @@ def test_two_that_pack_into_one_folder(photographs, tmp_path):
     assert not list(out.glob("*.part"))
 
 
-def test_what_a_killed_one_left_goes(photographs, tmp_path):
+def test_files_of_a_killed_process_are_removed(photographs, tmp_path):
     out = tmp_path / "packed"
     out.mkdir()
     for name in ("shard-00000.bin.part", "shard-00000.bin.1234.part", lock.NAME):

@@ -1,4 +1,4 @@
-"""Which samples make up a batch."""
+"""Order of samples, and their division into batches and shards."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ def test_philox_is_the_generator_of_the_masks():
     seeds = [0, 1, 2**40 + 7, 2**63 - 1]
     ours = [philox(seed, np.arange(5), 0, 0, 0).reshape(-1).astype(np.int64) for seed in seeds]
     assert torch.equal(torch.from_numpy(np.stack(ours)), reference.philox(torch.tensor(seeds), 20))
-    # the counters' known answer of the authors' test vectors
+    # known answer from the test vectors of the authors of Philox
     words = philox(0xFFFFFFFF_FFFFFFFF, *[0xFFFFFFFF] * 4)
     assert [f"{word:08x}" for word in words.tolist()] == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
 
 
-def test_numbers_are_uniform_and_each_has_its_own():
+def test_numbers_are_uniform_and_distinct():
     samples = np.arange(4000)
     drawn = uniforms(3, 1, samples, np.zeros_like(samples), 2)
     assert drawn.shape == (4000, 8) and drawn.min() >= 0 and drawn.max() < 1
@@ -36,7 +36,7 @@ def test_permutations_differ_by_seed_and_epoch():
 
 
 def shards(samples, batch_size, world, epoch=0, drop_last=False):
-    """Batches by shard, and what each may fill from besides."""
+    """Return for each shard its batches, and its own samples."""
     cut = []
     for rank in range(world):
         order = Order(samples, batch_size, rank, world, 5, drop_last)
@@ -65,7 +65,7 @@ def test_an_epoch_is_cut_into_global_batches(samples, batch_size, world):
 
 
 @given(st.integers(1, 80), st.integers(1, 9), st.integers(1, 7))
-def test_without_the_last_the_remainder_is_in_reserve(samples, batch_size, world):
+def test_with_drop_last_the_remainder_is_kept_in_reserve(samples, batch_size, world):
     if samples < batch_size * world:
         assert all(len(Order(samples, batch_size, rank, world, 5, True)) == 0 for rank in range(world))
         return

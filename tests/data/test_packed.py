@@ -1,4 +1,4 @@
-"""Packed datasets: the same samples without decoding, and nothing half written is believed."""
+"""Packed datasets: the same samples as the source, and refusal of incomplete or damaged shards."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from test_loader import load, names_of, same
 from test_sources import write_tars
 
 from fastmim.data import pack as packing
-from fastmim.data.changes import former_identity
+from fastmim.data.loader_state import former_identity
 from fastmim.data.pack import pack
 from fastmim.data.packed import read_json, write_json
 from fastmim.data.quarantine import listed
@@ -41,7 +41,7 @@ def test_samples_keep_their_numbers_labels_and_pixels(photographs, packed):
     assert ours.classes == theirs.classes and ours.source.names == theirs.source.names and ours.backend == "packed"
     for a, b in zip(ours, theirs):
         assert torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
-        assert (a.images.float() - b.images.float()).abs().mean() < 12  # of another crop it is above 40
+        assert (a.images.float() - b.images.float()).abs().mean() < 12  # between different crops it is above 40
     assert min(ours.source.read(3).shape[:2]) == 48
 
 
@@ -55,7 +55,7 @@ def test_small_pictures_are_not_enlarged(photographs, tmp_path):
     assert max(off) <= 2
 
 
-def test_a_state_goes_on(packed):
+def test_resuming_from_a_state(packed):
     loader = load(packed)
     iterator = iter(loader)
     next(iterator), next(iterator)
@@ -85,7 +85,7 @@ def contents(root):
 
 
 @pytest.mark.parametrize("after", [0, 3, 8, 20, 30])
-def test_interrupted_packing_goes_on(photographs, packed, tmp_path, monkeypatch, after):
+def test_interrupted_packing_continues(photographs, packed, tmp_path, monkeypatch, after):
     class Stopped(BaseException):
         pass
 
@@ -154,20 +154,20 @@ def test_shards_of_another_dataset_are_refused(photographs, packed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [({"short_side": 40}, "short_side was 48, is 40"), ({"shard_size": 5}, "shard_size was 8, is 5")],
 )
-def test_another_dataset_is_not_overwritten(photographs, packed, change, said):
+def test_another_dataset_is_not_overwritten(photographs, packed, change, message):
     before = contents(packed)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         pack(photographs, packed, **{"short_side": 48, "shard_size": 8, **change})
     assert contents(packed) == before
 
 
 def test_a_folder_of_something_else_is_not_written_to(photographs, own, packed, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for out, said in ((own, "holds other files"), (tmp_path / "file", "must be a folder")):
-        with pytest.raises(ValueError, match=said):
+    for out, message in ((own, "holds other files"), (tmp_path / "file", "must be a folder")):
+        with pytest.raises(ValueError, match=message):
             pack(photographs, out)
     with pytest.raises(ValueError, match="is a packed dataset already"):
         pack(packed, tmp_path / "twice")
@@ -181,7 +181,7 @@ def test_too_many_unreadable_files_stop_packing(own, tmp_path):
         pack(own, tmp_path / "packed")
 
 
-def test_the_format_is_what_the_module_says(packed):
+def test_the_format_is_as_documented(packed):
     index = read_json(packed / "shard-00001.json")
     start, height, width, _ = index["places"][2]
     pixels = np.fromfile(packed / "shard-00001.bin", np.uint8)[start : start + height * width * 3]
@@ -203,7 +203,7 @@ def touched(before, root):
 
 @pytest.mark.fault
 def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
-    """Three of them, in two shards; the others stay, and the result is that of files that were never bad."""
+    """Repair of three files in two shards; the other shards stay, and the result has no trace of the damage."""
     names = names_of(own)
     good = {index: (own / names[index]).read_bytes() for index in (3, 9, 11)}
     for index, data in good.items():
@@ -211,7 +211,7 @@ def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
     out = tmp_path / "again"
     assert set(pack(own, out, **OPTIONS).reasons) == {3, 9, 11}
     state, before = load(out).state_dict(), times(out)
-    # nothing changed: nothing is written
+    # packing again without a change writes nothing
     pack(own, out, **OPTIONS)
     assert times(out) == before
     for index, data in good.items():
@@ -221,7 +221,7 @@ def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
     assert f"{out}: 3 files changed since and are packed again: '{names[3]}', " in caplog.text
     for ours, theirs in zip(load(out, drop_last=False), load(packed, drop_last=False), strict=True):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.ids, theirs.ids)
-    # a run on it goes on
+    # a run on the dataset can continue
     load(out).load_state_dict(state)
     assert listed(out / "quarantine.jsonl") == []
     assert len((out / "quarantine.jsonl").read_text().splitlines()) == 6
@@ -229,7 +229,7 @@ def test_repaired_files_are_packed(photographs, own, packed, tmp_path, caplog):
 
 @pytest.mark.fault
 def test_a_change_of_the_same_size_is_seen(own, tmp_path):
-    """Pictures that are stored as they are have the same size whatever they show."""
+    """Change of an uncompressed image, whose file size doesn't depend on what it shows."""
     for name in names_of(own):
         Image.open(own / name).resize((20, 20)).save((own / name).with_suffix(".bmp"))
         (own / name).unlink()
@@ -243,12 +243,12 @@ def test_a_change_of_the_same_size_is_seen(own, tmp_path):
 
 
 @pytest.mark.fault
-def test_a_new_time_alone_decodes_nothing(own, tmp_path, monkeypatch):
+def test_a_new_modification_time_alone_decodes_nothing(own, tmp_path, monkeypatch):
     out = tmp_path / "packed"
     pack(own, out, **OPTIONS)
     before = times(out)
     os.utime(own / names_of(own)[12], (1, 1))
-    monkeypatch.setattr(packing, "_shrunk", None)
+    monkeypatch.setattr(packing, "_reduced", None)
     pack(own, out, **OPTIONS)
     assert touched(before, out) == ["shard-00001"]
     before = times(out)
@@ -258,8 +258,8 @@ def test_a_new_time_alone_decodes_nothing(own, tmp_path, monkeypatch):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("gone", [True, False])
-def test_what_was_packed_well_stays(own, tmp_path, caplog, gone):
-    """When its file is gone or damaged; also when another file of its shard was repaired."""
+def test_pixels_packed_earlier_stay(own, tmp_path, caplog, gone):
+    """Pixels of a file that is missing or damaged now, also after another file of the shard was repaired."""
     out, names = tmp_path / "packed", names_of(own)
     good = (own / names[10]).read_bytes()
     (own / names[10]).write_bytes(b"bad")
@@ -287,7 +287,7 @@ def test_repaired_members_of_tars_are_packed(own, tmp_path):
 
 
 def as_earlier_version(source, out):
-    """What the version before stamps wrote: sizes were part of the plan."""
+    """Rewrite a dataset as an earlier version wrote it: without stamps, and with file sizes in the plan."""
     index = read_json(out / "packed.json")
     index["plan"] = hashlib.sha256(f"{former_identity(open_source(source))} 48 8".encode()).hexdigest()
     write_json(out / "packed.json", index)
@@ -300,7 +300,7 @@ def as_earlier_version(source, out):
 
 @pytest.mark.fault
 def test_a_dataset_of_an_earlier_version(own, tmp_path):
-    """Is read, and brought up to date under its name when it is packed again."""
+    """Reading it, and packing it again, which updates it and keeps its plan."""
     out, names = tmp_path / "packed", names_of(own)
     good = (own / names[9]).read_bytes()
     (own / names[9]).write_bytes(b"bad")
@@ -330,8 +330,8 @@ def test_a_dataset_of_an_earlier_version(own, tmp_path):
     "size, short_side, name",
     [(100_000, 64, "shard-00000.bin"), (2_000, 1, "shard-00000.json"), (100, 1, "packed.json")],
 )
-def test_a_full_disk_is_one_line_that_names_the_file(own, tmp_path, size, short_side, name):
-    """A file that may not grow on is refused as on a full disk, with EFBIG in the place of ENOSPC."""
+def test_a_full_disk_is_one_line_with_the_name_of_the_file(own, tmp_path, size, short_side, name):
+    """Limit the size of files, which fails as a full disk does, with EFBIG instead of ENOSPC."""
     out = tmp_path / "packed"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -342,5 +342,5 @@ def test_a_full_disk_is_one_line_that_names_the_file(own, tmp_path, size, short_
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(caught.value) == f"[Errno 27] File too large: '{out / name}'"
     assert not list(out.glob("*.part"))
-    # with room it goes on
+    # without the limit it continues
     assert len(pack(own, out, short_side=short_side).names) == SAMPLES

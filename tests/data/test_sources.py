@@ -13,7 +13,7 @@ from photos import SAMPLES, picture, write_pictures
 from test_loader import load, names_of, same
 
 from fastmim.data import formats
-from fastmim.data.pictures import Unreadable, decode
+from fastmim.data.images import Unreadable, decode
 from fastmim.data.sources import open_source
 
 
@@ -22,7 +22,7 @@ def ids_of(loader):
 
 
 def write_tars(photographs, root, shards=3, labels=True):
-    """The photographs in shards, each with its class as WebDataset has it."""
+    """Write the photographs into tar shards, each with a label, as WebDataset does, and return the paths."""
     names = names_of(photographs)
     for shard in range(shards):
         with tarfile.open(root / f"shard-{shard:03}.tar", "w") as tar:
@@ -83,13 +83,13 @@ def test_a_tar_without_labels_that_is_cut_off(photographs, tmp_path):
     path.write_bytes(whole[: last.offset_data + 50])
     assert ids_of(loader) == list(range(SAMPLES - 1)) and "truncated" in loader.skipped[SAMPLES - 1]
     assert next(iter(loader)).labels is None
-    # how many samples there should be can't be known any more
+    # the number of samples that it should hold is unknown
     with pytest.raises(ValueError, match=r"shard-000.tar can't be read as an uncompressed tar file"):
         load(path)
 
 
 @pytest.mark.parametrize(
-    ("source", "error", "said"),
+    ("source", "error", "message"),
     [
         ("nowhere", ValueError, "source must be a folder, a .tar file"),
         ("empty", ValueError, "holds no file that ends in one of .jpg"),
@@ -102,11 +102,11 @@ def test_a_tar_without_labels_that_is_cut_off(photographs, tmp_path):
         ([3], TypeError, "source must be a path or a list of paths"),
     ],
 )
-def test_what_is_no_source_is_refused(tmp_path, monkeypatch, source, error, said):
+def test_other_paths_are_refused(tmp_path, monkeypatch, source, error, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar").write_text("no tar file" * 100)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         load(source)
 
 
@@ -122,12 +122,12 @@ def test_names_of_any_kind(tmp_path):
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
-# ---- what is left out ------------------------------------------------------------------------------------------------
+# ---- left-out files ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Three images, and what is none."""
+    """Folder of three images and of other files."""
     for name in ("a.jpg", "b.TGA", "sub/c.j2k", "sub/d.heic", "sub/e.HEIC", "sub/f.txt", "LICENSE", "photo.0001"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -143,24 +143,24 @@ LEFT_OUT = {".heic": 2, ".txt": 1, "no suffix": 2, ".jpg*": 1, ".tar.zst": 1}
 
 @pytest.fixture
 def no_heif(monkeypatch):
-    """As if pillow-heif were not installed, also where it is."""
-    monkeypatch.setattr(formats, "served", lambda: formats.SUFFIXES)
+    """Pretend that pillow-heif is not installed."""
+    monkeypatch.setattr(formats, "readable_suffixes", lambda: formats.SUFFIXES)
 
 
 @pytest.mark.fault
-def test_what_a_folder_leaves_out_is_counted_and_said_once(mixed, caplog, no_heif):
+def test_left_out_files_of_a_folder_are_counted_and_logged_once(mixed, caplog, no_heif):
     for _ in range(2):
         source = open_source(mixed)
     assert source.names == ["a.jpg", "b.TGA", "sub/c.j2k"] and source.left_out == LEFT_OUT
-    (said,) = caplog.records
-    assert said.levelname == "WARNING" and said.name == "fastmim.data"
-    assert said.getMessage() == (
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name == "fastmim.data"
+    assert record.getMessage() == (
         f"source {mixed}: left out .heic: 2 (pip install pillow-heif), no suffix: 2, .jpg*: 1, .tar.zst: 1, .txt: 1"
     )
 
 
 @pytest.mark.fault
-def test_what_is_surely_no_image_is_no_warning(tmp_path, caplog):
+def test_other_files_are_no_warning(tmp_path, caplog):
     for name in ("a.jpg", "b.txt", "c.json", "d.csv", "e.md", "f.tar.idx"):
         (tmp_path / name).write_bytes(b"")
     with caplog.at_level("INFO"):
@@ -169,15 +169,15 @@ def test_what_is_surely_no_image_is_no_warning(tmp_path, caplog):
 
 
 @pytest.mark.fault
-def test_many_kinds_are_one_line(tmp_path):
+def test_many_kinds_are_summed_up(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
     for number in range(30):
         (tmp_path / f"a.x{number}x").write_bytes(b"")
-    assert formats.told(open_source(tmp_path).left_out).endswith(", 20 other kinds: 20")
+    assert formats.describe(open_source(tmp_path).left_out).endswith(", 20 other kinds: 20")
 
 
 @pytest.mark.fault
-def test_a_folder_of_what_is_left_out_says_so(tmp_path, no_heif):
+def test_the_error_for_no_images_names_what_was_left_out(tmp_path, no_heif):
     (tmp_path / "a.heic").write_bytes(b"")
     with pytest.raises(ValueError, match=r"holds no file .*; it holds \.heic: 1 \(pip install pillow-heif\)"):
         open_source(tmp_path)
@@ -188,7 +188,7 @@ def test_a_folder_of_what_is_left_out_says_so(tmp_path, no_heif):
 
 
 @pytest.mark.fault
-def test_tars_hide_the_images_beside_them(mixed, photographs, caplog, no_heif):
+def test_images_beside_tars_are_left_out(mixed, photographs, caplog, no_heif):
     write_tars(photographs, mixed)
     (mixed / "sub" / "further.tar").write_bytes(b"")
     (mixed / "._shard-000.tar").write_bytes(b"written by macOS")
@@ -199,7 +199,7 @@ def test_tars_hide_the_images_beside_them(mixed, photographs, caplog, no_heif):
 
 
 @pytest.mark.fault
-def test_what_a_tar_leaves_out(mixed, tmp_path_factory, caplog, no_heif):
+def test_left_out_members_of_a_tar(mixed, tmp_path_factory, caplog, no_heif):
     path = tmp_path_factory.mktemp("tars") / "s.tar"
     with tarfile.open(path, "w") as tar:
         tar.add(mixed, ".")
@@ -210,7 +210,7 @@ def test_what_a_tar_leaves_out(mixed, tmp_path_factory, caplog, no_heif):
 
 @pytest.mark.fault
 def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
-    """A package that reads as HEIC what is a PNG: the names are served, its opener is registered once."""
+    """Pretend an installed pillow-heif: its suffixes count as images, and its opener is registered once."""
     (tmp_path / "pillow_heif.py").write_text("called = []\ndef register_heif_opener():\n    called.append(1)\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
@@ -218,7 +218,7 @@ def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
     for name in ("a.heic", "b.HEIF", "c.hif"):
         with open(tmp_path / "images" / name, "wb") as file:
             picture(1).save(file, "PNG")
-    for cached in (formats.served, formats._register):
+    for cached in (formats.readable_suffixes, formats._register):
         cached.cache_clear()
     try:
         source = open_source(tmp_path / "images")
@@ -228,7 +228,7 @@ def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
     finally:
         monkeypatch.undo()
         sys.modules.pop("pillow_heif", None)
-        for cached in (formats.served, formats._register):
+        for cached in (formats.readable_suffixes, formats._register):
             cached.cache_clear()
 
 
@@ -236,7 +236,7 @@ def test_heic_where_its_package_is_installed(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "suffix", ["tga", "dib", "j2k", "j2c", "jpc", "jpf", "jpx", "jp2", "apng", "mpo", "pcx", "qoi"]
 )
-def test_what_pillow_reads_is_served(tmp_path, suffix):
+def test_every_format_that_pillow_writes_is_served(tmp_path, suffix):
     try:
         picture(1).save(tmp_path / f"a.{suffix}")
     except (KeyError, OSError, ValueError) as error:
@@ -257,7 +257,7 @@ def test_links_to_nowhere_and_to_themselves(photographs, tmp_path):
         (root / name).symlink_to(os.path.basename(name))
     (root / "class1" / "nowhere").symlink_to("no such folder", target_is_directory=True)
     source = open_source(root)
-    # a picture by its name has a number, whatever it is
+    # a file with the name of an image has a number, even if it can't be read
     assert source.names == sorted([*names, "class0/itself.jpg"]) and source.left_out == {"no suffix": 3}
     with pytest.raises(Unreadable, match="OSError"):
         source.read(source.names.index("class0/itself.jpg"))
@@ -281,7 +281,7 @@ def test_a_folder_that_can_not_be_read_is_left_out(own, monkeypatch, caplog, err
     assert source.classes == ["class0", "class1", "class2"]
     for name in ("lost+found/", "class1/inner/"):
         assert f"leaving out '{name}': {type(error).__name__}: {error.strerror}" in caplog.text
-    with pytest.raises(ValueError, match=rf"source .* can't be read: {type(error).__name__}"):
+    with pytest.raises(ValueError, match=rf"source {own}/lost.found can't be read: {type(error).__name__}"):
         open_source(own / "lost+found")
 
 
@@ -301,7 +301,7 @@ def test_a_folder_deeper_than_recursion(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("a.tgz", "a.tgz: compressed archives can't be read at random: decompress it"),
         ("a.tar.gz", "a.tar.gz: compressed archives"),
@@ -317,7 +317,7 @@ def test_a_folder_deeper_than_recursion(tmp_path):
         ("none.tar", "no such file"),
     ],
 )
-def test_archives_and_folders_where_they_are_no_source(tmp_path, monkeypatch, source, said):
+def test_archives_and_folders_in_the_wrong_place(tmp_path, monkeypatch, source, message):
     monkeypatch.chdir(tmp_path)
     for name in ("a.tgz", "a.tar.gz", "a.zip", "a.jpg"):
         (tmp_path / name).write_bytes(b"")
@@ -328,7 +328,7 @@ def test_archives_and_folders_where_they_are_no_source(tmp_path, monkeypatch, so
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder.tar").mkdir()
     os.mkfifo(tmp_path / "pipe.tar")
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         open_source(source)
 
 
@@ -348,7 +348,7 @@ def test_names_in_capitals_and_folders_that_end_in_tar(photographs, tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("marks", [["run/.fastmim.lock"], ["run/metrics.jsonl", "run/checkpoints/0/state.json"]])
-def test_pictures_of_a_run_are_no_data(own, caplog, marks):
+def test_images_of_a_run_are_left_out(own, caplog, marks):
     before = open_source(own)
     for name in ("run/reconstructions/1.png", "run/loss.png", "run/data/digits/train/0/1.png", *marks):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
@@ -356,13 +356,13 @@ def test_pictures_of_a_run_are_no_data(own, caplog, marks):
     after = open_source(own)
     assert after.names == before.names and after.classes == before.classes and after.identity() == before.identity()
     assert after.left_out == {"folders of runs": 1} and not caplog.records
-    # digits that a run wrote for itself
+    # the digits that a run wrote as its own training data
     assert open_source(own / "run" / "data" / "digits" / "train").names == ["0/1.png"]
     with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`: it holds "):
         open_source(own / "run")
 
 
 @pytest.mark.fault
-def test_a_path_that_does_not_exist_is_said_to(tmp_path):
+def test_a_path_that_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"got .*typo, which doesn't exist"):
         open_source(tmp_path / "typo")

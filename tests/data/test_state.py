@@ -1,4 +1,4 @@
-"""Stopping in the middle and going on, bit for bit."""
+"""Resuming a loader in the middle of an epoch, bit for bit."""
 
 import json
 import shutil
@@ -9,12 +9,12 @@ from photos import BACKENDS, SAMPLES
 from test_loader import load, names_of, same
 
 from fastmim.data import ImageLoader
-from fastmim.data.changes import former_identity
+from fastmim.data.loader_state import former_identity
 from fastmim.data.quarantine import listed
 
 
 def damage(root):
-    """Three of the samples, in different ways."""
+    """Damage three samples in different ways, and return their numbers."""
     for index, data in ((3, b""), (10, b"no JPEG at all"), (17, None)):
         path = sorted(root.rglob("*.jpg"))[index]
         path.write_bytes(path.read_bytes()[:-200] if data is None else data)
@@ -24,7 +24,7 @@ def damage(root):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("bad", [False, True])
-def test_a_state_goes_on_bit_for_bit(own, backend, drop_last, bad):
+def test_resuming_is_exact(own, backend, drop_last, bad):
     if bad:
         damage(own)
     options = {"backend": backend, "drop_last": drop_last, "shard": (1, 2), "batch_size": 3}
@@ -34,7 +34,7 @@ def test_a_state_goes_on_bit_for_bit(own, backend, drop_last, bad):
         states.append(loader.state_dict())
         for batch in loader:
             batches.append(batch)
-            # threads are ahead of this
+            # the threads are ahead of this position
             states.append(loader.state_dict())
         states.pop()
     for done in (0, 1, 4, len(loader) - 1, len(loader), len(loader) + 2):
@@ -60,7 +60,7 @@ def test_asking_for_a_state_changes_nothing(photographs):
     assert same(batches, other)
 
 
-def test_after_a_state_the_old_iteration_no_longer_counts(photographs):
+def test_an_iteration_begun_before_loading_a_state_is_ignored(photographs):
     loader = load(photographs)
     iterator = iter(loader)
     next(iterator)
@@ -72,7 +72,7 @@ def test_after_a_state_the_old_iteration_no_longer_counts(photographs):
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_a_state_of_another_world_is_converted(photographs, world, batch_size):
-    """The global batches stay the same, and the rest of the epoch with them."""
+    """Same global batches, so the same rest of the epoch."""
     loader = load(photographs, 6, drop_last=False)
     iterator = iter(loader)
     next(iterator), next(iterator)
@@ -86,7 +86,7 @@ def test_a_state_of_another_world_is_converted(photographs, world, batch_size):
         assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
 
 
-def test_what_was_skipped_is_not_converted(own):
+def test_a_state_with_skipped_samples_is_not_converted(own):
     damage(own)
     loader = load(own, 6)
     for _ in loader:
@@ -96,7 +96,7 @@ def test_what_was_skipped_is_not_converted(own):
         load(own, 3, shard=(0, 2)).load_state_dict(loader.state_dict())
 
 
-def test_what_another_shard_skipped_is_refused(own):
+def test_a_state_of_another_shard_with_skipped_samples_is_refused(own):
     damage(own)
     loaders = [load(own, 3, shard=(rank, 2)) for rank in range(2)]
     for mine, other in (loaders, loaders[::-1]):
@@ -111,7 +111,7 @@ def test_what_another_shard_skipped_is_refused(own):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"batch_size": 5}, "batch_size was 4, is 5"),
         ({"seed": 1}, "seed was 0, is 1"),
@@ -124,11 +124,11 @@ def test_what_another_shard_skipped_is_refused(own):
         ({"repeats": 2}, "repeats was 1, is 2"),
     ],
 )
-def test_a_state_of_other_settings_is_refused(photographs, options, said):
+def test_a_state_of_other_settings_is_refused(photographs, options, message):
     state = load(photographs).state_dict()
     other = load(photographs, **options)
     before = other.state_dict()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert other.state_dict() == before
 
@@ -138,7 +138,7 @@ def test_a_state_of_other_data_is_refused(photographs, own):
     load(shutil.copytree(photographs, own.parent / "copy")).load_state_dict(state)
     path = next(own.rglob("*.jpg"))
     path.rename(path.with_name("other.jpg"))
-    with pytest.raises(ValueError, match="names or labels of the files are others"):
+    with pytest.raises(ValueError, match="the names or labels of the files differ"):
         load(own).load_state_dict(state)
     path.with_name("other.jpg").unlink()
     with pytest.raises(ValueError, match="samples was 31, is 30"):
@@ -148,8 +148,8 @@ def test_a_state_of_other_data_is_refused(photographs, own):
 @pytest.mark.fault
 @pytest.mark.parametrize("same_size", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_a_few_files_may_have_changed_and_that_is_said(photographs, own, caplog, same_size, count):
-    """A tenth at most: more are other data."""
+def test_a_few_files_may_have_changed_with_a_warning(photographs, own, caplog, same_size, count):
+    """Changes of up to a tenth of the files, and of more, for which the state is refused."""
     state = load(photographs).state_dict()
     for path in sorted(own.rglob("*.jpg"))[:count]:
         data = path.read_bytes()
@@ -164,7 +164,7 @@ def test_a_few_files_may_have_changed_and_that_is_said(photographs, own, caplog,
 
 @pytest.mark.fault
 def test_a_state_of_an_earlier_version(photographs, own):
-    """Sizes were part of its identity, so that any change is other data."""
+    """State whose identity includes file sizes, so that it is refused after any change of size."""
     loader = load(photographs)
     iterator = iter(loader)
     next(iterator)
@@ -176,13 +176,13 @@ def test_a_state_of_an_earlier_version(photographs, own):
     assert same(other, iterator)
     path = next(own.rglob("*.jpg"))
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(ValueError, match="names, labels or sizes of the files are others"):
+    with pytest.raises(ValueError, match="the names, labels or sizes of the files differ"):
         load(own).load_state_dict(state)
 
 
 @pytest.mark.fault
 def test_a_repaired_file_is_served_from_then_on(own, tmp_path, caplog):
-    """At its place in the epoch, or in the next epoch; all others as they were."""
+    """Repaired files, served at their positions in the epoch or in the next epoch; other samples are as before."""
     names = names_of(own)
     whole = [(own / name).read_bytes() for name in names]
     good = {index: whole[index] for index in damage(own)}
@@ -198,7 +198,7 @@ def test_a_repaired_file_is_served_from_then_on(own, tmp_path, caplog):
     other.load_state_dict(state)
     assert other.skipped == dict(map(tuple, state["bad"]))
     first = [i for batch in (*served, *other) for i in batch.ids.tolist()]
-    # where all are readable none need be repeated to fill the last batch
+    # without unreadable samples none is repeated to fill the last batch
     assert [i for i in first if i not in good] == list(dict.fromkeys(order))
     second = [i for batch in other for i in batch.ids.tolist()]
     assert sorted(second) == list(range(SAMPLES)) and other.skipped == {}
@@ -226,10 +226,11 @@ def test_a_file_that_is_repaired_during_the_run_is_served_in_the_next_epoch(own)
         (lambda state: {**state, "epoch": "first"}, ValueError),
         (lambda state: {**state, "batches": 900, "consumed": 3600}, ValueError),
         (lambda state: {**state, "epoch": -1}, ValueError),
+        (lambda state: {**state, "contents": []}, ValueError),
         (lambda state: {**state, "bad": [[SAMPLES, "why"]]}, ValueError),
     ],
 )
-def test_what_is_no_state_is_refused(photographs, change, error):
+def test_a_malformed_state_is_refused(photographs, change, error):
     loader = load(photographs)
     with pytest.raises(error, match="state must be"):
         loader.load_state_dict(change(loader.state_dict()))

@@ -1,4 +1,4 @@
-"""Tar files: whole or refused, each image with its own bytes and its own label."""
+"""Tar files: refusal of damaged ones, and the right bytes and label for each image."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import pytest
 from photos import picture
 from PIL import Image
 
-from fastmim.data.pictures import Unreadable, decode
+from fastmim.data.images import Unreadable, decode
 from fastmim.data.sources import open_source
 
 
@@ -33,7 +33,7 @@ def write(path, members, **options):
 
 
 def of(path, *names, **options):
-    """A tar of names, a file's content being its name, a label's what stands after a colon."""
+    """Write a tar file of members whose content is the text after a colon in the name, or else the name."""
     pairs = [name.partition(":")[::2] for name in names]
     return write(path, [member(name, (label or name).encode()) for name, label in pairs], **options)
 
@@ -45,11 +45,11 @@ def content(source):
 
 @pytest.fixture
 def small(tmp_path):
-    """Three labelled images."""
+    """Tar file of three labelled images."""
     return of(tmp_path / "s.tar", *(each for i in range(3) for each in (f"{i}.jpg", f"{i}.cls:{i}")))
 
 
-# ---- files that aren't whole -----------------------------------------------------------------------------------------
+# ---- damaged files -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault
@@ -60,22 +60,22 @@ def test_a_tar_that_ends_anywhere_is_refused(small):
         small.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"s\.tar can't be read as an uncompressed tar file: "):
             open_source(small)
-    for size in (end + 512, end + 700, end + 1024, len(whole)):  # the end mark is there, all of it or half
+    for size in (end + 512, end + 700, end + 1024, len(whole)):  # with all or half of the end mark
         small.write_bytes(whole[:size])
         assert content(open_source(small)) == before
 
 
 @pytest.mark.fault
-def test_the_refusal_says_where(small):
+def test_the_error_names_the_position(small):
     whole = small.read_bytes()
-    for size, said in (
+    for size, message in (
         (4096, r"at byte 4096, after '1\.cls': the file ends without an end mark"),
         (4200, r"at byte 4096, after '1\.cls': the file ends within a header, which has 104 of 512 bytes"),
         (4609, r"at byte 4096, after '1\.cls': the file ends within '2\.jpg': it has 4609 of 5120 bytes"),
         (0, "it is empty"),
     ):
         small.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             open_source(small)
 
 
@@ -100,7 +100,7 @@ def test_no_flipped_bit_of_a_header_loses_an_image(tmp_path, form):
                 continue
             finally:
                 os.pwrite(file.fileno(), whole[at : at + 1], at)
-            # what extends a header has no checksum: a name may be another one
+            # extensions of headers have no checksum: a name may have changed
             assert len(after.names) + sum(after.left_out.values()) >= 3
             if form == tarfile.USTAR_FORMAT:
                 assert content(after) == before
@@ -126,7 +126,7 @@ def test_data_after_the_end_mark(small, tmp_path):
     joined.write_bytes(small.read_bytes() * 2)
     with pytest.raises(ValueError, match=r"at byte 10240, after '2\.cls': data follow the end mark: .* joined"):
         open_source(joined)
-    # a block of zeros where a header was
+    # a header replaced by zeros
     hole = bytearray(small.read_bytes())
     hole[2048:2560] = bytes(512)
     joined.write_bytes(hole)
@@ -137,7 +137,7 @@ def test_data_after_the_end_mark(small, tmp_path):
 
 
 @pytest.mark.fault
-def test_sizes_that_no_header_has(tmp_path):
+def test_impossible_sizes(tmp_path):
     for size in (-512, -(2**40), 2**40, 2**62):
         path = of(tmp_path / "s.tar", "a.jpg", "b.jpg")
         block = bytearray(path.read_bytes()[:512])
@@ -151,7 +151,7 @@ def test_sizes_that_no_header_has(tmp_path):
                 open_source(path)
 
 
-def test_long_names_and_headers_for_all(tmp_path):
+def test_long_names_and_global_headers(tmp_path):
     long = "folder/" * 60 + "ü.jpg"
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = of(tmp_path / "s.tar", long, f"{long[:-4]}.cls:5", "a.jpg", "a.cls:6", format=form)
@@ -163,7 +163,7 @@ def test_long_names_and_headers_for_all(tmp_path):
 
 @pytest.mark.fault
 @pytest.mark.parametrize("size", [1, 9 << 30])
-def test_a_file_larger_than_a_header_can_say(tmp_path, size):
+def test_a_size_that_needs_more_digits(tmp_path, size):
     info, _ = member("a.jpg")
     path = tmp_path / "s.tar"
     info.size = size
@@ -180,7 +180,7 @@ def test_a_file_larger_than_a_header_can_say(tmp_path, size):
 
 
 def bytes_read():
-    """By this process, as the kernel counts."""
+    """Return the number of bytes that this process has read, as counted by the kernel."""
     return int(Path("/proc/self/io").read_text().split()[1])
 
 
@@ -206,13 +206,13 @@ def test_only_headers_and_labels_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
-        # twice under one name: in order
+        # images and labels of the same name are paired in order
         (["x.jpg", "x.cls:1", "x.jpg", "x.cls:2"], [1, 2]),
-        # a key ends at the first dot, unless keys have dots
+        # a key ends at the first dot, unless a label has dots in its key
         (["i 2.jpg", "i 2.cls:1", "i 2.1.jpg", "i 2.1.cls:2"], [2, 1]),
         (["a.seg.png", "a.jpg", "a.cls:3"], [3, 3]),
         (["1.5.jpg", "1.5.cls:4", "1.6.jpg", "1.6.cls:5"], [4, 5]),
-        # other fields of WebDataset are no labels
+        # other fields of WebDataset are not labels
         (["a.jpg", "a.cls:3", "a.fine.cls:many", "a.json"], [3]),
         (["a.jpg", "a.fine.cls:many"], None),
         (["x.jpg", "x.CLS:1", "y.JPG", "y.cls:2"], [1, 2]),
@@ -231,12 +231,12 @@ def test_labels(tmp_path, names, labels):
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
-        (["x.jpg", "x.cls:1", "x.cls:2"], r"'x\.jpg' is there 1 times, but its labels are 2: 'x\.cls', 'x\.cls'"),
-        (["x.jpg", "x.cls:1", "x.CLS:2"], r"'x\.jpg' is there 1 times, but its labels are 2: 'x\.cls', 'x\.CLS'"),
-        (["x.jpg", "x.cls:1", "x.jpg"], r"'x\.jpg' is there 2 times, but its labels are 1: 'x\.cls'"),
-        (["x.jpg", "./x.jpg", "x.cls:1"], r"'x\.jpg' is there 2 times"),
+        (["x.jpg", "x.cls:1", "x.cls:2"], r"it holds 'x\.jpg' 1 times, but 2 labels for it: 'x\.cls', 'x\.cls'"),
+        (["x.jpg", "x.cls:1", "x.CLS:2"], r"it holds 'x\.jpg' 1 times, but 2 labels for it: 'x\.cls', 'x\.CLS'"),
+        (["x.jpg", "x.cls:1", "x.jpg"], r"it holds 'x\.jpg' 2 times, but 1 labels for it: 'x\.cls'"),
+        (["x.jpg", "./x.jpg", "x.cls:1"], r"it holds 'x\.jpg' 2 times"),
         (["x.jpg", "x.cls:cat"], r"label 'x\.cls' must be an integer of 64 bits, got b'cat'"),
         (["x.jpg", "x.cls:" + "9" * 31], r"label 'x\.cls' must be an integer of 64 bits, got b'9999"),
         (["x.jpg", f"x.cls:{2**63}"], r"label 'x\.cls' must be an integer of 64 bits"),
@@ -247,23 +247,23 @@ def test_labels(tmp_path, names, labels):
         (["x.jpg", "x.cls:٣"], r"label 'x\.cls' must be an integer of 64 bits"),
     ],
 )
-def test_labels_that_do_not_fit(tmp_path, names, said):
-    with pytest.raises(ValueError, match=rf"source .*s\.tar: .*{said}"):
+def test_labels_that_do_not_fit(tmp_path, names, message):
+    with pytest.raises(ValueError, match=rf"source .*s\.tar: .*{message}"):
         open_source(of(tmp_path / "s.tar", *names))
 
 
 @pytest.mark.fault
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["x.jpg", "x.cls:1", "y.jpg"], "1 of its 2 images have none: 's.tar/y.jpg'"),
         (["i 2.jpg", "i 2.cls:1", "i 2.1.jpg", "i 3.1.jpg", "i 3.1.cls:1"], "1 of its 3 images have none: 's.tar/i 2."),
         (["x.jpg", "a.jpg", "b.jpg", "c.jpg", "x.cls:1"], "3 of its 4 images have none: 's.tar/a.jpg', 's.tar/b.jpg'"),
     ],
 )
-def test_images_without_a_label_are_served_without_labels_and_named(tmp_path, caplog, names, said):
+def test_images_without_a_label_are_served_without_labels_and_named(tmp_path, caplog, names, message):
     assert open_source(of(tmp_path / "s.tar", *names)).labels is None
-    assert f"no labels, since {said}" in caplog.text
+    assert f"no labels, since {message}" in caplog.text
 
 
 @pytest.mark.fault
@@ -322,7 +322,7 @@ def test_links(tmp_path):
 
 
 @pytest.mark.fault
-def test_a_hard_link_is_to_what_had_the_name_before_it(tmp_path):
+def test_a_hard_link_leads_to_the_latest_member_before_it(tmp_path):
     members = [
         member("a.jpg", b"old"),
         member("b.jpg", linkname="a.jpg", type=tarfile.LNKTYPE),
@@ -386,9 +386,9 @@ def test_sparse_members(tmp_path, options):
 @pytest.mark.fault
 @pytest.mark.parametrize("found", ["0,512,2048,512", "0,4096", "512,512,0,512", "0,512,8000,512", "0,-512,600,512"])
 def test_the_map_of_a_sparse_member(tmp_path, found):
-    said = {"GNU.sparse.name": "a.jpg", "GNU.sparse.size": "4096", "GNU.sparse.numblocks": "2"}
+    headers = {"GNU.sparse.name": "a.jpg", "GNU.sparse.size": "4096", "GNU.sparse.numblocks": "2"}
     members = [
-        member("a.jpg", b"x" * 1024, pax_headers={**said, "GNU.sparse.map": found}),
+        member("a.jpg", b"x" * 1024, pax_headers={**headers, "GNU.sparse.map": found}),
         member("b.jpg", b"y" * 5000),
     ]
     source = open_source(write(tmp_path / "s.tar", members, format=tarfile.PAX_FORMAT))

@@ -1,4 +1,4 @@
-"""Transfer of batches to a device: the order of copies, events and memory, where copies come late."""
+"""Transfer of batches to a device: order of copies and events, and reuse of memory, with delayed copies."""
 
 import contextlib
 import threading
@@ -18,7 +18,7 @@ GARBAGE = 77
 
 
 class Late:
-    """A link whose stream runs as late as it may: when a thread waits for it, else when its batches are looked at."""
+    """Link whose stream runs as late as possible: when a thread waits for it, or when its batches are read."""
 
     def __init__(self):
         self.queue, self.done, self.memory, self.handed = [], 0, [], []
@@ -56,20 +56,20 @@ class Late:
     def hand_over(self, tensor, event):
         self.handed.append((tensor.data_ptr(), event, threading.current_thread()))
 
-    def looked_at(self):
-        """The streams of those who take batches wait for them."""
+    def finish(self):
+        """Run all copies that consumers' streams wait for."""
         self.run(max((event for _, event, _ in self.handed), default=0))
 
 
 class Hasty(Late):
-    """A link that lets a thread go before the event it waits for."""
+    """Link that does not wait for events."""
 
     def wait(self, event):
         pass
 
 
 class Held(Late):
-    """A link whose stream does nothing until it is allowed to."""
+    """Link whose stream does nothing until it is allowed to."""
 
     def __init__(self):
         super().__init__()
@@ -82,14 +82,14 @@ class Held(Late):
 
 
 class Deaf(Late):
-    """A link whose streams don't wait for each other."""
+    """Link whose streams don't wait for each other."""
 
     def hand_over(self, tensor, event):
         pass
 
 
 class Prompt(Late):
-    """A link that copies at once."""
+    """Link that copies at once."""
 
     def mark(self):
         self.run(len(self.queue))
@@ -98,7 +98,7 @@ class Prompt(Late):
 
 @pytest.fixture
 def late(monkeypatch):
-    """Loaders use the link that is given."""
+    """Return a function that makes loaders use a link."""
 
     def use(link):
         monkeypatch.setattr(loader, "transfer_to", lambda device: Transfer(link))
@@ -108,10 +108,10 @@ def late(monkeypatch):
 
 
 def pixels(batches, link=None):
-    """The images of batches that are all held, and looked at in the end."""
+    """Return the images of all batches, which are read after the last of them has arrived."""
     found = [batch.images for batch in batches]
     if link is not None:
-        link.looked_at()
+        link.finish()
     return found
 
 
@@ -129,11 +129,11 @@ def test_late_copies_give_the_same_batches(photographs, backend, repeats, late):
     link = late(Late())
     found = pixels(loaded(), link)
     assert all_equal(found, expected)
-    # each was handed over once, as it is, behind its own event, by the thread that takes it
+    # each batch was handed over once, without a copy, with an event of its own, by the thread that consumes it
     assert [pointer for pointer, _, _ in link.handed] == [images.data_ptr() for images in found]
     assert len({event for _, event, _ in link.handed}) == len(found)
     assert {thread for _, _, thread in link.handed} == {threading.main_thread()}
-    assert len(link.memory) == transfer.PARTS
+    assert len(link.memory) == transfer.BUFFERS
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -143,24 +143,24 @@ def test_a_batch_that_is_kept_does_not_change(photographs, backend):
 
 
 @pytest.mark.parametrize("link", [Hasty, Deaf])
-def test_a_link_that_keeps_no_order_is_found_out(photographs, link, late):
+def test_missing_waits_give_wrong_batches(photographs, link, late):
     expected = pixels(load(photographs, 3))
     link = late(link())
     assert not all_equal(pixels(load(photographs, 3), link), expected)
 
 
 def test_the_thread_that_makes_batches_waits_for_no_batch(photographs, late):
-    """Its first two batches are queued before any copy is made: the first of an epoch overlaps as the others do."""
+    """Queue of two batches before any copy is made, so that the first batches of an epoch overlap too."""
     link = late(Held())
     batches = iter(load(photographs, 3))
-    feed = batches._loader._feed(batches._start)
+    prefetcher = batches._loader._prefetcher(batches._start)
     assert link.asked.wait(60)
-    assert link.done == 0 and len(link.queue) == transfer.PARTS == feed._ready.qsize()
+    assert link.done == 0 and len(link.queue) == transfer.BUFFERS == prefetcher._ready.qsize()
     link.allowed.set()
-    feed.stop()
+    prefetcher.stop()
 
 
-def test_a_run_goes_on_with_late_copies(photographs, late):
+def test_resuming_with_late_copies(photographs, late):
     whole = list(load(photographs, 3))
     link = late(Late())
     first = load(photographs, 3)
@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_late_copies(photographs, late):
     again = load(photographs, 3)
     again.load_state_dict(first.state_dict())
     rest = list(again)
-    link.looked_at()
+    link.finish()
     assert same(rest, whole[4:])
 
 
@@ -187,7 +187,7 @@ def test_a_batch_that_does_not_arrive_is_not_counted(photographs, late, monkeypa
 
 
 class Reusing(Dali):
-    """DALI as it may be on a GPU: it resizes, and each run of a pipeline writes to the memory of the one before."""
+    """DALI as it may behave on a GPU: it resizes, and each run of a pipeline overwrites the previous output."""
 
     def _build(self, room):
         pipeline = super()._build(room)
@@ -230,12 +230,12 @@ def test_unreadable_files_move_batches_up(own, late):
 def test_rows_on_the_device_and_of_the_host_keep_their_order():
     link = Late()
     rows = [np.full((4, 6, 3), value, np.uint8) for value in range(5)]
-    there = torch.from_numpy(np.stack(rows[1:3]))
+    on_device = torch.from_numpy(np.stack(rows[1:3]))
     sender = Transfer(link)
-    sent = sender.send([[rows[0]], there, [rows[3], rows[4]]])
+    sent = sender.send([[rows[0]], on_device, [rows[3], rows[4]]])
     assert (sent.images == GARBAGE).all()
     sender.receive(sent)
-    link.looked_at()
+    link.finish()
     assert torch.equal(sent.images, torch.from_numpy(np.stack(rows)))
 
 
@@ -250,7 +250,7 @@ def test_a_cpu_starts_nothing_of_cuda(photographs, backend, monkeypatch):
 
 
 def test_the_link_to_cuda_names_its_device_and_its_stream():
-    """Each of its lines, with a torch.cuda that writes down what it is asked for."""
+    """Calls of torch.cuda, recorded by mocks."""
     calls = mock.MagicMock()
     names = ("Stream", "Event", "stream", "device", "current_stream")
     with contextlib.ExitStack() as stack:

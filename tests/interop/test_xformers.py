@@ -1,4 +1,4 @@
-"""`memory_efficient_attention` in xformers' words, by our kernels; what they don't serve goes to xformers."""
+"""`memory_efficient_attention` on fastmim's kernels, and the calls that are passed on to xformers."""
 
 import builtins
 import inspect
@@ -17,7 +17,7 @@ from fastmim.interop.xformers import memory_efficient_attention
 
 @dataclass
 class SequenceInfo:
-    """What xformers' _SeqLenInfo tells."""
+    """Stand-in for xformers' _SeqLenInfo."""
 
     seqstart: Tensor
     max_seqlen: int
@@ -31,7 +31,7 @@ class SequenceInfo:
 
 @dataclass
 class BlockDiagonalMask:
-    """xformers' own, for where it can't be imported."""
+    """Stand-in for xformers' mask where it can't be imported."""
 
     q_seqinfo: SequenceInfo
     k_seqinfo: SequenceInfo
@@ -42,7 +42,7 @@ class BlockDiagonalMask:
 
 
 class BlockDiagonalCausalMask(BlockDiagonalMask):
-    """Masks more than blocks."""
+    """Mask of more than blocks."""
 
 
 def true_mask():
@@ -53,20 +53,20 @@ MASKS = {"double": lambda: BlockDiagonalMask, "xformers": true_mask}
 
 
 def tensors(*shape: int, keys: int | None = None, dtype=torch.float64) -> list[Tensor]:
-    """query, key and value (B, M, ..., K)."""
+    """Draw query, key and value (B, M, ..., K)."""
     other = (shape[0], shape[1] if keys is None else keys, *shape[2:])
     return [torch.randn(size, dtype=dtype, requires_grad=True) for size in (shape, other, other)]
 
 
 def plain(query, key, value, bias=None, scale=None) -> Tensor:
-    """The equivalent code of xformers' documentation, heads in any number of axes."""
+    """Compute attention as in xformers' documentation, with heads in any number of axes."""
     q, k, v = (x.movedim(1, -2) for x in (query, key, value))
     scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     return ((scores if bias is None else scores + bias).softmax(-1) @ v).movedim(-2, 1)
 
 
 def assert_same(inputs: list[Tensor], run, expected) -> None:
-    """Outputs and the gradients of all inputs."""
+    """Compare outputs and the gradients of all inputs."""
     out, wanted = run(*inputs), expected(*inputs)
     assert out.shape == wanted.shape and out.dtype == wanted.dtype
     assert torch.allclose(out, wanted, rtol=1e-9, atol=1e-12)
@@ -76,7 +76,7 @@ def assert_same(inputs: list[Tensor], run, expected) -> None:
         assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
-# ---- what our kernels serve ------------------------------------------------------------------------------------------
+# ---- calls that fastmim's kernels serve ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale", [None, 0.3])
@@ -110,7 +110,7 @@ def test_a_tensor_as_bias(shape, bias):
 
 
 def test_shared_keys_are_expanded_by_the_caller():
-    """Grouped queries, as xformers' documentation writes them."""
+    """Grouped queries as in xformers' documentation."""
     query = torch.randn(2, 7, 8, 16)
     key, value = (torch.randn(2, 5, 2, 16) for _ in range(2))
     grouped = [query.reshape(2, 7, 2, 4, 16), *(x[:, :, :, None].expand(2, 5, 2, 4, 16) for x in (key, value))]
@@ -133,7 +133,7 @@ def test_packed_sequences(mask, queries, keys, rest):
 
 
 def test_xformers_own_lists_of_sequences():
-    """from_tensor_list and split, as its users call them."""
+    """from_tensor_list and split of xformers' mask."""
     parts = [torch.randn(1, length, 2, 8) for length in (3, 6, 2)]
     attn_bias, packed = true_mask().from_tensor_list(parts)
     found = attn_bias.split(memory_efficient_attention(packed, packed, packed, attn_bias=attn_bias))
@@ -142,7 +142,7 @@ def test_xformers_own_lists_of_sequences():
 
 
 def test_sequences_of_a_batch_by_xformers():
-    """from_seqlens of equal lengths is what a batch is."""
+    """Packed sequences of equal lengths give the results of a batch."""
     query, key, value = (torch.randn(3, 4, 2, 8) for _ in range(3))
     packed = [x.reshape(1, 12, 2, 8) for x in (query, key, value)]
     out = memory_efficient_attention(*packed, attn_bias=BlockDiagonalMask.from_seqlens([4, 4, 4]))
@@ -177,12 +177,12 @@ def test_the_signature_is_xformers():
     assert [p.kind for p in ours.parameters.values()] == [p.kind for p in theirs.parameters.values()]
 
 
-# ---- what is left to xformers ----------------------------------------------------------------------------------------
+# ---- calls passed on to xformers -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls that reach xformers."""
+    """Calls that reach xformers."""
     received = []
 
     def attention(*args, **kwargs):
@@ -207,7 +207,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("arguments", LEFT.values(), ids=LEFT)
-def test_the_rest_goes_to_xformers_as_it_came(calls, arguments):
+def test_other_calls_go_to_xformers_unchanged(calls, arguments):
     inputs = tensors(1, 7, 2, 8, dtype=torch.bfloat16)
     memory_efficient_attention(*inputs, scale=0.3, **arguments)
     [(args, kwargs)] = calls
@@ -224,7 +224,7 @@ def test_wider_or_quantised_values_go_to_xformers(calls):
 
 
 @pytest.mark.parametrize("arguments", [dict(), dict(attn_bias=BlockDiagonalMask.from_seqlens([3, 4]))], ids=str)
-def test_what_we_serve_does_not(calls, arguments):
+def test_served_calls_do_not_go_to_xformers(calls, arguments):
     memory_efficient_attention(*tensors(1, 7, 2, 8), **arguments)
     assert not calls
 
@@ -232,14 +232,14 @@ def test_what_we_serve_does_not(calls, arguments):
 @pytest.mark.parametrize(
     "shape, asked", [((1, 7, 2, 64), False), ((1, 7, 2, 136), True), ((1, 7, 2, 60), True), ((1, 1025, 2, 64), True)]
 )
-def test_on_cuda_xformers_is_asked_where_our_kernels_end(calls, shape, asked):
+def test_calls_beyond_the_limits_on_cuda(calls, shape, asked):
     with FakeTensorMode():
         inputs = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
         memory_efficient_attention(*inputs)
     assert bool(calls) == asked
 
 
-def test_on_cuda_packed_sequences_count_each(calls):
+def test_packed_sequences_on_cuda_count_one_by_one(calls):
     with FakeTensorMode():
         mask = BlockDiagonalMask.from_seqlens([1000, 1000])
         inputs = [torch.empty(1, 2000, 2, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
@@ -258,7 +258,7 @@ def test_without_xformers_it_is_named(monkeypatch, arguments):
 
     monkeypatch.setattr(builtins, "__import__", absent)
     inputs = tensors(1, 7, 2, 8, dtype=torch.bfloat16)
-    with pytest.raises(ImportError, match=r"is left to xformers.*pip install fastmim\[xformers\]"):
+    with pytest.raises(ImportError, match=r"needs xformers.*pip install fastmim\[xformers\]"):
         memory_efficient_attention(*inputs, **arguments)
     assert memory_efficient_attention(*inputs).shape == (1, 7, 2, 8)
 
@@ -278,7 +278,7 @@ def test_the_package_that_xformers_misses_is_named(monkeypatch, tmp_path):
 
 
 def test_xformers_itself_is_reached():
-    """On CPUs it has no operator, and says so."""
+    """xformers has no operator on CPUs, and raises."""
     ops = pytest.importorskip("xformers.ops")
     inputs = [x.detach() for x in tensors(1, 7, 2, 8, dtype=torch.float32)]
     with pytest.raises(NotImplementedError, match="LowerTriangularMask"):
@@ -289,7 +289,7 @@ def test_xformers_itself_is_reached():
 
 
 @pytest.mark.parametrize(
-    "shapes, said",
+    "shapes, message",
     [
         ([(7, 8)] * 3, "query, key and value must all be"),
         ([(1, 7, 2, 8), (1, 7, 8), (1, 7, 2, 8)], r"got key \(1, 7, 8\) beside"),
@@ -299,8 +299,8 @@ def test_xformers_itself_is_reached():
     ],
     ids=str,
 )
-def test_shapes_that_do_not_fit_are_refused(shapes, said):
-    with pytest.raises(ValueError, match=said):
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
         memory_efficient_attention(*(torch.zeros(shape) for shape in shapes))
 
 
@@ -311,13 +311,15 @@ def test_a_bias_that_does_not_fit_is_refused(shape, bias):
 
 
 def test_groups_of_a_bias_are_those_of_the_query():
-    with pytest.raises(ValueError, match=r"attn_bias must be of \(2, 3\) groups and heads.*got \(1, 3, 2, 7, 7\)"):
+    with pytest.raises(ValueError, match=r"attn_bias must have \(2, 3\) or 1 groups.*got shape \(1, 3, 2, 7, 7\)"):
         memory_efficient_attention(*tensors(1, 7, 2, 3, 8), torch.zeros(1, 3, 2, 7, 7, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("batch, lengths", [(1, [3, 5]), (2, [3, 4]), (1, [6])])
 def test_a_mask_of_other_rows_is_refused(batch, lengths):
-    with pytest.raises(ValueError, match=rf"query must be packed .* {sum(lengths)} rows; got \({batch}, 7\)"):
+    with pytest.raises(
+        ValueError, match=rf"query must have batch 1 and the {sum(lengths)} rows of attn_bias; got \({batch}, 7\)"
+    ):
         memory_efficient_attention(*tensors(batch, 7, 2, 8), BlockDiagonalMask.from_seqlens(lengths))
 
 

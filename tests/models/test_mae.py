@@ -1,4 +1,4 @@
-"""The masked autoencoder beside a plain one: what it skips changes nothing, what it returns is as documented."""
+"""Results of the masked autoencoder, against functions written from the paper; its output and methods."""
 
 import copy
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 from cases import Errors, check_draws
-from plain_mae import (
+from mae_from_paper import (
     VARIANTS,
     assert_exact,
     build,
@@ -94,7 +94,7 @@ def test_predicted_patches_that_are_visible_carry_no_loss():
 
 
 def test_work_is_proportional_to_visible_and_predicted_tokens():
-    """Tokens that enter each linear layer, K = 4 visible and M = 3 of 12 predicted: never L = 16."""
+    """Linear layers run on K = 4 visible or M = 3 of 12 predicted tokens, never on L = 16."""
     model, rows = build(), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -172,14 +172,14 @@ def test_uint8_equals_normalised_float(channels, norm_pix):
     images = torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8)
     normalised = (images.double() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     noise = torch.rand(2, 16)
-    narrow, wide = (model(x, noise=noise) for x in (images, normalised))
-    assert_exact(narrow.loss, wide.loss)
-    assert_exact(narrow.pred, wide.pred)
-    assert_exact(gradients(narrow.loss, model), gradients(wide.loss, model))
+    found, expected = (model(x, noise=noise) for x in (images, normalised))
+    assert_exact(found.loss, expected.loss)
+    assert_exact(found.pred, expected.pred)
+    assert_exact(gradients(found.loss, model), gradients(expected.loss, model))
     assert_exact(model.forward_features(images), model.forward_features(normalised))
     assert_exact(
-        model.forward_loss(images, wide.pred.new_zeros(2, 16, 64 * channels), wide.mask),
-        model.forward_loss(normalised, wide.pred.new_zeros(2, 16, 64 * channels), wide.mask),
+        model.forward_loss(images, expected.pred.new_zeros(2, 16, 64 * channels), expected.mask),
+        model.forward_loss(normalised, expected.pred.new_zeros(2, 16, 64 * channels), expected.mask),
     )
 
 
@@ -192,16 +192,16 @@ def test_uint8_is_normalised_as_imagenet_by_default():
 
 
 class Images(TorchDispatchMode):
-    """The images that embedding and loss are given."""
+    """Mode that records the images passed to embedding and loss."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, tuple[int, ...]]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        place = {"fastmim::embed_patches": 0, "fastmim::pixel_loss": 1}.get(func._schema.name)
-        if place is not None:
-            self.seen.append((args[place].data_ptr(), args[place].stride()))
+        index = {"fastmim::embed_patches": 0, "fastmim::pixel_loss": 1}.get(func._schema.name)
+        if index is not None:
+            self.seen.append((args[index].data_ptr(), args[index].stride()))
         return func(*args, **(kwargs or {}))
 
 
@@ -254,7 +254,7 @@ def test_patchify_and_back(variant):
     assert torch.equal(model.unpatchify(patches), images)
 
 
-# ---- what comes back -------------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def test_output_unpacks_and_is_a_pytree():
@@ -328,7 +328,7 @@ def test_reconstruction_pastes_visible_patches_and_stays_in_range():
 
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
 def test_narrow_precision_is_as_exact_as_the_plain_form(how):
-    """Error against float64 at most twice that of plain PyTorch in the same precision, by `check_draws`."""
+    """The error against float64 is at most twice that of plain PyTorch in the same precision, by `check_draws`."""
 
     def error(values, truth):
         return sum((a.double() - b).square().sum() for a, b in zip(values, truth)).sqrt().item()
@@ -355,7 +355,7 @@ def test_narrow_precision_is_as_exact_as_the_plain_form(how):
     check_draws(slopes, "gradients")
 
 
-def test_residual_stream_stays_wide_under_autocast():
+def test_residual_stream_stays_float32_under_autocast():
     model, streams = build(), []
     for block in [*model.blocks, *model.decoder_blocks]:
         block.register_forward_hook(lambda module, args, stream: streams.append(stream[0].dtype))

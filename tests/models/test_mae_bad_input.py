@@ -1,4 +1,4 @@
-"""What the masked autoencoder refuses, and how it says so."""
+"""Errors of the masked autoencoder for bad input."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain_mae import SIZES, build
+from mae_from_paper import SIZES, build
 
 from fastmim import MaskedAutoencoderViT, masking
 
@@ -48,7 +48,7 @@ BAD_CALLS = [
 
 
 def named(rows: list) -> list:
-    """Rows of bad arguments as cases that pytest shows by those arguments; tensors by their type."""
+    """Name cases by their arguments; tensors by their type."""
 
     def shown(value):
         return str(value) if isinstance(value, int | float | str | list | tuple | None) else type(value).__name__
@@ -58,19 +58,19 @@ def named(rows: list) -> list:
     ]
 
 
-@pytest.mark.parametrize("arguments, error, said", named(BAD_CALLS))
-def test_bad_calls_are_refused_and_change_nothing(model, arguments, error, said):
+@pytest.mark.parametrize("arguments, error, message", named(BAD_CALLS))
+def test_bad_calls_are_refused_and_change_nothing(model, arguments, error, message):
     images = torch.ones(2, 3, 32, 32)
     noise, state = torch.rand(2, 16), copy.deepcopy(model.state_dict())
     before = model(images, noise=noise).loss
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         model(**{"images": images, **arguments})
     assert torch.equal(model(images, noise=noise).loss, before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(
-    "method, arguments, said",
+    "method, arguments, message",
     [
         ("forward_features", (torch.zeros(2, 3, 16, 16),), r"images .*\(any, 3, 32, 32\)"),
         ("forward_encoder", (torch.zeros(2, 3, 32, 32), 1.0), r"mask_ratio .*\(0, 1\)"),
@@ -81,8 +81,8 @@ def test_bad_calls_are_refused_and_change_nothing(model, arguments, error, said)
         ("reconstruct", (torch.zeros(3, 32, 32), None), r"images .*\(any, 3, 32, 32\)"),
     ],
 )
-def test_bad_calls_of_methods_are_refused(model, method, arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_calls_of_methods_are_refused(model, method, arguments, message):
+    with pytest.raises(ValueError, match=message):
         getattr(model, method)(*arguments)
 
 
@@ -117,9 +117,9 @@ BAD_SIZES = [
 ]
 
 
-@pytest.mark.parametrize("arguments, error, said", named(BAD_SIZES))
-def test_bad_sizes_are_refused(arguments, error, said):
-    with pytest.raises(error, match=said):
+@pytest.mark.parametrize("arguments, error, message", named(BAD_SIZES))
+def test_bad_sizes_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
         MaskedAutoencoderViT(**{**SIZES, **arguments})
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._pytree as pytree
 from cases import Errors, check_draws
-from plain_mae import build, gradients, overlapping, pictures
+from mae_from_paper import build, gradients, overlapping, pictures
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import scatter_gather
@@ -33,7 +33,7 @@ def draw(case: str) -> tuple[Tensor, dict]:
     "case, backend",
     [
         ("noise", "inductor"),
-        # what the compiler captures doesn't depend on the backend; this one generates no code
+        # the captured graph doesn't depend on the backend; this one generates no code
         *((case, "aot_eager") for case in ("no noise", "mask", "all", "uint8", "autocast", "checkpointing")),
     ],
 )
@@ -68,7 +68,7 @@ def test_compiled_equals_eager_and_is_compiled_once(case, backend):
                 assert far <= 3e-2 * size
                 sizes.append(Errors(near, far, 5e-4 * size))
             draws.append(sizes)
-    # each rounds in its own places: of one result either is nearer to float32 by chance, of all of them neither is
+    # both round differently, so that either may be nearer to float32 in one result, but neither in all of them
     for found in zip(*draws):
         check_draws(found)
     ratios = [found.ours / found.eager for sizes in draws for found in sizes if found.ours and found.eager]
@@ -123,7 +123,7 @@ def sharded(model: MaskedAutoencoderViT) -> nn.Module:
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
 @pytest.mark.parametrize("parallel", [distributed, sharded])
 def test_two_steps_in_parallel_equal_two_alone(parallel, one_process):
-    """Without flags for unused parameters: every one of them has a gradient at every step."""
+    """Every parameter has a gradient at every step, so that DDP needs no find_unused_parameters."""
     alone = build()
     together = parallel(copy.deepcopy(alone))
     for _ in range(2):
@@ -138,8 +138,8 @@ def test_two_steps_in_parallel_equal_two_alone(parallel, one_process):
 
 
 @pytest.mark.fault
-def test_what_several_devices_return_is_gathered(monkeypatch):
-    """By torch's own `gather`, which nn.DataParallel calls; its last step copies from GPUs."""
+def test_outputs_of_several_devices_are_gathered(monkeypatch):
+    """torch's own `gather`, which nn.DataParallel calls, without its last step, which copies from GPUs."""
 
     class Gather:
         @staticmethod
@@ -160,7 +160,7 @@ def test_what_several_devices_return_is_gathered(monkeypatch):
 
 @pytest.mark.fault
 def test_a_replica_computes_the_same():
-    """What nn.DataParallel runs has its parameters as attributes, and they are no leaves."""
+    """In a replica of nn.DataParallel, parameters are attributes, and no leaves."""
     model = build()
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
     for module, replica in replicas.items():
@@ -176,7 +176,7 @@ def test_a_replica_computes_the_same():
 
 
 def test_a_compiled_step_copies_nothing_to_the_device():
-    """A copy from the host, such as torch.tensor makes of numbers, can be in no CUDA graph."""
+    """A CUDA graph can't contain a copy from the host, such as torch.tensor makes of numbers."""
     model, graphs = build(img_size=16), []
 
     def backend(module, inputs):
@@ -190,7 +190,7 @@ def test_a_compiled_step_copies_nothing_to_the_device():
 
 
 def test_meta_tensors_have_shapes():
-    """A step without values, for whoever counts parameters, FLOPs or memory."""
+    """A step on the meta device, to count parameters, FLOPs or memory."""
     with torch.device("meta"):
         model = build()
     out = model(torch.empty(2, 3, 32, 32, device="meta"), decode_ratio=0.5)

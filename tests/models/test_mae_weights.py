@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from plain_mae import SIZES, build
+from mae_from_paper import SIZES, build
 from torch import nn
 
 import fastmim
@@ -59,7 +59,7 @@ def test_initial_distributions():
 
 
 def test_initialize_weights_draws_all_anew():
-    """A model materialised from the meta device has no other way to its initial weights."""
+    """A model materialised from the meta device gets its initial weights so."""
     model = build()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def test_initialize_weights_draws_all_anew():
 def checkpoint_shapes(
     *, embed_dim, depth, decoder_embed_dim, decoder_depth, patch_size, img_size, in_chans=3, **_
 ) -> dict[str, tuple[int, ...]]:
-    """The state dict of facebookresearch/mae: names and shapes."""
+    """Names and shapes of the state dict of facebookresearch/mae."""
 
     def pair(name, out, *into):
         return {f"{name}.weight": (out, *into), f"{name}.bias": (out,)}

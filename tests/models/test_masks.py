@@ -1,4 +1,4 @@
-"""Masks: how many, which, in which order."""
+"""Counts, contents and order of masks."""
 
 import dataclasses
 from fractions import Fraction
@@ -14,7 +14,7 @@ SEEDS = torch.arange(8)
 
 
 def sorted_twice(noise, len_keep):
-    """ids_keep, ids of the removed, ids_restore as facebookresearch/mae has them."""
+    """Return ids_keep, the ids of removed patches and ids_restore, as facebookresearch/mae computes them."""
     ids_shuffle = noise.argsort(dim=1)
     return ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep:], ids_shuffle.argsort(dim=1)
 
@@ -34,14 +34,14 @@ def same(mask, other):
     [
         *((196, ratio, kept) for ratio, kept in [(0.75, 49), (0.9, 19), (0.95, 9), (0.98, 3), (0.985, 2)]),
         *((256, ratio, kept) for ratio, kept in [(0.75, 64), (0.9, 25), (0.95, 12), (0.985, 3)]),
-        # 1 - r is rounded: 10, 40 and 40 in exact arithmetic
+        # 10, 40 and 40 in exact arithmetic, but 1 - r is rounded
         (100, 0.9, 9),
         (200, 0.8, 39),
         (400, 0.9, 39),
         (2, 0.5, 1),
     ],
 )
-def test_kept_as_mae_counts(num_patches, mask_ratio, len_keep):
+def test_len_keep_is_that_of_mae(num_patches, mask_ratio, len_keep):
     mask = masking.random(3, num_patches, mask_ratio)
     assert mask.len_keep == mask.ids_keep.shape[1] == len_keep
     assert mask.ids_keep.shape == (3, len_keep) and mask.ids_predict.shape == (3, num_patches - len_keep)
@@ -53,8 +53,8 @@ def test_kept_as_mae_counts(num_patches, mask_ratio, len_keep):
     "side, mask_ratio, visible",
     [*((14, ratio, kept) for ratio, kept in [(0.75, 49), (0.9, 20), (0.95, 10), (0.98, 4), (0.985, 3)]), (16, 0.9, 26)],
 )
-def test_tube_as_videomae_counts(side, mask_ratio, visible):
-    """int(r H W) removed of each frame, where MAE would keep int((1 - r) H W)."""
+def test_tube_counts_are_those_of_videomae(side, mask_ratio, visible):
+    """int(r H W) patches of each frame are removed; MAE would keep int((1 - r) H W)."""
     mask = masking.tube(2, (8, side, side), mask_ratio)
     frames = mask.mask.view(2, 8, side * side)
     assert (frames.sum(-1) == side * side - visible).all()
@@ -67,7 +67,7 @@ def test_tube_as_videomae_counts(side, mask_ratio, visible):
         (147, 1.0, 147),
         (147, 1, 147),
         (147, 0.1, 15),
-        # Python's round: to even
+        # Python rounds to even
         (5, 0.5, 2),
         (7, 0.5, 4),
         (193, 0.1, 19),
@@ -127,7 +127,7 @@ def test_seeds_are_reproducible_and_rows_independent():
     ids=["random", "tube", "running_cell"],
 )
 def test_sources_of_randomness(draw):
-    """The same seeds or generator state draw the same, another another; torch's generator is the default."""
+    """Equal seeds or generator states give equal masks, others differ; torch's generator is the default."""
     assert torch.equal(draw(seeds=SEEDS), draw(seeds=SEEDS))
     assert not torch.equal(draw(seeds=SEEDS), draw(seeds=SEEDS + 100))
     generator = torch.Generator().manual_seed(1)
@@ -142,7 +142,7 @@ def test_sources_of_randomness(draw):
 
 
 def test_uniform():
-    """Each patch, each pair and each order comes as often as it should: within five deviations, for these seeds."""
+    """Frequencies of patches, pairs and ranks are within five standard deviations, for these seeds."""
     rows, length, kept = 4000, 16, 4
     mask = masking.random(rows, length, len_keep=kept, seeds=torch.arange(rows))
     visible = (~mask.mask).double()
@@ -185,8 +185,8 @@ def test_from_bool_is_in_ascending_position():
     assert torch.equal(order.gather(1, mask.ids_restore), positions.expand(5, -1))
 
 
-def test_from_bool_predicts_what_it_is_told():
-    """Visible patches too, as a running cell does; who is visible stays as it was."""
+def test_from_bool_with_predict():
+    """`predict` may mark visible patches, and does not change which are visible."""
     removed = torch.tensor([[True, False, True, False, True, True]])
     predict = torch.tensor([[False, True, True, False, False, True]])
     mask, plain = masking.from_bool(removed, predict=predict), masking.from_bool(removed)
@@ -211,7 +211,7 @@ def test_tube_removes_the_same_of_each_frame():
     assert same(masking.from_bool(mask.mask), mask)
 
 
-# VideoMAE V2, 2x2 cells in time, row-major, 1 = not decoded: the queue 1100 read from the shift s = phase + frame + 1
+# VideoMAE V2: cells of 2x2, row-major, 1 = not decoded, by phase + frame + 1; each is 1100 rotated
 CELLS = {0: (1, 1, 0, 0), 1: (1, 0, 0, 1), 2: (0, 0, 1, 1), 3: (0, 1, 1, 0)}
 
 
@@ -234,7 +234,7 @@ def test_running_cell_of_videomae_v2():
 
 @pytest.mark.parametrize("decode_ratio, decoded", [(0.25, 1), (0.5, 2), (0.75, 3), (0.3, 2), (0.6, 3)])
 def test_running_cell_counts(decode_ratio, decoded):
-    """int(4 (1 - q)) of a cell are left out, and each position equally often in time."""
+    """int(4 (1 - q)) patches of a cell are left out, and each position equally often over time."""
     decode = masking.running_cell(8, (8, 4, 6), decode_ratio).view(8, 8, 4, 6)
     cells = decode.unflatten(2, (2, 2)).unflatten(4, (3, 2)).sum((3, 5))
     assert (cells == decoded).all()
@@ -242,7 +242,7 @@ def test_running_cell_counts(decode_ratio, decoded):
 
 
 def test_running_cell_beside_a_tube():
-    """VideoMAE V2's dual masking: equally many to predict in each row, some of them visible."""
+    """VideoMAE V2's dual masking: each row predicts the same number of patches, some of them visible."""
     grid = (4, 4, 4)
     removed = masking.tube(6, grid, 0.75).mask
     mask = masking.from_bool(removed, predict=masking.running_cell(6, grid, 0.5))
@@ -253,7 +253,7 @@ def test_running_cell_beside_a_tube():
 # ---- Mask ------------------------------------------------------------------------------------------------------------
 
 
-def test_mask_says_what_is_removed():
+def test_mask_is_true_where_removed():
     mask = masking.random(5, 49, 0.75, decode_ratio=0.3)
     assert mask.mask.dtype == torch.bool
     assert torch.equal(mask.mask, torch.ones(5, 49, dtype=torch.bool).scatter(1, mask.ids_keep, False))
@@ -295,12 +295,12 @@ BOOL = torch.tensor([[True, False, True], [True, True, False]])
         (
             lambda: masking.random(2, 8),
             ValueError,
-            "give one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N",
+            "pass one of mask_ratio and len_keep; got mask_ratio=None, len_keep=N",
         ),
         (
             lambda: masking.random(2, 8, 0.5, len_keep=4),
             ValueError,
-            "give one of mask_ratio and len_keep; got mask_ratio=",
+            "pass one of mask_ratio and len_keep; got mask_ratio=",
         ),
         (lambda: masking.random(2, 8, 0.9), ValueError, "mask_ratio 0.9 keeps none of the 8 patches"),
         (lambda: masking.random(2, 8, 1e-17), ValueError, "mask_ratio 1e-17 removes none of the 8 patches"),
@@ -397,11 +397,11 @@ def test_many_unequal_rows_are_named():
         masking.from_bool(removed)
 
 
-# ---- masks that users make -------------------------------------------------------------------------------------------
+# ---- masks from users' ids -------------------------------------------------------------------------------------------
 
 
 def parts(**changed):
-    """Fields of a mask of two rows of six patches, some of them changed."""
+    """Return the ids of a mask of two rows of six patches, with some of them changed."""
     mask = masking.random(2, 6, len_keep=2, seeds=torch.arange(2))
     fields = {name: getattr(mask, name).clone() for name in ("ids_keep", "ids_predict", "ids_restore")}
     return fields | {name: change(fields[name]) for name, change in changed.items()}
@@ -431,7 +431,7 @@ def test_ids_that_contradict_each_other_are_refused(changed, words):
 
 
 @pytest.mark.fault
-def test_values_are_looked_at_in_eager_mode_on_the_cpu_only():
+def test_values_are_checked_in_eager_mode_on_the_cpu_only():
     Mask(**parts(), num_patches=6)
     Mask(**{name: ids.int() for name, ids in parts().items()}, num_patches=6)
     Mask(**{name: ids[:0] for name, ids in parts().items()}, num_patches=6)
@@ -451,7 +451,7 @@ def test_values_are_looked_at_in_eager_mode_on_the_cpu_only():
 
 @pytest.mark.fault
 def test_numbers_of_numpy():
-    """A ratio, a count or a size that NumPy made is that number."""
+    """Ratios, counts and sizes may be NumPy numbers."""
     noise = torch.rand(2, 16)
     for ratio in (np.float32(0.75), np.float64(0.75), np.float16(0.75), Fraction(3, 4)):
         assert same(masking.from_scores(noise, ratio), masking.from_scores(noise, 0.75))
@@ -475,7 +475,7 @@ def test_numbers_of_numpy():
 
 @pytest.mark.fault
 def test_values_are_not_read_where_they_are_traced_or_mapped():
-    """Nor are they looked for on torch's default device."""
+    """Values are not read on torch's default device either."""
     keep, predict, restore = ops.random_masking(2, 16, 4)
     mapped = torch.vmap(lambda ids: Mask(keep, ids, restore, 16).mask)(torch.stack([predict, predict]))
     assert torch.equal(mapped[1], Mask(keep, predict, restore, 16).mask)

@@ -52,7 +52,7 @@ class TestAddLayerNorm(Differentiable):
 
     @pytest.mark.parametrize("used", [0, 1])
     def test_one_output_used(self, used):
-        """The other's gradient does not arrive."""
+        """No gradient arrives for the other output."""
         arguments = self.sample()
         if used == 1:  # the sum knows nothing of the norm's parameters
             arguments |= {name: arguments[name].detach() for name in ("weight", "bias")}

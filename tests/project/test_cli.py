@@ -1,4 +1,4 @@
-"""The fastmim command as a user runs it."""
+"""The fastmim command, run as a user does."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ from fastmim.data import ImageLoader
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures, one of which is none."""
+    """Write eleven pictures and a file that is none."""
     (tmp_path / "photos").mkdir()
     for index in range(12):
         pixels = np.random.default_rng(index).integers(0, 255, (40, 60, 3), dtype=np.uint8)
@@ -23,12 +23,12 @@ def folder(tmp_path):
     return tmp_path / "photos"
 
 
-def test_help_names_the_commands_and_what_they_do(capsys):
+def test_help_describes_the_commands(capsys):
     for arguments in (["--help"], ["pack", "--help"], ["check-data", "--help"]):
         with pytest.raises(SystemExit) as exit_:
             cli.main(arguments)
         assert exit_.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    output = " ".join(capsys.readouterr().out.split())
     for words in (
         "pack",
         "check-data",
@@ -37,32 +37,33 @@ def test_help_names_the_commands_and_what_they_do(capsys):
         "--short-side",
         "default: all CPUs",
     ):
-        assert words.lower() in said.lower(), words
+        assert words.lower() in output.lower(), words
 
 
-def test_the_command_is_installed_as_fastmim():
-    done = subprocess.run([sys.executable, "-m", "fastmim.cli"], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("module", ["fastmim", "fastmim.cli"])
+def test_the_command_runs_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "usage: fastmim" in done.stderr and "COMMAND" in done.stderr
 
 
 def test_pack_and_load(folder, tmp_path, capsys):
     assert cli.main(["pack", str(folder), str(tmp_path / "packed"), "--short-side", "32", "--threads", "1"]) == 0
-    said = capsys.readouterr().out
-    assert "11 images; 1 can't be read" in said and "quarantine.jsonl" in said
+    output = capsys.readouterr().out
+    assert "11 images; 1 can't be read" in output and "quarantine.jsonl" in output
     assert sum(len(batch.ids) for batch in ImageLoader(tmp_path / "packed", 4, image_size=16, drop_last=False)) == 11
 
 
 def test_check_data(folder, tmp_path, capsys):
     assert cli.main(["check-data", str(folder)]) == 1
-    said = capsys.readouterr().out
-    assert "12 images, 1 can't be read" in said and '"05.jpg"' in (folder / "quarantine.jsonl").read_text()
+    output = capsys.readouterr().out
+    assert "12 images, 1 can't be read" in output and '"05.jpg"' in (folder / "quarantine.jsonl").read_text()
     (folder / "05.jpg").unlink()
     assert cli.main(["check-data", str(folder), "--quarantine", str(tmp_path / "q")]) == 0
     assert not (tmp_path / "q").exists()
 
 
 @pytest.mark.fault
-def test_check_data_says_what_is_left_out(folder, capsys):
+def test_check_data_counts_files_that_are_left_out(folder, capsys):
     (folder / "05.jpg").unlink()
     cli.main(["check-data", str(folder)])
     assert "left out" not in capsys.readouterr().out
@@ -81,13 +82,13 @@ def test_a_damaged_tar_is_one_line_and_an_exit_status(folder, tmp_path, capsys):
         tar.add(folder / "01.jpg", "1.jpg")
     path.write_bytes(path.read_bytes()[:end])
     assert cli.main(["check-data", str(path)]) == 1
-    said = capsys.readouterr().err
-    assert f"source {path} can't be read as an uncompressed tar file: at byte {end}, after '0.jpg': " in said
+    output = capsys.readouterr().err
+    assert f"source {path} can't be read as an uncompressed tar file: at byte {end}, after '0.jpg': " in output
 
 
 @pytest.mark.fault
-def test_check_data_tells_what_is_damaged_and_served(folder, tmp_path, capsys, monkeypatch):
-    """Training serves it, so that it isn't listed, and alone is no failure."""
+def test_check_data_names_damaged_images_that_are_served(folder, tmp_path, capsys, monkeypatch):
+    """Check that damaged images that training uses are not listed, and alone don't fail the command."""
     (folder / "05.jpg").unlink()
     data = (folder / "03.jpg").read_bytes()
     (folder / "03.jpg").write_bytes(data[: len(data) // 2] + b"\xff\xd9")
@@ -95,19 +96,21 @@ def test_check_data_tells_what_is_damaged_and_served(folder, tmp_path, capsys, m
     Image.new("RGB", (9, 9)).save(folder / "end.png")
     (folder / "end.png").write_bytes((folder / "end.png").read_bytes()[:-13])
     assert cli.main(["check-data", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "13 images, 0 can't be read" in said and not (folder / "quarantine.jsonl").exists()
-    assert "damaged: '03.jpg': Corrupt JPEG data: premature end" in said and "dim: 'dark.png': 16-bit values" in said
-    assert "damaged: 'end.png': " in said and "served: 2 damaged but decodable, 1 of 16 bits" in said
+    output = capsys.readouterr().out
+    assert "13 images, 0 can't be read" in output and not (folder / "quarantine.jsonl").exists()
+    assert (
+        "damaged: '03.jpg': Corrupt JPEG data: premature end" in output and "dim: 'dark.png': 16-bit values" in output
+    )
+    assert "damaged: 'end.png': " in output and "served: 2 damaged but decodable, 1 of 16 bits" in output
     (folder / "05.jpg").write_bytes(b"no picture")
     assert cli.main(["check-data", str(folder)]) == 1
     assert "1 can't be read" in capsys.readouterr().out
     assert len((folder / "quarantine.jsonl").read_text().splitlines()) == 1
-    monkeypatch.setattr("fastmim.data.verdicts.installed", lambda name: False)
+    monkeypatch.setattr("fastmim.data.check_data.installed", lambda name: False)
     monkeypatch.setattr("fastmim.data.decoders.installed", lambda name: False)
     cli.main(["check-data", str(folder)])
-    said = capsys.readouterr().out
-    assert "damage in JPEGs wasn't looked for: pip install" in said and "03.jpg" not in said
+    output = capsys.readouterr().out
+    assert "damage in JPEGs wasn't looked for: pip install" in output and "03.jpg" not in output
 
 
 @pytest.mark.fault
@@ -131,7 +134,7 @@ def test_check_data_of_a_damaged_packed_dataset(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["pack", "nowhere", "out"], 1, "source must be a folder"),
         (["check-data", "nowhere"], 1, "source must be a folder"),
@@ -140,12 +143,12 @@ def test_check_data_of_a_damaged_packed_dataset(folder, tmp_path, capsys):
         (["train"], 2, "invalid choice: 'train'"),
     ],
 )
-def test_a_bad_argument_is_one_line_and_an_exit_status(tmp_path, monkeypatch, capsys, arguments, status, said):
+def test_a_bad_argument_is_one_line_and_an_exit_status(tmp_path, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(tmp_path)
     try:
         found = cli.main(arguments)
     except SystemExit as exit_:
         found = exit_.code
     err = capsys.readouterr().err
-    assert found == status and said in err and "Traceback" not in err
+    assert found == status and message in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())

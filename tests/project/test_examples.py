@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, do what they say, and train on every backend."""
+"""The examples run as a user runs them, and train on every backend."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision_stub import torchvision
 
-from fastmim import _library
+from fastmim import _backends
 
 ONE_STEP = Path(__file__).parents[1] / "support" / "one_step.py"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -27,7 +27,7 @@ def run(name: str, *args: object, cwd: Path) -> str:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a folder of pictures of smooth colour."""
+    """Write a folder with a folder of pictures of smooth colour."""
     (tmp_path / "photos" / "inner").mkdir(parents=True)
     for index, size in enumerate([(90, 70), (64, 64), (120, 50)]):
         Image.linear_gradient("L").resize(size).convert("RGB").save(tmp_path / "photos" / "inner" / f"{index}.png")
@@ -35,10 +35,10 @@ def folder(tmp_path):
 
 
 def test_train_mae(folder, tmp_path):
-    said = run(
+    output = run(
         "train_mae.py", folder, "--steps", 3, "--batch-size", 2, "--image-size", 32, "--out", "g.png", cwd=tmp_path
     )
-    assert re.search(r"loss \d+\.\d+", said)
+    assert re.search(r"loss \d+\.\d+", output)
     # three pictures, each as original | masked | reconstruction
     assert Image.open(tmp_path / "g.png").size == (3 * 32, 3 * 32)
 
@@ -54,25 +54,25 @@ def test_loss_falls(name, tmp_path):
     losses_fall(run(name, cwd=tmp_path))
 
 
-def losses_fall(said: str) -> None:
-    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", said)]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], said
+def losses_fall(output: str) -> None:
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", output)]
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], output
 
 
 def test_accelerate_huggingface(tmp_path):
     pytest.importorskip("accelerate", reason="the Trainer needs it")
-    said = run("accelerate_huggingface.py", cwd=tmp_path)
-    losses_fall(said)
-    assert "18 modules accelerated" in said and said.endswith("saved and loaded\n")
+    output = run("accelerate_huggingface.py", cwd=tmp_path)
+    losses_fall(output)
+    assert "18 modules accelerated" in output and output.endswith("saved and loaded\n")
 
 
 def test_accelerate_timm(capsys):
     with torchvision():
         pytest.importorskip("timm")
         runpy.run_path(str(EXAMPLES / "accelerate_timm.py"))
-    said = capsys.readouterr().out
-    losses_fall(said)
-    assert "9 modules accelerated" in said
+    output = capsys.readouterr().out
+    losses_fall(output)
+    assert "9 modules accelerated" in output
 
 
 # ---- FASTMIM_KERNELS -------------------------------------------------------------------------------------------------
@@ -86,8 +86,8 @@ VALUES = [*((backend, False) for backend in ("auto", "reference", "cpp", "triton
 def test_everything_takes_a_step_with_forced_kernels(backend, on_device, tmp_path):
     if on_device and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if backend in _library.missing:
-        pytest.skip(_library.missing[backend])
+    if backend in _backends.missing:
+        pytest.skip(_backends.missing[backend])
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTMIM_", "TRITON_"))}
     settings["FASTMIM_KERNELS"] = backend
     if not on_device:

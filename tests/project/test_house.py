@@ -1,4 +1,4 @@
-"""The house: who may import whom, what is public, and what importing fastmim does not do."""
+"""Imports between parts of fastmim, public names, documented arguments, and side effects of importing fastmim."""
 
 import ast
 import inspect
@@ -16,17 +16,17 @@ from fastmim import masking, ops, reference
 
 ROOT = Path(fastmim.__file__).parent.parent
 
-# ---- who may import whom ---------------------------------------------------------------------------------------------
+# ---- imports between parts -------------------------------------------------------------------------------------------
 
-# a room may import itself and those before it; rooms of one entry don't see each other
-HOUSE = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli"
-FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms.split()}
-CELLAR = {"_checks", "_library", "_version"}  # open to all that import fastmim at all
+# a part may import itself and the parts of earlier layers, but not those that share its layer
+LAYERS = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli", "__main__"
+LAYER = {part: layer for layer, parts in enumerate(LAYERS) for part in parts.split()}
+SHARED = {"_autocast", "_backends", "_checks", "_dispatch", "_version"}  # may be imported by every part that imports fastmim at all
 NATIVE = {"kernels", "_C", "_CUDA"}
 
 
 def imports(source: str, package: str) -> set[str]:
-    """Full dotted names that `source`, a module of `package`, imports."""
+    """Return the full dotted names that `source`, a module of `package`, imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -38,28 +38,28 @@ def imports(source: str, package: str) -> set[str]:
     return names
 
 
-def may_import(room: str, name: str) -> bool:
-    """Whether a module of `room` may import the dotted name."""
+def may_import(part: str, name: str) -> bool:
+    """Return whether a module of `part` may import the dotted name."""
     top, _, rest = name.partition(".")
     if top in sys.stdlib_module_names or top == "torch":
         return True
     if top != "fastmim":
-        return top == "triton" if room == "kernels" else top != "triton" and room != "reference"
+        return top == "triton" if part == "kernels" else top != "triton" and part != "reference"
     other = rest.partition(".")[0]
-    if other == room:
+    if other == part:
         return True
     if other in NATIVE:
-        return room == "_library"
-    if room in ("reference", "kernels"):
+        return part in ("_backends", "_dispatch")
+    if part in ("reference", "kernels"):
         return False
-    if other in CELLAR:
+    if other in SHARED:
         return True
-    if room in ("data", *CELLAR):
+    if part in ("data", *SHARED):
         return False
     if other == "data":
-        return room in ("train", "__init__", "info", "cli")
-    # what is no room is a name in fastmim/__init__.py
-    return FLOOR.get(other, FLOOR["__init__"]) < FLOOR[room]
+        return part in ("train", "__init__", "info", "cli")
+    # any other name is one of fastmim/__init__.py
+    return LAYER.get(other, LAYER["__init__"]) < LAYER[part]
 
 
 def modules() -> list[Path]:
@@ -67,16 +67,16 @@ def modules() -> list[Path]:
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_who_imports_whom(path):
+def test_imports(path):
     inside = path.relative_to(ROOT).with_suffix("").parts
-    room = inside[0] if inside[0] == "kernels" else inside[1]
+    part = inside[0] if inside[0] == "kernels" else inside[1]
     package = ".".join((("fastmim",) if inside[0] == "kernels" else ()) + inside[:-1])
-    forbidden = {name for name in imports(path.read_text(), package) if not may_import(room, name)}
-    assert not forbidden, f"{room} must not import {forbidden}"
+    forbidden = {name for name in imports(path.read_text(), package) if not may_import(part, name)}
+    assert not forbidden, f"{part} must not import {forbidden}"
 
 
 @pytest.mark.parametrize(
-    "room, source",
+    "part, source",
     [
         ("reference", "from ._checks import axes"),
         ("reference", "import numpy"),
@@ -92,17 +92,17 @@ def test_who_imports_whom(path):
         ("models", "from fastmim import _C"),
         ("ops", "from fastmim import _CUDA"),
         ("nn", "import triton.language as tl"),
-        ("kernels", "from fastmim._library import family"),
+        ("kernels", "from fastmim._backends import backend"),
         ("kernels", "import numpy"),
         ("_checks", "from . import ops"),
     ],
 )
-def test_the_rule_sees_what_it_forbids(room, source):
-    package = "fastmim" if room.startswith("_") or room in ("info", "reference") else f"fastmim.{room}"
-    assert not all(may_import(room, name) for name in imports(source, package))
+def test_forbidden_imports_are_found(part, source):
+    package = "fastmim" if part.startswith("_") or part in ("info", "reference") else f"fastmim.{part}"
+    assert not all(may_import(part, name) for name in imports(source, package))
 
 
-# ---- what is public --------------------------------------------------------------------------------------------------
+# ---- public names ----------------------------------------------------------------------------------------------------
 
 
 def test_public_names():
@@ -148,9 +148,9 @@ def test_public_names():
 
 @pytest.mark.parametrize("name", [name for name in fastmim.__all__ if name != "__version__"])
 def test_public_names_are_documented(name):
-    said = inspect.getdoc(getattr(fastmim, name))
+    docstring = inspect.getdoc(getattr(fastmim, name))
     # a dataclass writes its own docstring, which is its signature
-    assert said and not said.startswith(f"{name}(")
+    assert docstring and not docstring.startswith(f"{name}(")
 
 
 OPS = [getattr(ops, name) for name in ops.__all__]
@@ -168,17 +168,17 @@ MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, m
     ],
     ids=lambda function: function.__qualname__,
 )
-def test_docstrings_say_what_goes_in_what_comes_back_and_what_is_refused(function):
-    said = inspect.getdoc(function)
+def test_docstrings_have_arguments_results_and_errors(function):
+    docstring = inspect.getdoc(function)
     sections = ["Args:", "Returns:", "Raises:"] if function in OPS else ["Args:", "Raises:"]
-    assert all(section in said for section in sections)
-    arguments = said.partition("Args:")[2].partition("Raises:")[0]
+    assert all(section in docstring for section in sections)
+    arguments = docstring.partition("Args:")[2].partition("Raises:")[0]
     missing = [name for name in inspect.signature(function).parameters if name != "self" and name not in arguments]
     assert not missing
 
 
 def test_ops_take_options_by_keyword():
-    """Design: tensors in order; what tunes the op by name."""
+    """Check that tensors are positional and options keywords, as the design says."""
     keywords = {
         name: [p.name for p in inspect.signature(getattr(ops, name)).parameters.values() if p.kind == p.KEYWORD_ONLY]
         for name in ops.__all__
@@ -217,7 +217,7 @@ def test_every_public_op_is_registered():
     assert set(ops.__all__) <= set(REGISTERED)
 
 
-# ---- what importing does not do --------------------------------------------------------------------------------------
+# ---- side effects of importing ---------------------------------------------------------------------------------------
 
 
 def python(code: str, *, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
@@ -277,22 +277,22 @@ def test_works_where_triton_can_not_be_imported():
     python("import sys; sys.modules['triton'] = None" + STEP)
 
 
-def test_an_unknown_kernel_family_is_refused_at_import():
+def test_an_unknown_backend_is_refused_at_import():
     done = python("import fastmim", check=False, FASTMIM_KERNELS="bogus")
     assert done.returncode
     assert "ValueError: FASTMIM_KERNELS must be one of auto, reference, cpp, triton, cuda; got 'bogus'" in done.stderr
 
 
-def test_the_reference_family_serves_everything():
+def test_the_reference_serves_everything():
     python(STEP, FASTMIM_KERNELS="reference")
 
 
-@pytest.mark.parametrize("family", ["triton", "cuda"])
-def test_a_family_that_can_not_serve_a_tensor_says_so_at_the_call(family):
-    done = python(STEP, check=False, FASTMIM_KERNELS=family)
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_forced_backend_that_can_not_serve_a_tensor_raises_at_the_call(backend):
+    done = python(STEP, check=False, FASTMIM_KERNELS=backend)
     assert done.returncode
     last = done.stderr.strip().splitlines()[-1]
     # the op, then the reason
     assert (
-        last.startswith(f"RuntimeError: FASTMIM_KERNELS={family} can't serve fastmim::") and len(last.split(": ")) >= 3
+        last.startswith(f"RuntimeError: FASTMIM_KERNELS={backend} can't serve fastmim::") and len(last.split(": ")) >= 3
     )

@@ -1,4 +1,4 @@
-"""`python -m fastmim.info`, in words and as JSON."""
+"""`python -m fastmim.info`, as text and as JSON."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastmim import _library, info, ops
+from fastmim import _backends, _dispatch, info, ops
 
 
 def run(*args: str, cwd: object, **settings: str) -> str:
@@ -16,7 +16,7 @@ def run(*args: str, cwd: object, **settings: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("family", _library.FAMILIES[1:])
+@pytest.mark.parametrize("family", _backends.BACKENDS[1:])
 def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
     found = json.loads(run("--json", cwd=tmp_path, FASTMIM_KERNELS=family))
     served = {name for by_device in found["ops"].values() for name in by_device.values()}
@@ -26,16 +26,16 @@ def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
     assert family != "reference" or served == {"reference"}
 
 
-def test_a_forced_backend_says_once_why_it_serves_no_tensor_of_a_device(tmp_path):
+def test_a_forced_backend_gives_its_reason_once(tmp_path):
     pytest.importorskip("triton")
-    said = run(cwd=tmp_path, FASTMIM_KERNELS="triton", TRITON_INTERPRET="0")
-    assert next(line for line in said.splitlines() if line.startswith("bias_gelu")).split()[1:] == ["none", "triton"]
-    assert said.count("triton serves tensors on cuda devices (on the CPU with TRITON_INTERPRET=1), not on cpu") == 1
+    output = run(cwd=tmp_path, FASTMIM_KERNELS="triton", TRITON_INTERPRET="0")
+    assert next(line for line in output.splitlines() if line.startswith("bias_gelu")).split()[1:] == ["none", "triton"]
+    assert output.count("triton serves tensors on cuda devices (on the CPU with TRITON_INTERPRET=1), not on cpu") == 1
 
 
 def test_every_op_and_device_is_listed(tmp_path):
-    said = run(cwd=tmp_path)
-    assert all(name in said for name in (*ops.__all__, "cpu", "cuda", "not served by"))
+    output = run(cwd=tmp_path)
+    assert all(name in output for name in (*ops.__all__, "cpu", "cuda", "not served by"))
 
 
 def test_json(tmp_path):
@@ -46,11 +46,11 @@ def test_json(tmp_path):
     assert found["missing"].keys() <= {"cpp", "triton", "cuda"}
 
 
-def test_what_was_measured_to_go_first_is_told(monkeypatch, capsys):
+def test_kernels_that_go_first_are_named(monkeypatch, capsys):
     sizes = {"attention_qkvpacked": [[10, 10, 64], [50, 50, 64]], "pixel_loss": [[]]}
     table = {"results": "benchmarks/results/gpu.json", "card": "H200", "capability": [9, 0], "sizes": sizes}
-    monkeypatch.setattr(_library, "CUDA_FIRST", table)
+    monkeypatch.setattr(_dispatch, "CUDA_FIRST", table)
     info.main([])
-    said = capsys.readouterr().out
-    assert "CUDA C++ goes first on H200, as benchmarks/results/gpu.json shows, for" in said
-    assert "10x10x64, 50x50x64" in said and "pixel_loss                   all sizes" in said
+    output = capsys.readouterr().out
+    assert "CUDA C++ goes first on H200, as benchmarks/results/gpu.json shows, for" in output
+    assert "10x10x64, 50x50x64" in output and "pixel_loss                   all sizes" in output

@@ -1,4 +1,4 @@
-"""What is shipped, and that it works where the checkout is not."""
+"""Contents of the packages, and a step with them outside of the checkout."""
 
 import os
 import shutil
@@ -39,7 +39,7 @@ def names(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The sdist, the wheel built from it, and the wheel built from the checkout; pure Python, which is quick."""
+    """Build the sdist, the wheel from it, and the wheel from the checkout; pure Python, which is quick."""
     work = tmp_path_factory.mktemp("packaging")
     # a copy of what git knows or would add, so that the checkout stays clean and its build outputs stay out
     listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
@@ -88,8 +88,8 @@ def test_the_sdist_holds_what_a_build_needs(built):
     with tarfile.open(sdist) as archive:
         files = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "setup.py", "LICENSE", "README.md", "CHANGELOG.md", "fastmim/py.typed"} <= files
-    rooms = [*(ROOT / "csrc").rglob("*"), *(ROOT / "kernels").rglob("*.py")]
-    assert {str(path.relative_to(ROOT)) for path in rooms if path.is_file()} <= files
+    paths = [*(ROOT / "csrc").rglob("*"), *(ROOT / "kernels").rglob("*.py")]
+    assert {str(path.relative_to(ROOT)) for path in paths if path.is_file()} <= files
     assert not any(name.startswith("fastmim/kernels/") for name in files)
 
 
@@ -98,8 +98,8 @@ def train_elsewhere(wheel: Path, work: Path, code: str = STEP) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile"]
     run(*pip, "--target", target, wheel, cwd=work)
     # the explicit path comes before an editable installation of the checkout
-    said = run(sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){code}", target, cwd=work)
-    assert said.strip() == wheel.name.split("-")[1]
+    output = run(sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[1]){code}", target, cwd=work)
+    assert output.strip() == wheel.name.split("-")[1]
 
 
 def test_installed_elsewhere_it_trains(built, tmp_path):
@@ -114,4 +114,4 @@ def test_compiled_from_the_sdist_it_trains(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     run(*pip, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    train_elsewhere(wheel, tmp_path, f"{STEP}assert fastmim._library.build")
+    train_elsewhere(wheel, tmp_path, f"{STEP}assert fastmim._backends.build")

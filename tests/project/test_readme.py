@@ -1,4 +1,4 @@
-"""README and docs: each Python block runs, links lead somewhere, and commands exist."""
+"""README and docs: each Python block runs, links have targets, and commands exist."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def blocks(path: Path) -> list[str]:
 
 
 def prose(path: Path) -> str:
-    """A page without its blocks of code."""
+    """Return a page without its blocks of code."""
     return re.sub(r"```.*?```", "", TEXT[path], flags=re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", [path for path in PAGES if blocks(path)], ids=name)
 def test_blocks_run(path, tmp_path, monkeypatch, capsys):
-    """In order, as one session."""
+    """Run the blocks of a page in order, as one session."""
     # some write files
     monkeypatch.chdir(tmp_path)
     session: dict[str, object] = {}
@@ -84,7 +84,7 @@ def test_the_readme_names_the_two_commands():
 
 
 def test_the_reference_names_what_a_submodule_hides():
-    """mkdocstrings takes `fastmim.ops.attention` for the module of that name."""
+    """Check names that mkdocstrings would take for the module of that name, as `fastmim.ops.attention`."""
     for module in (ops, nn, data, train):
         page = (ROOT / "docs" / "api" / f"{module.__name__.rpartition('.')[2]}.md").read_text()
         assert f"::: {module.__name__}\n" in page

@@ -26,7 +26,7 @@ README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 
 
 class Stepped(Exception):
-    """An optimiser has taken a step."""
+    """Raised when an optimiser has taken a step."""
 
 
 def until_a_step(program: Callable[[], object]) -> None:

@@ -1,4 +1,4 @@
-"""Pictures, configs of a small run on them, and one that was never disturbed."""
+"""Pictures, configs of a small run on them, and a run that was never interrupted."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def config(photos, tmp_path):
-    """Makes configs of the small run in a folder of this test's."""
+    """Return a function that makes configs of the small run in a folder of this test."""
 
     def make(name: str = "run", **changes) -> Config:
         return Config.of({"data": str(photos), "output_dir": str(tmp_path / name), **SETTINGS, **changes})
@@ -34,7 +34,7 @@ def config(photos, tmp_path):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Runs here and runs in processes of their own are compared bit for bit: each has one thread."""
+    """Use one thread, as runs in other processes do, because both are compared bit for bit."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def straight(one_thread, photos, tmp_path_factory) -> Path:
-    """The folder of an undisturbed run."""
+    """Return the folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("straight")
     Trainer({"data": str(photos), "output_dir": str(folder), **SETTINGS}).run()
     return folder
@@ -51,7 +51,7 @@ def straight(one_thread, photos, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def generators_are_left_alone():
-    """A run seeds torch's generator; tests don't see it."""
+    """Restore torch's generator, which a run seeds."""
     before = torch.get_rng_state()
     yield
     torch.set_rng_state(before)

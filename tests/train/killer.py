@@ -1,8 +1,9 @@
-"""Kills runs at random moments: python killer.py CONFIG KILLS.
+"""Kill runs at random moments: python killer.py CONFIG KILLS.
 
-A run is a fork of this process, so that a kill costs no start of Python. Each is killed at a moment drawn from as long
-as the undisturbed first one took, its start included; one that ends before that is finished, and the next begins anew.
-Prints the folders of finished runs, the undisturbed one first, and how many kills left a half-written checkpoint.
+A run is a fork of this process, so that no kill costs a start of Python. Each is killed at a random moment within the
+time that the first, uninterrupted run took; a run that ends earlier is finished, and the next one starts in a new
+folder. Prints the folders of finished runs, the uninterrupted one first, and the number of kills that left a partial
+checkpoint.
 """
 
 import dataclasses
@@ -19,19 +20,19 @@ from pathlib import Path
 from fastmim.train import Config, Trainer
 from fastmim.train.config import read
 
-# what runs import late
+# imported late by runs
 for name in ("matplotlib.figure", "PIL.Image", "safetensors.torch", "tensorboard.summary.writer.record_writer", "tqdm"):
     importlib.import_module(name)
 
 
 def start(config: Config) -> int:
-    """Run in a child; what it says is appended to a file beside its folder."""
+    """Start a run in a child process, its output appended to a file beside its folder."""
     child = os.fork()
     if child:
         return child
-    said = os.open(f"{config.output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    log = os.open(f"{config.output_dir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     status = 1
     try:
         Trainer(config).run()
@@ -44,7 +45,7 @@ def start(config: Config) -> int:
 
 
 def end(child: int, config: Config) -> bool:
-    """Whether it was killed; else it finished."""
+    """Wait for a run; return whether it was killed, else it has finished."""
     status = os.waitpid(child, 0)[1]
     if status not in (0, signal.SIGKILL):
         sys.exit(Path(f"{config.output_dir}.log").read_text())

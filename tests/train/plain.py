@@ -1,4 +1,4 @@
-"""The plain model of benchmarks/rivals/plain_mae.py, which computes as facebookresearch/mae does, on its names."""
+"""The plain model of benchmarks/rivals/plain_mae.py: the computation and the names of facebookresearch/mae."""
 
 from torch import nn
 
@@ -10,7 +10,7 @@ __all__ = ["Cell", "normalise", "plain_model"]
 
 
 def plain_model(model: nn.Module) -> PlainMAE:
-    """Of the sizes of a fastmim model, with its weights."""
+    """Return a plain model with sizes and weights of a fastmim model."""
     plain = PlainMAE(Sizes.of(model))
     plain.load_state_dict(model.state_dict())
     return plain

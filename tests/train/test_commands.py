@@ -1,4 +1,4 @@
-"""What is done with a run: reconstruct, evaluate, export, as the command line has it."""
+"""Commands on a run: reconstruct, evaluate and export."""
 
 import numpy as np
 import pytest
@@ -36,7 +36,7 @@ def test_reconstruct(straight, photos, tmp_path, capsys):
 
 @pytest.fixture
 def labelled(tmp_path):
-    """Two classes that a look at the mean tells apart."""
+    """Write two classes that differ by their mean."""
     generator = np.random.default_rng(1)
     for label, level in (("dark", 60), ("light", 190)):
         (tmp_path / "data" / label).mkdir(parents=True)
@@ -48,10 +48,10 @@ def labelled(tmp_path):
 
 def test_evaluate(straight, labelled, capsys):
     assert cli.main(["evaluate", str(straight), str(labelled), "--labels-per-class", "5"]) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "2 classes, 5 a class to learn from, 8 to judge by"
-    assert [line.split()[0] for line in said[1:]] == ["features", "checkpoint", "random", "raw"]
-    assert said[-1].split()[-1] == "100.0%"
+    output = capsys.readouterr().out.splitlines()
+    assert output[0] == "2 classes, 5 a class to learn from, 8 to judge by"
+    assert [line.split()[0] for line in output[1:]] == ["features", "checkpoint", "random", "raw"]
+    assert output[-1].split()[-1] == "100.0%"
 
 
 def test_splits(labelled, tmp_path):
@@ -65,7 +65,7 @@ def test_splits(labelled, tmp_path):
     assert split.train.few(3).labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_probes_find_what_is_there():
+def test_probes_find_separable_classes():
     torch.manual_seed(0)
     labels = torch.arange(300) % 3
     points = torch.randn(300, 5) + 4 * torch.eye(5)[labels]
@@ -78,16 +78,16 @@ def test_probes_find_what_is_there():
 
 @pytest.fixture
 def exported(straight, tmp_path, capsys):
-    """Runs the command; returns what it wrote and the run's own model."""
+    """Return a function that runs the command and returns the written path and the run's model."""
 
     def run(target: str, name: str):
         out = tmp_path / "exports" / name
         arguments = ["export", str(straight), "--to", target, str(out)]
         assert cli.main(arguments) == 0
         assert "outputs equal" in capsys.readouterr().out
-        # nothing is written over
+        # nothing is overwritten
         assert cli.main(arguments) == 1
-        assert "is there already" in capsys.readouterr().err
+        assert "exists already" in capsys.readouterr().err
         return out, load_model(straight).eval()
 
     return run
@@ -98,7 +98,7 @@ IMAGES, NOISE = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
 
 @torch.no_grad()
 def test_facebook_reads_what_is_exported(exported):
-    """benchmarks/rivals/plain_mae.py computes as facebookresearch/mae does, on its names."""
+    """Compare with benchmarks/rivals/plain_mae.py, which has facebookresearch/mae's computation and names."""
     out, ours = exported("facebook", "model.pth")
     plain = plain_model(ours)
     plain.load_state_dict(torch.load(out, weights_only=True)["model"], strict=True)
@@ -110,8 +110,8 @@ def test_facebook_reads_what_is_exported(exported):
 def test_transformers_reads_what_is_exported(exported):
     transformers = pytest.importorskip("transformers")
     out, ours = exported("huggingface", "folder")
-    theirs, said = transformers.ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
-    assert not said["missing_keys"] and not said["unexpected_keys"]
+    theirs, loading = transformers.ViTMAEForPreTraining.from_pretrained(out, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
     found, expected = theirs.eval()(IMAGES, noise=NOISE), ours(IMAGES, noise=NOISE)
     assert torch.allclose(found.loss, expected.loss, atol=1e-6)
     removed = expected.ids_predict[..., None].expand_as(expected.pred)
@@ -138,11 +138,11 @@ def test_timm_reads_what_is_exported(exported, timm):
         ["export", "{run}/metrics.jsonl", "--to", "facebook", "{nowhere}.pth"],
     ],
 )
-def test_what_can_not_be_done_is_one_line(straight, photos, tmp_path, capsys, arguments):
+def test_an_impossible_command_is_one_line(straight, photos, tmp_path, capsys, arguments):
     places = {"nowhere": tmp_path / "nowhere", "run": straight, "photos": photos}
     assert cli.main([argument.format(**places) for argument in arguments]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("fastmim: ") and said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("fastmim: ") and output.count("\n") == 1
 
 
 @pytest.mark.fault
@@ -162,7 +162,7 @@ def test_an_export_that_fails_leaves_nothing_in_the_way(straight, tmp_path, monk
 
 @pytest.fixture
 def several(tmp_path):
-    """A file of a model and of an encoder."""
+    """Write a file of a model and of an encoder."""
     weights = mae_vit_tiny_patch16(img_size=16, patch_size=4, depth=1, decoder_depth=1).state_dict()
     encoder = {name: value for name, value in weights.items() if not name.startswith(("decoder", "mask_token"))}
     torch.save({"model": weights, "encoder": encoder}, tmp_path / "several.pth")
@@ -193,6 +193,6 @@ def test_timm_takes_an_encoder_alone(several, timm, tmp_path):
 
 
 @pytest.mark.fault
-def test_a_run_has_no_parts(straight, tmp_path, capsys):
+def test_key_is_refused_for_a_run(straight, tmp_path, capsys):
     assert cli.main(["export", str(straight), "--key", "ema", "--to", "facebook", str(tmp_path / "model.pth")]) == 1
     assert "is of a run and holds one model: key is for other checkpoints, got 'ema'" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Settings: what is shipped is the published recipe, and what can't be served says so in one line."""
+"""Settings: the shipped configs are the published recipe, and wrong settings give an error of one line."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from small_run import ENVIRONMENT, SETTINGS, command
 from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
-from fastmim.train.distributed import Processes, spread
+from fastmim.train.distributed import Processes, parallelize
 
 
 def fault(*values):
@@ -26,7 +26,7 @@ def test_shipped_configs_can_be_read(name):
 
 @pytest.mark.parametrize("size", ["base", "large", "huge"])
 def test_the_recipe(size):
-    """He et al., CVPR 2022, table 8, as facebookresearch/mae runs it."""
+    """Compare with table 8 of He et al., CVPR 2022, as facebookresearch/mae runs it."""
     recipe = read(f"mae_vit_{size}_imagenet")
     assert recipe.model == f"mae_vit_{size}_patch{14 if size == 'huge' else 16}"
     assert (recipe.image_size, recipe.mask_ratio, recipe.decode_ratio, recipe.norm_pix_loss) == (224, 0.75, 1.0, True)
@@ -45,7 +45,7 @@ def test_the_fast_variant_changes_the_objective():
 
 
 def test_groups_of_parameters():
-    """Biases and norms don't decay; weights, class and mask token do; position tables aren't trained."""
+    """Check that weights, class and mask token decay, biases and norms don't, and position tables aren't trained."""
     small = Config.of({"data": "x", "output_dir": "y", **SETTINGS})
     model = small.build()
     optimizer = schedule.adamw(model, small)
@@ -101,7 +101,7 @@ def test_quotes_are_those_of_toml():
 @pytest.mark.fault
 @pytest.mark.parametrize("key", ["data", "output_dir"])
 @pytest.mark.parametrize("value", ["1e-4", "5", "true", "2024-01-01", "1_000"])
-def test_what_is_no_text_in_a_file_is_refused_rather_than_rewritten(tmp_path, key, value):
+def test_a_value_that_is_not_text_is_refused_rather_than_rewritten(tmp_path, key, value):
     (tmp_path / "run.toml").write_text("data = 'x'\noutput_dir = 'y'\n".replace(f"{key} = ", f"{key} = {value} #"))
     with pytest.raises(ConfigError, match=rf"^{key} must be text \(in TOML, in quotes\), got "):
         read(tmp_path / "run.toml")
@@ -186,16 +186,16 @@ BAD = [
 
 
 @pytest.mark.parametrize(
-    "setting, said",
+    "setting, message",
     [
         ("micro_batch_size=2", "micro_batch_size must be none with cuda_graphs, which take a batch whole; got 2"),
         ("parallel=fsdp", "parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp"),
     ],
 )
-def test_cuda_graphs_refuse_what_would_read_other_memory(setting, said):
+def test_cuda_graphs_refuse_settings_that_move_memory(setting, message):
     with pytest.raises(ConfigError) as caught:
         read("quickstart_cpu", ["cuda_graphs=true", setting])
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
 def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
@@ -204,14 +204,14 @@ def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"parallel must be ddp .*; auto shards mae_vit_huge_patch14 over 8 processes"
     ):
-        spread(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
+        parallelize(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
 
 
-@pytest.mark.parametrize("setting, said", BAD)
-def test_bad_settings_are_one_clear_line(setting, said):
+@pytest.mark.parametrize("setting, message", BAD)
+def test_bad_settings_are_one_clear_line(setting, message):
     with pytest.raises(ConfigError) as caught:
         read("quickstart_cpu", [setting])
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_bad_files(tmp_path):
@@ -225,8 +225,8 @@ def test_bad_files(tmp_path):
         read(tmp_path / "short.toml")
 
 
-def test_the_command_says_it_on_one_line(tmp_path):
-    """No data, a folder without images, and a file in the place of output_dir."""
+def test_an_error_of_the_command_is_one_line(tmp_path):
+    """Check data that don't exist, and a file in the place of output_dir."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for settings in (
@@ -242,7 +242,7 @@ def test_the_command_says_it_on_one_line(tmp_path):
 
 @pytest.fixture
 def places(photos, straight, tmp_path):
-    """What newcomers point at."""
+    """Return paths that are often given by mistake."""
     for name in ("empty", "text", "bad", "few"):
         (tmp_path / name).mkdir()
     (tmp_path / "text" / "read.me").write_text("no picture")
@@ -274,12 +274,12 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("settings, said", MISTAKES)
-def test_mistakes_of_newcomers_are_one_clear_line(places, tmp_path, capsys, settings, said):
+@pytest.mark.parametrize("settings, message", MISTAKES)
+def test_mistakes_of_newcomers_are_one_clear_line(places, tmp_path, capsys, settings, message):
     small = Config.of({"data": str(places["photos"]), "output_dir": str(tmp_path / "run"), **SETTINGS})
     path = command(small)[-1]
     assert cli.main(["pretrain", path, *settings.format(**places).split()]) == 1
     # that some pictures are skipped comes first
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("skipping ")]
-    assert len(lines) == 1 and lines[0].startswith("fastmim: ") and said.format(**places) in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("fastmim: ") and message.format(**places) in lines[0]
     assert "drop_last" not in lines[0] and "settings changed" not in lines[0]

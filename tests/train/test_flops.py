@@ -1,4 +1,4 @@
-"""Counting a GPU step without a GPU: the ops are those of a real step, the rules those of PyTorch's sources."""
+"""Kernels of a GPU step counted without a GPU: the ops of a real step, by rules taken from PyTorch's sources."""
 
 import importlib
 import re
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from rivals import contestants, plain_mae
 from rivals.sizes import Cell, Sizes, train_flops
 
-# what differs between versions of torch
+# for what differs between versions of torch
 PINNED = pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="kernels of torch 2.13 are counted")
 H100 = CARDS["h100"]
 SMALL = dict(
@@ -37,7 +37,7 @@ SMALL = dict(
 
 @pytest.fixture(autouse=True)
 def as_users_have_it():
-    """Without the fills of fresh memory that tests ask for."""
+    """Turn off deterministic mode, whose fills of fresh memory would be counted."""
     torch.use_deterministic_algorithms(False)
     yield
     torch.use_deterministic_algorithms(True)
@@ -49,7 +49,7 @@ def config(tmp_path):
 
 
 def seen(work, device=DEVICE):
-    """The ops of `work(device)`, which returns a step, in the step's second call."""
+    """Count the ops in the second call of a step, which `work(device)` returns."""
     ops: Counter[str] = Counter()
 
     class Real(TorchDispatchMode):
@@ -72,7 +72,7 @@ def seen(work, device=DEVICE):
 
 
 def plain_step(device):
-    """A step of the plain peer."""
+    """Return a step of the plain peer."""
     with device:
         template = fastmim.MaskedAutoencoderViT(32, 8, 3, 32, 2, 2, 32, 2, 2)
         sizes = Sizes.of(template)
@@ -95,7 +95,7 @@ def plain_step(device):
 
 
 def test_a_simulated_step_calls_the_ops_of_a_real_one():
-    """Autocast, autograd and the optimiser included; only attention has another name on a CPU."""
+    """Compare all ops, those of autocast, autograd and optimiser too; attention alone has another name on a CPU."""
     ours, real = seen(plain_step), seen(plain_step, torch.device("cpu"))
     attention = [Counter({op: n for op, n in ops.items() if "attention" in op}) for ops in (ours, real)]
     assert ours - attention[0] == real - attention[1]
@@ -117,7 +117,7 @@ def test_autocast_knows_every_op_that_it_casts():
     assert (registered - others) | operators == simulated.NARROW | simulated.WIDE | simulated.WIDE_RESULT
 
 
-def test_what_is_not_simulated_is_as_before():
+def test_the_simulation_leaves_nothing_behind():
     before = torch.Tensor.device
     layer = nn.Linear(2, 2)
     with simulated.simulated(H100, lambda *_: None, lambda *_: None):
@@ -185,7 +185,7 @@ def test_broadcast_values_count_once():
 
 
 def kernels(call, *args, **kwargs):
-    """The kernels of an op that is called on the device."""
+    """Return the kernels of a call on the device."""
     found = []
 
     def see(*op):
@@ -217,7 +217,7 @@ def test_products():
     assert copied.name == "copy_"
 
 
-def test_what_moves_between_tensors():
+def test_traffic_of_ops():
     x, narrow = torch.empty(256, 64, device="meta"), torch.empty(256, 64, device="meta", dtype=torch.bfloat16)
     size = 256 * 64 * 4
     traffic = {
@@ -243,12 +243,12 @@ def test_what_moves_between_tensors():
 
 def test_every_triton_kernel_has_a_rule():
     found = {}
-    for room in Path(importlib.import_module("fastmim.kernels").__file__).parent.glob("[a-z]*.py"):
-        module = importlib.import_module(f"fastmim.kernels.{room.stem}")
+    for path in Path(importlib.import_module("fastmim.kernels").__file__).parent.glob("[a-z]*.py"):
+        module = importlib.import_module(f"fastmim.kernels.{path.stem}")
         for name, function in vars(module).items():
             # what is launched
             if name.endswith("_kernel") and getattr(function, "__module__", None) == module.__name__:
-                found[f"{room.stem}.{name.lstrip('_')}"] = set(function.arg_names)
+                found[f"{path.stem}.{name.lstrip('_')}"] = set(function.arg_names)
     assert set(found) == set(triton_kernels.RULES)
     for name, rule in triton_kernels.RULES.items():
         assert {*rule.written.split(), *rule.parts} <= found[name]
@@ -258,7 +258,7 @@ def count_of(step):
     return count(lambda: (step, []), H100)
 
 
-def test_what_is_unknown_is_refused():
+def test_an_unknown_op_is_refused():
     x = []
 
     def step():
@@ -305,7 +305,7 @@ def test_flops_are_those_of_flop_counter():
     with FlopCounterMode(display=False) as counter:
         plain_step(torch.device("cpu"))()
     rows = count(lambda: (plain_step(DEVICE), []), H100).rows
-    # it does not know attention of CPUs
+    # flop_counter does not count attention on CPUs
     assert sum(row.flops for row in rows if row.kind != "attention") == counter.get_total_flops()
 
 

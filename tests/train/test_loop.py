@@ -1,4 +1,4 @@
-"""The loop: the curve of the plain PyTorch reference, gradients that aren't finite, and what a run leaves behind."""
+"""The loop: the loss curve of the plain PyTorch reference, gradients that aren't finite, and a run's files."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from fastmim.train.seeds import WEYL, _mix, mask_seeds
 
 
 def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
-    """Losses of benchmarks/rivals/plain_mae.py on the run's data, masks, schedule and first weights."""
+    """Return the losses of benchmarks/rivals/plain_mae.py on the run's data, masks, schedule and first weights."""
     dtype = torch.float64 if config.dtype == "float64" else torch.float32
     torch.manual_seed(config.seed)
     template = config.build()
@@ -46,7 +46,7 @@ def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
                 group["lr"] = learning_rate(config, len(losses), steps)
             seeds = mask_seeds(config.seed, epoch, batch.ids)
             mask = masking.random(len(batch.ids), template.patch_embed.num_patches, config.mask_ratio, seeds=seeds)
-            # the ranks of the noise are noise that gives the same mask
+            # ranks serve as noise that gives the same mask
             loss = model(normalise(batch.images, dtype), mask.ids_restore.double(), Cell(config.mask_ratio, 1.0))
             loss.backward()
             optimizer.step()
@@ -55,7 +55,7 @@ def plain_curve(config: Config, steps: int, data: Path) -> list[float]:
 
 
 def quickstart(folder: Path, *settings: str) -> tuple[Tensor, list[Tensor]]:
-    """Losses of a run in a dtype, and of the plain model in that dtype and in float64."""
+    """Return the losses of a run in a dtype, and of the plain model in that dtype and in float64."""
     always = ["log_every=1", "backend=pillow", "reconstruct_every=0", f"output_dir={folder}"]
     config = read("quickstart_cpu", [*always, *settings])
     Trainer(config).run()
@@ -68,7 +68,7 @@ def quickstart(folder: Path, *settings: str) -> tuple[Tensor, list[Tensor]]:
 
 
 def test_the_quickstart_is_the_plain_reference(tmp_path):
-    """200 steps (in make test 20) agree to 1e-8 in float64."""
+    """Check that 200 steps (in make test 20) agree to 1e-8 in float64."""
     steps = 200 if TEST_ALL else 20
     ours, [plain] = quickstart(tmp_path, "dtype=float64", "batch_size=16", f"max_steps={steps}")
     assert len(ours) == len(plain) == steps
@@ -77,7 +77,7 @@ def test_the_quickstart_is_the_plain_reference(tmp_path):
 
 
 def test_the_quickstart_in_float32_is_as_near_to_float64_as_the_plain_reference(tmp_path):
-    """By `check_draws`, over the first steps: later, rounding may grow to chaos."""
+    """Compare the first steps by `check_draws`: rounding errors grow too far in later ones."""
     draws = []
     for seed in range(3):
         settings = f"seed={seed}", "dtype=float32", "batch_size=8", "max_steps=6"
@@ -103,7 +103,7 @@ def test_masks_are_functions_of_seed_epoch_and_sample():
 
 
 def poison(monkeypatch, steps, times=100):
-    """NaN in the weights' gradients at these steps, the first `times` times that they are made."""
+    """Put NaN into the gradients at these steps, the first `times` times that a step is made."""
     norm, trainers = torch.nn.utils.get_total_norm, []
     update, left = Trainer._update, dict.fromkeys(steps, times)
 
@@ -170,7 +170,7 @@ def test_clipping(config, straight, tmp_path):
 # ---- what is left behind ---------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(config, tmp_path, capsys):
+def test_files_of_a_run(config, tmp_path, capsys):
     Trainer(config(reconstruct_every=6, log_every=5)).run()
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -184,8 +184,8 @@ def test_what_a_run_leaves(config, tmp_path, capsys):
     with Image.open(run / "loss.png") as drawn:
         # white, grid, axis labels, and the curve's own colour
         assert (0x1F, 0x77, 0xB4) in {colour for _, colour in drawn.convert("RGB").getcolors(1 << 20)}
-    said = capsys.readouterr().out
-    assert "step 5/12: loss " in said and "images/s" in said and "of matmul" in said and " left" in said
+    output = capsys.readouterr().out
+    assert "step 5/12: loss " in output and "images/s" in output and "of matmul" in output and " left" in output
 
 
 def test_bfloat16_keeps_weights_and_statistics_in_float32(config, tmp_path):

@@ -1,4 +1,4 @@
-"""What a run tells of itself."""
+"""Metrics of a run: TensorBoard's files and the loss curve, and packages that are missing."""
 
 import importlib
 import sys
@@ -14,19 +14,19 @@ from fastmim.train.metrics import draw_curve
 
 
 def shown(folder):
-    """Steps and losses, as TensorBoard reads them."""
+    """Return steps and losses as TensorBoard reads them."""
     board = EventAccumulator(str(folder / "tensorboard"))
     board.Reload()
     return [(event.step, event.value) for event in board.Scalars("loss")]
 
 
-def test_tensorboard_shows_what_the_json_lines_say(straight):
+def test_tensorboard_agrees_with_metrics_jsonl(straight):
     found, told = shown(straight), curve(straight)
     assert [step for step, _ in found] == [line[0] for line in told]
     assert all(abs(value - line[1]) < 1e-5 for (_, value), line in zip(found, told))
 
 
-def test_tensorboard_takes_back_what_is_repeated(config, straight, tmp_path, monkeypatch):
+def test_tensorboard_hides_steps_that_are_repeated(config, straight, tmp_path, monkeypatch):
     update = Trainer._update
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr(Trainer, "_update", lambda self, batch: update(self, batch) if self.step < 7 else 1 / 0)
@@ -61,7 +61,7 @@ def test_without_matplotlib_a_run_ends_well(config, straight, tmp_path, monkeypa
 
 @pytest.mark.fault
 def test_a_package_that_is_there_is_not_called_absent(tmp_path, monkeypatch, capsys):
-    """What scikit-learn and matplotlib need can be missing."""
+    """Check packages that are installed but fail to import, because a package that they need is missing."""
     for package in ("matplotlib.figure", "sklearn.datasets"):
         broken = ModuleType(package)
         broken.__getattr__ = lambda name: importlib.import_module("kiwi.of.nobody")

@@ -1,4 +1,4 @@
-"""Two processes (gloo) do what one does: replicated, sharded, and when their number changes."""
+"""Two processes (gloo) compute as one does: replicated, sharded, and when their number changes."""
 
 import math
 import subprocess
@@ -13,14 +13,14 @@ from fastmim.train import Config, Trainer
 
 
 def near(ours, theirs, tolerance=1e-10) -> bool:
-    """Curves in float64 differ by the order of sums."""
+    """Return whether two curves differ by no more than the order of sums in float64."""
     assert len(ours) == len(theirs)
     return all(math.isclose(a, b, rel_tol=tolerance) for x, y in zip(ours, theirs) for a, b in zip(x, y))
 
 
 @pytest.fixture(scope="module")
 def exact(photos, tmp_path_factory):
-    """One process's run in float64."""
+    """Return the folder of a run of one process in float64."""
     folder = tmp_path_factory.mktemp("exact")
     Trainer({"data": str(photos), "output_dir": str(folder), **SETTINGS, "dtype": "float64"}).run()
     return folder
@@ -32,7 +32,7 @@ from fastmim.train import Trainer
 from fastmim.train.config import read
 update = Trainer._update
 def interrupted(self, batch):
-    # one process alone hears of it
+    # one process alone gets the signal
     if self.step == int(sys.argv[2]) - 1 and self.processes.rank == self.processes.world - 1:
         os.kill(os.getpid(), signal.SIGTERM)
     update(self, batch)
@@ -45,7 +45,7 @@ except SystemExit as end:
 
 
 def run_until(config: Config, step: int, processes: int) -> str:
-    """Until a signal to the last process stops all after `step`, or to the end; returns what was said."""
+    """Run until a signal to the last process stops all after `step`, or to the end; return the output."""
     *_, path = command(config)
     script = Path(path).with_suffix(".py")
     script.write_text(STOP)
@@ -68,12 +68,12 @@ if TEST_ALL:
 
 @pytest.mark.parametrize("parallel, route", ROUTES)
 def test_processes_may_come_and_go(config, exact, tmp_path, parallel, route):
-    """Each leg of the route has other processes; what comes out is what one process makes."""
+    """Change the number of processes on the way; the result is that of one process."""
     small = config(dtype="float64", parallel=parallel, micro_batch_size=1)
     begin = 0
     for end, processes in route:
-        said = run_until(small, end, processes)
-        assert not begin or f"going on from step {begin}; 0 logged steps are repeated" in said
+        output = run_until(small, end, processes)
+        assert not begin or f"going on from step {begin}; 0 logged steps are repeated" in output
         begin = end
     assert near(curve(tmp_path / "run"), curve(exact))
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path / "run", exact))
@@ -89,7 +89,7 @@ update = Trainer._update
 def dying(self, batch):
     # once, between two checkpoints
     if self.step == 6 and self.processes.rank == int(sys.argv[2]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        self.keeper.writer.wait()
+        self.checkpoints.writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     update(self, batch)
 Trainer._update = dying
@@ -99,7 +99,7 @@ Trainer(read(sys.argv[1])).run()
 
 @pytest.mark.parametrize("rank", [0, 1] if TEST_ALL else [1])
 def test_a_dead_rank_is_started_again_with_all_others(config, tmp_path, rank):
-    """torchrun restarts the job by itself; it ends with the weights of two processes that nobody disturbed."""
+    """Kill a process, after which torchrun restarts the job; it ends with the weights of an uninterrupted run."""
     whole = launch(config("whole"), processes=2)
     assert "going on" not in whole.stderr
     *_, path = command(config())

@@ -1,4 +1,4 @@
-"""A run that is interrupted, killed or moved to other processes ends where the undisturbed one does, bit for bit."""
+"""A run that is interrupted or killed ends with the weights of an uninterrupted one, bit for bit."""
 
 import json
 import os
@@ -85,7 +85,7 @@ def test_threads_do_not_matter(config, straight, tmp_path):
 
 
 def test_generators_go_on_where_they_were(config, tmp_path, monkeypatch):
-    """A model that draws, in every step, from each generator of the host."""
+    """Draw in every step from each generator of the host."""
     import numpy as np
     import torch
 
@@ -138,7 +138,7 @@ def copied(photos, folder):
 
 @pytest.mark.fault
 def test_a_repaired_image_is_trained_on_from_then_on(config, photos, tmp_path, capsys, caplog):
-    """A run that was interrupted is resumed, and has the epochs to come as if the image had never been bad."""
+    """Repair an image between two parts of a run: later epochs are as if it had never been bad."""
     data = copied(photos, tmp_path / "data")
     good = (data / "07.png").read_bytes()
     (data / "07.png").write_bytes(b"no picture")
@@ -174,7 +174,7 @@ def test_other_contents_of_many_files_are_other_data(config, straight, photos, t
 
 @pytest.mark.fault
 def test_a_run_below_its_data_never_trains_on_its_own_pictures(config, straight, photos, tmp_path):
-    """The images are the same at the first start, at a resume, and for the next run."""
+    """Check that a run's images are the same at its start, after a resume, and for the next run."""
     data = copied(photos, tmp_path / "data")
     for name in ("first", "deep/second"):
         small = config(data=str(data), output_dir=str(data / name), reconstruct_every=3)
@@ -190,7 +190,7 @@ def test_a_run_below_its_data_never_trains_on_its_own_pictures(config, straight,
 
 @pytest.mark.fault
 def test_data_in_the_folder_of_a_run_are_data(config, straight, photos, tmp_path):
-    """As those of data = "digits" are."""
+    """Train on data in a folder of output_dir, as with data = "digits"."""
     data = copied(photos, tmp_path / "run" / "data")
     for steps in (3, 12):
         Trainer(config(data=str(data), max_steps=steps, base_lr=0.05)).run()
@@ -205,7 +205,7 @@ def contents(folder):
 
 
 def forked(config, folder):
-    """What a run of two processes, which are forks of this one, says of itself."""
+    """Return the errors of a run of two processes, which are forks of this one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -227,21 +227,21 @@ def forked(config, folder):
 
 @pytest.mark.fault
 def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(config, straight, tmp_path, monkeypatch):
-    """In this process, and as two other processes: nobody hangs, and nothing of the first is touched."""
+    """Start a second run in this process and as two others: neither hangs, nor touches files of the first."""
     update = Trainer._update
 
     def during(self, batch):
         if self.step == 6:
-            self.keeper.writer.wait()
-            (self.keeper.folder / "step-00000099.tmp").mkdir()
+            self.checkpoints.writer.wait()
+            (self.checkpoints.folder / "step-00000099.tmp").mkdir()
             before, host = contents(tmp_path / "run"), socket.gethostname()
-            said = f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on {host}"
+            error = f"output_dir {tmp_path / 'run'} is in use by process {os.getpid()} on {host}"
             monkeypatch.setattr(Trainer, "_update", update)
             with pytest.raises(ValueError, match=r"output_dir .*run is in use by this process already"):
                 Trainer(config(mask_ratio=0.5)).run()
-            assert forked(config(mask_ratio=0.5), tmp_path) == [said, said]
+            assert forked(config(mask_ratio=0.5), tmp_path) == [error, error]
             assert contents(tmp_path / "run") == before
-            assert (self.keeper.folder / "step-00000099.tmp").is_dir()
+            assert (self.checkpoints.folder / "step-00000099.tmp").is_dir()
         update(self, batch)
 
     monkeypatch.setattr(Trainer, "_update", during)
@@ -252,12 +252,12 @@ def test_a_second_run_in_a_folder_is_refused_and_the_first_goes_on(config, strai
 
 @pytest.mark.fault
 def test_a_run_whose_folder_was_made_anew_by_another_stops(config, tmp_path, monkeypatch):
-    """Removed while it went on, and taken by a new run."""
+    """Delete the folder during a run and let another run take it."""
     update = Trainer._update
 
     def during(self, batch):
         if self.step == 6:
-            self.keeper.writer.wait()
+            self.checkpoints.writer.wait()
             shutil.rmtree(tmp_path / "run")
             monkeypatch.setattr(Trainer, "_update", update)
             (tmp_path / "run").mkdir()
@@ -276,7 +276,7 @@ def test_a_run_whose_folder_was_made_anew_by_another_stops(config, tmp_path, mon
 
 @pytest.mark.parametrize("place", ["safetensors", "manifest", "renamed", *(["state", "flush"] if TEST_ALL else [])])
 def test_killed_in_the_middle_of_a_save(config, straight, tmp_path, place):
-    """SIGKILL when the second checkpoint's files are half there, there without a manifest, whole but not in place."""
+    """Send SIGKILL when the second checkpoint has partial files, no manifest, or all files but not its final place."""
     hooks = {
         "safetensors": "safetensors.torch.save_file = lambda values, path, meta: (path.write_bytes(b'half'), die())",
         "state": "json_dumps = json.dumps; json.dumps = lambda v, **k: die() if 'loaders' in v else json_dumps(v, **k)",
@@ -308,19 +308,19 @@ def test_killed_in_the_middle_of_a_save(config, straight, tmp_path, place):
 
 
 def test_killed_at_random_moments(config, tmp_path):
-    """Every resume succeeds, and all end with the weights of the undisturbed run; saves take most of the time."""
+    """Check that every resume succeeds and ends with the weights of the uninterrupted run; most kills hit a save."""
     *_, path = command(config(max_steps=40, checkpoint_every=1))
     kills = 30 if TEST_ALL else 5
     done = subprocess.run(
         [sys.executable, str(KILLER), path, str(kills)], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    print(f"{kills} kills, {said['saving']} of them in a save; {len(said['finished']) - 1} runs")
-    whole, *others = (outcome(Path(folder)) for folder in said["finished"])
+    report = json.loads(done.stdout)
+    print(f"{kills} kills, {report['saving']} of them in a save; {len(report['finished']) - 1} runs")
+    whole, *others = (outcome(Path(folder)) for folder in report["finished"])
     assert others and all(other == whole for other in others)
-    assert said["saving"] or not TEST_ALL
-    logs = [Path(f"{folder}.log").read_text() for folder in said["finished"]]
+    assert report["saving"] or not TEST_ALL
+    logs = [Path(f"{folder}.log").read_text() for folder in report["finished"]]
     assert "going on from step" in "".join(logs) and "refused" not in "".join(logs)
 
 
@@ -328,7 +328,7 @@ def test_killed_at_random_moments(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch_size": 2}, "batch_size was 4, is 2"),
@@ -336,11 +336,11 @@ def test_killed_at_random_moments(config, tmp_path):
         ({"model": "small"}, "model was 'mae_vit_tiny_patch16', is 'mae_vit_small_patch16'"),
     ],
 )
-def test_a_checkpoint_of_another_run_stops_it(config, straight, tmp_path, change, said):
+def test_a_checkpoint_of_another_run_stops_it(config, straight, tmp_path, change, message):
     folder = str(straight)
     with pytest.raises(ValueError, match="holds another run") as caught:
         Trainer(config(output_dir=folder, **change)).run()
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_other_data_stop_it(config, straight, photos, tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or refused, whatever happens to their files and to the disk."""
+"""Checkpoints are complete or refused, whatever happens to their files and to the disk."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from small_run import command, outcome
 from fastmim import cli
 from fastmim.train import Trainer, metrics
 from fastmim.train.checkpoint import store
-from fastmim.train.tensorboard import Board
+from fastmim.train.tensorboard import TensorBoardWriter
 
 FILES = ["generators.safetensors", "manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -22,7 +22,7 @@ def truncate(path):
 
 
 def flip(path):
-    """One bit in the middle."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
@@ -84,9 +84,9 @@ def test_a_run_goes_on_from_the_last_good_one_and_says_so(config, straight, tmp_
     shutil.rmtree(tmp_path / "run" / "final")
     damage(tmp_path / "run" / "checkpoints" / "step-00000012" / name)
     Trainer(config()).run()
-    said = capsys.readouterr().err
-    assert "checkpoint refused" in said and f"step-00000012/{name}" in said
-    assert "going on from step 8; 4 logged steps are repeated" in said
+    output = capsys.readouterr().err
+    assert "checkpoint refused" in output and f"step-00000012/{name}" in output
+    assert "going on from step 8; 4 logged steps are repeated" in output
     assert outcome(tmp_path / "run") == outcome(straight)
     # nothing is taken for good, and nothing is lost
     assert (tmp_path / "run" / "checkpoints" / "step-00000012.damaged").is_dir()
@@ -94,21 +94,21 @@ def test_a_run_goes_on_from_the_last_good_one_and_says_so(config, straight, tmp_
 
 def test_without_a_good_one_the_run_starts_again(config, straight, tmp_path, capsys):
     shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    for _, path in store.found(tmp_path / "run" / "checkpoints"):
+    for _, path in store.list_checkpoints(tmp_path / "run" / "checkpoints"):
         flip(path / "model.safetensors")
     Trainer(config()).run()
     assert "no good checkpoint is left: the run starts again" in capsys.readouterr().err
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
-def test_which_stay(config, tmp_path):
+def test_checkpoints_that_are_kept(config, tmp_path):
     Trainer(config(checkpoint_every=1, keep_last=2, keep_every=5)).run()
     folder = tmp_path / "run" / "checkpoints"
-    assert [step for step, _ in store.found(folder)] == [12, 11, 10, 5, 0]
+    assert [step for step, _ in store.list_checkpoints(folder)] == [12, 11, 10, 5, 0]
     assert (folder / "latest").resolve().name == "step-00000012"
 
 
-def test_what_a_killed_run_left_aside_goes(config, tmp_path):
+def test_partial_checkpoints_of_a_killed_run_are_deleted(config, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     for name in ("step-00000004.tmp", "step-00000003.old"):
         (folder / name).mkdir(parents=True)
@@ -117,7 +117,7 @@ def test_what_a_killed_run_left_aside_goes(config, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000000", "step-00000001"]
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_earlier_checkpoints(tmp_path, monkeypatch):
     tensors = {"model": {"a": torch.arange(3.0)}}
     store.write(tmp_path, 1, tensors, {"step": 1})
 
@@ -150,14 +150,14 @@ def test_on_a_full_disk_training_goes_on(config, straight, tmp_path, monkeypatch
 @pytest.mark.fault
 @pytest.mark.parametrize("size", [150, 3000])
 def test_a_full_disk_is_named_and_left_as_it_was(tmp_path, size):
-    """Small files too, whose errors name none; one that may not grow on is refused as on a full disk."""
+    """Check small files too, whose errors name no file; a limit of their size acts as a full disk does."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         with pytest.raises(OSError, match=r"step-00000001\.tmp/(state|manifest)\.json'|model\.safetensors"):
             store.write(tmp_path, 1, {"model": {"a": torch.zeros(3)}}, {"text": "x" * 4000})
         with pytest.raises(OSError, match=r"run\.json\.tmp'"):
-            store.replace(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
+            store.write_atomically(tmp_path / "run.json", lambda path: path.write_text("x" * 4000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
@@ -167,30 +167,30 @@ def test_tensorboard_on_a_full_disk_ends_alone(config, straight, tmp_path, monke
     def full(self, step, scalars):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Board, "write", full)
+    monkeypatch.setattr(TensorBoardWriter, "write", full)
     Trainer(config()).run()
     assert capsys.readouterr().err.count("ends before step 1: [Errno 28]") == 1
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
 def gone(trainer):
-    """The folder is not there any more."""
-    trainer.keeper.writer.wait()
+    """Move the run's folder away."""
+    trainer.checkpoints.writer.wait()
     trainer.folder.rename(trainer.folder.with_name("away"))
 
 
 def read_only(trainer):
-    """The file system can be read, not written: what a file in the place of the folder does, for root too."""
-    trainer.keeper.writer.wait()
-    trainer.keeper.folder.rename(trainer.folder / "kept")
-    trainer.keeper.folder.touch()
+    """Make the folder of checkpoints unwritable, for root too, by a file in its place."""
+    trainer.checkpoints.writer.wait()
+    trainer.checkpoints.folder.rename(trainer.folder / "kept")
+    trainer.checkpoints.folder.touch()
 
 
-@pytest.mark.parametrize("vanish, said", [(gone, "No such file or directory"), (read_only, "File exists")])
+@pytest.mark.parametrize("vanish, message", [(gone, "No such file or directory"), (read_only, "File exists")])
 def test_a_file_system_that_vanishes_ends_the_run_in_one_line(
-    config, straight, tmp_path, monkeypatch, capsys, vanish, said
+    config, straight, tmp_path, monkeypatch, capsys, vanish, message
 ):
-    """After step 6: the save of step 8 fails, which is seen at the next; put back, the run goes on from step 4."""
+    """Remove the folder after step 6: the save of step 8 fails; put back, the run continues from step 4."""
     small, update = config(), Trainer._update
 
     def vanishing(self, batch):
@@ -202,7 +202,7 @@ def test_a_file_system_that_vanishes_ends_the_run_in_one_line(
         patched.setattr(Trainer, "_update", vanishing)
         assert cli.main(command(small)[3:]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("fastmim: [Errno ") and said in last
+    assert last.startswith("fastmim: [Errno ") and message in last
     assert last.endswith("can be written, the same command goes on from the last checkpoint")
     run = tmp_path / "run"
     if vanish is gone:
@@ -225,12 +225,12 @@ def test_the_last_one_must_be_written(config, monkeypatch):
         Trainer(config()).run()
 
 
-def test_what_is_told_of_a_run_waits_for_room(config, straight, tmp_path, monkeypatch, capsys):
-    """Lines of metrics that a full disk refuses are written once there is room."""
+def test_metrics_wait_for_space_on_the_disk(config, straight, tmp_path, monkeypatch, capsys):
+    """Check that lines of metrics that a full disk refuses are written with later ones."""
     begin = metrics.Journal.__init__
 
     class Full:
-        """A file whose flushes fail twice."""
+        """File whose first two flushes fail."""
 
         def __init__(self, file):
             self.file, self.refused = file, 2

@@ -1,4 +1,4 @@
-"""`accelerate`, `restore`, `explain`: other people's models made fast in place."""
+"""Accelerate the models of other libraries in place, undo it, and report what is accelerated."""
 
 import importlib
 import re
@@ -21,17 +21,17 @@ _NUMBER = re.compile(r"\b\d+\b")
 
 
 class UnsupportedModelError(ValueError):
-    """Nothing in a model can be accelerated, or not as was asked; the message says why of each module."""
+    """Error for a model in which nothing can be accelerated as asked; it gives the reason for each module."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is accelerated in a model and why the rest is not; print it.
+    """Report of `accelerate` on one model, to be printed.
 
     Attributes:
-        model: the model's class.
-        accelerated: what each accelerated module does now, by its path; "" is the model itself.
-        kept: why each other module that has parameters of its own, or that was looked at, stays as it is.
+        model: name of the model's class.
+        accelerated: description of each accelerated module, by its path; "" is the model itself.
+        kept: reasons for each module that is kept, by its path. Modules without parameters of their own may be absent.
     """
 
     model: str
@@ -42,39 +42,40 @@ class Report:
         lines = [f"{self.model}: {len(self.accelerated)} modules accelerated"]
         lines += _grouped(self.accelerated)
         if self.kept:
-            lines += ["as they are:", *_grouped(self.kept)]
+            lines += ["kept:", *_grouped(self.kept)]
         return "\n".join(lines)
 
 
 def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", strict: bool = True) -> Report:
-    """Make somebody's masked autoencoder or vision transformer fast, in place.
+    """Run a masked autoencoder or vision transformer of another library on fastmim's kernels, in place.
 
-    The classes of modules change on this instance, and nothing else: weights, `state_dict`, hooks, copies, pickles,
-    gradient checkpointing, DDP, FSDP, torch.compile and `save_pretrained` go on as before, and other models in the
-    process are not touched. The same inputs, noise and seeds give the same results but for rounding.
+    Only the classes of modules change, on this instance alone. Weights, `state_dict`, hooks, copies, pickles, gradient
+    checkpointing, DDP, FSDP, torch.compile and `save_pretrained` work as before. The same inputs, noise and seeds give
+    the same results up to rounding.
 
-    Accelerated are masking (no sorts), patch embedding (visible patches only), attention over short sequences, norm and
-    GELU, the decoder's input, and the loss (its target is read from the image), each where the methods that do it are
-    exactly known: a method that a fork overrides is never replaced, and a module whose dropout is active keeps its own
-    attention. What a call asks for besides (attention masks, attention weights, images that require grad) is left to
-    the model's own code, and so is each module that is hooked or replaced (by LoRA, pruning, quantisation), and all of
-    them under global module hooks, `torch.func` and forward-mode AD. Of a gradient no other can be taken
-    (`create_graph=True`): `restore` the model first.
+    These parts are accelerated: masking (no sorts), patch embedding (visible patches only), attention over short
+    sequences, norm and GELU, the decoder's input, and the loss (its target is read from the image). Each is replaced
+    only where fastmim knows exactly what the method does: a method that a subclass overrides is never replaced, and a
+    module with active dropout keeps its own attention. The model's own code runs for calls with attention masks,
+    attention weights or images that require grad; for modules that are hooked or replaced (by LoRA, pruning,
+    quantisation); and for all modules under global module hooks, `torch.func` and forward-mode AD. Second derivatives
+    (`create_graph=True`) can't be taken: `restore` the model first.
 
     Args:
-        model: a model, or anything that holds one. Calling again starts over.
-        predict: "all": as the model does. "masked": a `ViTMAEForPreTraining` or MaskedAutoencoderViT predicts the
-            removed patches only, which alone are scored: the loss and its gradients stay, and predictions (`logits`)
-            are (B, M, P) in the order of rank of noise, `ids_restore.argsort(1)[:, K:]`.
-        strict: whether a model in which nothing can be accelerated is an error.
+        model: a model, or a module that contains one. A model that is accelerated already is restored first.
+        predict: "all", the default: predict the patches that the model predicts. "masked": a `ViTMAEForPreTraining` or
+            MaskedAutoencoderViT predicts the removed patches only. The loss and its gradients stay the same;
+            predictions (`logits`) are (B, M, P) in the order of rank of noise, `ids_restore.argsort(1)[:, K:]`.
+        strict: raise if nothing can be accelerated; default True.
 
     Returns:
-        What is accelerated and why the rest is not.
+        A report of what is accelerated, and why the rest is not.
 
     Raises:
-        UnsupportedModelError (a ValueError): nothing could be accelerated, and `strict`; or predict="masked" and
-            nothing that could predict less.
-        TypeError, ValueError: not a module; an unknown `predict`.
+        UnsupportedModelError: a ValueError. With `strict`: nothing can be accelerated, or predict="masked" and no part
+            of the model can predict fewer patches.
+        TypeError: `model` is not a module.
+        ValueError: `predict` is neither "all" nor "masked"; or as `restore`.
     """
     _check(model)
     if predict not in ("all", "masked"):
@@ -88,7 +89,7 @@ def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", s
         raise UnsupportedModelError(f"nothing in model can be accelerated; supported: {SUPPORTED}\n{report}") from cause
     if strict and predict == "masked" and not any(mixin.only_masked for mixin in mixins):
         raise UnsupportedModelError(
-            f'predict="masked": nothing in model can be made to predict less\n{report}'
+            f'predict="masked": no part of model can predict fewer patches\n{report}'
         ) from cause
     for path, choice in choices.items():
         if choice.mixins:
@@ -97,11 +98,14 @@ def accelerate(model: nn.Module, *, predict: Literal["all", "masked"] = "all", s
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `accelerate`: each module has its own class again. A model that is not accelerated stays as it is.
+    """Undo `accelerate`: give each module its own class back. Does nothing to a model that is not accelerated.
+
+    Args:
+        model: a model, or a module that contains one.
 
     Raises:
-        TypeError: not a module.
-        ValueError: something else has changed the class of an accelerated module since; nothing is undone.
+        TypeError: `model` is not a module.
+        ValueError: the class of an accelerated module was changed after `accelerate`; nothing is undone.
     """
     _check(model)
     modules = list(model.modules())
@@ -112,12 +116,16 @@ def restore(model: nn.Module) -> None:
 
 
 def explain(model: nn.Module) -> Report:
-    """What `accelerate` would change in `model` and why the rest would stay; changes nothing.
+    """Report what `accelerate` would change in `model`, or has changed, and why the rest is kept. Changes nothing.
 
-    Of an accelerated model: what is accelerated, and why the rest is not.
+    Args:
+        model: a model, or a module that contains one.
+
+    Returns:
+        The report that `accelerate(model)` returns; of an accelerated model, that with its `predict`.
 
     Raises:
-        TypeError: not a module.
+        TypeError: `model` is not a module.
         ValueError: as `restore`.
     """
     _check(model)
@@ -137,57 +145,58 @@ def _check(model: object) -> None:
 
 
 def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
-    """What to do with each module that there is something to say of."""
+    """Decide on each module that is known or has parameters, by its path."""
     choices: dict[str, Choice] = {}
     for path, module in model.named_modules():
         choice = _choose(module, predict)
-        holder = choices.get(path.rpartition(".")[0], Choice())
-        # what an accelerated module holds, it runs itself
-        if choice is None and not (path and holder.mixins) and next(module.parameters(recurse=False), None) is not None:
-            choice = Choice(kept=(f"a {type(module).__name__} has no kernel of its own here",))
+        parent = choices.get(path.rpartition(".")[0], Choice())
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        # an accelerated module runs its parts itself
+        if choice is None and not (path and parent.mixins) and has_parameters:
+            choice = Choice(kept=(f"fastmim has no replacement for {type(module).__name__}",))
         if choice is not None:
             choices[path] = choice
-    return choices or {"": Choice(kept=(f"a {type(model).__name__} without parameters",))}
+    return choices or {"": Choice(kept=(f"a {type(model).__name__} has no parameters",))}
 
 
 def _choose(module: nn.Module, predict: str) -> Choice | None:
-    """By the packages that its class and its bases come from, imported already; else by its structure."""
+    """Decide on one module, by the package that its class or a base comes from, else by its structure."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    for package, family in (("transformers", "huggingface"), ("lightly", "lightly")):
+    for package, name in (("transformers", "huggingface"), ("lightly", "lightly")):
         if package in packages:
             try:
-                known: Any = importlib.import_module(f".{family}", __package__)
+                replacements: Any = importlib.import_module(f".{name}", __package__)
             except ImportError as error:
                 return Choice(kept=(_not_importable(package, error),), error=error)
-            choice: Choice | None = known.choose(module, predict)
+            choice: Choice | None = replacements.choose(module, predict)
             if choice is not None:
                 return choice
     return timm.choose(module) or facebook.choose(module, predict)
 
 
 def _not_importable(package: str, error: ImportError) -> str:
-    """Why what is known of a `package` can't be imported: it is of another version, or something else is missing."""
+    """Reason why the replacements for `package` can't be imported: another version, or a missing dependency."""
     while isinstance(error.__cause__, ImportError):
         error = error.__cause__
     missing = (error.name or "").partition(".")[0]
-    version = getattr(sys.modules[package], "__version__", "of this version")
+    version = getattr(sys.modules[package], "__version__", "of unknown version")
     if missing in (package, "fastmim"):
-        known = "1.6, which is" if package == "lightly" else "5.15 to 5.24, which are"
-        return f"{package} {version} writes it otherwise than {known} known: {error}"
-    return f"{package} {version} needs {missing or 'something'} that can't be imported: {error}"
+        supported = "1.6" if package == "lightly" else "5.15 to 5.24"
+        return f"{package} {version} differs from the supported {supported}: {error}"
+    return f"{package} {version} needs {missing or 'a module'} that can't be imported: {error}"
 
 
 def _report(model: nn.Module, choices: dict[str, Choice]) -> Report:
-    accelerated = {path: "; ".join(mixin.what for mixin in choice.mixins) for path, choice in choices.items()}
-    kept = {path: "; ".join(choice.kept) for path, choice in choices.items()}
-    return Report(
-        type(model).__name__,
-        {path: what for path, what in accelerated.items() if what},
-        {path: why for path, why in kept.items() if why},
-    )
+    accelerated = {
+        path: "; ".join(mixin.description for mixin in choice.mixins)
+        for path, choice in choices.items()
+        if choice.mixins
+    }
+    kept = {path: "; ".join(choice.kept) for path, choice in choices.items() if choice.kept}
+    return Report(type(model).__name__, accelerated, kept)
 
 
-def _grouped(says: dict[str, str]) -> list[str]:
-    """A line for all paths that differ in numbers alone and of which the same is said."""
-    groups = Counter((_NUMBER.sub("*", path), said) for path, said in says.items())
-    return [f"  {path or 'the model'}{f' ({count})' * (count > 1)}: {said}" for (path, said), count in groups.items()]
+def _grouped(texts: dict[str, str]) -> list[str]:
+    """Lines of the report: paths that differ in numbers only and have the same text share one."""
+    groups = Counter((_NUMBER.sub("*", path), text) for path, text in texts.items())
+    return [f"  {path or 'the model'}{f' ({count})' * (count > 1)}: {text}" for (path, text), count in groups.items()]

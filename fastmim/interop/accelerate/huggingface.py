@@ -1,4 +1,4 @@
-"""Hugging Face's ViT and ViTMAE, as transformers 5.15 to 5.24 write them; importing this fails on others."""
+"""ViT and ViTMAE of Hugging Face transformers 5.15 to 5.24; importing this module fails with most other versions."""
 
 import warnings
 from typing import Any
@@ -17,6 +17,7 @@ from ...nn.fused import linear, untouched
 from ...ops._define import transformed
 from .layers import (
     attention_serves,
+    decoder_embed,
     embeds,
     inverse,
     maskable,
@@ -24,16 +25,15 @@ from .layers import (
     no_kernel,
     norm_mlp_of,
     project,
-    stock_mlp,
-    stock_norm,
     visible_tokens,
 )
-from .recognise import overridden, unknown
-from .swap import Choice, Fast, callable_parts, replaced
+from .recognise import overridden, replaced, unknown
+from .stock import fuses_with_gelu, is_layer_norm
+from .swap import Choice, Fast, is_fast
 
-# the forms of attention whose results ours are; any other was chosen for what it does
+# attention implementations with the same results as ours; others are kept, as the user's choice
 IMPLEMENTATIONS = (None, "eager", "sdpa")
-# of the methods that ours stand for, in transformers 5.15 to 5.24
+# fingerprints of the methods that are replaced, in transformers 5.15 to 5.24
 KNOWN = frozenset(
     """
     079171abb4c93dfe 387b3c8395587972 58bdabbb482d619d 7c3a1331a7ec2ad6 86748b09bd708636
@@ -45,15 +45,15 @@ KNOWN = frozenset(
 class Attention(Fast):
     """`ViTAttention` and `ViTMAEAttention`."""
 
-    what = "attention of short sequences"
+    description = "attention of short sequences"
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states (B, S, D) -> (B, S, D), None."""
+        """Return (B, S, D), None for hidden_states (B, S, D)."""
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             warnings.warn(
-                "fastmim: attention weights are asked for (output_attentions), so attention is Hugging Face's own here",
+                "fastmim: output_attentions is set, so Hugging Face's own attention runs, which returns the weights",
                 stacklevel=2,
             )
         elif attention_mask is None and self.serves(hidden_states):
@@ -62,9 +62,9 @@ class Attention(Fast):
         return out
 
     def serves(self, hidden_states: Tensor) -> bool:
-        """Whether nobody asks for more than the result."""
+        """Return whether a kernel serves this call: only its output is needed, and no dropout is active."""
         implementation = self.config._attn_implementation
-        weights_are_read = implementation == "eager" and any(map(_foreign, self._forward_hooks.values()))
+        weights_are_read = implementation == "eager" and any(map(_is_users, self._forward_hooks.values()))
         return (
             implementation in IMPLEMENTATIONS
             and not weights_are_read
@@ -73,7 +73,7 @@ class Attention(Fast):
         )
 
     def attend(self, queries: Tensor, hidden_states: Tensor) -> Tensor:
-        """queries (B, Q, D), hidden_states (B, S, D) -> (B, Q, D)."""
+        """Return (B, Q, D): the attention of queries (B, Q, D) to hidden_states (B, S, D)."""
         if queries is hidden_states:
             projected = project(hidden_states, self.q_proj, self.k_proj, self.v_proj)
         else:
@@ -85,35 +85,35 @@ class Attention(Fast):
 class MLP(Fast):
     """`ViTMLP` and `ViTMAEMLP` with the exact GELU."""
 
-    what = "GELU without its result kept"
+    description = "GELU without its result kept"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """Map hidden_states (..., D) to (..., D)."""
         if self.fuses():
             return mlp_of(hidden_states, self.fc1, self.fc2)
         out: Tensor = super().forward(hidden_states)
         return out
 
     def fuses(self) -> bool:
-        """Whether nothing but an exact GELU is between two linear layers that may be fused."""
-        return _exact(self.activation_fn) and stock_mlp(self.fc1, self.fc2)
+        """Return whether the two linear layers may be fused with an exact GELU between them."""
+        return _is_exact_gelu(self.activation_fn) and fuses_with_gelu(self.fc1, self.fc2)
 
 
 class Layer(Fast):
-    """`ViTLayer` and `ViTMAELayer`: residual sum, norm and MLP in few passes."""
+    """`ViTLayer` and `ViTMAELayer` with residual sum, norm and MLP fused."""
 
-    what = "residual sum, norm and MLP fused"
+    description = "residual sum, norm and MLP fused"
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """hidden_states (B, S, D) -> (B, S, D)."""
+        """Map hidden_states (B, S, D) to (B, S, D)."""
         attended, _ = self.attention(self.layernorm_before(hidden_states), attention_mask, **kwargs)
         return self.finish(attended, hidden_states)
 
     def forward_last(self, hidden_states: Tensor, count: int) -> Tensor:
-        """What `forward` gives for the last `count` tokens: (B, count, D)."""
+        """Return the output of `forward` for the last `count` tokens, (B, count, D)."""
         attention = self.attention
         checkpointed = self.gradient_checkpointing and self.training
-        if checkpointed or not callable_parts(self, Layer) or not callable_parts(attention, Attention):
+        if checkpointed or not is_fast(self, Layer) or not is_fast(attention, Attention):
             out: Tensor = self(hidden_states)
             return out[:, -count:]
         normed = self.layernorm_before(hidden_states)
@@ -122,9 +122,9 @@ class Layer(Fast):
         return self.finish(attention.attend(normed[:, -count:], normed), hidden_states[:, -count:])
 
     def finish(self, attended: Tensor, residual: Tensor) -> Tensor:
-        """The second half of the block."""
+        """Add `attended` to the residual stream, then the MLP's output."""
         attended, mlp, norm = self.dropout(attended), self.mlp, self.layernorm_after
-        if callable_parts(mlp, MLP) and mlp.fuses() and stock_norm(norm):
+        if is_fast(mlp, MLP) and mlp.fuses() and is_layer_norm(norm):
             out, residual = norm_mlp_of(attended, residual, norm, mlp.fc1, mlp.fc2)
         else:
             residual = attended + residual
@@ -134,50 +134,50 @@ class Layer(Fast):
 
 
 class Embeddings(Fast):
-    """`ViTMAEEmbeddings`: embeds visible patches only, and finds them without a sort."""
+    """`ViTMAEEmbeddings` that embeds visible patches only and masks without a sort."""
 
-    what = "masking without sorts, visible patches only"
+    description = "masking without sorts, visible patches only"
 
     def forward(
         self, pixel_values: Tensor, noise: Tensor | None = None, interpolate_pos_encoding: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """pixel_values (B, C, H, W) -> tokens (B, 1+K, D), mask (B, L), 1 = removed, and ids_restore (B, L)."""
+        """Return tokens (B, 1+K, D), mask (B, L), 1 = removed, and ids_restore (B, L)."""
         patches, projection = self.patch_embeddings, self.patch_embeddings.projection
         fits = not replaced(self, "random_masking")
         fits = fits and (interpolate_pos_encoding or tuple(pixel_values.shape[2:]) == tuple(self.image_size))
         if not (fits and type(patches) is mae.ViTMAEPatchEmbeddings and untouched(patches)) or not embeds(
             pixel_values, projection
         ):
-            return self._theirs(pixel_values, noise, interpolate_pos_encoding)
+            return self._original(pixel_values, noise, interpolate_pos_encoding)
         batch, _, height, width = pixel_values.shape
         num_patches = (height // projection.kernel_size[0]) * (width // projection.kernel_size[1])
         len_keep = int(num_patches * (1 - self.config.mask_ratio))
         if not maskable(noise, batch, num_patches, len_keep):
-            return self._theirs(pixel_values, noise, interpolate_pos_encoding)
-        # drawn as Hugging Face draws it: the same seed gives the same mask
+            return self._original(pixel_values, noise, interpolate_pos_encoding)
+        # drawn as in transformers, so that the same seed gives the same mask
         noise = torch.rand(batch, num_patches, device=pixel_values.device) if noise is None else noise
         ids_keep, _, ids_restore = ops.random_masking(batch, num_patches, len_keep, noise=noise.to(pixel_values.device))
         table = self.position_embeddings
         if interpolate_pos_encoding:
-            # only the shape of the embeddings is looked at
+            # the method uses the shape of its argument only
             shape_alone = table.new_empty(()).expand(batch, num_patches, table.shape[2])
             table = self.interpolate_pos_encoding(shape_alone, height, width)
         tokens = visible_tokens(pixel_values, ids_keep, projection, table[0, 1:], self.cls_token[0] + table[0, :1])
         mask = (ids_restore >= len_keep).to(torch.get_default_dtype())
         return tokens, mask, ids_restore
 
-    def _theirs(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _original(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         out: tuple[Tensor, Tensor, Tensor] = super().forward(*args)
         return out
 
 
 class Decoder(Fast):
-    """`ViTMAEDecoder`: its input assembled in one pass."""
+    """`ViTMAEDecoder` whose input is assembled in one pass."""
 
-    what = "decoder assembled in one pass"
+    description = "decoder assembled in one pass"
 
     def forward(self, hidden_states: Tensor, ids_restore: Tensor, interpolate_pos_encoding: bool = False) -> Any:
-        """hidden_states (B, 1+K, D), ids_restore (B, L) -> logits (B, L, P)."""
+        """Return logits (B, L, P) for hidden_states (B, 1+K, D) and ids_restore (B, L)."""
         if transformed():
             return super().forward(hidden_states, ids_restore, interpolate_pos_encoding)
         tokens = ops.unshuffle(
@@ -193,7 +193,7 @@ class Decoder(Fast):
     def predict_masked(
         self, hidden_states: Tensor, ids_keep: Tensor, ids_predict: Tensor, interpolate_pos_encoding: bool
     ) -> Tensor:
-        """hidden_states (B, 1+K, D) -> logits (B, M, P) of the patches `ids_predict` (B, M)."""
+        """Return logits (B, M, P) of the patches `ids_predict` (B, M) for hidden_states (B, 1+K, D)."""
         count = ids_predict.shape[1]
         tables = self._tables(torch.cat([ids_keep, ids_predict], 1), interpolate_pos_encoding)
         tokens = ops.decoder_tokens(self._embed(hidden_states), ids_keep, ids_predict, *tables, num_prefix_tokens=1)
@@ -204,12 +204,10 @@ class Decoder(Fast):
         return self._predict(self.decoder_norm(tokens))
 
     def _embed(self, hidden_states: Tensor) -> Tensor:
-        """In the decoder's width and, under autocast too, in the dtype of its stream."""
-        x = linear(hidden_states, self.decoder_embed)
-        return x.to(torch.promote_types(x.dtype, self.mask_token.dtype))
+        return decoder_embed(hidden_states, self.decoder_embed, self.mask_token)
 
     def _tables(self, ids: Tensor, interpolate_pos_encoding: bool) -> tuple[Tensor, Tensor]:
-        """The mask token (D,) and positions (1+L, D) of all patches."""
+        """Return the mask token (D,) and the position table (1+L, D)."""
         table = self.decoder_pos_embed
         if interpolate_pos_encoding:
             shape_alone = table.new_empty(()).expand(ids.shape[0], 1 + ids.shape[1], table.shape[2])
@@ -221,9 +219,9 @@ class Decoder(Fast):
 
 
 class ForPreTraining(Fast):
-    """`ViTMAEForPreTraining`: a loss that reads its target from the image."""
+    """`ViTMAEForPreTraining` whose loss reads its target from the image."""
 
-    what = "loss without a target tensor"
+    description = "loss without a target tensor"
     only_masked = False
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -235,7 +233,7 @@ class ForPreTraining(Fast):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As Hugging Face's; with `only_masked`, logits are (B, M, P), of the removed patches by rank of noise."""
+        """Return Hugging Face's output; with `only_masked`, its logits are (B, M, P), by rank of noise."""
         if pixel_values is None or not self._scores(pixel_values, bool(interpolate_pos_encoding)):
             return super().forward(pixel_values, noise, interpolate_pos_encoding, attention_mask, **kwargs)
         outputs = self.vit(
@@ -249,7 +247,7 @@ class ForPreTraining(Fast):
         len_keep = latent.shape[1] - 1
         ids = inverse(ids_restore)
         ids_predict = ids[:, len_keep:]
-        if self.only_masked and callable_parts(self.decoder, Decoder):
+        if self.only_masked and is_fast(self.decoder, Decoder):
             scored = logits = self.decoder.predict_masked(
                 latent, ids[:, :len_keep], ids_predict, bool(interpolate_pos_encoding)
             )
@@ -270,7 +268,7 @@ class ForPreTraining(Fast):
         )
 
     def _scores(self, images: Tensor, interpolate_pos_encoding: bool) -> bool:
-        """Whether our loss stands for Hugging Face's on these images; it tells what is wrong with others."""
+        """Return whether `ops.pixel_loss` computes Hugging Face's loss for these images."""
         if images.dim() != 4 or images.requires_grad or transformed() or replaced(self, "patchify"):
             return False
         height, width = images.shape[2:]
@@ -282,20 +280,20 @@ class ForPreTraining(Fast):
             and images.shape[1] == self.config.num_channels
             and (interpolate_pos_encoding or height == width)
             and height % patch == 0 == width % patch
-            # where nothing is removed, the mean over nothing is not a number
+            # where no patch is removed, Hugging Face's loss is NaN
             and 0 < int(num_patches * (1 - self.config.mask_ratio)) < num_patches
         )
 
 
 class MaskedForPreTraining(ForPreTraining):
-    """`ViTMAEForPreTraining` that predicts what is scored: the removed patches."""
+    """`ViTMAEForPreTraining` that predicts the removed patches only, which are those scored."""
 
-    what = "predicts removed patches only: logits are (B, M, P); loss without a target tensor"
+    description = "predicts removed patches only: logits are (B, M, P); loss without a target tensor"
     only_masked = True
 
 
 def choose(module: Any, predict: str) -> Choice | None:
-    """What to accelerate `module` as, why it stays as it is, or None: it is no part of these models."""
+    """Decide how to accelerate `module`; None if it is no part of these models."""
     for kinds, methods, select in (
         ((vit.ViTAttention, mae.ViTMAEAttention), ("forward",), _attention),
         ((ViTMLP, ViTMAEMLP), ("forward",), _mlp),
@@ -306,8 +304,8 @@ def choose(module: Any, predict: str) -> Choice | None:
     ):
         kind = next((kind for kind in kinds if isinstance(module, kind)), None)
         if kind is not None:
-            chosen = overridden(module, kind, methods) or unknown(kind, methods, KNOWN) or select(module, predict)
-            return Choice(kept=(chosen,)) if isinstance(chosen, str) else Choice((chosen,))
+            mixin = overridden(module, kind, methods) or unknown(kind, methods, KNOWN) or select(module, predict)
+            return Choice(kept=(mixin,)) if isinstance(mixin, str) else Choice((mixin,))
     return None
 
 
@@ -316,16 +314,17 @@ def _attention(module: Any, predict: str) -> type[Fast] | str:
     if module.attention_dropout:
         return f"attention dropout of {module.attention_dropout:g} is active: it keeps its own attention"
     if implementation not in IMPLEMENTATIONS:
-        return f"its attention implementation, {implementation!r}, was chosen by hand"
+        return f"its attention implementation {implementation!r} is kept"
     return no_kernel(module.head_dim) or Attention
 
 
 def _mlp(module: Any, predict: str) -> type[Fast] | str:
     activation = module.activation_fn
-    return MLP if _exact(activation) else f"its activation is {type(activation).__name__}, not the exact GELU"
+    return MLP if _is_exact_gelu(activation) else f"its activation is {type(activation).__name__}, not the exact GELU"
 
 
-def _exact(activation: Any) -> bool:
+def _is_exact_gelu(activation: Any) -> bool:
+    # a class of transformers around the function
     return getattr(activation, "act", None) is F.gelu and untouched(activation)
 
 
@@ -333,6 +332,6 @@ def _pretraining(module: Any, predict: str) -> type[Fast]:
     return MaskedForPreTraining if predict == "masked" else ForPreTraining
 
 
-def _foreign(hook: Any) -> bool:
-    """Whether a hook is a user's; Hugging Face's own take what `output_attentions` asks for."""
+def _is_users(hook: Any) -> bool:
+    """Return whether a hook is a user's, not one by which transformers collects `output_attentions`."""
     return getattr(hook, "__module__", "") != "transformers.utils.output_capturing"

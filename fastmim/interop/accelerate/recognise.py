@@ -1,9 +1,11 @@
-"""Whether a module does exactly what ours does: who defined its methods, what they can do, and what they compute.
+"""Checks that a method computes exactly what its replacement does: its class, its source, its names, its results.
 
-A method is never replaced where a fork overrides it. Of a library's class, each method must be the library's own. A
-class of nobody's library (forks of facebookresearch/mae carry copies of their own) has nothing to be compared with by
-name: there, a method must be made of known words only, so that it can't do anything besides, and must give our results
-in float64, bit for bit but for rounding.
+A method that a subclass overrides is never replaced. A method of a library's class must be the library's own, with a
+source that has been read (`fingerprint`). The classes that forks of facebookresearch/mae copy cannot be identified by
+name. Their methods may use known names only (`side_effects`), so that they have no side effects, and must give the same
+results as the replacement in float64, up to rounding (`differs`).
+
+Functions that check return the reason for a refusal, or None.
 """
 
 import copy
@@ -20,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._library import reference_serves
-from ...nn.fused import untouched, watched
+from ..._dispatch import reference_serves
+from ...nn.fused import watched
 from .swap import Fast, fast_class
 
-# what a method may name besides its module's own parts: functions of tensors, and of numbers
+# names that a method may use besides its module's own parts: functions of tensors and of numbers
 _WORDS = frozenset(
     """
     torch nn functional F int float range len enumerate tuple list
@@ -39,22 +41,26 @@ _STORES = ("STORE_ATTR", "STORE_GLOBAL", "DELETE_ATTR", "DELETE_GLOBAL", "STORE_
 TOLERANCE = 1e-9
 
 
+def replaced(module: nn.Module, *methods: str) -> bool:
+    """Return whether any of `methods` is set on the instance itself."""
+    return any(method in vars(module) for method in methods)
+
+
 def overridden(module: nn.Module, library: type[nn.Module], methods: Collection[str]) -> str | None:
-    """Why `methods` of `module` are not those of the `library`'s class, or None."""
-    name = type(module).__name__
+    """Reason why `methods` of `module` are not those of the class `library`, or None."""
     for method in methods:
-        known = getattr(library, method)
-        if method in vars(module):
+        function = getattr(library, method)
+        if replaced(module, method):
             return f"{method} is replaced on the instance"
-        if getattr(type(module), method) is not known:
-            return f"{name} overrides {method}"
-        if known.__module__ != library.__module__:
-            return f"{known.__module__} has replaced {library.__name__}.{method}"
+        if getattr(type(module), method) is not function:
+            return f"{type(module).__name__} overrides {method}"
+        if function.__module__ != library.__module__:
+            return f"{function.__module__} has replaced {library.__name__}.{method}"
     return None
 
 
 def fingerprint(function: Callable[..., Any]) -> str | None:
-    """Of a function's source but for comments, docstring and layout; None where there is no source."""
+    """Hash of a function's source without comments, docstring and layout; None without a source."""
     try:
         source = inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):
@@ -71,18 +77,18 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
 
 
 def unknown(library: type[nn.Module], methods: Collection[str], known: Collection[str]) -> str | None:
-    """Why `methods` of a library's class may be of a version that does something else, or None."""
+    """Reason why `methods` of the class `library` may compute something else, or None: a fingerprint not in `known`."""
     for method in methods:
         if fingerprint(getattr(library, method)) not in known:
             package = library.__module__.partition(".")[0]
-            return f"the {method} of {library.__name__} in this version of {package} is not one that is known here"
+            return f"{library.__name__}.{method} of this version of {package} is not known to fastmim"
     return None
 
 
-def impure(module: nn.Module, method: str, parts: Collection[str]) -> str | None:
-    """Why `method` might do more than compute with the module's `parts`, or None."""
+def side_effects(module: nn.Module, method: str, parts: Collection[str]) -> str | None:
+    """Reason why `method` might do more than compute with the module's `parts`, or None."""
     owners = [cls for cls in type(module).__mro__ if method in vars(cls) and cls is not nn.Module]
-    if method in vars(module):
+    if replaced(module, method):
         return f"{method} is replaced on the instance"
     if not owners:
         return f"{type(module).__name__} has no {method}"
@@ -90,7 +96,7 @@ def impure(module: nn.Module, method: str, parts: Collection[str]) -> str | None
         return f"{owners[0].__name__} overrides {method} of {owners[1].__name__}"
     function = vars(owners[0])[method]
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__") or function.__closure__:
-        return f"{method} is decorated or uses variables from outside"
+        return f"{method} is decorated or a closure"
     for code in _codes(function.__code__):
         stored = [step.argval for step in dis.get_instructions(code) if step.opname in _STORES]
         if stored:
@@ -102,40 +108,40 @@ def impure(module: nn.Module, method: str, parts: Collection[str]) -> str | None
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """A function's code and that of functions and comprehensions in it."""
+    """Yield a function's code, and the code of the functions and comprehensions in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
 
 
-def disagrees(
-    module: nn.Module, mixins: tuple[type[Fast], ...], ask: Callable[[nn.Module], Any], **stand_ins: nn.Module
+def differs(
+    module: nn.Module, mixins: tuple[type[Fast], ...], run: Callable[[nn.Module], Any], **stand_ins: nn.Module
 ) -> str | None:
-    """Why `module` with `mixins` might not answer as it does now, or None: a float64 twin of it is asked.
+    """Reason why `mixins` might change the results of `module`, or None.
 
-    It is asked while training and while not. Children named in `stand_ins` are replaced in the twin. Modules whose
-    weights are elsewhere (on the meta device, sharded) can't be asked.
+    Calls `run` on a float64 copy of the module, with and without the mixins, in training and in evaluation mode. In the
+    copy, children named in `stand_ins` are replaced. Modules with weights on the meta device or sharded can't be run.
     """
     if any(p.is_meta or type(p) not in (nn.Parameter, Tensor) for p in module.parameters()):
-        return "its weights are not here, so that it can't be asked what it computes"
+        return "its results can't be compared, because its weights are on the meta device or sharded"
     if watched():
-        return "a global module hook or torch.func is at work, so that it can't be asked what it computes"
+        return "its results can't be compared while a global module hook or torch.func is active"
     try:
         twin = _twin(module, stand_ins)
-        answers = []
+        results = []
         for kind in (type(twin), fast_class(type(twin), mixins)):
             twin.__class__ = kind
             for training in (True, False):
-                with _asking(twin):
-                    answers.append(ask(twin.train(training)))
+                with _repeatable(twin):
+                    results.append(run(twin.train(training)))
     except Exception as error:
-        return f"asked what it computes, it failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})"
-    return None if same(answers[2:], answers[:2]) else "it computes something else"
+        return f"a trial run failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:100]})"
+    return None if same(results[2:], results[:2]) else "it computes something else"
 
 
 def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
-    """A copy in float64 without hooks, some of its children replaced."""
+    """Copy `module` in float64 without hooks, with the children named in `stand_ins` replaced."""
     children = {id(module._modules[name]): stand_in for name, stand_in in stand_ins.items()}
     twin = copy.deepcopy(module, children)
     for part in twin.modules():
@@ -145,8 +151,8 @@ def _twin(module: nn.Module, stand_ins: dict[str, nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def _asking(twin: nn.Module) -> Iterator[None]:
-    """Nothing that is computed inside leaves a trace: no gradient, no random number drawn, no autocast.
+def _repeatable(twin: nn.Module) -> Iterator[None]:
+    """Run without gradients and autocast, from a fixed seed, and restore the generators afterwards.
 
     The reference serves float64, whatever backend is forced.
     """
@@ -158,7 +164,7 @@ def _asking(twin: nn.Module) -> Iterator[None]:
         torch.autocast(device.type, enabled=False),
         device,
     ):
-        # torch.manual_seed would seed other devices too
+        # not torch.manual_seed, which also seeds devices that fork_rng does not restore
         torch.default_generator.manual_seed(0)
         if device.type == "cuda":
             torch.cuda.manual_seed(0)
@@ -166,7 +172,7 @@ def _asking(twin: nn.Module) -> Iterator[None]:
 
 
 def same(found: Any, expected: Any) -> bool:
-    """Whether two results are of the same form and, but for rounding, of the same values."""
+    """Return whether two results have the same structure, shapes, dtypes and, up to rounding, values."""
     if isinstance(expected, (tuple, list)):
         return (
             isinstance(found, (tuple, list))
@@ -181,21 +187,3 @@ def same(found: Any, expected: Any) -> bool:
         return torch.equal(found, expected)
     scale = expected.abs().max() if expected.numel() else 1.0
     return bool(((found - expected).abs() <= TOLERANCE * scale).all())
-
-
-def idle(part: nn.Module | None) -> bool:
-    """Whether calling `part` changes nothing: absent, an identity, or a dropout of nothing."""
-    if part is None:
-        return True
-    nothing = type(part) is nn.Identity or (type(part) is nn.Dropout and part.p == 0)
-    return nothing and untouched(part)
-
-
-def idle_but(module: nn.Module, *run: str) -> bool:
-    """Whether calling the parts of `module` changes nothing, those named in `run` aside."""
-    return all(name in run or idle(part) for name, part in module._modules.items())
-
-
-def exact_gelu(activation: nn.Module) -> bool:
-    """Whether `activation` is PyTorch's GELU with the error function."""
-    return type(activation) is nn.GELU and activation.approximate == "none" and untouched(activation)

@@ -1,7 +1,8 @@
-"""Changing what one instance does: its class, and nothing else in the process.
+"""Change the class of one instance, and nothing else in the process.
 
-The new class derives from a mixin of ours and from the instance's own class, whose name and module it keeps: code that
-finds classes by name (sharding policies, `save_pretrained`) goes on finding them. No attribute of the instance changes.
+The new class derives from mixins of ours and from the instance's own class. It keeps the name and module of that class,
+so that code that finds classes by name (sharding policies, `save_pretrained`) still does. No attribute of the instance
+changes.
 """
 
 from dataclasses import dataclass
@@ -13,26 +14,26 @@ from ...nn.fused import untouched
 
 
 class Fast(nn.Module):
-    """What an accelerated module's class has in front of its own class."""
+    """Base of the mixins that come before a module's own class."""
 
     _fastmim_original: ClassVar[type[nn.Module]]
     _fastmim_mixins: ClassVar[tuple[type["Fast"], ...]]
-    # in words, for the report
-    what: ClassVar[str]
-    # whether it predicts removed patches alone
+    # one line of the report
+    description: ClassVar[str]
+    # True where the module predicts removed patches only
     only_masked: ClassVar[bool] = False
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """What else an instance has is its own class's."""
+            """Attribute of the original class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """`type(model)(config)` makes a new model as it was before: only instances are accelerated."""
+        """Construct the original class: `type(model)(config)` gives a model that is not accelerated."""
         return cls._fastmim_original(*args, **kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
-        """As its own class is replicated, which calls `__new__`."""
+        """Replicate as the original class, because nn.Module's method calls `__new__`."""
         own = object.__new__(self._fastmim_original)
         object.__setattr__(own, "__dict__", self.__dict__)
         replica = own._replicate_for_data_parallel()
@@ -43,7 +44,7 @@ class Fast(nn.Module):
         return f"Fast{self._fastmim_original.__name__}"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled by its own class and our mixins, all of which have names to import."""
+        """Pickle the original class and the mixins; the derived class can't be imported by name."""
         reduced: Any = super().__reduce_ex__(max(2, protocol))
         _, (_, *args), *state = reduced
         return rebuild, (self._fastmim_original, self._fastmim_mixins, *args), *state
@@ -51,7 +52,13 @@ class Fast(nn.Module):
 
 @dataclass(frozen=True)
 class Choice:
-    """What to accelerate a module as, and why (else) it stays as it is, for want of an import perhaps."""
+    """Decision about one module.
+
+    Attributes:
+        mixins: what to accelerate it with; empty to keep it.
+        kept: reasons why it, or a part of what it does, is kept.
+        error: the import that failed, where that is the reason.
+    """
 
     mixins: tuple[type[Fast], ...] = ()
     kept: tuple[str, ...] = ()
@@ -62,7 +69,7 @@ _classes: dict[Any, type[Fast]] = {}
 
 
 def fast_class(original: type[nn.Module], mixins: tuple[type[Fast], ...]) -> type[Fast]:
-    """The class for accelerated instances of `original`; the same one each time."""
+    """Return the class of accelerated instances of `original`; equal arguments give the same class."""
     if (original, mixins) not in _classes:
         _classes[original, mixins] = _derive(original, mixins)
     return _classes[original, mixins]
@@ -79,17 +86,17 @@ def _derive(original: type[nn.Module], mixins: tuple[type[Fast], ...]) -> type[F
 
     made: type[Fast] = derive(*mixins, original)
     if not _assignable(original, made):
-        # an instance is laid out as by the first base; of a class that begins with ABC or Generic, none of ours is
+        # the first base decides the layout of instances: where `original` begins with ABC or Generic, it must be first
         first = derive(original)
         for name in vars(first).keys() - body.keys() - {"__abstractmethods__", "_abc_impl"}:
-            # what __init_subclass__ added would hide our methods
+            # attributes that __init_subclass__ added would hide the methods of the mixins
             delattr(first, name)
         made = derive(first, *mixins, original)
     return made
 
 
 def _assignable(original: type[nn.Module], made: type[nn.Module]) -> bool:
-    """Whether an instance of `original` may change its class to `made`."""
+    """Return whether an instance of `original` may change its class to `made`."""
     try:
         object.__setattr__(object.__new__(original), "__class__", made)
     except TypeError:
@@ -98,37 +105,33 @@ def _assignable(original: type[nn.Module], made: type[nn.Module]) -> bool:
 
 
 def rebuild(original: type[nn.Module], mixins: tuple[type[Fast], ...], *args: Any) -> nn.Module:
-    """An instance without its state, for pickle and deepcopy."""
+    """Make an instance without its state, for pickle and deepcopy."""
     made: nn.Module = object.__new__(fast_class(original, mixins))
     return made
 
 
 def swap(module: nn.Module, mixins: tuple[type[Fast], ...]) -> None:
-    """Accelerate one module."""
+    """Change the class of `module` to one that `mixins` accelerate."""
     module.__class__ = fast_class(type(module), mixins)
 
 
 def unswap(module: nn.Module, *, dry: bool = False) -> None:
-    """Undo `swap`, or with `dry` only see that it can be; a module that is not accelerated stays as it is.
+    """Undo `swap`; with `dry`, only check that it can be undone. Does nothing to a module that is not accelerated.
 
     Raises:
-        ValueError: something else has changed its class since.
+        ValueError: the class has been changed again since `swap`.
     """
     if not isinstance(module, Fast):
         return
     if type(module) is not fast_class(module._fastmim_original, module._fastmim_mixins):
         raise ValueError(
-            f"{type(module).__name__} is a class made after accelerate() (by fully_shard, perhaps): undo that first"
+            f"the class of {type(module).__name__} was changed after accelerate(), for example by fully_shard: "
+            "undo that first"
         )
     if not dry:
         module.__class__ = module._fastmim_original  # type: ignore[assignment]
 
 
-def replaced(module: nn.Module, *methods: str) -> bool:
-    """Whether the instance has one of `methods` of its own."""
-    return any(method in module.__dict__ for method in methods)
-
-
-def callable_parts(module: nn.Module, kind: type[Fast]) -> bool:
-    """Whether `module` is accelerated as `kind` and unhooked, so that its parts may be run without calling it."""
+def is_fast(module: nn.Module, kind: type[Fast]) -> bool:
+    """Return whether `module` is accelerated as `kind` and has no hooks, so that its parts may be run one by one."""
     return isinstance(module, kind) and untouched(module)

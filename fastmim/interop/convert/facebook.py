@@ -1,4 +1,4 @@
-"""facebookresearch/mae: our names are its names; its files hold more than the weights."""
+"""Checkpoints of facebookresearch/mae, whose parameter names are those of `MaskedAutoencoderViT`."""
 
 import os
 from argparse import Namespace
@@ -12,21 +12,24 @@ from .weights import Weights, settings_of_model
 
 
 def to_facebook(model: MaskedAutoencoderViT, path: str | os.PathLike[str] | None = None) -> Weights:
-    """Copies of the weights of `model` under facebookresearch/mae's names, which timm's encoder shares.
+    """Copy the weights of `model` under facebookresearch/mae's names, which timm's encoder shares.
+
+    Settings that are no weights are not saved: the numbers of heads, `norm_pix_loss`, `mean`, `std`, and an eps of the
+    norms other than facebookresearch/mae's 1e-6. Weights trained from a non-commercial checkpoint
+    (facebookresearch/mae's are CC-BY-NC-4.0) stay under its licence.
 
     Args:
         model: a MaskedAutoencoderViT.
-        path: where to write `{"model": weights}`, as facebookresearch/mae reads it. An older file there is replaced
-            once the new one is whole.
+        path: file to write `{"model": weights}` to, which facebookresearch/mae reads; default: none is written. A file
+            that exists is replaced only after the new one is complete.
 
     Returns:
-        The weights by name, on the CPU; `fastmim.load` of the file gives the same bits. What is no weight stays
-        behind: heads, `norm_pix_loss`, `mean`, `std`, an eps of the norms other than facebookresearch/mae's 1e-6. What
-        was trained from a non-commercial checkpoint (facebookresearch/mae's are CC-BY-NC-4.0) stays under its licence.
+        The weights by name, on the CPU, in their dtype; `fastmim.load(path)` gives the same bits.
 
     Raises:
-        TypeError: not a MaskedAutoencoderViT.
-        ValueError: norms other than LayerNorms of one eps.
+        TypeError: `model` is not a MaskedAutoencoderViT.
+        ValueError: its norms are not all LayerNorms with the same eps.
+        OSError: `path` can't be written.
     """
     settings_of_model(model)
     weights = {
@@ -39,20 +42,20 @@ def to_facebook(model: MaskedAutoencoderViT, path: str | os.PathLike[str] | None
 
 
 def settings_of_args(args: Namespace) -> dict[str, Any]:
-    """What a training checkpoint's command line says of the model that its weights don't."""
+    """Return the settings in a training checkpoint's command line: `norm_pix_loss`, if it is a bool."""
     norm_pix_loss = getattr(args, "norm_pix_loss", False)
     return {"norm_pix_loss": norm_pix_loss} if isinstance(norm_pix_loss, bool) else {}
 
 
 def _write(path: Path, value: object) -> None:
-    """torch.save beside `path`, then in its place: what was there is not lost half-way."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    """Save to a temporary file, then rename it to `path`, so that a failure keeps the file that was there."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("xb") as file:
+        with temporary.open("xb") as file:
             torch.save(value, file)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise

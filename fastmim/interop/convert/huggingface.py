@@ -1,4 +1,4 @@
-"""Hugging Face's ViTMAE: its weights in our names, ours in its."""
+"""Conversion from and to Hugging Face's ViTMAE."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..._checks import import_error
 from ...models.mae import MaskedAutoencoderViT
-from .weights import Weights, assemble, assign, check, settings_of_model
+from .weights import Weights, assemble, assign, check, check_new, settings_of_model
 
-# one pattern serves transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
-# and what transformers 5 writes to files (decoder_encoder.layer.N); a bare ViTMAEModel's names lack "vit."
+# matches the names of transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
+# and those that transformers 5 writes to files (decoder_encoder.layer.N); names of a ViTMAEModel lack "vit."
 _BLOCK = re.compile(
     r"(?:(?:vit\.)?(?:encoder\.layer|layers)|(decoder)\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)"
 )
@@ -42,7 +42,7 @@ _NAMES = {
 }
 ENCODER = "vit."
 PATCHES = "embeddings.patch_embeddings.projection.weight"
-# ViTMAEConfig's, for what a config.json leaves out
+# ViTMAEConfig's values of the keys that a config.json leaves out
 _DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12, image_size=224, patch_size=16,
@@ -63,10 +63,10 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# by key or by type: which values a key may have, in code and in words
+# allowed values of a key, by its name or the type of its default: a predicate, and words for the error
 _COUNT = (lambda value: _is_count(value, 0), "an int of at least 0")
 _SIZE = (_is_size, "a positive int, or a height and a width")
-_DROPOUT = (lambda value: _is_number(value) and value == 0, "0, since there is no dropout here")
+_DROPOUT = (lambda value: _is_number(value) and value == 0, "0, since fastmim has no dropout")
 _ALLOWED: dict[str | type, tuple[Callable[[Any], bool], str]] = {
     int: (_is_count, "a positive int"),
     bool: (lambda value: isinstance(value, bool), "true or false"),
@@ -82,15 +82,22 @@ _ALLOWED: dict[str | type, tuple[Callable[[Any], bool], str]] = {
 
 
 def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
-    """A `MaskedAutoencoderViT` with the weights and settings of a Hugging Face `ViTMAEForPreTraining`.
+    """Convert a Hugging Face `ViTMAEForPreTraining` to a `MaskedAutoencoderViT` with its weights and settings.
 
-    The same images and noise give the same loss and predictions. Weights are copied, with their dtype and device;
-    the key names of transformers 4 and 5 are both read. The published checkpoints (facebook/vit-mae-*) are
-    CC-BY-NC-4.0: the conversion does not change their licence.
+    The same images and noise give the same loss and predictions. Weights are copied, with their dtype and device, from
+    the names of transformers 4 or 5. The published checkpoints (facebook/vit-mae-*) are CC-BY-NC-4.0; converted models
+    stay under that licence.
+
+    Args:
+        model: a transformers `ViTMAEForPreTraining`.
+
+    Returns:
+        The model, in the training mode of `model`.
 
     Raises:
-        TypeError: not a ViTMAEForPreTraining.
-        ValueError: a setting without a counterpart here (another activation); keys left over or missing.
+        TypeError: `model` is not a ViTMAEForPreTraining.
+        ValueError: a setting that `MaskedAutoencoderViT` does not have, such as another activation or dropout; names
+            left over or missing.
     """
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "vit_mae" or not hasattr(model, "decoder"):
@@ -98,23 +105,30 @@ def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
     settings = settings_of_config(
         {name: getattr(config, name) for name in _DEFAULTS if hasattr(config, name)}, "model.config"
     )
-    ours = assemble(rename(model.state_dict(), "model"), settings, "model")
-    ours.train(model.training)
-    return ours
+    converted = assemble(rename(model.state_dict(), "model"), settings, "model")
+    converted.train(model.training)
+    return converted
 
 
 def to_huggingface(model: MaskedAutoencoderViT) -> Any:
-    """A Hugging Face `ViTMAEForPreTraining` with the weights and settings of `model`.
+    """Convert `model` to a Hugging Face `ViTMAEForPreTraining` with its weights and settings.
 
-    The same images and noise give the same loss and predictions; `from_huggingface` brings back the same bits.
-    Weights are copied, with their dtype and device. `mean` and `std` are left behind: Hugging Face normalises in its
-    image processor. What was trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stays
-    under its licence.
+    The same images and noise give the same loss and predictions; `from_huggingface` gives back the same bits. Weights
+    are copied, with their dtype and device. `mean` and `std` are not converted: Hugging Face normalises in its image
+    processor. Weights trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stay under its
+    licence.
+
+    Args:
+        model: a MaskedAutoencoderViT with square images and patches.
+
+    Returns:
+        A `transformers.ViTMAEForPreTraining`, in the training mode of `model`.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: not a MaskedAutoencoderViT.
-        ValueError: images or patches that are not square, norms other than LayerNorms of one eps, replaced layers.
+        TypeError: `model` is not a MaskedAutoencoderViT.
+        ValueError: its images or patches are not square, its norms are not all LayerNorms with the same eps, or it has
+            replaced layers.
     """
     settings = settings_of_model(model)
     for name in ("img_size", "patch_size"):
@@ -141,22 +155,22 @@ def to_huggingface(model: MaskedAutoencoderViT) -> Any:
         qkv_bias=settings["qkv_bias"],
         norm_pix_loss=settings["norm_pix_loss"],
     )
-    # without memory, initial values or a draw from the generator
+    # on the meta device there is nothing to initialise, so that no random number is drawn
     with torch.device("meta"):
-        theirs = ViTMAEForPreTraining(config)
+        converted = ViTMAEForPreTraining(config)
     weights = model.state_dict()
-    # what has no place there is refused, not dropped
-    check(model, rename(theirs.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")
-    assign(theirs, {key: _theirs(key, weights) for key in theirs.state_dict()})
-    theirs.train(model.training)
-    return theirs
+    # refuse weights without a counterpart, which would be lost
+    check(model, rename(converted.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")
+    assign(converted, {key: _tensor(key, weights) for key in converted.state_dict()})
+    converted.train(model.training)
+    return converted
 
 
 def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The constructor's arguments for ViTMAEConfig's `given`.
+    """Return the constructor arguments of `MaskedAutoencoderViT` for the keys `given` of a ViTMAEConfig.
 
     Raises:
-        ValueError: a setting without a counterpart here.
+        ValueError: a value that ViTMAE does not allow, or that `MaskedAutoencoderViT` does not have.
     """
     config = {**_DEFAULTS, **given}
     for name, default in _DEFAULTS.items():
@@ -187,17 +201,22 @@ def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def rename(state: Mapping[str, Tensor], source: str) -> Weights:
-    """Our names for Hugging Face's; query, key and value joined. Unknown names stay."""
+    """Rename Hugging Face's tensors to the names of `MaskedAutoencoderViT`, with query, key and value joined.
+
+    Unknown names stay.
+
+    Raises:
+        ValueError: two tensors of one name; the message begins with `source`.
+    """
     weights: Weights = {}
     joined: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name, letter = _ours(key)
+        name, letter = _new_name(key)
         if letter is not None:
             joined.setdefault(name, {})[letter] = value
-        elif name in weights:
-            raise ValueError(f"{source} has two tensors {name}, one of them {key}")
-        else:
-            weights[name] = value
+            continue
+        check_new(name, weights, key, source)
+        weights[name] = value
     for name, parts in joined.items():
         if parts.keys() == set("qkv"):
             weights[name] = torch.cat([parts[letter] for letter in "qkv"])
@@ -206,8 +225,8 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
     return weights
 
 
-def _ours(key: str) -> tuple[str, str | None]:
-    """Our name for Hugging Face's, and which of q, k, v it holds."""
+def _new_name(key: str) -> tuple[str, str | None]:
+    """Return our name for Hugging Face's `key`, and which of q, k and v it is, or None."""
     block = _BLOCK.fullmatch(key)
     if block is not None:
         prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
@@ -223,7 +242,7 @@ def _ours(key: str) -> tuple[str, str | None]:
     return _NAMES.get(bare, key), None
 
 
-def _theirs(key: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of Hugging Face's name."""
-    name, letter = _ours(key)
+def _tensor(key: str, weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the tensor in our `weights` for Hugging Face's `key`."""
+    name, letter = _new_name(key)
     return weights[name] if letter is None else weights[name].chunk(3)["qkv".index(letter)]

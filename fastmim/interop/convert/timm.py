@@ -1,4 +1,4 @@
-"""timm's VisionTransformer, whose names our encoder shares."""
+"""Export to timm's VisionTransformer, whose parameter names are those of our encoder."""
 
 from functools import partial
 from typing import Any
@@ -11,25 +11,29 @@ from .weights import assign, check, settings_of_model
 
 
 def to_timm(model: MaskedAutoencoderViT) -> Any:
-    """A timm `VisionTransformer` with the encoder of `model`, without a head, as timm's `vit_*.mae` models are.
+    """Convert the encoder of `model` to a timm `VisionTransformer` without a head, like timm's `vit_*.mae` models.
 
-    Its `forward_features` gives what that of `model` gives: class token first, after the final norm; `global_pool` is
-    "token". For fine-tuning, give it a head: `vit.reset_classifier(1000, "avg")`. Weights are copied, with their dtype
-    and device. Without timm, `to_facebook` gives the same weights by name. timm's `vit_*.mae` weights, and what was
-    trained from them, are CC-BY-NC-4.0.
+    Its `forward_features` returns what that of `model` does, (B, 1+L, D) with the class token first, after the final
+    norm; `global_pool` is "token". For fine-tuning, add a head with `vit.reset_classifier(1000, "avg")`. Weights are
+    copied, with their dtype and device. Without timm, `to_facebook` gives the same weights by name. timm's `vit_*.mae`
+    weights, and models trained from them, are CC-BY-NC-4.0.
+
+    Args:
+        model: a MaskedAutoencoderViT.
+
+    Returns:
+        A `timm.models.VisionTransformer`, in the training mode of `model`.
 
     Raises:
         ImportError: timm is not installed.
-        TypeError: not a MaskedAutoencoderViT.
-        ValueError: norms other than LayerNorms of one eps, replaced layers.
+        TypeError: `model` is not a MaskedAutoencoderViT.
+        ValueError: its norms are not all LayerNorms with the same eps, or it has replaced layers.
     """
     settings = settings_of_model(model)
     try:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
-        advice = (
-            "to_timm needs timm: pip install fastmim[timm]; to_facebook gives the weights under timm's names without it"
-        )
+        advice = "to_timm needs timm: pip install fastmim[timm]; to_facebook gives the same weights by name without it"
         raise import_error(error, "timm", advice) from error
     shared = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "qkv_bias", "norm_layer")
     build = partial(
@@ -41,10 +45,10 @@ def to_timm(model: MaskedAutoencoderViT) -> Any:
         weight_init="skip",
     )
     try:
-        # without memory, initial values or a draw from the generator
+        # on the meta device there is nothing to initialise, so that no random number is drawn
         with torch.device("meta"):
             vit = build()
-    # older ones read values of tensors while they build
+    # older versions read values of tensors in the constructor
     except RuntimeError:
         with torch.random.fork_rng(devices=[]):
             vit = build()

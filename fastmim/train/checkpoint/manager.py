@@ -1,4 +1,4 @@
-"""What a run has become, saved while it goes on and brought back; all processes of the run take part."""
+"""Saving and restoring the state of a run; all processes of the run take part."""
 
 import errno
 import json
@@ -15,20 +15,20 @@ from ...data.lock import Lock
 from ..config import IDENTITY, Config, ConfigError
 from ..distributed import Processes
 from . import state, store
-from .writer import Writer
+from .writer import BackgroundWriter
 
 FORMAT = 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Keeper:
-    """Saves and restores the model, its optimiser, its loader and the generators of a run.
+class CheckpointManager:
+    """Saves model, optimiser, loader and random generators of a run in the background, and restores them.
 
     Args:
         config, processes: of the run.
-        model, optimizer, loader: what is saved and restored.
-        lock: of the run's folder, on the first process.
-        say: told what happens, on the first process.
+        model, optimizer, loader: saved and restored.
+        lock: the lock of the run's folder, on the first process; None on the others.
+        say: prints a message on the first process.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Keeper:
         self.model, self.optimizer, self.loader, self.lock = model, optimizer, loader, lock
         self.run = Path(config.output_dir)
         self.folder = self.run / "checkpoints"
-        self.writer = Writer(self._failed)
+        self.writer = BackgroundWriter(self._failed)
         self.saved = -1
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, skipped: int, streak: int) -> None:
-        """Copy everything, and write it while training goes on."""
+        """Copy everything to the CPU and write it in the background."""
         tensors = {
             "model": state.collect_model(self.model),
             "optimizer": state.collect_optimizer(self.model, self.optimizer),
@@ -82,7 +82,7 @@ class Keeper:
         self.writer.submit(job)
 
     def _failed(self, error: OSError) -> None:
-        """Room may come again; a file system that is gone or can't be written would cost all that is still to come."""
+        """Go on without this checkpoint if the disk is full; raise on other errors, which would recur."""
         if error.errno not in FULL:
             raise OSError(
                 f"{error}: nothing can be saved, so the run stops; once {self.run} is there and can be written, "
@@ -91,22 +91,22 @@ class Keeper:
         self.say(f"{error}; training goes on, checkpoints stay as they are")
 
     def finish(self) -> Path:
-        """Write the final model, and say what it is of; returns where it is."""
+        """Write the final model and a description of its run; return the model's path."""
         self.writer.wait(strict=True)
         weights = state.collect_model(self.model)
         final = self.run / "final"
         if self.processes.first:
-            said = json.dumps({"config": self.config.to_dict(), "step": self.saved}, indent=1)
+            description = json.dumps({"config": self.config.to_dict(), "step": self.saved}, indent=1)
             final.mkdir(exist_ok=True)
-            store.replace(final / "model.safetensors", lambda path: store.write_tensors(path, weights))
-            store.replace(final / "run.json", lambda path: path.write_text(said))
+            store.write_atomically(final / "model.safetensors", lambda path: store.write_tensors(path, weights))
+            store.write_atomically(final / "run.json", lambda path: path.write_text(description))
             store.flush(final)
         return final / "model.safetensors"
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
     def newest(self) -> Path | None:
-        """The newest good checkpoint; says what is wrong with newer ones."""
+        """Return the path of the newest good checkpoint, printing the faults of newer ones; None without one."""
         path, refused = store.newest(self.folder) if self.processes.first else (None, [])
         for error in refused:
             self.say(f"checkpoint refused: {error}")
@@ -114,15 +114,15 @@ class Keeper:
             self.say("no good checkpoint is left: the run starts again")
         if self.processes.first:
             store.sweep(self.folder)
-        found: Path | None = self.processes.tell(path)
+        found: Path | None = self.processes.broadcast(path)
         return found
 
     def restore(self, path: Path) -> tuple[int, int, int]:
-        """Everything as it was when `path` was written; returns what `save` was given."""
+        """Restore the state saved in `path`; return step, skipped and streak as given to `save`."""
         from safetensors.torch import load_file
 
         first, world = self.processes.first, self.processes.world
-        saved = self.processes.tell(store.read_state(path) if first else None)
+        saved = self.processes.broadcast(store.read_state(path) if first else None)
         changed = self._compare(saved, path)
         self._restore_loader(saved["loaders"])
         if changed:
@@ -132,7 +132,7 @@ class Keeper:
         read = state.reader(load_file(path / "optimizer.safetensors") if first else None, world)
         state.restore_optimizer(self.model, self.optimizer, read)
         if len(saved["loaders"]) == world:
-            states = self.processes.tell(load_file(path / "generators.safetensors") if first else None)
+            states = self.processes.broadcast(load_file(path / "generators.safetensors") if first else None)
             mark = f"{self.processes.rank}/"
             own = {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)}
             state.restore_generators(own, self.processes.device)
@@ -140,7 +140,7 @@ class Keeper:
         return saved["step"], saved["skipped"], saved["streak"]
 
     def _compare(self, saved: dict[str, Any], path: Path) -> list[str]:
-        """The checkpoint is of this run; returns which other settings changed."""
+        """Check that a checkpoint is of this run; return, in words, the settings that changed."""
         if saved.get("format") != FORMAT:
             raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
         was, now = saved["config"], self.config.to_dict()
@@ -152,7 +152,7 @@ class Keeper:
         return list(changed.values())
 
     def _restore_loader(self, states: list[dict[str, Any]]) -> None:
-        """Each process its own state; if their number changed, the position in the common order."""
+        """Restore each process's loader; if their number changed, only the position in the common order."""
         own = states[self.processes.rank] if len(states) == self.processes.world else states[0]
         if len(states) != self.processes.world and any(_moved(one) for one in states):
             self.say(
@@ -167,6 +167,6 @@ class Keeper:
 
 
 def _moved(state: dict[str, Any]) -> int:
-    """How many unreadable images a shard had skipped in its epoch."""
+    """Return the number of unreadable images that a shard had skipped in its epoch."""
     moved: int = state["consumed"] - state["batches"] * state["of"]["batch_size"]
     return moved

@@ -1,4 +1,4 @@
-"""All that a run is made of, as plain tensors under parameter names: the same whatever the number of processes."""
+"""State of a run as plain tensors named by parameters, the same for every number of processes."""
 
 import random
 from collections.abc import Callable, Mapping
@@ -14,19 +14,19 @@ Tensors = dict[str, Tensor]
 
 
 def collect_model(model: nn.Module) -> Tensors:
-    """The whole weights, copied to the CPU; every process of a sharded model must take part."""
+    """Copy all weights to the CPU; every process of a sharded model must take part."""
     return {name: _whole(value) for name, value in model.state_dict().items()}
 
 
 def collect_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """AdamW's moments and steps as "exp_avg/blocks.0..." and so on, likewise."""
+    """Copy AdamW's moments and steps to the CPU, named "exp_avg/blocks.0..."; every process must take part."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     entries = [(names[p], optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
     return {f"{kind}/{name}": _whole(value) for name, state in entries for kind, value in state.items()}
 
 
 def restore_model(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
-    """Put the tensors that `read(name, like)` gives into the model."""
+    """Copy the tensors that `read(name, like)` returns into the model."""
     with torch.no_grad():
         for name, value in model.state_dict().items():
             value.copy_(_like(read(name, value), value))
@@ -35,7 +35,7 @@ def restore_model(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> No
 def restore_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
 ) -> None:
-    """Give the optimiser the moments and steps that `read(name, like)` gives."""
+    """Copy the moments and steps that `read(name, like)` returns into the optimiser."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     for p, state in optimizer.state.items():
         for kind, value in state.items():
@@ -43,7 +43,7 @@ def restore_optimizer(
 
 
 def reader(tensors: Mapping[str, Tensor] | None, world: int) -> Callable[[str, Tensor], Tensor]:
-    """Gives named tensors of the first process's `tensors` to all; the others pass None."""
+    """Return a function that broadcasts a named tensor of the first process; the other processes pass None."""
 
     def read(name: str, like: Tensor) -> Tensor:
         value = torch.empty(like.shape, dtype=like.dtype) if tensors is None else tensors[name].to(like.dtype)
@@ -59,12 +59,12 @@ def _whole(value: Tensor) -> Tensor:
     value = value.detach()
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    # a copy of its own: training goes on while it is written
+    # a copy, because training changes the original while this is written
     return value.to("cpu", copy=True).contiguous()
 
 
 def _like(value: Tensor, target: Tensor) -> Tensor:
-    """The whole `value`, which every process has, cut as `target` is."""
+    """Shard `value`, which every process has whole, as `target` is sharded."""
     if isinstance(target, DTensor):
         return distribute_tensor(
             value.to(target.device), target.device_mesh, list(target.placements), src_data_rank=None
@@ -74,11 +74,11 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
 
 # ---- generators ------------------------------------------------------------------------------------------------------
 
-# The loop itself draws from none of them; a model with dropout, or a callback, may.
+# The loop itself draws from none of them; a model with dropout may.
 
 
 def collect_generators(device: torch.device) -> Tensors:
-    """The states of torch's, Python's and NumPy's generators of this process."""
+    """Return the states of this process's generators: torch's, Python's and NumPy's."""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     found = {
@@ -95,7 +95,7 @@ def collect_generators(device: torch.device) -> Tensors:
 
 
 def restore_generators(states: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse."""
+    """Set the generators to the states that `collect_generators` returned."""
     torch.set_rng_state(states["torch"])
     version, *words = states["python"].tolist()
     gauss = states["python_gauss"].item()

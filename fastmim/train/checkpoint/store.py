@@ -1,7 +1,7 @@
-"""Checkpoints that can be trusted: folders that are whole or not there, and say so themselves.
+"""Checkpoint folders that are complete or absent, and whose files can be verified.
 
-A checkpoint is written aside, every file flushed to the disk, and renamed into place; its manifest holds the SHA-256
-sum and the size of each file, which are verified before anything is read. Nothing in it is ever unpickled: tensors are
+A checkpoint is written to a temporary folder, every file flushed to disk, and then renamed; its manifest holds the
+SHA-256 sum and the size of each file, which are verified before anything is read. Nothing is unpickled: tensors are
 safetensors, the rest is JSON.
 """
 
@@ -21,44 +21,44 @@ from torch import Tensor
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
-# being written, being deleted
+# suffixes of folders that are being written, and being deleted
 ASIDE = (".tmp", ".old")
 
 
 class Damaged(ValueError):
-    """A checkpoint that isn't what was written; says which file and how."""
+    """A checkpoint that differs from what was written; the message names the file and the difference."""
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint of `step` into `folder`, and point `latest` there; returns where it is.
+    """Write a checkpoint of `step` into `folder`, point `latest` to it, and return its path.
 
     Args:
-        folder: where checkpoints are.
-        step: updates made.
-        tensors: name of a file -> its tensors, on the CPU, contiguous.
-        state: what JSON can hold.
+        folder: the folder of all checkpoints of the run.
+        step: number of updates made.
+        tensors: contiguous CPU tensors, by the name of their file without suffix, then by their own.
+        state: data that JSON can hold.
 
     Raises:
-        OSError: the disk is full or gone, naming the file; what was there before stays as it was.
+        OSError: the disk is full or gone, naming the file; earlier checkpoints stay as they were.
     """
     final = folder / f"step-{step:08d}"
     aside = final.with_name(final.name + ASIDE[0])
-    # without its parents: a run's folder that is gone is not made anew
+    # not its parents: a run's folder that has vanished is not to be recreated
     folder.mkdir(exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         for name, values in tensors.items():
             write_tensors(aside / f"{name}.safetensors", values)
-        with naming(aside / "state.json") as path:
+        with naming_errors(aside / "state.json") as path:
             path.write_text(json.dumps(state, indent=1))
         sums = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
-        with naming(aside / MANIFEST) as path:
+        with naming_errors(aside / MANIFEST) as path:
             path.write_text(json.dumps({"files": sums}, indent=1))
         for path in (*aside.iterdir(), aside):
             flush(path)
         if final.exists():
-            # a checkpoint of the same step, of which this one is a repetition
+            # an earlier checkpoint of the same step
             _remove(final)
         aside.rename(final)
     except BaseException:
@@ -102,7 +102,7 @@ def verify(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What `write` was given as `state`."""
+    """Read the `state` that `write` was given."""
     try:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -110,25 +110,25 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def found(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Step and place of each checkpoint, newest first, good or not."""
+def list_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
+    """Yield step and path of each checkpoint, damaged ones too, newest first."""
     paths = folder.iterdir() if folder.is_dir() else ()
     steps = [(int(match[1]), path) for path in paths if (match := NAME.fullmatch(path.name)) and path.is_dir()]
     yield from sorted(steps, reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[Damaged]]:
-    """The newest good checkpoint, and why newer ones were refused.
+    """Return the path of the newest good checkpoint, or None, and the errors of newer, damaged ones.
 
-    Those are put aside under the name step-N.damaged, so that nothing takes them for good or writes over them.
+    Damaged checkpoints are renamed to step-N.damaged, so that they are neither used nor overwritten.
     """
     refused = []
-    for _, path in found(folder):
+    for _, path in list_checkpoints(folder):
         try:
             verify(path)
         except Damaged as error:
             refused.append(error)
-            # a disk may allow reading only
+            # the file system may be read-only
             with contextlib.suppress(OSError):
                 path.rename(_unused(path.with_name(path.name + ".damaged")))
         else:
@@ -137,22 +137,22 @@ def newest(folder: Path) -> tuple[Path | None, list[Damaged]]:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Delete all but the last ones and those of every so many steps, and what interrupted runs left aside."""
-    for index, (step, path) in enumerate(found(folder)):
+    """Delete checkpoints other than the last `keep_last` and those of every `keep_every` steps, and partial ones."""
+    for index, (step, path) in enumerate(list_checkpoints(folder)):
         if index >= keep_last and not (keep_every and step % keep_every == 0):
             _remove(path)
     sweep(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Delete what was being written or deleted when a run was killed."""
+    """Delete folders that were being written or deleted when a run was killed."""
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.suffix in ASIDE and NAME.fullmatch(path.stem):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 sum of a file."""
     total = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -161,18 +161,18 @@ def digest(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Make what was written to a file or folder outlast a power cut."""
+    """Flush a file or folder to disk, so that it outlasts a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with naming_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[Path]:
-    """Let an OSError name the file that is being written."""
+def naming_errors(path: Path) -> Iterator[Path]:
+    """Add the path to an OSError that names no file."""
     try:
         yield path
     except OSError as error:
@@ -181,11 +181,11 @@ def naming(path: Path) -> Iterator[Path]:
         raise
 
 
-def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """A whole new file, as `write(place)` writes it, or the old one and nothing beside it."""
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Replace a file by the one that `write(path)` writes; on an error the old file stays, and nothing beside it."""
     aside = path.with_name(path.name + ASIDE[0])
     try:
-        with naming(aside):
+        with naming_errors(aside):
             write(aside)
         flush(aside)
         aside.replace(path)
@@ -196,10 +196,10 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, of tensors on the CPU.
+    """Write a safetensors file of CPU tensors.
 
     Raises:
-        OSError: it can't be written.
+        OSError: the file can't be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -212,12 +212,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _remove(path: Path) -> None:
-    """A checkpoint is gone at once, then its files."""
+    """Delete a checkpoint, renaming it first so that it never looks like a damaged one."""
     aside = _unused(path.with_name(path.name + ASIDE[1]))
     path.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def _unused(path: Path) -> Path:
+    """Delete what is at a path, and return the path."""
     shutil.rmtree(path, ignore_errors=True)
     return path

@@ -1,11 +1,11 @@
-"""One thread that writes checkpoints while training goes on."""
+"""A thread that writes checkpoints while training continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Writer:
-    """Runs one job at a time; `failed(error)` is told of one that couldn't write, and may raise."""
+class BackgroundWriter:
+    """Runs one job at a time in a thread; an OSError of a job goes to `failed`, which may raise."""
 
     def __init__(self, failed: Callable[[OSError], None]) -> None:
         self._pool = ThreadPoolExecutor(1, "fastmim-checkpoint")
@@ -13,12 +13,12 @@ class Writer:
         self._failed = failed
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Start a job, once the one before is done."""
+        """Start a job, after waiting for the one before."""
         self.wait()
         self._job = self._pool.submit(job)
 
     def wait(self, *, strict: bool = False) -> None:
-        """Until nothing is being written; `strict` raises what went wrong."""
+        """Wait until nothing is being written; with `strict`, raise the OSError of the job."""
         job, self._job = self._job, None
         try:
             if job is not None:

@@ -1,4 +1,15 @@
-"""A training step on a GPU, counted without one: launches, bytes, FLOPs, and the time that they take at least."""
+"""Launches, bytes, FLOPs and least time of a training step on a GPU, counted without a GPU.
+
+Modules:
+
+    cards            rates of GPUs
+    kernel           a launch, as it is counted
+    simulated        a CUDA device that need not exist, on which the step runs
+    torch_kernels    kernels of PyTorch's ops, and their traffic
+    triton_kernels   traffic of fastmim's Triton kernels
+    recorder         kernels summed by the stage that launches them
+    step             the Trainer's step
+"""
 
 from .cards import CARDS, Card
 from .recorder import UPDATE, Count, Row, Stage, count

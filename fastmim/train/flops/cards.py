@@ -1,4 +1,4 @@
-"""What GPUs do at best."""
+"""Rates of GPUs."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ class Card:
     """A GPU.
 
     Attributes:
-        name: as NVIDIA calls it.
+        name: NVIDIA's name.
         copy: bytes a second, read and written together, of a large copy.
         product: FLOP/s of a large dense product of bfloat16 matrices.
         launch: seconds that the smallest kernel takes on the device.
-        multiprocessors, capability: as `torch.cuda.get_device_properties` has them.
-        source: where the rates come from.
+        multiprocessors, capability: as in `torch.cuda.get_device_properties`.
+        source: the origin of the rates, in words.
     """
 
     name: str
@@ -25,8 +25,8 @@ class Card:
     source: str
 
 
-# what is taken of a datasheet's rates where nothing is known of a card: of 3.35 TB/s an H100 copies 3.0, of 989 TFLOP/s
-# it multiplies at 800
+# shares of a datasheet's rates, for cards whose rates are not known: an H100 copies at 3.0 of 3.35 TB/s, and multiplies
+# at 800 of 989 TFLOP/s
 _COPIED, _MULTIPLIED = 0.9, 0.8
 _KNOWN, _DATASHEET = "about what such cards reach", "shares of the datasheet's rates"
 _LAUNCH = 2e-6

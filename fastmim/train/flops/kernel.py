@@ -1,4 +1,4 @@
-"""A device kernel as it is counted."""
+"""A launch of a device kernel, as it is counted."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Kernel(NamedTuple):
-    """One launch: bytes that it must read and write once at least, and FLOPs of its matrix products."""
+    """A launch: the bytes that it must at least read and write, and the FLOPs of its matrix products."""
 
     name: str
     kind: str
@@ -16,7 +16,7 @@ class Kernel(NamedTuple):
 
 
 def stored(*tensors: Tensor | None) -> int:
-    """Bytes of the values in memory: those that a broadcast axis repeats count once, and so does a tensor."""
+    """Return the bytes of the tensors' values in memory; repeats by a broadcast axis, or of a tensor, count once."""
     different = {id(tensor): tensor for tensor in tensors if tensor is not None}
     return sum(_stored(tensor) for tensor in different.values())
 

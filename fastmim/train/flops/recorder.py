@@ -21,7 +21,7 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
 class Stage(NamedTuple):
-    """Part of a step: the calls of an object's attribute, but for those of other stages inside."""
+    """Part of a step: the calls of an object's attribute, without those of other stages inside."""
 
     name: str
     owner: Any
@@ -34,7 +34,7 @@ REST = Stage("rest of the step", None, "")
 
 @dataclass
 class Row:
-    """Launches of one kernel in one stage; of an op of PyTorch, the kernels of a kind that it launches."""
+    """Launches of a kernel in a stage; for an op of PyTorch, its kernels of one kind."""
 
     stage: str
     direction: str
@@ -57,11 +57,11 @@ class Row:
 
 @dataclass
 class Count:
-    """What a step does, at least, on `card`.
+    """Lower bounds of a step on `card`.
 
     Attributes:
         card: the GPU.
-        rows: of each stage, direction and kernel, in the order in which they are first launched.
+        rows: one for each stage, direction and kernel, in the order of the first launch.
     """
 
     card: Card
@@ -73,21 +73,21 @@ class Count:
 
     @property
     def bytes(self) -> int:
-        """Read and written."""
+        """Return the bytes read and written."""
         return sum(row.read + row.written for row in self.rows)
 
     @property
     def flops(self) -> int:
-        """Of matrix products, attention's included."""
+        """Return the FLOPs of matrix products, attention included."""
         return sum(row.flops for row in self.rows)
 
     @property
     def milliseconds(self) -> float:
-        """The sum of each launch's floor: the longest of its traffic, its products and the shortest launch."""
+        """Return the sum of each launch's least time: of its traffic, its products or the shortest launch."""
         return sum(row.milliseconds for row in self.rows)
 
     def by(self, *names: str) -> list[dict[str, Any]]:
-        """Sums by attributes of the rows, such as "kind", the longest first."""
+        """Return sums by attributes of the rows, such as "kind", the longest first."""
         sums: dict[tuple[str, ...], dict[str, Any]] = defaultdict(
             lambda: {"launches": 0, "bytes": 0, "flops": 0, "milliseconds": 0.0}
         )
@@ -106,12 +106,12 @@ class Count:
 
 
 class Recorder:
-    """Counts kernels by stage; those of the backward pass by the stage of the forward pass that they belong to."""
+    """Counts kernels by stage; kernels of the backward pass by the stage of their forward pass."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
         self.stage = REST
-        # autograd's sequence numbers from which on a stage is that of the nodes that are made
+        # autograd's sequence numbers at which a stage begins: its nodes have that number or a larger one
         self._numbers, self._stages = [0], [REST]
         self.count = Count(card)
         self._rows: dict[tuple[str, str, str, str], Row] = {}
@@ -140,7 +140,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def counting(self, stages: Sequence[Stage]) -> Iterator[None]:
-        """Count what is launched inside, by these stages."""
+        """Count the launches inside, by these stages."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(self, "_counting", True))
             for stage in stages:
@@ -167,10 +167,10 @@ class Recorder:
 
 
 def count(prepare: Callable[[], tuple[Callable[[], None], Sequence[Stage]]], card: Card) -> Count:
-    """Count the kernels of a step, of its second call: the first may make what all others use.
+    """Count the kernels of a step in its second call, since the first may make constants that later calls reuse.
 
     Args:
-        prepare: called on the simulated device: makes model, optimiser and batch on `flops.DEVICE`, and returns the
+        prepare: is called on the simulated device, makes model, optimiser and batch on `flops.DEVICE`, and returns the
             step and its stages.
         card: the GPU.
 

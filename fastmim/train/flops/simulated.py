@@ -1,8 +1,8 @@
-"""A CUDA device that need not exist: its tensors have shapes, strides and dtypes, and no values.
+"""A simulated CUDA device, whose tensors have shapes, strides and dtypes but no values.
 
-To PyTorch they are meta tensors, which any build of it can compute with and differentiate; to Python code they are on
-"cuda:0". What depends on a real device in PyTorch itself is done here as CUDA does it: autocast, foreach kernels of
-optimisers, the choice of an attention kernel.
+To PyTorch they are meta tensors, on which every build can compute and differentiate; Python code sees them on "cuda:0".
+Autocast, foreach kernels of optimisers and the choice of an attention kernel, which in PyTorch depend on a real device,
+are done here as CUDA does them.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ... import _library
+from ... import _dispatch
 from ...ops import patches
 from .cards import Card
 
 DEVICE = torch.device("cuda", 0)
 
-# Ops that CUDA's autocast runs in its narrow dtype, in float32, and with float32 as the dtype of their result, by the
-# names in which Python code calls them. Those that other ops call in C++ are not seen.
+# Ops that CUDA's autocast runs in its narrow dtype (NARROW), in float32 (WIDE), and with a float32 result
+# (WIDE_RESULT), by the names by which Python code calls them. Calls from other ops in C++ are not seen.
 NARROW = frozenset(
     """conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution
     cudnn_convolution cudnn_convolution_transpose prelu addmm addmv addr matmul __matmul__ __rmatmul__ einsum mm mv
@@ -50,7 +50,7 @@ See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class _Ops(TorchDispatchMode):
-    """Computes shapes, and shows every op to `see`; fastmim's ops are what their CUDA kernels call and launch."""
+    """Mode that computes shapes and passes every op to `see`; fastmim's ops run as their CUDA kernels do."""
 
     def __init__(self, see: See, place: "_Place") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,13 +71,13 @@ class _Ops(TorchDispatchMode):
 
 
 def _cuda_key(op: str) -> torch._C.DispatchKey:
-    """The key of the kernel that serves `op` on a CUDA device."""
+    """Return the dispatch key of the kernel that serves `op` on a CUDA device."""
     key = "CUDA" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "CompositeExplicitAutograd"
     return getattr(torch._C.DispatchKey, key)  # type: ignore[no-any-return]
 
 
 class _Place:
-    """Where Python code sees meta tensors: on the simulated device, but not within an op, where it calls as it is."""
+    """The device on which Python code sees meta tensors: the simulated one, and within an op the meta device."""
 
     def __init__(self) -> None:
         self.device = DEVICE
@@ -100,7 +100,7 @@ class _Place:
 
 
 class _Calls(TorchFunctionMode):
-    """Python's calls of torch functions: their device is "meta", and autocast does as on a CUDA device."""
+    """Mode that moves torch functions called from Python to the meta device and casts as CUDA's autocast does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         on_device = _is_ours(kwargs.get("device"))
         if on_device and func in (torch.tensor, torch.as_tensor, torch.asarray):
-            # values come from the host
+            # made on the host and copied to the device
             return func(*args, **kwargs | {"device": "cpu"}).to("meta")
         if on_device:
             kwargs["device"] = "meta"
@@ -153,7 +153,7 @@ def _is_narrow(tensor: Any) -> bool:
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """Attention as PyTorch's flash kernels compute it, which serve 16-bit tensors without a mask."""
+    """Call PyTorch's flash attention, which serves 16-bit tensors without a mask; refuse other calls."""
     if attn_mask is not None or args or kwargs or q.dtype.itemsize != 2 or q.shape[-1] % 8:
         raise NotImplementedError("of PyTorch's attention only that of 16-bit tensors without a mask is simulated")
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
@@ -162,12 +162,12 @@ def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *ar
 
 @contextlib.contextmanager
 def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
-    """Inside, device "cuda:0" is a simulated `card`.
+    """Simulate `card` as device "cuda:0" inside the context.
 
     Args:
         card: the GPU that the kernels are chosen for.
-        see: is shown every op below autograd and autocast, those of CPU tensors included.
-        launched: is handed every launch of fastmim's Triton kernels.
+        see: called with every op below autograd and autocast, those of CPU tensors included.
+        launched: called with name and arguments of every launch of fastmim's Triton kernels.
     """
     facts = SimpleNamespace(
         major=card.capability[0], minor=card.capability[1], multi_processor_count=card.multiprocessors
@@ -185,12 +185,12 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
         }.items():
             stack.enter_context(mock.patch(name, value))
         # which a process keeps
-        stack.enter_context(mock.patch.object(_library, "_capability", lambda device: list(card.capability)))
+        stack.enter_context(mock.patch.object(_dispatch, "_capability", lambda device: list(card.capability)))
         stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
-        # constants are kept by device, of whichever kind it is
+        # constants are cached by device: none of a real one may be found inside, nor a simulated one outside
         patches._constant.cache_clear()
         stack.callback(patches._constant.cache_clear)
-        stack.enter_context(_library.recorded_launches(launched))
+        stack.enter_context(_dispatch.recorded_launches(launched))
         stack.enter_context(calls)
         stack.enter_context(_Ops(see, place))
         yield

@@ -1,4 +1,4 @@
-"""The Trainer's step, counted."""
+"""Counting the kernels of the Trainer's step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ from .simulated import DEVICE
 
 
 def count_step(config: Config, card: Card) -> Count:
-    """Count an update of `Trainer(config)` on one GPU, from a batch on the device to the weights.
+    """Count the kernels of an update of `Trainer(config)` on one GPU, from a batch on the device to the new weights.
 
-    The kernels are those of eager PyTorch, also where `config` compiles. Copying the images to the device is the
-    loader's work and not counted.
+    The kernels are those of eager PyTorch, even if `config` compiles. The copy of the images to the device is the
+    loader's and not counted.
 
     Raises:
         UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
@@ -34,7 +34,7 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     trainer.loader, trainer.steps, trainer.step, trainer.pending = range(1), 2, 0, []
     trainer.dtype = DTYPES[config.dtype]
     with DEVICE:
-        trainer.model = trainer.spread = model = config.build()
+        trainer.model = trainer.parallel_model = model = config.build()
         images = torch.empty(config.batch_size, model.in_chans, *model.patch_embed.img_size, dtype=torch.uint8)
     model.set_grad_checkpointing(config.checkpoint_activations)
     trainer.optimizer = adamw(model, config)
@@ -51,7 +51,7 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
 
 
 def optimizer_stages(optimizer: torch.optim.Optimizer) -> list[Stage]:
-    """Those after the backward pass, of any model."""
+    """Return the stages after the backward pass: clipping and the optimiser's step."""
     return [
         Stage("clipping", torch.nn.utils, "get_total_norm", UPDATE),
         Stage("clipping", torch.nn.utils, "clip_grads_with_norm_", UPDATE),

@@ -1,9 +1,8 @@
-"""What PyTorch's ops launch on a CUDA device, and what that reads and writes: those of torch 2.13 built for CUDA 13.
+"""Kernels that PyTorch's ops launch on a CUDA device, and their traffic, as in torch 2.13 built for CUDA 13.
 
-An op that is not listed here is an error. A kernel's traffic is what it must move at least: every operand is read once
-and every result written once, whatever is read again from the caches. What can't be known without a GPU is taken as the
-usual case: a matrix product is one kernel (cuBLAS may split it and add the parts in a second one), attention is flash
-attention (cuDNN may be preferred).
+An op that is not listed here is an error. A kernel's traffic is the least that it must move: every operand is read once
+and every result written once. What can't be known without a GPU is taken as the usual case: a matrix product is one
+kernel (cuBLAS may split it and add the parts in a second one), attention is flash attention (cuDNN may be preferred).
 """
 
 import itertools
@@ -27,7 +26,7 @@ CHUNK, MOST_TENSORS, MOST_CHUNKS = 65536, (770, 448, 336, 252, 210), 2240
 NORMS, JOINED = 400, 128
 # a thread block of a reduction, and the threads that a multiprocessor holds
 REDUCE_THREADS, MULTIPROCESSOR_THREADS = 512, 2048
-# an elementwise kernel and a reduction index 32 bits of bytes
+# bytes that an elementwise kernel or a reduction can index with 32 bits
 SPAN = 2**31 - 1
 
 HOST_COPIES, COPIES, ELEMENTWISE, REDUCTIONS = "host copies", "copies and casts", "elementwise", "reductions"
@@ -45,7 +44,7 @@ class Op:
 
     Args:
         func: the `OpOverload`.
-        args, kwargs, out: of meta tensors where they are on the device.
+        args, kwargs, out: arguments and result; tensors on the device are meta tensors.
         card: the GPU.
     """
 
@@ -60,7 +59,7 @@ class Op:
         return str(self.func.overloadpacket.__name__)
 
     def argument(self, name: str) -> Any:
-        """The argument `name` of the schema."""
+        """Return the argument `name` of the schema."""
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 return self.args[position] if position < len(self.args) else self.kwargs.get(name)
@@ -74,7 +73,7 @@ class Op:
 
 
 def kernels_of(op: Op) -> list[Kernel]:
-    """The device kernels that a call launches, in order; none if it has no tensor of the device.
+    """Return the device kernels that a call launches, in order; none if no tensor is on the device.
 
     Raises:
         UnknownOpError: there is no rule for the op.
@@ -102,7 +101,7 @@ RULES: dict[str, Rule] = {}
 
 
 def _of(names: str) -> Callable[[Rule], Rule]:
-    """Make a rule that of `names`."""
+    """Register the decorated rule for the ops `names`."""
 
     def add(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(names.split(), rule))
@@ -115,7 +114,7 @@ def _of(names: str) -> Callable[[Rule], Rule]:
 
 
 def _pieces(*tensors: Tensor) -> int:
-    """Launches of an elementwise kernel: what 32 bits can't index is halved."""
+    """Return the launches of an elementwise kernel, which halves tensors until 32 bits can index them."""
     bytes_of_largest = max(tensor.numel() * tensor.element_size() for tensor in tensors)
     return 1 << max(math.ceil(math.log2(bytes_of_largest / SPAN)), 0) if bytes_of_largest else 1
 
@@ -210,7 +209,10 @@ def _reduce(op: Op) -> Iterator[Kernel]:
 
 
 def _is_split(x: Tensor, reduced: set[int], card: Card) -> bool:
-    """Whether several thread blocks share a sum, whose counters are set to 0 before: setReduceConfig in Reduce.cuh."""
+    """Return whether several thread blocks share a sum, whose counters a memset clears: setReduceConfig in Reduce.cuh.
+
+    `reduced` are the reduced axes.
+    """
     axes = [(stride, size, dim in reduced) for dim, (size, stride) in enumerate(zip(x.shape, x.stride())) if size > 1]
     inner = sorted((stride, size) for stride, size, is_reduced in axes if is_reduced)
     outer = sorted((stride, size) for stride, size, is_reduced in axes if not is_reduced)
@@ -265,7 +267,7 @@ def _layer_norm_backward(op: Op) -> Iterator[Kernel]:
 
 
 def _flops(op: Op) -> int:
-    """FLOPs as `torch.utils.flop_counter` has them, by the shapes."""
+    """Return the FLOPs by the formula of `torch.utils.flop_counter`."""
     formula = flop_registry[getattr(torch.ops.aten, op.name.removesuffix("_"))]
     return int(formula(*_on_device(op.args), out_val=op.out))
 
@@ -295,18 +297,18 @@ def _attention(op: Op) -> Iterator[Kernel]:
 def _attention_backward(op: Op) -> Iterator[Kernel]:
     grad, q, k, v, out, statistics = op.args[:6]
     dq, dk, dv = op.out
-    # sums of rows of grad * out, padded to 128 rows; dq is gathered in float32
-    sums, wide = 4 * q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / 128) * 128, 4 * q.numel()
-    yield Kernel(op.name, ATTENTION, stored(grad, out), sums + wide)
-    yield Kernel(op.name, ATTENTION, stored(grad, q, k, v, statistics) + sums, wide + stored(dk, dv), _flops(op))
-    yield Kernel(op.name, ATTENTION, wide, stored(dq))
+    # sums of rows of grad * out, padded to 128 rows; dq is accumulated in float32
+    sums, accumulated = 4 * q.shape[0] * q.shape[1] * math.ceil(q.shape[2] / 128) * 128, 4 * q.numel()
+    yield Kernel(op.name, ATTENTION, stored(grad, out), sums + accumulated)
+    yield Kernel(op.name, ATTENTION, stored(grad, q, k, v, statistics) + sums, accumulated + stored(dk, dv), _flops(op))
+    yield Kernel(op.name, ATTENTION, accumulated, stored(dq))
 
 
 # ---- lists of tensors ------------------------------------------------------------------------------------------------
 
 
 def _launches(tensors: list[Tensor], lists: int) -> int:
-    """Launches of multi_tensor_apply over so many lists of tensors: each takes so many tensors and chunks at most."""
+    """Return the launches of multi_tensor_apply over `lists` lists, each limited in its tensors and chunks."""
     launches, held, chunks = 0, 0, 0
     for tensor in tensors:
         of_tensor = math.ceil(tensor.numel() / CHUNK)

@@ -1,4 +1,4 @@
-"""What fastmim's Triton kernels read, write and multiply, by their arguments.
+"""Traffic and products of fastmim's Triton kernels, computed from their arguments.
 
 Each tensor argument is read or written once, whole, unless its rule says otherwise. A kernel that is not listed here is
 an error.
@@ -21,7 +21,7 @@ Amount = Callable[[Arguments], float]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a kernel does.
+    """Traffic and products of a kernel.
 
     Args:
         kind: of the kernel.
@@ -37,7 +37,7 @@ class Rule:
 
 
 def _patches_of(ids: str) -> Amount:
-    """The share of the pixels that lie in the patches `ids`."""
+    """Return the share of the pixels that lie in the patches `ids`."""
     return lambda a: a[ids].shape[1] / a["patches"]
 
 
@@ -61,7 +61,7 @@ RULES = {
     "attention_loop.loop_backward_keys_kernel": Rule(ATTENTION, "dk dv", products=4),
     "loss.pixel_loss_kernel": Rule(LOSS, "losses grad", {"images": _patches_of("ids")}),
     "loss.scaled_cosine_loss_kernel": Rule(LOSS, "losses dpred dtarget"),
-    # of a factor of 1, as in a step that takes its batch at once: only that is read
+    # with a factor of 1, as in a step without accumulation, the factor alone is read
     "loss.scale_gradient_kernel": Rule(LOSS, "", {"grad": lambda a: 0}),
     "norm.add_layer_norm_kernel": Rule(NORM, "normed total mean rstd"),
     "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal recomputed dx partials"),
@@ -89,7 +89,7 @@ def kernel_of(name: str, arguments: Arguments) -> Kernel:
 
 
 def _product(arguments: Arguments) -> int:
-    """FLOPs of one product of all sequences and heads."""
+    """Return the FLOPs of one product over all sequences and heads."""
     if "q" not in arguments:
         return 0
     q: Tensor = arguments["q"]

@@ -1,0 +1,69 @@
+"""Check the files of a source before a training run: find unreadable, damaged and nearly black images."""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from . import images
+from .decoders import installed
+from .images import Unreadable
+from .sources import open_source
+from .threads import map_ahead
+
+# kinds of findings, the worst first: training skips unreadable images and serves the others
+UNREADABLE, DAMAGED, DIM = "unreadable", "damaged", "dim"
+
+
+class Finding(NamedTuple):
+    """Result for one sample: its name, and the kind of fault with the reason; both are empty for a good image."""
+
+    name: str
+    kind: str = ""
+    reason: str = ""
+
+
+def check_source(source: str | os.PathLike[str] | list[str], *, num_threads: int = 1) -> Iterator[Finding]:
+    """Decode every sample of a source in full, and yield the findings in order.
+
+    Raises:
+        ValueError: the source holds no image, or is a packed dataset with a damaged shard.
+    """
+    opened = open_source(source)
+
+    def check(sample: int) -> Finding:
+        name = opened.names[sample]
+        remarks: list[str] = []
+        try:
+            data = opened.read(sample)
+            if isinstance(data, bytes):
+                images.decode(data, remarks.append)
+        except Unreadable as error:
+            return Finding(name, UNREADABLE, str(error))
+        reason = damage(data) if isinstance(data, bytes) else None
+        if reason:
+            return Finding(name, DAMAGED, reason)
+        return Finding(name, *((DIM, remarks[0]) if remarks else ()))
+
+    yield from map_ahead(num_threads, check, range(len(opened.names)))
+
+
+def damage(data: bytes) -> str | None:
+    """Return the fault that a strict decoder finds in a file that Pillow reads, or None.
+
+    JPEGs are checked by simplejpeg where it is installed, and PNGs by their checksums. Other formats have no checksums;
+    Pillow itself refuses those that are truncated.
+    """
+    from PIL import Image
+
+    try:
+        if data[:2] != b"\xff\xd8":
+            with Image.open(io.BytesIO(data)) as image:
+                image.verify()
+        elif installed("simplejpeg"):
+            import simplejpeg
+
+            simplejpeg.decode_jpeg(data, "GRAY", strict=True)
+    except Exception as error:  # decoders raise errors of any type on damaged data
+        return str(error) or type(error).__name__
+    return None
