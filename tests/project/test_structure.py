@@ -21,7 +21,13 @@ ROOT = Path(fastmim.__file__).parent.parent
 # a part may import itself and the parts of earlier layers, but not those that share its layer
 LAYERS = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli", "__main__"
 LAYER = {part: layer for layer, parts in enumerate(LAYERS) for part in parts.split()}
-SHARED = {"_autocast", "_backends", "_checks", "_dispatch", "_version"}  # may be imported by every part that imports fastmim at all
+SHARED = {
+    "_autocast",
+    "_backends",
+    "_checks",
+    "_dispatch",
+    "_version",
+}  # may be imported by every part that imports fastmim at all
 NATIVE = {"kernels", "_C", "_CUDA"}
 
 
