@@ -204,7 +204,7 @@ class MaskedAutoencoderViT(nn.Module):
             images,
             ids_keep,
             pos_embed=self.pos_embed[0, 1:],
-            prefix=self.cls_token[0] + self.pos_embed[0, :1],
+            prefix=self.cls_token.squeeze(0) + self.pos_embed[0, :1],
             mean=mean,
             std=std,
         )
@@ -216,18 +216,18 @@ class MaskedAutoencoderViT(nn.Module):
             self._decoder_embed(latent),
             mask.ids_keep,
             mask.ids_predict,
-            self.mask_token[0, 0],
+            self.mask_token.flatten(),
             self.decoder_pos_embed[0],
             num_prefix_tokens=1,
         )
-        out = run_blocks(
+        return run_blocks(
             self.decoder_blocks,
             self.decoder_norm,
             tokens,
             num_queries=mask.ids_predict.shape[1],
             checkpointing=self._checkpointing(),
+            head=self.decoder_pred,
         )
-        return linear(out, self.decoder_pred)
 
     def _decoder_embed(self, latent: Tensor) -> Tensor:
         return linear(latent, self.decoder_embed).to(self.mask_token.dtype)
@@ -304,7 +304,11 @@ class MaskedAutoencoderViT(nn.Module):
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Decode latent x (B, 1+K, D) to predictions (B, L, P) of all patches, in grid order."""
         tokens = ops.unshuffle(
-            self._decoder_embed(x), ids_restore, self.mask_token[0, 0], self.decoder_pos_embed[0], num_prefix_tokens=1
+            self._decoder_embed(x),
+            ids_restore,
+            self.mask_token.flatten(),
+            self.decoder_pos_embed[0],
+            num_prefix_tokens=1,
         )
         out = run_blocks(self.decoder_blocks, self.decoder_norm, tokens, checkpointing=self._checkpointing())
         return linear(out[:, 1:], self.decoder_pred)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .fused import is_stock, linear, linear_of
+from .fused import NarrowWeights, is_stock, linear, queries_linear
 
 
 class Attention(nn.Module):
@@ -26,24 +26,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """x (B, S, D) -> (B, S, D), or (B, num_queries, D) for the last tokens only."""
-        heads = (self.num_heads, self.head_dim)
-        if num_queries is None:
-            return self.attend(linear(x, self.qkv))
-        if not is_stock(self.qkv, nn.Linear):
-            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-            out = ops.attention(q[:, x.shape[1] - num_queries :], k, v)
-        else:
-            dim = x.shape[-1]
-            wq, wkv = self.qkv.weight.tensor_split([dim])
-            bq, bkv = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split([dim])
-            q = linear_of(x[:, x.shape[1] - num_queries :], wq, bq).unflatten(-1, heads)
-            k, v = linear_of(x, wkv, bkv).unflatten(-1, (2, *heads)).unbind(2)
-            out = ops.attention(q, k, v)
-        return linear(out.flatten(2), self.proj)
+    def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor:
+        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens only.
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """What follows the qkv projection: (B, S, 3D) -> (B, S, D)."""
-        out = ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim)))
-        return linear(out.flatten(2), self.proj)
+        `narrow` may hold copies of the weights.
+        """
+        return linear(self._attend(x, num_queries, narrow), self.proj, narrow)
+
+    def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
+        """Return what the output projection is given, of the last `num_queries` tokens of x (B, S, D)."""
+        if num_queries is None:
+            return self._attend_packed(linear(x, self.qkv, narrow))
+        heads = (self.num_heads, self.head_dim)
+        if is_stock(self.qkv, nn.Linear):
+            queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
+            q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
+        else:
+            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
+            q = q[:, x.shape[1] - num_queries :]
+        return ops.attention(q, k, v).flatten(2)
+
+    def _attend_packed(self, qkv: Tensor) -> Tensor:
+        """Return what the output projection is given, of qkv (B, S, 3D): (B, S, D)."""
+        return ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim))).flatten(2)

@@ -1,31 +1,60 @@
-"""Transformer blocks, run so that each residual sum is taken in the norm that follows it."""
+"""Transformer blocks. Each residual sum is computed in the same pass as the norm that follows it."""
 
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import ops
+from ..ops.norm import _add_layer_norm
 from .attention import Attention
-from .fused import gelu_linear, is_stock, linear_of, norm_linear, residual_stream, stock_norm, watched
+from .fused import (
+    NarrowWeights,
+    gelu_linear,
+    is_stock,
+    linear,
+    linear_and_bias,
+    linear_of,
+    narrow_operands,
+    norm_linear,
+    residual_stream,
+    stock_norm,
+    unaltered,
+    watched,
+)
 
-Stream = tuple[Tensor, Tensor | None]
 
+class Stream(NamedTuple):
+    """Tokens between blocks, residual + (branch + bias), which the next norm adds up.
 
-def add_norm(norm: nn.Module, x: Tensor | None, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(residual + x) and the sum; `x` None is no branch yet."""
-    if x is None:
-        return norm(residual), residual
-    if stock_norm(norm):
-        return ops.add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps)
-    total = residual + x
-    return norm(total), total
+    Attributes:
+        residual: (B, S, D).
+        branch: (B, S, D), the result of the last MLP; None before the first block.
+        bias: (D,) of the layer that made `branch`; None where `branch` contains it.
+    """
+
+    residual: Tensor
+    branch: Tensor | None = None
+    bias: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Return the tokens."""
+        if self.branch is None:
+            return self.residual
+        return self.residual + (self.branch if self.bias is None else self.branch + self.bias)
+
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return branch, bias and residual for a norm that adds them; zeros where there is no branch yet."""
+        if self.branch is not None:
+            return self.branch, self.bias, self.residual
+        # with a bias of zeros too, the first norm is served by the same kernel as the others
+        zeros = self.residual.new_zeros(self.residual.shape[-1])
+        return zeros.expand_as(self.residual), zeros, self.residual
 
 
 class Mlp(nn.Module):
@@ -37,14 +66,15 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
+        """Map x (..., D) to (..., D)."""
         if self.fuses():
-            return gelu_linear(linear_of(x, self.fc1.weight, None), self.fc1.bias, self.fc2)
+            hidden = linear_of(x, self.fc1.weight, None)
+            return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         out: Tensor = self.fc2(F.gelu(self.fc1(x)))
         return out
 
     def fuses(self) -> bool:
-        """Return whether to fuse: a replaced or hooked layer is called, the compiler fuses by itself."""
+        """Return whether to fuse: both layers unaltered, and no compiler, which fuses by itself."""
         eager = not torch.compiler.is_compiling()
         return eager and is_stock(self.fc1, nn.Linear) and is_stock(self.fc2, nn.Linear) and self.fc1.bias is not None
 
@@ -76,45 +106,96 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, math.floor(dim * mlp_ratio + 1e-6))
 
     @overload
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor: ...
+    def forward(self, x: Tensor, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Tensor: ...
 
     @overload
-    def forward(self, x: Stream, num_queries: int | None = None) -> Stream: ...
+    def forward(self, x: Stream, num_queries: int | None = None, *, narrow: NarrowWeights | None = None) -> Stream: ...
 
-    def forward(self, x: Tensor | Stream, num_queries: int | None = None) -> Tensor | Stream:
-        """x (B, S, D) -> (B, S, D), or (B, num_queries, D): the last tokens; the others serve as keys only.
+    def forward(
+        self, x: Tensor | Stream, num_queries: int | None = None, *, narrow: NarrowWeights | None = None
+    ) -> Tensor | Stream:
+        """Map x (B, S, D) to (B, S, D), or to (B, num_queries, D): the last tokens; the others serve as keys only.
 
-        Under autocast the result is in float32, whatever x is. A chain of blocks passes a stream instead, and gets one:
-        the pair (residual, branch) whose sum is x, left to the next norm.
+        Under autocast the result is in float32, whatever x is. A chain of blocks passes a `Stream`, and gets one; and
+        `narrow`, copies of the blocks' weights that it makes at once.
         """
-        residual, branch = (x, None) if isinstance(x, Tensor) else x
-        if branch is None:
-            residual = residual_stream(residual)
+        stream = Stream(x) if isinstance(x, Tensor) else x
+        if stream.branch is None:
+            stream = Stream(residual_stream(stream.residual))
+        stream = self._add_attention(stream, num_queries, narrow)
+        stream = self._add_mlp(stream, narrow, bias_apart=not isinstance(x, Tensor))
+        if stream.bias is not None and not unaltered(self):
+            # hooks on a block that is given a stream are those of fully_shard, which free its weights when it ends
+            stream = stream._replace(bias=stream.bias.clone())
+        return stream.sum() if isinstance(x, Tensor) else stream
+
+    def _add_attention(self, x: Stream, num_queries: int | None, narrow: NarrowWeights | None) -> Stream:
+        """Return x + attn(norm1(x)) of the last `num_queries` tokens."""
+        attn = self.attn
+        if is_stock(attn, Attention):
+            out, residual = norm_attend(self.norm1, attn, x, num_queries, narrow)
+            branch, bias = linear_and_bias(out, attn.proj, narrow, apart=stock_norm(self.norm2))
+            return Stream(last_tokens(residual, num_queries), branch, bias)
+        normed, residual = add_norm(self.norm1, x)
+        return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries))
+
+    def _add_mlp(self, x: Stream, narrow: NarrowWeights | None, bias_apart: bool) -> Stream:
+        """Return x + mlp(norm2(x))."""
+        norm, mlp = self.norm2, self.mlp
+        if is_stock(mlp, Mlp) and mlp.fuses() and stock_norm(norm):
+            hidden, residual = norm_linear(*x.parts(), norm, mlp.fc1.weight, None, narrow)
+            bias, left = (None, mlp.fc2.bias) if bias_apart else (mlp.fc2.bias, None)
+            return Stream(residual, gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, bias, narrow), left)
+        normed, residual = add_norm(norm, x)
+        return Stream(residual, mlp(normed))
+
+    def _layers(self) -> list[nn.Linear]:
+        """Return the linear layers that may be fused, rather than called."""
         attn, mlp = self.attn, self.mlp
-        fused = num_queries is None and is_stock(attn, Attention) and is_stock(attn.qkv, nn.Linear)
-        if fused and branch is not None and stock_norm(self.norm1):
-            qkv, residual = norm_linear(branch, residual, self.norm1, attn.qkv.weight, attn.qkv.bias)
-            attended = attn.attend(qkv)
-        else:
-            normed, residual = add_norm(self.norm1, branch, residual)
-            if type(attn).forward is Attention.forward:
-                attended = attn(normed, num_queries)
-            else:
-                attended = _last(attn(normed), num_queries)
-        residual = _last(residual, num_queries)
-        if stock_norm(self.norm2) and is_stock(mlp, Mlp) and mlp.fuses():
-            hidden, residual = norm_linear(attended, residual, self.norm2, mlp.fc1.weight, None)
-            branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2)
-        else:
-            normed, residual = add_norm(self.norm2, attended, residual)
-            branch = mlp(normed)
-        return residual + branch if isinstance(x, Tensor) else (residual, branch)
+        layers = [attn.qkv, attn.proj] if is_stock(attn, Attention) else []
+        layers += [mlp.fc1, mlp.fc2] if is_stock(mlp, Mlp) else []
+        return [layer for layer in layers if is_stock(layer, nn.Linear)]
+
+
+def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return norm(x), in `dtype` where both are computed in one pass, and x."""
+    if x.branch is not None and stock_norm(norm):
+        branch, bias, residual = x.parts()
+        normed, total, *_ = _add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dtype, bias)
+        return normed, total
+    total = x.sum()
+    return norm(total), total
+
+
+def norm_attend(
+    norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None
+) -> tuple[Tensor, Tensor]:
+    """Return what the output projection of `attn` is given, of norm(x), and x."""
+    stock = is_stock(attn.qkv, nn.Linear)
+    if num_queries is None and stock and stock_norm(norm):
+        qkv, total = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
+        return attn._attend_packed(qkv), total
+    normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
+    return attn._attend(normed, num_queries, narrow), total
+
+
+def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:
+    """Return attn(x) of the last `num_queries` tokens; a module of another kind computes all tokens."""
+    if type(attn).forward is Attention.forward:
+        out: Tensor = attn(x, num_queries)
+        return out
+    return last_tokens(attn(x), num_queries)
+
+
+def last_tokens(x: Tensor, count: int | None) -> Tensor:
+    """Return the last `count` tokens of x (B, S, D), by default all."""
+    return x if count is None else x[:, x.shape[1] - count :]
 
 
 def takes_stream(block: nn.Module) -> bool:
-    """Return whether `block` is a `Block`, sharded perhaps, and nobody else looks at what goes in and comes out.
+    """Return whether `block` may be given a stream: a `Block` without hooks but those of fully_shard.
 
-    Another module, and a hook, expect a tensor. Those of fully_shard only gather and free weights.
+    Other modules and other hooks expect a tensor. The hooks of fully_shard only gather and free weights.
     """
     hooks = chain(
         block._forward_hooks.values(),
@@ -130,9 +211,22 @@ def takes_stream(block: nn.Module) -> bool:
     )
 
 
-def _last(x: Tensor, count: int | None) -> Tensor:
-    """Return the last `count` tokens of x (B, S, D), by default all."""
-    return x if count is None else x[:, x.shape[1] - count :]
+def narrow_weights(blocks: Iterable[nn.Module], head: nn.Module | None, x: Tensor) -> NarrowWeights | None:
+    """Return copies of the weights of `blocks` and `head` in the dtype that autocast multiplies in, if it does.
+
+    A block with hooks is left out: fully_shard gathers its weights when it is called and frees them when it ends. So is
+    one that is compiled in place.
+    """
+    dtype = narrow_operands(x)
+    if dtype is None:
+        return None
+    layers: list[nn.Linear] = []
+    for block in blocks:
+        eager = takes_stream(block) and unaltered(block) and block._compiled_call_impl is None
+        layers += block._layers() if eager and isinstance(block, Block) else ()
+    if head is not None and is_stock(head, nn.Linear):
+        layers.append(head)
+    return NarrowWeights((p for layer in layers for p in (layer.weight, layer.bias)), dtype)
 
 
 def run_blocks(
@@ -142,24 +236,27 @@ def run_blocks(
     *,
     num_queries: int | None = None,
     checkpointing: bool = False,
+    head: nn.Module | None = None,
 ) -> Tensor:
-    """norm(blocks(x)), x (B, S, D).
+    """Return head(norm(blocks(x))), x (B, S, D); without `head`, norm(blocks(x)).
 
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
     only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
     """
     blocks = list(blocks)
     if not blocks:
-        x = _last(x, num_queries)
-    stream: Stream = (x, None)
+        x = last_tokens(x, num_queries)
+    narrow = narrow_weights(blocks, head, x)
+    stream = Stream(x)
     for index, block in enumerate(blocks):
         queries = num_queries if index == len(blocks) - 1 else None
         run = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
         if takes_stream(block):
-            stream = run(stream, queries)
-            continue
-        residual, branch = stream
-        out = run(residual if branch is None else residual + branch)
-        stream = _last(out, queries), None
-    residual, branch = stream
-    return add_norm(norm, branch, residual)[0]
+            stream = run(stream, queries, narrow=narrow)
+        else:
+            stream = Stream(last_tokens(run(stream.sum()), queries))
+    if head is None:
+        return add_norm(norm, stream)[0]
+    if stream.branch is not None and stock_norm(norm) and is_stock(head, nn.Linear):
+        return norm_linear(*stream.parts(), norm, head.weight, head.bias, narrow)[0]
+    return linear(add_norm(norm, stream)[0], head, narrow)

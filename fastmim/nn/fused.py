@@ -1,13 +1,15 @@
 """Linear layers that keep little for the backward pass.
 
-A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest thing in a transformer
-block: the pass's own gradient kernel makes it again from what it reads anyway. Under autocast the narrow copy of a
-weight isn't kept either; and where a CPU has no instructions for 16-bit products, which PyTorch then emulates several
-times slower, products are taken in float32 and only their results are narrow.
+A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest tensor of a transformer
+block: the gradient kernel of the pass recomputes it from what it reads anyway. Under autocast the narrow (16-bit) copy
+of a weight isn't kept either, unless the caller made it ahead, with others, in `NarrowWeights`. On a CPU without
+instructions for 16-bit products, which PyTorch emulates several times slower, products are taken in float32 and only
+their results are narrow.
 """
 
 import functools
 import platform
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any, TypeGuard, TypeVar
 
@@ -21,18 +23,19 @@ from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
 from ..ops._define import transformed
+from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def is_stock(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
-    """Return whether calling `module` would do what `cls` does and nothing more, so that its weights alone will do."""
+    """Return whether `module` computes what `cls` does and nothing more, so that its weights may be used directly."""
     return type(module) is cls and untouched(module)
 
 
 def untouched(module: nn.Module) -> bool:
-    """Return whether a call of `module` would run the `forward` of its class alone, and nothing would notice it."""
+    """Return whether a call of `module` runs the `forward` of its class and nothing else, unobserved."""
     return unaltered(module) and not watched()
 
 
@@ -44,15 +47,15 @@ def unaltered(module: nn.Module) -> bool:
     return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
 
 
-# a quantised or sharded weight has its own form of each PyTorch op, and none of ours; what export traces with has none
+# quantised and sharded weights bring their own form of PyTorch's ops, and none of ours; export traces with fake ones
 _WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 
 def watched() -> bool:
-    """Return whether a global hook, torch.func or forward-mode AD follows all modules: it must see each one called.
+    """Return whether a global hook, torch.func or forward-mode AD must see each module called.
 
-    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops, where
-    modules called one by one take more.
+    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops; modules
+    called one by one take more.
     """
     if modules._has_any_global_hook():
         hooks = chain(
@@ -67,7 +70,7 @@ def watched() -> bool:
 
 
 def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Return whether to fuse a norm: of the last axis, with weight and bias; the compiler fuses by itself."""
+    """Return whether `norm` may be fused: a layer norm of the last axis with weight and bias, and no compiler."""
     return (
         not torch.compiler.is_compiling()
         and is_stock(norm, nn.LayerNorm)
@@ -81,38 +84,127 @@ def residual_stream(x: Tensor) -> Tensor:
     return x if autocast_dtype(x) is None else x.float()
 
 
-def linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """layer(x)."""
+class NarrowWeights:
+    """Narrow copies of float32 weights and biases, made in one pass.
+
+    They are made anew in each forward pass and handed down with it, so that no change of a weight between two passes is
+    missed. The backward pass keeps the weights among them, 2 bytes a value. A tied weight has one copy.
+
+    Args:
+        parameters: to be copied; those of other dtypes are skipped.
+        dtype: of the copies.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor | None], dtype: torch.dtype) -> None:
+        sources = [p for p in dict.fromkeys(parameters) if p is not None and p.dtype == torch.float32]
+        with torch.no_grad():
+            copies = [torch.empty_like(source, dtype=dtype) for source in sources]
+            if copies:
+                torch._foreach_copy_(copies, sources)
+        self._copies = {source: (copy, _version(source)) for source, copy in zip(sources, copies)}
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Return the copy of `parameter`; itself where it has none or was changed since."""
+        found = self._copies.get(parameter)
+        return found[0] if found is not None and found[1] == _version(parameter) else parameter
+
+
+def _version(x: Tensor) -> int:
+    """Return the count of changes of `x` in place; tensors of inference mode have none."""
+    return 0 if x.is_inference() else x._version
+
+
+def narrow_operands(x: Tensor) -> torch.dtype | None:
+    """Return the 16-bit dtype that layers given x multiply in; None outside autocast and where the compiler casts."""
+    if torch.compiler.is_compiling():
+        return None
+    operands = _Products(x).operands
+    return None if operands == torch.float32 else operands
+
+
+def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return what a product is taken with: narrow copies where there are any."""
+    if narrow is None:
+        return weight, bias
+    return narrow.of(weight), None if bias is None else narrow.of(bias)
+
+
+def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
+    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
     if is_stock(layer, nn.Linear):
-        return linear_of(x, layer.weight, layer.bias)
+        return linear_of(x, layer.weight, layer.bias, narrow)
     out: Tensor = layer(x)
     return out
 
 
-def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (..., D) by `weight` (E, D) and `bias` (E,), which may be parts of a layer's."""
-    return linears_of(x, (weight, bias))[0]
+def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None) -> Tensor:
+    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's."""
+    return linears_of(x, (weight, bias), narrow=narrow)[0]
 
 
-def linears_of(x: Tensor, *layers: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-    """x (..., D) by several weights (E, D) and biases (E,), say of query, key and value: what is kept is kept once."""
+def linears_of(
+    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None
+) -> tuple[Tensor, ...]:
+    """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
         return tuple(F.linear(x, weight, bias) for weight, bias in layers)
-    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers))  # type: ignore[no-untyped-call]
+    operands = chain(*(_operands(narrow, weight, bias) for weight, bias in layers))
+    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
     return out
+
+
+def queries_linear(
+    x: Tensor, num_queries: int, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return queries (B, num_queries, D) of the last tokens, and keys and values (B, S, 2D) of all tokens x (B, S, D).
+
+    `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
+    """
+    if torch.compiler.is_compiling():
+        width = [x.shape[-1]]
+        weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
+        last = x[:, x.shape[1] - num_queries :]
+        return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
+    operands = _operands(narrow, weight, bias)
+    out: tuple[Tensor, Tensor] = _QueriesLinear.apply(x, num_queries, weight, bias, *operands)  # type: ignore[no-untyped-call]
+    return out
+
+
+def linear_and_bias(
+    x: Tensor, layer: nn.Module, narrow: NarrowWeights | None, *, apart: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Return layer(x) and None; with `apart` the product alone and the layer's bias, if the layer is unaltered."""
+    if apart and is_stock(layer, nn.Linear):
+        return linear_of(x, layer.weight, None, narrow), layer.bias
+    return linear(x, layer, narrow), None
 
 
 def norm_linear(
-    x: Tensor, residual: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None
+    x: Tensor,
+    x_bias: Tensor | None,
+    residual: Tensor,
+    norm: nn.LayerNorm,
+    weight: Tensor,
+    bias: Tensor | None,
+    narrow: NarrowWeights | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """linear(norm(residual + x)) of `weight` (E, D) and `bias` (E,), and the sum; x, residual (..., D)."""
-    out: tuple[Tensor, Tensor] = _NormLinear.apply(x, residual, norm.weight, norm.bias, norm.eps, weight, bias)  # type: ignore[no-untyped-call]
+    """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
+
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without.
+    """
+    operands = _operands(narrow, weight, bias)
+    out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
+        x, x_bias, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+    )
     return out
 
 
-def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
-    """layer(GELU(x + bias)); x (..., D)."""
-    out: Tensor = _GeluLinear.apply(x, bias, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+def gelu_linear(
+    x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
+) -> Tensor:
+    """Return `linear_of` GELU(x + first_bias); x (..., D)."""
+    operands = _operands(narrow, weight, bias)
+    out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -121,13 +213,13 @@ def gelu_linear(x: Tensor, bias: Tensor, layer: nn.Linear) -> Tensor:
 
 @functools.cache
 def emulated(device: str) -> bool:
-    """Whether PyTorch emulates 16-bit products there."""
+    """Return whether PyTorch emulates 16-bit products on this type of device."""
     fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not fast()
 
 
 class _Products:
-    """Dtypes of one layer's call: of its results (None: as they come) and of its operands."""
+    """Dtypes of one layer's products: `narrow` of results and `operands`; None: those of the inputs."""
 
     def __init__(self, *inputs: Tensor) -> None:
         self.device = inputs[0].device.type
@@ -144,29 +236,42 @@ class _Products:
             return out if self.narrow is None else out.to(self.narrow)
 
 
+def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over rows of grad (N, E) times x (N, D), (E, D) in `dtype`."""
+    if grad.device.type == "cuda" and grad.dtype.itemsize == 2 and dtype == torch.float32:
+        # the product's own sums, not rounded to 16 bits; other devices have no such product
+        return torch.mm(grad.T, x, out_dtype=dtype)
+    return (grad.T @ x).to(dtype)
+
+
 def _parameter_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, bias_dtype: torch.dtype | None, wanted: tuple[bool, bool]
+    grad: Tensor, x: Tensor, dtypes: tuple[torch.dtype, torch.dtype | None], wanted: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of weight and bias, in their dtypes."""
+    """Return the gradients of weight and bias in their `dtypes`; None where not wanted."""
     rows = grad.reshape(-1, grad.shape[-1])
-    dweight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight.dtype) if wanted[0] else None
-    return dweight, sum_rows(rows[None], bias_dtype) if wanted[1] and bias_dtype is not None else None
+    dweight = weight_gradient(rows, x.reshape(-1, x.shape[-1]), dtypes[0]) if wanted[0] else None
+    return dweight, sum_rows(rows[None], dtypes[1]) if wanted[1] and dtypes[1] is not None else None
 
 
-def _dtype(x: Tensor | None) -> torch.dtype | None:
-    return None if x is None else x.dtype
+def _dtypes(weight: Any, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype | None]:
+    return weight.dtype, None if bias is None else bias.dtype
+
+
+# Each function takes the parameters of a layer, which get the gradients, and then the operands of its product: the same
+# parameters again, or narrow copies of them.
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
-        weights, biases = parameters[::2], parameters[1::2]
-        ctx.products, ctx.bias_dtypes, ctx.dtype = _Products(x), [_dtype(bias) for bias in biases], x.dtype
-        # in the narrower of its dtypes
+        parameters, operands = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.products, ctx.dtype = _Products(x), x.dtype
+        ctx.dtypes = [_dtypes(weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2])]
+        # kept in the narrower of the two dtypes
         kept = x if ctx.products.narrow is None or x.dtype.itemsize == 2 else x.to(ctx.products.narrow)
-        ctx.save_for_backward(kept, *weights)
+        ctx.save_for_backward(kept, *operands[::2])
         x = ctx.products.operand(x)
-        return tuple(ctx.products.linear(x, weight, bias) for weight, bias in zip(weights, biases))
+        return tuple(ctx.products.linear(x, weight, bias) for weight, bias in zip(operands[::2], operands[1::2]))
 
     @staticmethod
     @once_differentiable
@@ -176,14 +281,51 @@ class _Linears(torch.autograd.Function):
         x, dx = operand(x), None
         found: list[Tensor | None] = []
         with without_autocast(x.device.type):
-            for index, (grad, weight, bias_dtype) in enumerate(zip(grads, weights, ctx.bias_dtypes)):
+            for index, (grad, weight, dtypes) in enumerate(zip(grads, weights, ctx.dtypes)):
                 grad = operand(grad)
                 if ctx.needs_input_grad[0]:
                     part = grad @ operand(weight)
                     dx = part if dx is None else dx.add_(part)
                 wanted = ctx.needs_input_grad[1 + 2 * index : 3 + 2 * index]
-                found += _parameter_gradients(grad, x, weight, bias_dtype, wanted)
-        return None if dx is None else dx.to(ctx.dtype), *found
+                found += _parameter_gradients(grad, x, dtypes, wanted)
+        return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
+
+
+class _QueriesLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        num_queries: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
+        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, x.shape[-1]
+        x = ctx.products.operand(x)
+        ctx.save_for_backward(x, weight_operand)
+        biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
+        queries = ctx.products.linear(x[:, ctx.skipped :], weight_operand[:width], biases[0])
+        return queries, ctx.products.linear(x, weight_operand[width:], biases[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with without_autocast(x.device.type):
+            dqueries, dothers = map(ctx.products.operand, grads)
+            weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
+            dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
+            if dx is not None:
+                dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
+            wanted = ctx.needs_input_grad[2:4]
+            of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
+            of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
+            found = ([part for part in parts if part is not None] for parts in zip(of_queries, of_others))
+            joined = [torch.cat(parts) if parts else None for parts in found]
+        return None if dx is None else dx.to(ctx.dtype), None, *joined, None, None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -191,42 +333,60 @@ class _NormLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        x_bias: Tensor | None,
         residual: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
         weight: Tensor,
         bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.bias_dtype = _Products(x, residual), _dtype(bias)
-        ctx.dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
-        normed, total, *statistics = torch.ops.fastmim.add_layer_norm(
-            x, residual, norm_weight, norm_bias, eps, ctx.products.operands
+        ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
+        ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
+        ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
+        normed, total, *statistics = _add_layer_norm(
+            x, residual, norm_weight, norm_bias, eps, ctx.products.operands, x_bias
         )
-        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight)
-        return ctx.products.linear(normed, weight, bias), total
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
+        return ctx.products.linear(normed, weight_operand, bias_operand), total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
-        *norm, weight = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, *norm, weight = ctx.saved_tensors
         operand = ctx.products.operand
+        if grad is None:
+            grad = total.new_zeros(*total.shape[:-1], weight.shape[0])
+        x_dtype, *dtypes = ctx.input_dtypes
+        dx_dtype, sum_dx = x_dtype if ctx.needs_input_grad[0] else None, ctx.x_bias_dtype is not None
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed, _, _ = torch.ops.fastmim.add_layer_norm_backward(
-                grad @ operand(weight), grad_total, *norm
+            dtotal, dweight, dbias, normed, dx, dx_bias = _add_layer_norm_backward(
+                grad @ operand(weight), grad_total, total, *norm, dx_dtype, sum_dx
             )
-            linear = _parameter_gradients(grad, normed, weight, ctx.bias_dtype, ctx.needs_input_grad[5:])
-        inputs = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dtotal, *dnorm), ctx.dtypes))
-        return *inputs, None, *linear
+            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[6:])
+        dx = dtotal if x_dtype == total.dtype else dx
+        others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
+        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.products, ctx.bias_dtype = _Products(x), _dtype(bias)
-        ctx.save_for_backward(x, first_bias, weight)
-        out: Tensor = ctx.products.linear(torch.ops.fastmim.bias_gelu(x, first_bias), weight, bias)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        first_bias: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_operand: Tensor,
+        bias_operand: Tensor | None,
+    ) -> Tensor:
+        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
+        ctx.save_for_backward(x, first_bias, weight_operand)
+        out: Tensor = ctx.products.linear(_bias_gelu(x, first_bias), weight_operand, bias_operand)
         return out
 
     @staticmethod
@@ -236,6 +396,6 @@ class _GeluLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dx, dbias, hidden = torch.ops.fastmim.bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
-            linear = _parameter_gradients(grad, operand(hidden), weight, ctx.bias_dtype, ctx.needs_input_grad[2:])
-        return dx, dbias.to(first_bias.dtype), *linear
+            dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
+            linear = _parameter_gradients(grad, operand(hidden), ctx.dtypes, ctx.needs_input_grad[2:])
+        return dx, dbias.to(first_bias.dtype), *linear, None, None

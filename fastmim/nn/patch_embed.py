@@ -12,7 +12,7 @@ from .fused import residual_stream, unaltered, watched
 
 
 def cuts_patches(projection: nn.Module) -> bool:
-    """Return whether `projection` is a convolution that embeds each patch apart, by its weights and nothing else."""
+    """Return whether `projection` is an unaltered convolution whose windows are the patches."""
     return (
         type(projection) is nn.Conv2d
         and unaltered(projection)
@@ -24,10 +24,10 @@ def cuts_patches(projection: nn.Module) -> bool:
 
 
 class PatchEmbed(nn.Module):
-    """Cuts patches out of images and embeds them; `proj` has the weights of the convolution it stands for.
+    """Embedding of chosen patches of images, equal to the convolution `proj` of whole images at those patches.
 
-    A `proj` that is hooked, wrapped, quantised or replaced (by LoRA, pruning, another stem) is called instead, on the
-    whole images, and the patches are taken from what it returns.
+    A `proj` that is hooked, wrapped, quantised or replaced (by LoRA, pruning, another stem) is called on the whole
+    images, and the patches are taken from its result.
 
     Args:
         img_size, patch_size: int or (height, width).
@@ -61,7 +61,7 @@ class PatchEmbed(nn.Module):
         mean: Stat = None,
         std: Stat = None,
     ) -> Tensor:
-        """images (B, C, H, W) -> tokens (B, N+K, D) of the patches `ids_keep` (B, K), by default all L in order.
+        """Embed the patches `ids_keep` (B, K) of images (B, C, H, W), by default all L in order: (B, N+K, D).
 
         The tokens begin a residual stream: under autocast they are in float32.
         """
@@ -74,12 +74,12 @@ class PatchEmbed(nn.Module):
             )
             return residual_stream(tokens)
         if cuts_patches(proj):
-            # the convolution of the chosen patches, seen by what follows each module: each patch is an image
+            # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
             patches = ops.gather_patches(images, ids_keep, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype)
             tokens = proj(patches.view(-1, images.shape[1], *self.patch_size)).view(*ids_keep.shape, -1)
         else:
             grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
-            whole = proj(_normalised(images, mean, std, next(proj.parameters(), None)))
+            whole = proj(_normalized(images, mean, std, next(proj.parameters(), None)))
             check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
             tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
         if pos_embed is not None:
@@ -89,8 +89,8 @@ class PatchEmbed(nn.Module):
         return residual_stream(tokens)
 
 
-def _normalised(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> Tensor:
-    """Return images (B, C, H, W) as `ops.gather_patches` reads them, in the dtype of a floating `weight`."""
+def _normalized(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> Tensor:
+    """Return images (B, C, H, W) with the mean and std that `ops.gather_patches` applies, in the dtype of `weight`."""
     mean, std = channel_stats(images, mean, std)
     dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     x = images / 255 if images.dtype == torch.uint8 else images

@@ -37,10 +37,8 @@ def define(
     kernel = _dispatch.device_kernel(name, fallback)
     if kernel is not None:
         torch.library.impl(qualified, _dispatch.devices(name), _in_own_precision(kernel))
-    # the C++ kernels of the CPU call the fallback by this name
-    arguments, _, results = schema.rpartition(") ->")
-    # without defaults, which no argument may follow
-    arguments = re.sub(r"=\w+", "", arguments)
+    # the C++ kernels of the CPU call the fallback by this name, with all arguments: without defaults, before the reason
+    arguments, _, results = re.sub(r"=[^,)]+", "", schema).rpartition(") ->")
     torch.library.define(f"fastmim_fallback::{name}", f"{arguments}, str reason) ->{results}")
     torch.library.impl(
         f"fastmim_fallback::{name}", "CompositeExplicitAutograd", lambda *args: fallback(*args[:-1], reason=args[-1])

@@ -10,6 +10,7 @@ from cases import Errors, check_draws
 from torch import Tensor, nn
 
 from fastmim.nn import Attention, Block, Mlp, PatchEmbed, run_blocks
+from fastmim.nn.block import Stream
 
 DIM, HEADS = 24, 3
 assert_exact = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
@@ -98,12 +99,19 @@ def test_block(norm, num_queries):
 
 
 def test_block_passes_a_stream_on():
-    """Given (residual, branch), a block returns such a pair; its sum is the block of the sum."""
+    """Given a stream, a block returns one; its sum is the block of the sum."""
     block, residual, branch = random_(Block(DIM, HEADS)), tokens(), tokens()
-    out = block((residual, branch))
-    assert isinstance(out, tuple) and len(out) == 2
-    assert_exact(sum(out), plain_block(block, residual + branch))
-    assert_exact(sum(block((residual, None))), plain_block(block, residual))
+    bias = torch.randn(DIM, dtype=torch.float64, requires_grad=True)
+    for given in (Stream(residual), Stream(residual, branch), Stream(residual, branch, bias)):
+        out = block(given)
+        assert isinstance(out, Stream) and out.branch is not None and out.bias is block.mlp.fc2.bias
+        assert_exact(out.sum(), plain_block(block, given.sum()))
+        leaves = [*(part for part in given if part is not None), *block.parameters()]
+        cotangent = torch.randn_like(residual)
+        assert_exact(
+            torch.autograd.grad(block(given).sum(), leaves, cotangent),
+            torch.autograd.grad(plain_block(block, given.sum()), leaves, cotangent),
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -119,6 +127,24 @@ def test_run_blocks(depth, num_queries, norm):
         expected = plain_block(block, expected)
     expected = chain[-1](expected)[:, 0 if num_queries is None else 7 - num_queries :]
     assert_same(run_blocks(chain[:-1], chain[-1], x, num_queries=num_queries), expected, chain, x)
+
+
+@pytest.mark.parametrize("hooked", ["nothing", "norm", "head"])
+@pytest.mark.parametrize("norm", ["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_a_head_follows_the_last_norm(depth, norm, hooked):
+    blocks = [Block(DIM, HEADS, norm_layer=NORMS[norm]) for _ in range(depth)]
+    chain, x = random_(nn.ModuleList([*blocks, NORMS[norm](DIM), nn.Linear(DIM, 5)])), tokens()
+    last, head = chain[-2:]
+    seen = []
+    for module in {"nothing": (), "norm": (last,), "head": (head,)}[hooked]:
+        module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    found = run_blocks(blocks, last, x, num_queries=3, head=head)
+    assert len(seen) == (hooked != "nothing")
+    expected = x
+    for block in blocks:
+        expected = plain_block(block, expected)
+    assert_same(found, head(last(expected))[:, -3:], chain, x)
 
 
 def test_checkpointing_is_bit_equal_and_recomputes():
@@ -153,10 +179,10 @@ def test_a_linear_layer_may_be_replaced(part, num_queries):
 @pytest.mark.parametrize("part", ["norm1", "attn", "attn.qkv", "attn.proj", "norm2", "mlp", "mlp.fc1", "mlp.fc2"])
 def test_a_hook_on_a_part_is_called(part):
     block, residual, branch = random_(Block(DIM, HEADS)), tokens(), tokens()
-    expected = sum(block((residual, branch)))
+    expected = block(Stream(residual, branch)).sum()
     seen = []
     block.get_submodule(part).register_forward_hook(lambda _, args, out: seen.append((args[0].shape, out.shape)))
-    assert_exact(sum(block((residual, branch))), expected)
+    assert_exact(block(Stream(residual, branch)).sum(), expected)
     assert len(seen) == 1
 
 
@@ -203,7 +229,7 @@ def test_gradients_under_autocast_are_as_close_as_pytorchs():
 
 def test_what_is_kept_for_the_backward_pass():
     """Neither a normed tensor nor a GELU's result: 10 widths a token in a block that is given a stream."""
-    block, stream = Block(DIM, HEADS), (torch.randn(2, 7, DIM), torch.randn(2, 7, DIM))
+    block, stream = Block(DIM, HEADS), Stream(torch.randn(2, 7, DIM), torch.randn(2, 7, DIM))
     kept = {}
 
     def pack(tensor):

@@ -45,15 +45,15 @@ def project(x: Tensor, *layers: Any) -> tuple[Tensor, ...]:
 
 def mlp_of(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
     """Return second(GELU(first(x)))."""
-    return gelu_linear(linear_of(x, first.weight, None), first.bias, second)
+    return gelu_linear(linear_of(x, first.weight, None), first.bias, second.weight, second.bias)
 
 
 def norm_mlp_of(
     branch: Tensor, residual: Tensor, norm: nn.LayerNorm, first: nn.Linear, second: nn.Linear
 ) -> tuple[Tensor, Tensor]:
     """Return second(GELU(first(norm(residual + branch)))) and residual + branch."""
-    hidden, total = norm_linear(branch, residual, norm, first.weight, None)
-    return gelu_linear(hidden, first.bias, second), total
+    hidden, total = norm_linear(branch, None, residual, norm, first.weight, None)
+    return gelu_linear(hidden, first.bias, second.weight, second.bias), total
 
 
 # ---- patches and tokens ----------------------------------------------------------------------------------------------
