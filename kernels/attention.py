@@ -21,9 +21,9 @@ MAX_DIM, MAX_KEYS = 128, 1024
 # loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
 DIM_MULTIPLE = 1 if INTERPRETED else 8
 
-
-# several sequences share a tile if they fit in so many rows
-PACKED_ROWS = 64
+# Up to this length several sequences share a tile. Longer ones have one each, of 16 rows and one warp at least: dividing
+# rows among sequences, and keeping these apart, costs more than the rows that stay empty.
+PACKED_LENGTH = 32 if INTERPRETED else 5
 # offsets within a sequence are of 32 bits
 SPAN = 2**31
 
@@ -102,14 +102,21 @@ def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
 
 
 def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tuple[int, dict[str, int]]:
-    """Number of sequences that a tile holds, and its sizes."""
-    most = PACKED_ROWS // 2 if q.dtype == torch.float32 and not INTERPRETED else PACKED_ROWS
-    group = max(most // max(queries, keys), 1) if several else 1
+    """Return the number of sequences that a tile holds, and its sizes."""
+    single, dim = q.dtype == torch.float32, q.shape[-1]
+    longest = max(queries, keys)
+    if INTERPRETED:
+        packed_rows = 64
+    elif single:
+        packed_rows = 32
+    elif longest <= PACKED_LENGTH:
+        packed_rows = 16 if dim <= 64 else 32
+    else:
+        packed_rows = 0
+    group = max(packed_rows // longest, 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
-    warps = max(rows, columns) // 16
-    if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96) or (biased and group > 1):
-        warps = max(2 * warps, 8)
-    return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(warps, 8))
+    warps = max(rows, columns) // 16 * (2 if single or dim > 96 else 1)
+    return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(max(warps, 8 * single), 8))
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:

@@ -143,7 +143,10 @@ def loop_backward_queries_kernel(
     g_low, g_high = load_rows(grad, row * grad_row * UNIT, valid_q, D, D0, D1, UPCAST)
     top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
+    sum_of_slopes = tl.zeros((BLOCK_Q,), tl.float32)
     mean = tl.zeros((BLOCK_Q,), tl.float32)
+    low, high = zeros(BLOCK_Q, D0, D1)
+    keys_low, keys_high = zeros(BLOCK_Q, D0, D1)
     for start in range(0, keys, BLOCK_K):
         column = start + tl.arange(0, BLOCK_K)
         attends = attends_to(key_mask, column * mask_key, column < keys)
@@ -154,32 +157,46 @@ def loop_backward_queries_kernel(
         )
         top, shift, fade = _raise(top, scores)
         weights = tl.exp2(scores - shift[:, None])
+        slope = over_columns(g_low, g_high, v_low, v_high, D1)
         total = total * fade + tl.sum(weights, 1)
-        mean = mean * fade + tl.sum(weights * over_columns(g_low, g_high, v_low, v_high, D1), 1)
+        sum_of_slopes = sum_of_slopes * fade + tl.sum(weights * slope, 1)
+        if score_grad is None:
+            earlier = mean
+            mean = sum_of_slopes / tl.where(total == 0.0, 1.0, total)
+            slope = weights * (slope - mean[:, None])
+            # what was summed until now was to another mean and another maximum
+            low = (low - (mean - earlier)[:, None] * keys_low) * fade[:, None]
+            keys_low *= fade[:, None]
+            if D1 > 0:
+                high = (high - (mean - earlier)[:, None] * keys_high) * fade[:, None]
+                keys_high *= fade[:, None]
+            low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
+            keys_low, keys_high = over_rows(weights, k_low, k_high, keys_low, keys_high, D1)
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    mean *= inverse
     top = tl.where(top == -INFINITY, 0.0, top)
+    mean = sum_of_slopes * inverse
     tl.store(top_of + statistics + row, top, valid_q)
     tl.store(inverse_of + statistics + row, inverse, valid_q)
     tl.store(mean_of + statistics + row, mean, valid_q)
-
-    low, high = zeros(BLOCK_Q, D0, D1)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        valid_k = column < keys
-        attends = attends_to(key_mask, column * mask_key, valid_k)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
-        )
-        weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
-        slope = weights * (over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
-        if score_grad is not None:
+    if score_grad is None:
+        inverse *= scale
+        store_rows(dq, row * dq_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
+    else:
+        for start in range(0, keys, BLOCK_K):
+            column = start + tl.arange(0, BLOCK_K)
+            valid_k = column < keys
+            attends = attends_to(key_mask, column * mask_key, valid_k)
+            k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
+            v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
+            scores = _block_scores(
+                q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+            )
+            weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
+            slope = weights * (over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
             at = score_grad + (row * keys)[:, None] + column[None, :]
             tl.store(at, slope, valid_q[:, None] & valid_k[None, :])
-        low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
-    store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
+            low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
+        store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
 
 
 @kernel
