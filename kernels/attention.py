@@ -120,14 +120,25 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tu
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
-    """Sizes of blocks for sequences that no tile holds."""
+    """Sizes of blocks for sequences that no tile holds; of the largest ones, those that spill no registers.
+
+    A warp has 16 rows of a product: more warps than a block has rows for would repeat each other's work.
+    """
     if INTERPRETED:
         return dict(BLOCK_Q=256, BLOCK_K=128)
-    if biased and q.dtype != torch.float32:
+    if q.dtype == torch.float32:
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
+    if _has_large_tiles(q):
+        return dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4)
+    if biased:
         return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=8)
-    size = 32 if q.dtype == torch.float32 else 64
-    # these spill nothing, by the table of compiled kernels
-    return dict(BLOCK_Q=size, BLOCK_K=size, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
+    return dict(BLOCK_Q=64, BLOCK_K=64 if q.shape[-1] <= 32 else 32, num_warps=4)
+
+
+def _tail(keys: int, block: int, ragged: bool) -> int:
+    """Width of a last, narrower block of keys, 0 where whole blocks hold them all."""
+    left = block if ragged else keys % block
+    return power_of_2(left, least=16) if left else 0
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
@@ -178,7 +189,10 @@ def _forward(
             blocks = _blocks(q, bias is not None)
             tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"])
             loop_forward_kernel[(tiles * batch * heads,)](
-                *tensors, tiles, heads, queries, keys, scale, **columns, **blocks
+                *(*tensors, tiles, heads, queries, keys, scale),
+                **columns,
+                **blocks,
+                TAIL=_tail(keys, blocks["BLOCK_K"], ragged is not None),
             )
     return out
 
@@ -230,6 +244,7 @@ def _backward(
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
+            TAIL=_tail(keys, blocks["BLOCK_K"], ragged is not None),
             num_stages=2,
         )
         blocks["BLOCK_Q"] //= 2

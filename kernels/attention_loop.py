@@ -39,6 +39,72 @@ def _raise(top, scores):
     return highest, shift, tl.exp2(top - shift)
 
 
+@triton.jit
+def _load_block(
+    k, k_row, v, v_row, key_mask, mask_key, start, keys,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Load WIDTH keys and their values from key `start` on; WHOLE says that none lies beyond the last key."""
+    column = start + tl.arange(0, WIDTH)
+    valid = tl.full((WIDTH,), True, tl.int1) if WHOLE else column < keys
+    attends = attends_to(key_mask, column * mask_key, valid)
+    k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
+    v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
+    return column, valid, attends, k_low, k_high, v_low, v_high
+
+
+@triton.jit
+def _add_outputs(
+    top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+    bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys to the maximum of each row, to the sum of its weights and to that of weights times values."""
+    scores = _block_scores(
+        q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    )
+    top, shift, fade = _raise(top, scores)
+    weights = tl.exp2(scores - shift[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    low *= fade[:, None]
+    if D1 > 0:
+        high *= fade[:, None]
+    low, high = over_rows(weights, v_low, v_high, low, high, D1)
+    return top, total, low, high
+
+
+@triton.jit
+def _add_slopes(
+    top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+    q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+    bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys to the statistics of each row, and to its sums of weights (dP - mean) k and of weights k.
+
+    The mean of dP is that of the keys until now. The second sum corrects the first as the mean changes.
+    """
+    scores = _block_scores(
+        q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    )
+    top, shift, fade = _raise(top, scores)
+    weights = tl.exp2(scores - shift[:, None])
+    slope = weights * over_columns(g_low, g_high, v_low, v_high, D1)
+    total = total * fade + tl.sum(weights, 1)
+    sum_of_slopes = sum_of_slopes * fade + tl.sum(slope, 1)
+    earlier = mean
+    mean = sum_of_slopes / tl.where(total == 0.0, 1.0, total)
+    slope -= weights * mean[:, None]
+    moved = (mean - earlier)[:, None]
+    low = (low - moved * keys_low) * fade[:, None]
+    keys_low *= fade[:, None]
+    if D1 > 0:
+        high = (high - moved * keys_high) * fade[:, None]
+        keys_high *= fade[:, None]
+    low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
+    keys_low, keys_high = over_rows(weights, k_low, k_high, keys_low, keys_high, D1)
+    return top, total, sum_of_slopes, mean, low, high, keys_low, keys_high
+
+
 @kernel
 def loop_forward_kernel(
     q, q_batch, q_row, q_head,
@@ -51,6 +117,7 @@ def loop_forward_kernel(
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Attend from BLOCK_Q queries of one sequence and head to its keys, BLOCK_K at a time, with a running softmax."""
     item = tl.program_id(0) // tiles
@@ -76,21 +143,24 @@ def loop_forward_kernel(
     top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     low, high = zeros(BLOCK_Q, D0, D1)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        attends = attends_to(key_mask, column * mask_key, column < keys)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    whole = keys // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+            k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, True
         )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        low *= fade[:, None]
-        if D1 > 0:
-            high *= fade[:, None]
-        low, high = over_rows(weights, v_low, v_high, low, high, D1)
+        top, total, low, high = _add_outputs(
+            top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+            bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+        )  # fmt: skip
+    if TAIL > 0:
+        if whole < keys:
+            column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False
+            )
+            top, total, low, high = _add_outputs(
+                top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+                bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+            )  # fmt: skip
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_rows(out, row * out_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
@@ -109,6 +179,7 @@ def loop_backward_queries_kernel(
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Write dq of BLOCK_Q queries of one sequence and head, in two passes over its keys.
 
@@ -147,31 +218,26 @@ def loop_backward_queries_kernel(
     mean = tl.zeros((BLOCK_Q,), tl.float32)
     low, high = zeros(BLOCK_Q, D0, D1)
     keys_low, keys_high = zeros(BLOCK_Q, D0, D1)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        attends = attends_to(key_mask, column * mask_key, column < keys)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    whole = keys // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+            k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, True
         )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        slope = over_columns(g_low, g_high, v_low, v_high, D1)
-        total = total * fade + tl.sum(weights, 1)
-        sum_of_slopes = sum_of_slopes * fade + tl.sum(weights * slope, 1)
-        if score_grad is None:
-            earlier = mean
-            mean = sum_of_slopes / tl.where(total == 0.0, 1.0, total)
-            slope = weights * (slope - mean[:, None])
-            # what was summed until now was to another mean and another maximum
-            low = (low - (mean - earlier)[:, None] * keys_low) * fade[:, None]
-            keys_low *= fade[:, None]
-            if D1 > 0:
-                high = (high - (mean - earlier)[:, None] * keys_high) * fade[:, None]
-                keys_high *= fade[:, None]
-            low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
-            keys_low, keys_high = over_rows(weights, k_low, k_high, keys_low, keys_high, D1)
+        top, total, sum_of_slopes, mean, low, high, keys_low, keys_high = _add_slopes(
+            top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+            q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+            bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+        )  # fmt: skip
+    if TAIL > 0:
+        if whole < keys:
+            column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False
+            )
+            top, total, sum_of_slopes, mean, low, high, keys_low, keys_high = _add_slopes(
+                top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+                q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+                bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+            )  # fmt: skip
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     top = tl.where(top == -INFINITY, 0.0, top)
     mean = sum_of_slopes * inverse
@@ -182,12 +248,11 @@ def loop_backward_queries_kernel(
         inverse *= scale
         store_rows(dq, row * dq_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
     else:
+        low, high = zeros(BLOCK_Q, D0, D1)
         for start in range(0, keys, BLOCK_K):
-            column = start + tl.arange(0, BLOCK_K)
-            valid_k = column < keys
-            attends = attends_to(key_mask, column * mask_key, valid_k)
-            k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-            v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
+            column, valid_k, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, False
+            )
             scores = _block_scores(
                 q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
             )
@@ -256,11 +321,15 @@ def loop_backward_keys_kernel(
         # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
         scores = over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
         scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
-        scores = tl.where(attends[:, None], scores, -INFINITY)
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
         dv_low, dv_high = over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
         dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
+    if key_mask is not None:
+        # a masked key was read as zeros, which have weights too
+        chosen = attends[:, None]
+        dk_low, dv_low = tl.where(chosen, dk_low, 0.0), tl.where(chosen, dv_low, 0.0)
+        dk_high, dv_high = tl.where(chosen, dk_high, 0.0), tl.where(chosen, dv_high, 0.0)
     store_rows(dv, to, valid_k, dv_low, dv_high, D, D0, D1)
     store_rows(dk, to, valid_k, dk_low * scale, dk_high * scale, D, D0, D1)
