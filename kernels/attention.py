@@ -21,8 +21,8 @@ MAX_DIM, MAX_KEYS = 128, 1024
 # loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
 DIM_MULTIPLE = 1 if INTERPRETED else 8
 
-# Up to this length several sequences share a tile. Longer ones have one each, of 16 rows and one warp at least: dividing
-# rows among sequences, and keeping these apart, costs more than the rows that stay empty.
+# Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
+# to divide rows among sequences and keep these apart takes more instructions than the rows that stay empty.
 PACKED_LENGTH = 32 if INTERPRETED else 5
 # offsets within a sequence are of 32 bits
 SPAN = 2**31
@@ -82,9 +82,14 @@ def _masks(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) 
     return [*masks, *(stride // unit for stride in between), along], unit
 
 
+def _capability(q: Tensor) -> int:
+    """Return the major compute capability of the device of `q`, 0 for a CPU."""
+    return 0 if q.device.type == "cpu" else torch.cuda.get_device_capability(q.device)[0]
+
+
 def _has_large_tiles(q: Tensor) -> bool:
     """Return whether matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
-    return q.device.type != "cpu" and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return _capability(q) in (9, 10)
 
 
 def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
@@ -135,10 +140,11 @@ def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
     return dict(BLOCK_Q=64, BLOCK_K=64 if q.shape[-1] <= 32 else 32, num_warps=4)
 
 
-def _tail(keys: int, block: int, ragged: bool) -> int:
-    """Width of a last, narrower block of keys, 0 where whole blocks hold them all."""
-    left = block if ragged else keys % block
-    return power_of_2(left, least=16) if left else 0
+def _tail(q: Tensor, keys: int, block: int, ragged: bool) -> int:
+    """Return the width of a last, narrower block of keys, 0 where whole blocks hold them all."""
+    if ragged or (_capability(q) == 10 and keys % block):  # there a narrower one spills registers
+        return block
+    return power_of_2(keys % block, least=16) if keys % block else 0
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
@@ -192,7 +198,7 @@ def _forward(
                 *(*tensors, tiles, heads, queries, keys, scale),
                 **columns,
                 **blocks,
-                TAIL=_tail(keys, blocks["BLOCK_K"], ragged is not None),
+                TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
             )
     return out
 
@@ -244,7 +250,7 @@ def _backward(
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
-            TAIL=_tail(keys, blocks["BLOCK_K"], ragged is not None),
+            TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
             num_stages=2,
         )
         blocks["BLOCK_Q"] //= 2

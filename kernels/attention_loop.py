@@ -152,7 +152,7 @@ def loop_forward_kernel(
             top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
             bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
         )  # fmt: skip
-    if TAIL > 0:
+    if TAIL > 0:  # a constant  # noqa: SIM102
         if whole < keys:
             column, _, attends, k_low, k_high, v_low, v_high = _load_block(
                 k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False
@@ -228,7 +228,7 @@ def loop_backward_queries_kernel(
             q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
             bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
         )  # fmt: skip
-    if TAIL > 0:
+    if TAIL > 0:  # a constant  # noqa: SIM102
         if whole < keys:
             column, _, attends, k_low, k_high, v_low, v_high = _load_block(
                 k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False

@@ -26,6 +26,19 @@ FASTMIM_DEVICE int columns_first(int row, int column) {
   return (row + lane() / 16 * 8 + lane() % 8) * PITCH + column + lane() / 8 % 2 * 8;
 }
 
+// an item: a head of a sequence
+struct Item {
+  int64_t b;
+  int h;
+};
+
+// item `item` of the `items` that a block owns; divisions are of 32 bits, which the number of an item may exceed
+FASTMIM_DEVICE Item item_of(const Attention& args, int items, int item) {
+  const auto place = static_cast<uint32_t>(block()), heads = static_cast<uint32_t>(args.heads);
+  const uint32_t within = place % heads * static_cast<uint32_t>(items) + static_cast<uint32_t>(item);
+  return {int64_t{place / heads} * items + within / heads, static_cast<int>(within % heads)};
+}
+
 // row `row` of a (sequence, head), in global memory
 template <typename T>
 FASTMIM_DEVICE T* row_of(const Heads& heads, int64_t b, int64_t h, int64_t row) {
