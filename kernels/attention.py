@@ -18,7 +18,7 @@ from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_ker
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
 
 MAX_DIM, MAX_KEYS = 128, 1024
-# loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
+# Loads are 128 bits wide where heads are multiples of 8. The interpreter runs others too.
 DIM_MULTIPLE = 1 if INTERPRETED else 8
 
 # Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
@@ -43,7 +43,7 @@ def _check(q: Tensor, queries: int, keys: int) -> None:
 
 
 def _columns(dim: int) -> tuple[int, int]:
-    """Widths of the two blocks of columns; the second is 0 where one holds all."""
+    """Return the widths of the two blocks of columns; the second is 0 where one holds all."""
     whole = power_of_2(dim, least=16)
     rest = power_of_2(dim - whole // 2, least=16)
     return (whole // 2, rest) if dim > 64 and rest < whole // 2 else (whole, 0)
@@ -62,12 +62,12 @@ def _reachable(mask: Tensor | None, axes: int) -> Tensor | None:
 
 
 def _strides(unit: int, x: Tensor) -> list[int]:
-    """Strides of batch, row and head in units; packed rows (T, H, D) start where cu_seqlens says."""
+    """Return the strides of batch, row and head in units; that of the batch is 0 for ragged rows (T, H, D)."""
     return [stride // unit for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
 
 
 def _strided(unit: int, *tensors: Tensor) -> list[Any]:
-    """Tensors, each followed by its strides."""
+    """Return the tensors, each followed by its strides."""
     return [argument for x in tensors for argument in (x, *_strides(unit, x))]
 
 
@@ -76,7 +76,7 @@ def _masks(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) 
     masks = [key_mask, *strides_of(key_mask, 2), bias]
     if bias is None:
         return [*masks, 0, 0, 0, 0], 1
-    # the keys of a row of the bias are masked, which is as wide as their number is aligned
+    # loads along a row of the bias are masked by the number of keys, whose alignment limits their width
     unit = math.gcd(full[-1], unit_of(bias))
     *between, along = bias.expand(full).stride()
     return [*masks, *(stride // unit for stride in between), along], unit
@@ -93,7 +93,7 @@ def _has_large_tiles(q: Tensor) -> bool:
 
 
 def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
-    """Longest sequence of a tile, forward and backward, that registers hold without spilling."""
+    """Return the longest sequences, forward and backward, that a tile holds without spilling registers."""
     if INTERPRETED:
         return 128, 64
     if q.dtype == torch.float32:
@@ -125,7 +125,7 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tu
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
-    """Sizes of blocks for sequences that no tile holds; of the largest ones, those that spill no registers.
+    """Return the sizes of blocks for sequences that no tile holds: the largest ones that spill no registers.
 
     A warp has 16 rows of a product: more warps than a block has rows for would repeat each other's work.
     """
@@ -141,14 +141,14 @@ def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
 
 
 def _tail(q: Tensor, keys: int, block: int, ragged: bool) -> int:
-    """Return the width of a last, narrower block of keys, 0 where whole blocks hold them all."""
-    if ragged or (_capability(q) == 10 and keys % block):  # there a narrower one spills registers
+    """Return the width of the last block of keys, 0 where whole blocks hold them all."""
+    if ragged or (_capability(q) == 10 and keys % block):  # a narrower one spills registers there
         return block
     return power_of_2(keys % block, least=16) if keys % block else 0
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
-    """Batch, heads, rows of queries and of keys in memory, and the most of each in a sequence."""
+    """Return batch, heads, rows of queries and of keys in memory, and the most of each in a sequence."""
     heads, queries, keys = q.shape[-2], q.shape[-3], k.shape[-3]
     if ragged is None:
         return q.shape[0], heads, queries, keys, queries, keys
@@ -157,7 +157,7 @@ def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, 
 
 
 def _columns_of(q: Tensor, unit: int, bias_unit: int) -> dict[str, Any]:
-    """Constants of every kernel: bfloat16, which Triton's interpreter multiplies wrongly, is upcast there."""
+    """Return the constants of every kernel. Triton's interpreter multiplies bfloat16 wrongly, so it is upcast there."""
     dim = q.shape[-1]
     low, high = _columns(dim)
     return dict(

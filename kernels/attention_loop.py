@@ -1,4 +1,8 @@
-"""Attention block by block, for sequences that a tile does not hold."""
+"""Attention block by block, for sequences that do not fit in a tile.
+
+Keys are processed in blocks of BLOCK_K, which need no mask of their own, and a last one of TAIL, as narrow as the keys
+that are left. The gradients take eight products: four for dq, four for dk and dv.
+"""
 
 import triton
 import triton.language as tl
@@ -45,7 +49,7 @@ def _load_block(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
     WIDTH: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Load WIDTH keys and their values from key `start` on; WHOLE says that none lies beyond the last key."""
+    """Load WIDTH keys and their values from key `start` on. With WHOLE, no key lies beyond the last."""
     column = start + tl.arange(0, WIDTH)
     valid = tl.full((WIDTH,), True, tl.int1) if WHOLE else column < keys
     attends = attends_to(key_mask, column * mask_key, valid)
@@ -59,7 +63,7 @@ def _add_outputs(
     top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
     bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of keys to the maximum of each row, to the sum of its weights and to that of weights times values."""
+    """Add a block of keys to the statistics of each row, and to its sum of weights times values."""
     scores = _block_scores(
         q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
     )
@@ -81,7 +85,7 @@ def _add_slopes(
 ):  # fmt: skip
     """Add a block of keys to the statistics of each row, and to its sums of weights (dP - mean) k and of weights k.
 
-    The mean of dP is that of the keys until now. The second sum corrects the first as the mean changes.
+    The mean is that of dP over the keys so far. When it changes, the second sum corrects the first.
     """
     scores = _block_scores(
         q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
@@ -181,9 +185,10 @@ def loop_backward_queries_kernel(
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of BLOCK_Q queries of one sequence and head, in two passes over its keys.
+    """Write dq of BLOCK_Q queries of one sequence and head, and the statistics that the gradients of keys need.
 
-    The first computes the softmax's maximum, sum and rowsum(P dP), kept for the gradients of keys and values.
+    These are the softmax's maximum and sum, and rowsum(P dP). One pass over the keys computes them and dq, with a
+    running softmax. The gradient of a bias needs final statistics: it takes a second pass, which then computes dq.
     """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
@@ -318,7 +323,8 @@ def loop_backward_keys_kernel(
         top = tl.load(top_of + statistics + row, valid_q, other=0.0)
         inverse = tl.load(inverse_of + statistics + row, valid_q, other=0.0)
         mean = tl.load(mean_of + statistics + row, valid_q, other=0.0)
-        # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
+        # Keys by queries, so that weights and slopes are left factors. These scores are rounded differently from those
+        # that gave the maximum, and may exceed it.
         scores = over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
         scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
@@ -327,7 +333,7 @@ def loop_backward_keys_kernel(
         dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
     if key_mask is not None:
-        # a masked key was read as zeros, which have weights too
+        # masked keys were read as zeros, whose weights are not 0
         chosen = attends[:, None]
         dk_low, dv_low = tl.where(chosen, dk_low, 0.0), tl.where(chosen, dv_low, 0.0)
         dk_high, dv_high = tl.where(chosen, dk_high, 0.0), tl.where(chosen, dv_high, 0.0)

@@ -2,7 +2,7 @@
 //
 //   out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over the attended keys j of scale q[i] . k[j];  0 without any key
 //
-// Who owns what: an item is a (sequence, head). A block of four warps holds the keys and values of one item, or of
+// Work of each thread: an item is a (sequence, head). A block of four warps holds the keys and values of one item, or of
 // several where they are short; a warp owns 16 queries of one item, all their scores of BLOCK keys (in registers) and
 // their result. Longer sequences go BLOCK keys at a time with a running maximum and sum, and 16 queries after another.
 // In a fragment a lane holds parts of two rows, g and g + 8 with g = lane / 4, which it shares with three lanes.
@@ -58,7 +58,7 @@ FASTMIM_DEVICE void fetch_keys(const Plan& plan, const Shared<T, D>& shared) {
     for (int i = thread(); i < plan.keys * (D / 8); i += kThreads) {
       const int key = i / (D / 8), word = i % (D / 8), row = item * plan.keys + key;
       const bool attended = attends_to(args, b < args.batch, b, key);
-      // what lies at a masked key is never read
+      // masked keys are never read
       const int64_t from_b = attended ? b : 0, from_key = attended ? key : 0;
       fetch_word(shared.keys + row * kPitch<D>, row_of<T>(args.k, from_b, h, from_key), word, args.dim, attended);
       fetch_word(shared.values + row * kPitch<D>, row_of<T>(args.v, from_b, h, from_key), word, args.dim, attended);

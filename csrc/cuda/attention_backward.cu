@@ -1,9 +1,9 @@
 // Attention over short sequences, backward, in one kernel that reads neither the result nor statistics of the softmax.
 //
-//   p = softmax(scale q kᵀ) made anew, dp = dout vᵀ, ds = p (dp - rowsum(p dp))
+//   p = softmax(scale q kᵀ), recomputed, dp = dout vᵀ, ds = p (dp - rowsum(p dp))
 //   dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
 //
-// Who owns what: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several where
+// Work of each thread: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several where
 // they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of BLOCK
 // keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys and
 // one of dk and dv, which it sums over all queries, in order: no atomics.
@@ -163,12 +163,12 @@ FASTMIM_DEVICE float largest_size(const float (&value)[BLOCK / 8][4]) {
   return largest_of_lanes(largest);
 }
 
-// a job's largest ds becomes known to the block; barrier by the caller
+// writes a job's largest ds for the block; the caller adds the barrier
 FASTMIM_DEVICE void write_largest(float* largest, int job, float value) {
   if (lane() == 0) store(largest + job, value);
 }
 
-// what the ds of an item are divided by
+// the factor that the ds of an item are divided by
 template <typename T>
 FASTMIM_DEVICE float factor_of(const float* largest, int tiles) {
   float factor = 1;
@@ -192,7 +192,7 @@ FASTMIM_DEVICE void sum_over_queries(const Plan& plan, const Shared<T, D, BLOCK>
     multiply_by_columns<T, D>(sum, left, rows + from * kPitch<D>);
   }
   const float scale = which ? plan.args.scale * factor_of<T>(shared.largest + item * plan.tiles, plan.tiles) : 1;
-  // nobody reads these keys any more
+  // these keys are not read any more
   T* tile = (which ? shared.k : shared.v) + (item * plan.keys + key) * kPitch<D>;
   write_tile<T, D>(tile, kPitch<D>, sum, scale, scale);
   const auto [b, h] = item_of(plan.args, plan.items, item);
