@@ -3,10 +3,10 @@
 //   p = softmax(scale q kᵀ), recomputed, dp = dout vᵀ, ds = p (dp - rowsum(p dp))
 //   dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
 //
-// Work of each thread: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several where
-// they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of BLOCK
-// keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys and
-// one of dk and dv, which it sums over all queries, in order: no atomics.
+// Division of work: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several
+// where they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of
+// BLOCK keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys
+// and one of dk and dv, which it sums over all queries, in order: no atomics.
 // Up to BLOCK keys there is one round and every product is made once (5). Beyond, LONG: a first pass finds each row's
 // maximum, sum and rowsum(p dp) (2 more products), then there is a round for each BLOCK keys.
 // float16 can't hold every ds: it is divided by a factor of its item, at least its largest value / 2^15, where that is
