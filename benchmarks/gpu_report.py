@@ -57,7 +57,7 @@ def visits(folder: Path) -> list[Visit]:
 
 def wrong(found: list[Visit]) -> bool:
     """Return whether a result is wrong or has failed, or nothing was checked."""
-    checked = {row["stage"] for visit in found for row in visit["rows"]} & {"smoke", "suites", "families"}
+    checked = {row["stage"] for visit in found for row in visit["rows"]} & {"smoke", "suites", "backends"}
     return not checked or any(rows.problem(row) for visit in found for row in visit["rows"])
 
 
@@ -82,7 +82,7 @@ def faster(compared: list[rows.Row]) -> dict[str, list[list[int]]]:
 
 def right(visit: Visit) -> bool:
     """Return whether every CUDA C++ kernel was compared with the reference, and nothing speaks against one."""
-    small = [row for row in visit["rows"] if row["stage"] == "families" and row["name"].startswith("cuda: ")]
+    small = [row for row in visit["rows"] if row["stage"] == "backends" and row["name"].startswith("cuda: ")]
     about = [
         row for row in visit["rows"] if row["stage"] == "cuda-suites" or row["name"].startswith("memcheck of cuda")
     ]
@@ -94,7 +94,7 @@ def right(visit: Visit) -> bool:
 
 
 def table(found: list[Visit], results: Path) -> dict[str, Any] | None:
-    """Return the table that fastmim/_library.py reads, or None if no visit found the kernels right and faster."""
+    """Return the table that fastmim/_dispatch.py reads, or None if no visit found the kernels right and faster."""
     results = results.resolve()
     for visit in found:
         compared = [row for row in visit["rows"] if row["stage"] == "compare" and "ops" in row]

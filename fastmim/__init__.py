@@ -1,4 +1,4 @@
-"""fastmim: masked autoencoders that pay only for the patches they look at."""
+"""Masked autoencoders that compute only the patches they keep or predict."""
 
 from . import data, masking, ops
 from ._version import __version__

@@ -1,4 +1,4 @@
-"""Checks on arguments. Each failure names the argument, what it was and what is allowed."""
+"""Checks on arguments. Each error names the argument, what it was and what is allowed."""
 
 import math
 import numbers
@@ -13,7 +13,7 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_be_read(*tensors: Tensor) -> bool:
-    """Return whether reading the values costs no synchronisation and is no part of a traced or mapped function."""
+    """Return whether values can be read: without a synchronisation, outside of traced and mapped functions."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
         return False
     functorch = torch._C._functorch
@@ -23,7 +23,7 @@ def can_be_read(*tensors: Tensor) -> bool:
 
 
 def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = None, *, letters: str = "") -> None:
-    """`value` is a tensor and, where `shape` is given, has it (None: any size)."""
+    """Check that `value` is a tensor and has `shape`, if one is given (None: any size)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if shape is None:
@@ -35,14 +35,14 @@ def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = 
 
 
 def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> None:
-    """`value` is of a floating dtype that the ops serve."""
+    """Check that `value` is of a floating dtype that the ops serve."""
     if value.dtype not in FLOATING and not (also_uint8 and value.dtype == torch.uint8):
         allowed = "uint8, " * also_uint8 + "float64, float32, bfloat16 or float16"
         raise TypeError(f"{name} must be of dtype {allowed}; got {value.dtype}")
 
 
 def check_same(what: str, **tensors: Tensor | None) -> None:
-    """All given tensors agree in `what`, "dtype" or "device"."""
+    """Check that all given tensors agree in `what`, "dtype" or "device"."""
     given = {name: getattr(value, what) for name, value in tensors.items() if value is not None}
     if len(set(given.values())) > 1:
         got = ", ".join(f"{name} on {v}" if what == "device" else f"{name} of {v}" for name, v in given.items())
@@ -51,7 +51,7 @@ def check_same(what: str, **tensors: Tensor | None) -> None:
 
 
 def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
-    """`ids` is an integer tensor (B, K); returned as int64."""
+    """Check that `ids` is an integer tensor (B, K), and return it as int64."""
     check_tensor(name, ids, (batch, None), letters="(batch, ids per row)")
     assert isinstance(ids, Tensor)
     if ids.dtype not in (torch.int64, torch.int32):
@@ -60,7 +60,7 @@ def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
 
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
-    """`value` is an integer in low..high, NumPy's too; returned as an int."""
+    """Check that `value` is an integer, NumPy's included, in low..high, and return it as an int."""
     # before Integral: a compiler's integers are not registered as such
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
@@ -73,7 +73,7 @@ def check_count(name: str, value: object, low: int, high: int | None = None) -> 
 
 
 def check_number(name: str, value: object) -> float:
-    """`value` is a number, NumPy's too; returned as one of Python's."""
+    """Check that `value` is a number, NumPy's included, and return it as Python's."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, numbers.Real)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
     number: Any = value if isinstance(value, (int, float, torch.SymFloat)) else float(value)
@@ -82,7 +82,7 @@ def check_number(name: str, value: object) -> float:
 
 
 def check_ratio(name: str, value: object, *, one: bool = False) -> float:
-    """`value` is a finite number in (0, 1), or in (0, 1] where `one`."""
+    """Check that `value` is a finite number in (0, 1), or in (0, 1] where `one`, and return it."""
     ratio = check_number(name, value)
     if math.isnan(ratio) or not (0 < ratio < 1 or (one and ratio == 1)):
         raise ValueError(f"{name} must be in (0, 1{']' if one else ')'}, got {ratio}")
@@ -90,7 +90,7 @@ def check_ratio(name: str, value: object, *, one: bool = False) -> float:
 
 
 def axes(name: str, value: object, count: int) -> list[int]:
-    """An int, or one positive int per axis, as a list of `count` ints."""
+    """Return an int, or one positive int per axis, as a list of `count` ints."""
     values = [value] * count if isinstance(value, (int, numbers.Integral)) else value
     if not isinstance(values, (tuple, list, torch.Size)) or len(values) != count:
         raise ValueError(f"{name} must be an int or one int per axis ({count} of them), got {value!r}")
@@ -98,7 +98,7 @@ def axes(name: str, value: object, count: int) -> list[int]:
 
 
 def check_images(images: object) -> None:
-    """`images` is (B, C, H, W) or (B, C, T, H, W), floating or uint8."""
+    """Check that `images` is (B, C, H, W) or (B, C, T, H, W), floating or uint8."""
     check_tensor("images", images)
     assert isinstance(images, Tensor)
     if images.dim() not in (4, 5):
@@ -107,7 +107,7 @@ def check_images(images: object) -> None:
 
 
 def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
-    """`patch_size` as a list and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
+    """Return `patch_size` as a list, and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
     check_images(images)
     patch = axes("patch_size", patch_size, images.dim() - 2)
     if any(size % p for size, p in zip(images.shape[2:], patch)):
@@ -119,7 +119,7 @@ def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]
 
 
 def import_error(error: ImportError, package: str, advice: str) -> ImportError:
-    """`advice` where `package` is absent; where it is there, the reason why its own import fails."""
+    """Return an error with `advice` where `package` is absent, else with the reason why its own import fails."""
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == package:
         return ImportError(advice)
     cause = f" ({error.__cause__})" if error.__cause__ is not None else ""

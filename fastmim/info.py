@@ -1,4 +1,4 @@
-"""`python -m fastmim.info [--json]`: which kernel serves each op on each device, and why not the others."""
+"""`python -m fastmim.info [--json]`: the kernel that serves each op on each device, and why others do not."""
 
 import argparse
 import importlib.metadata
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _library, ops
+from . import __version__, _backends, _dispatch, ops
 from .data import regions
 
 DEVICES = {"cpu": "CPU", "cuda": "CUDA"}
@@ -26,21 +26,21 @@ PACKAGES = (
 
 
 def collect() -> dict[str, Any]:
-    """Everything the command prints, as plain data. Starts no CUDA context."""
+    """Return everything the command prints, as plain data. Starts no CUDA context."""
     return {
         "fastmim": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
         "cpu": {"capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()},
-        "build": _library.build,
-        "cuda build": _library.cuda_build,
-        "cuda first": _library.CUDA_FIRST,
+        "build": _backends.build,
+        "cuda build": _backends.cuda_build,
+        "cuda first": _dispatch.CUDA_FIRST,
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "regions": regions.remembered(),
-        "FASTMIM_KERNELS": _library.family,
+        "FASTMIM_KERNELS": _backends.backend,
         "ops": {name: {device: _kernel(name, key) for device, key in DEVICES.items()} for name in ops.__all__},
-        "missing": dict(_library.missing),
+        "missing": dict(_backends.missing),
     }
 
 
@@ -52,18 +52,18 @@ def _version(package: str) -> str | None:
 
 
 def _kernel(op: str, key: str) -> str:
-    """The family whose kernel the dispatcher calls."""
-    order = _library.families(op)
-    if order and key.lower() in _library.devices(op):
+    """Return the backend whose kernel PyTorch's dispatcher calls first."""
+    order = _dispatch.backends(op)
+    if order and key.lower() in _dispatch.devices(op):
         return order[0]
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastmim::{op}", key):
         return "cpp"
-    refused = _library.why_not(key.lower())
+    refused = _dispatch.why_not(key.lower())
     return f"none: {refused}" if refused else "reference"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m fastmim.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     found = collect()
@@ -87,15 +87,15 @@ def main(argv: list[str] | None = None) -> None:
     if found["FASTMIM_KERNELS"] not in ("auto", "reference"):
         print("\ncalls that are not served raise; gradients that are not served go to the reference")
         for device in DEVICES:
-            if (reason := _library.why_not(device)) not in ("", *found["missing"].values()):
+            if (reason := _dispatch.why_not(device)) not in ("", *found["missing"].values()):
                 print(f"  none on {device:<9} {reason}")
     if found["cuda first"]:
         print("\nCUDA C++ goes first on {card}, as {results} shows, for".format(**found["cuda first"]))
         for op, sizes in found["cuda first"]["sizes"].items():
             print(f"  {op:<28} {', '.join('x'.join(map(str, row)) or 'all sizes' for row in sizes)}")
     print("\nnot served by")
-    for family, reason in found["missing"].items():
-        print(f"  {family:<10} {reason}")
+    for backend, reason in found["missing"].items():
+        print(f"  {backend:<10} {reason}")
 
 
 if __name__ == "__main__":

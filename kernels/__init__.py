@@ -1,10 +1,10 @@
 """Triton kernels: one module per group of ops, imported when one of its kernels is first called.
 
-A launcher has the name and the arguments of its op, on tensors that the op has checked; it raises `Unserved`, before
-it launches anything, for what its kernels do not serve. This package knows torch and triton, never fastmim.
+A launcher has the name and the arguments of its op, on tensors that the op has checked; before it launches anything, it
+raises `Unserved` for arguments that its kernels do not serve. This package imports torch and triton, never fastmim.
 """
 
-# module -> the ops that it serves
+# module -> the ops that it has launchers of; `import fastmim` reads this and does not import Triton
 OPS = {
     "masking": ("random_masking",),
     "patches": ("gather_patches", "gather_patches_backward", "embed_patches"),
@@ -30,4 +30,4 @@ OPS = {
 
 
 class Unserved(Exception):
-    """Raised where no kernel here serves the arguments; the message is the reason."""
+    """Raised by a kernel, Triton's or C++, that does not serve its arguments; the message is the reason."""

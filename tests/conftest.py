@@ -1,10 +1,10 @@
-"""What every test gets: a fixed seed, and memory that reads NaN until it is written.
+"""A fixed seed for every test, memory that reads NaN until it is written, and kernels for the op suite.
 
-Which kernels the op suite (tests/ops) meets:
+The op suite (tests/ops) runs on the kernels that are named:
 
     FASTMIM_TEST_KERNELS=triton   the Triton kernels, with TRITON_INTERPRET=1 those of Triton's interpreter
     FASTMIM_TEST_KERNELS=cuda     the CUDA C++ kernels, on the CPU those of the runner in tests/kernels/cuda/host
-    neither                       what serves CPU tensors
+    neither                       the kernels that serve CPU tensors
 
 What a kernel leaves unserved, float64 first of all, goes to the reference.
 
@@ -18,10 +18,11 @@ where those of CUDA C++ do, which serve less, it is skipped.
     FASTMIM_TEST_DEVICE=cpu FASTMIM_TEST_KERNELS=cuda pytest tests/ops   a rehearsal on the runner
     FASTMIM_TEST_DEVICE=meta pytest tests/ops                            without values: which tensor is on which device
 
-FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device. Nor does tests/kernels/device need any of
-them: it finds the GPU by itself, and fastmim chooses the kernels.
+FASTMIM_CHECK_IDS=1 is for none of them: it makes every op wait for the device. tests/kernels/device needs none of them:
+it finds the GPU by itself, and fastmim chooses the kernels.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -41,10 +42,10 @@ pytest.register_assert_rewrite("cases", "contract")
 
 from cases import DEVICE, ON_DEVICE, TEST_ALL, TEST_CUDA, TEST_TRITON  # noqa: E402
 from placement import placement, values_are_unknown  # noqa: E402
-from runner import runner_library  # noqa: E402
+from runner import runner_kernels  # noqa: E402
 from torchvision_stub import torchvision  # noqa: E402
 
-from fastmim import _library, kernels  # noqa: E402
+from fastmim import _backends, _dispatch, kernels  # noqa: E402
 
 hypothesis.settings.register_profile(
     "fastmim", deadline=None, derandomize=True, max_examples=200 if TEST_ALL else 12, print_blob=False
@@ -74,7 +75,7 @@ def says_something(item: pytest.Item) -> bool:
     if item.get_closest_marker("host") or (DEVICE == "meta" and item.name.startswith(NEEDS_VALUES)):
         return False
     op = getattr(item.cls, "op", None)
-    return not TEST_CUDA or op is None or op.__name__ in _library.CUDA_OPS
+    return not TEST_CUDA or op is None or op.__name__ in cuda_kernels()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -86,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True, scope="session")
 def unwritten_memory_is_nan():
-    """What torch.empty returns, from Python or from C++, is filled with NaN (integers: the largest).
+    """Fill the result of torch.empty, in Python and in C++, with NaN (integers: the largest).
 
     PyTorch does so in deterministic mode, which also refuses the operators that are not deterministic.
     """
@@ -98,7 +99,7 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture(autouse=True, scope="session")
 def formulas_in_full_precision():
-    """On a GPU plain formulas use no TF32, and convolutions are not cuDNN's, which doesn't serve every size."""
+    """Turn off TF32 on a GPU, and cuDNN, which doesn't serve every size of convolution."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.enabled = False
 
@@ -110,7 +111,7 @@ def seed():
 
 @pytest.fixture(autouse=True)
 def values(request: pytest.FixtureRequest):
-    """There are none on the meta device."""
+    """Pretend to a device without values if FASTMIM_TEST_DEVICE=meta."""
     if DEVICE != "meta" or OPS not in request.path.parents:
         yield
         return
@@ -128,30 +129,40 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
 
 @pytest.fixture(scope="session")
 def timm() -> ModuleType:
-    """The package, which the Makefile installs."""
+    """Return timm, which the Makefile installs."""
     with torchvision():
         return pytest.importorskip("timm")
 
 
+@functools.cache
+def cuda_kernels() -> dict[str, Callable[..., Any]]:
+    """Return the CUDA C++ kernels under test, by op."""
+    if DEVICE == "cpu":
+        return runner_kernels()
+    if _backends.cuda_build is None:
+        raise pytest.UsageError(_backends.missing["cuda"])
+    return {op: _dispatch.launcher("cuda", op) for op in _backends.cuda_ops}
+
+
 def serving(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel of `op`, or the reference where that does not serve; on a device this is for float64 alone."""
-    reference = getattr(torch.ops.fastmim_reference, op)
+    """Return a kernel of `op` with the fallback for what it does not serve: on a device only float64 may be left."""
+    fallback = getattr(torch.ops.fastmim_fallback, op)
 
     def run(*args: Any) -> Any:
         try:
             with torch.autocast(DEVICE, enabled=False):
                 return launch(*args)
         except kernels.Unserved as unserved:
-            wide = any(torch.float64 in (arg, getattr(arg, "dtype", None)) for arg in args)
-            if ON_DEVICE and not wide:
+            double = any(torch.float64 in (arg, getattr(arg, "dtype", None)) for arg in args)
+            if ON_DEVICE and not double:
                 (pytest.skip if TEST_CUDA else pytest.fail)(f"{op} is not served: {unserved}")
-        return reference(*args)
+            return fallback(*args, str(unserved))
 
     return run
 
 
 def convert_bfloat16_as_gpus_do():
-    """Triton's interpreter truncates to bfloat16 and loses its subnormals; a GPU does neither."""
+    """Round to bfloat16 as GPUs do: Triton's interpreter truncates, and loses subnormals."""
     interpreter = importlib.import_module("triton.runtime.interpreter")
     convert = interpreter._convert_float
     types = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -167,9 +178,9 @@ def convert_bfloat16_as_gpus_do():
 
 
 def multiply_without_blas():
-    """Triton's interpreter calls a BLAS, whose order of summation depends on the CPU and on which factor is first.
+    """Add products to the accumulator one after another, as a thread of a GPU does.
 
-    Here, as in a thread of a GPU, products are added to the accumulator one after another.
+    Triton's interpreter calls a BLAS, whose order of summation depends on the CPU and on which factor is first.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
 
@@ -184,7 +195,7 @@ def multiply_without_blas():
 
 @pytest.fixture(autouse=True, scope="session")
 def served_by():
-    """The family under test."""
+    """Let the backend under test serve."""
     if DEVICE == "meta" or not (TEST_TRITON or TEST_CUDA):
         yield
         return
@@ -192,14 +203,9 @@ def served_by():
         if DEVICE == "cpu":
             convert_bfloat16_as_gpus_do()
             multiply_without_blas()
-        served = {op: _library.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
+        served = {op: _dispatch.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
     else:
-        if DEVICE == "cpu":
-            torch.ops.load_library(runner_library())
-        elif _library.cuda_build is None:
-            pytest.fail(_library.missing["cuda"])
-        built = torch.ops.fastmim_host if DEVICE == "cpu" else torch.ops.fastmim_cuda
-        served = {op: _library.raising_unserved(getattr(built, op)) for op in _library.CUDA_OPS}
+        served = cuda_kernels()
     library = torch.library.Library("fastmim", "IMPL")
     for op, launch in served.items():
         library.impl(op, serving(op, launch), DEVICE.upper(), allow_override=True)

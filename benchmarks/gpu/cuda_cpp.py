@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from torch import Tensor
 
-from fastmim import _library, kernels, reference
+from fastmim import _backends, _dispatch, kernels, reference
 from gpu import triton_cache
 from gpu.clock import seconds_of
 from gpu.plans import Plan, parse
@@ -121,7 +121,7 @@ def large(plan: Plan) -> Makers:
 
 def launcher(backend: str, op: str) -> Callable[..., Any]:
     """Return the kernel of an op in a backend, which may be "reference"."""
-    return getattr(reference, op) if backend == "reference" else _library.launcher(backend, op)
+    return getattr(reference, op) if backend == "reference" else _dispatch.launcher(backend, op)
 
 
 def off(ours: Any, exact: Any) -> float:
@@ -141,7 +141,7 @@ def checked(backend: str, make: Callable[[], Iterator[Call]]) -> dict[str, Any]:
     row: dict[str, Any] = {"errors_by_op": {}, "unserved": {}}
     wrong = []
     for op, args in make():
-        if backend == "cuda" and op not in _library.CUDA_OPS:
+        if backend == "cuda" and op not in _backends.cuda_ops:
             continue
         with poisoned():
             try:
@@ -168,7 +168,7 @@ def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:
     """Return, by op, seconds of each backend's kernel in turn and the distance of their results."""
     row: dict[str, Any] = {"ops": {}}
     for op, args in make():
-        found: dict[str, Any] = {"sizes": _library.sizes_of(op, args), "seconds": {}}
+        found: dict[str, Any] = {"sizes": _dispatch.sizes_of(op, args), "seconds": {}}
         calls, results = {}, []
         for backend, name in plan.backends.items():
             call = partial(launcher(name, op), *args)
@@ -191,14 +191,14 @@ def compared(make: Callable[[], Iterator[Call]], plan: Plan) -> dict[str, Any]:
 
 def main() -> int:
     options = {
-        "--stage": dict(choices=("families", "compare", "memcheck"), default="families", help="default: families"),
+        "--stage": dict(choices=("backends", "compare", "memcheck"), default="backends", help="default: backends"),
         "--backend": dict(choices=("cuda", "triton"), default="cuda", help="whose kernels are checked; default: cuda"),
     }
     args = parse(__doc__, options)
     plan: Plan = args.plan
     backend = plan.backends[args.backend]
-    if "cuda" in (backend, plan.backends["cuda"] * (args.stage == "compare")) and _library.cuda_build is None:
-        print(f"no CUDA C++ kernels: {_library.missing['cuda']}")
+    if "cuda" in (backend, plan.backends["cuda"] * (args.stage == "compare")) and _backends.cuda_build is None:
+        print(f"no CUDA C++ kernels: {_backends.missing['cuda']}")
         return UNSERVED
     triton_cache.watch()
     jobs: list[Job]

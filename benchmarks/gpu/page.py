@@ -76,7 +76,7 @@ def correctness(stages: Stages) -> Iterator[str]:
         most = f"error at most {max(shares):.2f} of what is allowed" if shares else "equal"
         lines.append(cells(f"smoke: {op}", len(found) - bad, bad, most))
     for backend in ("cuda", "triton"):
-        found = [row for name, row in stages["families"].items() if name.startswith(f"{backend}: ")]
+        found = [row for name, row in stages["backends"].items() if name.startswith(f"{backend}: ")]
         if found:
             done = [row for row in found if "errors_by_op" in row]
             bad = sum(bool(problem(row)) for row in found)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmim import MaskedAutoencoderViT, _library, reference
+from fastmim import MaskedAutoencoderViT, _dispatch, reference
 from gpu.tensors import as_tuple, dtype_name, in_float64
 from pictures.photographs import normalise
 from rivals.plain_mae import PlainGatherMAE
@@ -60,7 +60,7 @@ def op_case(op: str, shape: str, dtype: torch.dtype, make: Callable[[str], Args]
 
 def launched(op: str, args: Args) -> Results:
     """Return the results of the op's Triton launcher; those of an op that works in place are what it wrote."""
-    launch = _library.launcher("triton", op)
+    launch = _dispatch.launcher("triton", op)
     if not op.endswith("_"):
         return as_tuple(launch(*args))
     first = args[0].clone()
@@ -73,6 +73,13 @@ def referred(op: str, args: Args) -> Results:
     wide = [in_float64(arg) for arg in args]
     found = getattr(reference, op)(*wide)
     return (wide[0],) if op.endswith("_") else as_tuple(found)
+
+
+def referred_norm_backward(args: Args) -> Results:
+    """Return the reference's results in float64, in which dx is dtotal, with a dx where the launcher has one."""
+    dtotal, *others, _, dx_bias = referred("add_layer_norm_backward", args)
+    _, _, total, *_, dtype, _ = args
+    return dtotal, *others, dtotal if dtype != total.dtype else dtotal[:0].reshape(0), dx_bias
 
 
 @dataclass(frozen=True)
@@ -375,15 +382,20 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
         return randn(batch, length, columns, dtype=dtype, device=device)
 
     def forward(device: str) -> Args:
-        weight, bias = randn(2, width, device=device).unbind(0)
-        return narrow(device), randn(batch, length, width, device=device), weight, bias, 1e-6, dtype
+        weight, bias, x_bias = randn(3, width, device=device).unbind(0)
+        return narrow(device), randn(batch, length, width, device=device), weight, bias, 1e-6, dtype, x_bias
 
     def backward(device: str) -> Args:
         total, grad = randn(2, batch, length, width, device=device).unbind(0)
         mean = total.mean(-1, keepdim=True)
         rstd = ((total - mean).square().mean(-1, keepdim=True) + 1e-6).rsqrt()
         weight, bias = randn(2, width, device=device).unbind(0)
-        return narrow(device), grad, total, mean, rstd, weight, bias
+        return narrow(device), grad, total, mean, rstd, weight, bias, dtype, True
+
+    def backward_alone(device: str) -> Args:
+        """Return the arguments of a norm whose sum nothing uses and whose result is kept."""
+        grad, _, *saved, _, _, _ = backward(device)
+        return grad.float(), None, *saved
 
     def gelu(device: str) -> Args:
         return narrow(device, 4 * width), randn(4 * width, device=device)
@@ -393,8 +405,10 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
 
     shape = f"{encoder.name}, width {width}"
     yield op_case("add_layer_norm", shape, dtype, forward)
-    yield op_case("add_layer_norm_backward", shape, dtype, backward)
-    yield op_case("add_layer_norm_backward", f"{shape}, no bias", dtype, lambda device: backward(device)[:-1])
+    yield op_case("add_layer_norm", f"{shape}, alone", dtype, lambda device: forward(device)[:-2])
+    op = "add_layer_norm_backward"
+    yield Case(op, shape, dtype, backward, partial(launched, op), referred_norm_backward)
+    yield op_case(op, f"{shape}, alone", dtype, backward_alone)
     yield op_case("bias_gelu", f"{encoder.name}, width {4 * width}", dtype, gelu)
     yield op_case("bias_gelu_backward", f"{encoder.name}, width {4 * width}", dtype, gelu_backward)
 

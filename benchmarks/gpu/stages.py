@@ -69,7 +69,7 @@ def suites(flight: Visit, cuda: bool = False) -> list[Command]:
     return found
 
 
-def families(flight: Visit) -> list[Command]:
+def backends(flight: Visit) -> list[Command]:
     """Check kernels at small sizes, CUDA C++ first: Triton's were in the smoke test at other sizes."""
     found = [script("cuda_cpp.py", "--backend", backend, interpret=True)(flight) for backend in ("cuda", "triton")]
     return [replace(command, kept=15.0) for commands in found for command in commands]
@@ -95,7 +95,7 @@ STAGES = {
     "cuda-suites": Stage(150, partial(suites, cuda=True)),
     "cache": Stage(20, cache, kept=10),
     "suspects": Stage(90, suspects),
-    "families": Stage(50, families),
+    "backends": Stage(50, backends),
     "ops": Stage(75, script("op_times.py", interpret=True)),
     "compare": Stage(65, script("cuda_cpp.py", "--stage", "compare", interpret=True)),
     "compiled": Stage(75, script("steps.py", "--stage", "compiled")),
@@ -103,7 +103,7 @@ STAGES = {
     "loader": Stage(120, script("loading.py")),
 }
 FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
-SECOND = ("environment", "suspects", "families", "ops", "compare", "compiled", "memcheck")
+SECOND = ("environment", "suspects", "backends", "ops", "compare", "compiled", "memcheck")
 VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "cache")}
 # for which the limits of the stages are made
 BUDGETS = {"first": 330.0, "second": 270.0, "all": 900.0}

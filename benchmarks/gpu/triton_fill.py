@@ -32,7 +32,7 @@ from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 import compiled
-from fastmim import _library, kernels
+from fastmim import _dispatch, kernels
 from gpu import cuda_cpp, op_times, plans, smoke_cases, steps
 from gpu.triton_cache import ARCHITECTURE, Seen, pack, unpack, watch
 from rivals import op_cases
@@ -97,7 +97,7 @@ def launcher_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]
         with unset_fake_temporarily():
             for op, args in make():
                 with contextlib.suppress(kernels.Unserved):
-                    _library.launcher("triton", op)(*args)
+                    _dispatch.launcher("triton", op)(*args)
 
     for name, make in (*cuda_cpp.small(plan), *cuda_cpp.large(plan)):
         yield f"launchers: {name}", partial(call_all, make)
@@ -123,13 +123,13 @@ class Launched(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastmim":
             op = func._schema.name.partition("::")[2]
-            if _library.triton_room(op):
+            if _dispatch.triton_module(op):
                 rest = func._schema.arguments[len(args) :]
                 values = [*args, *(kwargs.get(argument.name, argument.default_value) for argument in rest)]
                 # what no kernel serves is served by the reference there
                 unserved = contextlib.suppress(kernels.Unserved)
                 with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), unserved:
-                    _library.launcher("triton", op)(*map(laid_out, values))
+                    _dispatch.launcher("triton", op)(*map(laid_out, values))
         return func(*args, **kwargs)
 
 

@@ -64,7 +64,7 @@ def installed() -> bool:
 
 def _timm():
     """Import timm, which needs torchvision; the tests' stand-in is enough for its models."""
-    sys.path.append(str(Path(__file__).parents[2] / "tests"))
+    sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
     try:
         with importlib.import_module("torchvision_stub").torchvision():
             return importlib.import_module("timm")

@@ -38,7 +38,7 @@ void backward(const Attention& args, int64_t batch) {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask,
                  const OptionalTensor& bias, double scale) {
-  if (!served(q)) return reference<decltype(attention)>("attention").call(q, k, v, key_mask, bias, scale);
+  check_dtypes(q);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
   Attention args = arguments(q, k, v, key_mask, scale);
   const Tensor wide_bias = bias.has_value() ? bias->to(at::kFloat) : Tensor();
@@ -52,10 +52,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
                                                               const Tensor& v, const OptionalTensor& key_mask,
                                                               const OptionalTensor& bias, double scale,
                                                               bool need_bias_grad) {
-  if (!served(q)) {
-    return reference<decltype(attention_backward)>("attention_backward")
-        .call(grad, q, k, v, key_mask, bias, scale, need_bias_grad);
-  }
+  check_dtypes(q);
   const auto like = [](const Tensor& x) {
     return at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
   };
@@ -75,17 +72,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(const Tensor& grad
 
 Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, double scale) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
-  if (!served(q)) return reference<decltype(attention_qkvpacked)>("attention_qkvpacked").call(qkv, key_mask, scale);
+  check_dtypes(q);
   return attention(q, k, v, key_mask, {}, scale);
 }
 
 Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask,
                                     double scale) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
-  if (!served(q)) {
-    return reference<decltype(attention_qkvpacked_backward)>("attention_qkvpacked_backward")
-        .call(grad, qkv, key_mask, scale);
-  }
+  check_dtypes(q);
   Tensor out = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
   Attention args = arguments(q, k, v, key_mask, scale);
   args.grad = view_of(grad, {0, 1, 2, 3});
@@ -141,10 +135,7 @@ void each_sequence(const Tensor& q, const Tensor& k, const Tensor& v, const std:
 
 Tensor attention_varlen(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                         const Tensor& cu_seqlens_k, int64_t max_seqlen_q, int64_t max_seqlen_k, double scale) {
-  if (!served(q)) {
-    return reference<decltype(attention_varlen)>("attention_varlen")
-        .call(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
-  }
+  check_dtypes(q);
   const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
              starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
   Tensor out = at::empty(q.sizes(), q.options().memory_format(at::MemoryFormat::Contiguous));
@@ -160,10 +151,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
                                                              const Tensor& v, const Tensor& cu_seqlens_q,
                                                              const Tensor& cu_seqlens_k, int64_t max_seqlen_q,
                                                              int64_t max_seqlen_k, double scale) {
-  if (!served(q)) {
-    return reference<decltype(attention_varlen_backward)>("attention_varlen_backward")
-        .call(grad, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale);
-  }
+  check_dtypes(q);
   const auto starts_q = offsets("q", cu_seqlens_q, q.size(0), max_seqlen_q),
              starts_k = offsets("k", cu_seqlens_k, k.size(0), max_seqlen_k);
   const auto like = [](const Tensor& x) {
@@ -182,12 +170,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_backward(const Tensor& grad,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("attention", attention);
-  library.impl("attention_backward", attention_backward);
-  library.impl("attention_qkvpacked", attention_qkvpacked);
-  library.impl("attention_qkvpacked_backward", attention_qkvpacked_backward);
-  library.impl("attention_varlen", attention_varlen);
-  library.impl("attention_varlen_backward", attention_varlen_backward);
+  serve(library, "attention", attention);
+  serve(library, "attention_backward", attention_backward);
+  serve(library, "attention_qkvpacked", attention_qkvpacked);
+  serve(library, "attention_qkvpacked_backward", attention_qkvpacked_backward);
+  serve(library, "attention_varlen", attention_varlen);
+  serve(library, "attention_varlen_backward", attention_varlen_backward);
 }
 
 }  // namespace fastmim::cpu

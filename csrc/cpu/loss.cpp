@@ -36,10 +36,8 @@ Tensor gradient_for(const Tensor& of, bool wanted) {
 std::tuple<Tensor, Tensor> pixel_loss(const Tensor& pred, const Tensor& images, const Tensor& ids,
                                       at::IntArrayRef patch_size, int64_t norm_pix, const OptionalTensor& weight,
                                       const OptionalTensor& mean, const OptionalTensor& std, bool need_grad) {
-  if (!served(pred) || !served_pixels(images, mean, std)) {
-    return reference<decltype(pixel_loss)>("pixel_loss")
-        .call(pred, images, ids, patch_size, norm_pix, weight, mean, std, need_grad);
-  }
+  check_pixels(images, mean, std);
+  check_dtypes(pred);
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor id = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t rows = id.numel();
@@ -60,10 +58,7 @@ std::tuple<Tensor, Tensor> pixel_loss(const Tensor& pred, const Tensor& images, 
 std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const Tensor& target, double gamma,
                                                       const OptionalTensor& weight, int64_t reduction,
                                                       bool need_pred_grad, bool need_target_grad) {
-  if (!served(pred) || !served(target)) {
-    return reference<decltype(scaled_cosine_loss)>("scaled_cosine_loss")
-        .call(pred, target, gamma, weight, reduction, need_pred_grad, need_target_grad);
-  }
+  check_dtypes(pred, target);
   const Tensor x = pred.contiguous(), y = target.contiguous();
   const int64_t width = pred.size(-1);
   int64_t rows = 1;
@@ -90,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("pixel_loss", pixel_loss);
-  library.impl("scaled_cosine_loss", scaled_cosine_loss);
+  serve(library, "pixel_loss", pixel_loss);
+  serve(library, "scaled_cosine_loss", scaled_cosine_loss);
 }
 
 }  // namespace fastmim::cpu

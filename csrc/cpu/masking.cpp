@@ -10,10 +10,7 @@ using Ids = std::tuple<Tensor, Tensor, Tensor>;
 
 Ids random_masking(int64_t batch, int64_t num_patches, int64_t len_keep, int64_t len_predict,
                    const OptionalTensor& noise, const OptionalTensor& seeds) {
-  if (noise.has_value() && !served(*noise)) {
-    return reference<decltype(random_masking)>("random_masking")
-        .call(batch, num_patches, len_keep, len_predict, noise, seeds);
-  }
+  check_dtypes(noise);
   const auto ids = at::TensorOptions().dtype(at::kLong);
   Tensor keep = at::empty({batch, len_keep}, ids), predict = at::empty({batch, len_predict}, ids),
          restore = at::empty({batch, num_patches}, ids);
@@ -37,7 +34,7 @@ Ids random_masking(int64_t batch, int64_t num_patches, int64_t len_keep, int64_t
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("random_masking", random_masking);
+  serve(library, "random_masking", random_masking);
 }
 
 }  // namespace fastmim::cpu

@@ -2,9 +2,9 @@
 
 namespace fastmim::cpu {
 
-bool served_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std) {
-  const bool narrow_stats = (!mean.has_value() || served(*mean)) && (!std.has_value() || served(*std));
-  return narrow_stats && (images.scalar_type() == at::kByte || served(images));
+void check_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std) {
+  if (images.scalar_type() != at::kByte) check_dtypes(images);
+  check_dtypes(mean, std);
 }
 
 PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
@@ -44,9 +44,8 @@ namespace {
 
 Tensor gather_patches(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
                       const OptionalTensor& std, at::ScalarType dtype) {
-  if (!served_pixels(images, mean, std) || dtype == at::kDouble) {
-    return reference<decltype(gather_patches)>("gather_patches").call(images, ids, patch_size, mean, std, dtype);
-  }
+  check_pixels(images, mean, std);
+  check_dtypes(dtype);
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t values = patch_values(reader.patches);
@@ -59,10 +58,7 @@ Tensor gather_patches(const Tensor& images, const Tensor& ids, at::IntArrayRef p
 
 Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArrayRef patch_size,
                                const OptionalTensor& std, at::IntArrayRef shape, at::ScalarType dtype) {
-  if (!served_pixels(grad, {}, std) || dtype == at::kDouble) {
-    return reference<decltype(gather_patches_backward)>("gather_patches_backward")
-        .call(grad, ids, patch_size, std, shape, dtype);
-  }
+  check_dtypes(grad, std, dtype);
   Tensor images = at::zeros(shape, grad.options().dtype(dtype));
   const PatchReader reader(images, patch_size, {}, std);
   const Tensor rows = checked_ids("ids", ids, patch_count(reader.patches));
@@ -75,12 +71,8 @@ Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArr
 Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
                      const OptionalTensor& std, at::ScalarType dtype) {
-  const auto narrow = [](const OptionalTensor& tensor) { return !tensor.has_value() || served(*tensor); };
-  if (!served_pixels(images, mean, std) || dtype == at::kDouble || !served(weight) || !narrow(bias) ||
-      !narrow(pos_embed) || !narrow(prefix)) {
-    return reference<decltype(embed_patches)>("embed_patches")
-        .call(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype);
-  }
+  check_pixels(images, mean, std);
+  check_dtypes(weight, bias, pos_embed, prefix, dtype);
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
   const OptionalTensor narrow_bias = bias.has_value() ? OptionalTensor(bias->to(dtype)) : OptionalTensor();
   const Tensor tokens = at::linear(patches, weight.flatten(1).to(dtype), narrow_bias).contiguous();
@@ -113,9 +105,9 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("gather_patches", gather_patches);
-  library.impl("gather_patches_backward", gather_patches_backward);
-  library.impl("embed_patches", embed_patches);
+  serve(library, "gather_patches", gather_patches);
+  serve(library, "gather_patches_backward", gather_patches_backward);
+  serve(library, "embed_patches", embed_patches);
 }
 
 }  // namespace fastmim::cpu

@@ -13,6 +13,7 @@ struct PatchReader {
   Patches patches;
 };
 
-bool served_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std);
+// throws Unserved for pixels or statistics of a dtype that kernels do not read
+void check_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std);
 
 }  // namespace fastmim::cpu

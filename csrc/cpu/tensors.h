@@ -1,4 +1,4 @@
-// Between tensors and kernels: views, value checks, the reference, threads.
+// Between tensors and kernels: what is served, views, checks on values, threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +8,9 @@
 
 #include <initializer_list>
 #include <string>
+#include <string_view>
 
+#include "../common/unserved.h"
 #include "kernels.h"
 
 namespace fastmim::cpu {
@@ -16,14 +18,38 @@ namespace fastmim::cpu {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// dtypes that the kernels serve; float64 is the reference's
-inline bool served(const Tensor& tensor) {
-  const auto type = tensor.scalar_type();
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf;
+inline void check_dtype(const Tensor& tensor) {
+  type_of(tensor);
 }
 
-inline Type type_of(at::ScalarType type) {
-  return type == at::kFloat ? Type::f32 : type == at::kBFloat16 ? Type::bf16 : Type::f16;
+inline void check_dtype(at::ScalarType dtype) {
+  type_of(dtype);
+}
+
+template <typename Given>
+void check_dtype(const std::optional<Given>& given) {
+  if (given.has_value()) check_dtype(*given);
+}
+
+// throws Unserved where a dtype, or the dtype of a tensor, is none that kernels serve
+template <typename... Given>
+void check_dtypes(const Given&... given) {
+  (check_dtype(given), ...);
+}
+
+// Registers `kernel` for CPU tensors. What it does not serve goes to the op's fallback, with the reason.
+template <typename Result, typename... Args>
+void serve(torch::Library& library, const char* op, Result (*kernel)(Args...)) {
+  library.impl(op, [=](Args... args) -> Result {
+    try {
+      return kernel(args...);
+    } catch (const Unserved& unserved) {
+      return c10::Dispatcher::singleton()
+          .findSchemaOrThrow((std::string("fastmim_fallback::") + op).c_str(), "")
+          .typed<Result(Args..., std::string_view)>()
+          .call(args..., unserved.what());
+    }
+  });
 }
 
 // the tensor's memory; the given axes' strides, 0 for an axis of -1
@@ -42,14 +68,6 @@ inline View rows_of(const Tensor& tensor) {
 
 inline Tensor as_float(const Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();
-}
-
-// the reference of the op, for what the kernel does not serve
-template <typename Signature>
-auto reference(const char* op) {
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("fastmim_reference::") + op).c_str(), "")
-      .typed<Signature>();
 }
 
 // run(begin, end) over 0..count, `work` being the cost of one in elements touched

@@ -42,7 +42,7 @@ Tensor gather_tokens_backward(const Tensor& grad, const Tensor& ids, int64_t num
 }
 
 Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positions) {
-  if (!served(rows)) return reference<decltype(sum_by_position)>("sum_by_position").call(rows, ids, num_positions);
+  check_dtypes(rows);
   const Tensor id = checked_ids("ids", ids, num_positions);
   const Tensor from = rows.contiguous();
   Tensor out = at::zeros({num_positions, rows.size(2)}, rows.options().dtype(at::kFloat));
@@ -96,10 +96,7 @@ using Place = std::pair<int64_t, int64_t>;
 
 Tensor decoder_tokens(const Tensor& visible, const Tensor& ids_keep, const Tensor& ids_predict,
                       const Tensor& mask_token, const Tensor& pos_embed, int64_t num_prefix_tokens) {
-  if (!served(visible) || !served(mask_token) || !served(pos_embed)) {
-    return reference<decltype(decoder_tokens)>("decoder_tokens")
-        .call(visible, ids_keep, ids_predict, mask_token, pos_embed, num_prefix_tokens);
-  }
+  check_dtypes(visible, mask_token, pos_embed);
   const int64_t patches = pos_embed.size(0) - num_prefix_tokens, seen = visible.size(1);
   const Tensor keep = checked_ids("ids_keep", ids_keep, patches),
                predict = checked_ids("ids_predict", ids_predict, patches);
@@ -113,10 +110,7 @@ Tensor decoder_tokens(const Tensor& visible, const Tensor& ids_keep, const Tenso
 
 Tensor unshuffle(const Tensor& visible, const Tensor& ids_restore, const Tensor& mask_token, const Tensor& pos_embed,
                  int64_t num_prefix_tokens) {
-  if (!served(visible) || !served(mask_token) || !served(pos_embed)) {
-    return reference<decltype(unshuffle)>("unshuffle")
-        .call(visible, ids_restore, mask_token, pos_embed, num_prefix_tokens);
-  }
+  check_dtypes(visible, mask_token, pos_embed);
   const int64_t L = ids_restore.size(1), N = num_prefix_tokens;
   const Tensor restore = checked_ids("ids_restore", ids_restore, L);
   const int64_t* rank = restore.const_data_ptr<int64_t>();
@@ -126,10 +120,7 @@ Tensor unshuffle(const Tensor& visible, const Tensor& ids_restore, const Tensor&
 
 std::tuple<Tensor, Tensor> unshuffle_backward(const Tensor& grad, const Tensor& ids_restore, int64_t len_keep,
                                               int64_t num_prefix_tokens) {
-  if (!served(grad)) {
-    return reference<decltype(unshuffle_backward)>("unshuffle_backward")
-        .call(grad, ids_restore, len_keep, num_prefix_tokens);
-  }
+  check_dtypes(grad);
   const Tensor from = grad.contiguous(), restore = ids_restore.contiguous();
   const int64_t batch = grad.size(0), width = grad.size(2), L = ids_restore.size(1), N = num_prefix_tokens;
   Tensor dvisible = at::empty({batch, N + len_keep, width}, grad.options());
@@ -157,12 +148,12 @@ std::tuple<Tensor, Tensor> unshuffle_backward(const Tensor& grad, const Tensor& 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
-  library.impl("gather_tokens", gather_tokens);
-  library.impl("gather_tokens_backward", gather_tokens_backward);
-  library.impl("sum_by_position", sum_by_position);
-  library.impl("decoder_tokens", decoder_tokens);
-  library.impl("unshuffle", unshuffle);
-  library.impl("unshuffle_backward", unshuffle_backward);
+  serve(library, "gather_tokens", gather_tokens);
+  serve(library, "gather_tokens_backward", gather_tokens_backward);
+  serve(library, "sum_by_position", sum_by_position);
+  serve(library, "decoder_tokens", decoder_tokens);
+  serve(library, "unshuffle", unshuffle);
+  serve(library, "unshuffle_backward", unshuffle_backward);
 }
 
 }  // namespace fastmim::cpu

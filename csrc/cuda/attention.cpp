@@ -22,7 +22,7 @@ constexpr int64_t kMostRows = int64_t{1} << 30;
 
 // sizes and key mask of both directions
 Attention arguments(const Tensor& q, const Tensor& k, const OptionalTensor& key_mask, double scale) {
-  if (q.size(1) > kMostRows || k.size(1) > kMostRows) unserved("over 2^30 rows of one sequence are not served");
+  if (q.size(1) > kMostRows || k.size(1) > kMostRows) throw Unserved("over 2^30 rows of one sequence are not served");
   Attention args{};
   args.batch = q.size(0), args.heads = static_cast<int>(q.size(2)), args.dim = static_cast<int>(q.size(3));
   args.queries = static_cast<int>(q.size(1)), args.keys = static_cast<int>(k.size(1));
@@ -36,14 +36,14 @@ Attention arguments(const Tensor& q, const Tensor& k, const OptionalTensor& key_
 }
 
 void check_bias(const OptionalTensor& bias) {
-  if (bias.has_value()) unserved("a bias is left to other kernels");
+  if (bias.has_value()) throw Unserved("a bias is left to other kernels");
 }
 
 void forward(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask, double scale,
              const Tensor& out) {
   const Place place(q);
   Attention args = arguments(q, k, key_mask, scale);
-  if (args.dim == 0) unserved("heads without columns are served by the reference");
+  if (args.dim == 0) throw Unserved("heads without columns are served by the reference");
   if (out.numel() == 0) return;
   check_served(refuses_attention(args));
   const Tensor query = as_readable(q), key = as_readable(k), value = as_readable(v);
@@ -55,8 +55,8 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
               double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const Place place(q);
   Attention args = arguments(q, k, key_mask, scale);
-  if (args.queries == 0) unserved("a gradient without queries is served by the reference");
-  if (args.dim == 0) unserved("heads without columns are served by the reference");
+  if (args.queries == 0) throw Unserved("a gradient without queries is served by the reference");
+  if (args.dim == 0) throw Unserved("heads without columns are served by the reference");
   if (q.numel() == 0) return;
   check_served(refuses_attention_backward(args));
   const Tensor slope = as_readable(grad), query = as_readable(q), key = as_readable(k), value = as_readable(v);

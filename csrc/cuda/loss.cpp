@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const 
   CosineLoss args{};
   args.pred_type = type_of(pred), args.target_type = type_of(target);
   args.width = pred.size(-1);
-  if (args.width == 0) unserved("rows without values are served by the reference");
+  if (args.width == 0) throw Unserved("rows without values are served by the reference");
   const Place place(pred);
   args.rows = pred.numel() / args.width;
   const Tensor losses = at::empty(pred.sizes().slice(0, pred.dim() - 1), pred.options().dtype(at::kFloat));

@@ -8,7 +8,7 @@ std::tuple<Tensor, Tensor, Tensor> random_masking(int64_t batch, int64_t num_pat
                                                   int64_t len_predict, const OptionalTensor& noise,
                                                   const OptionalTensor& seeds) {
   constexpr int64_t kMostPatches = int64_t{1} << 30;
-  if (num_patches > kMostPatches) unserved("over 2^30 patches are served by the reference");
+  if (num_patches > kMostPatches) throw Unserved("over 2^30 patches are served by the reference");
   const Tensor& source = noise.has_value() ? *noise : *seeds;
   Masking args{};
   if (noise.has_value()) {

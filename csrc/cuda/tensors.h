@@ -1,4 +1,4 @@
-// Between tensors and kernels: addresses, devices and streams, value checks, and words for what isn't served.
+// Between tensors and kernels: addresses, devices and streams, checks on values.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <string>
 
+#include "../common/unserved.h"
 #include "kernels.h"
 
 #if defined(FASTMIM_HOST)
@@ -48,25 +49,9 @@ namespace fastmim::cuda {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// what kernels do not serve: the caller, who knows it by its first words, goes to the next family, and tells the reason
-// where there is none
-[[noreturn]] inline void unserved(const std::string& reason) {
-  C10_THROW_ERROR(NotImplementedError, "not served: " + reason);
-}
-
+// `reason` is a kernel's own, null where it serves the arguments
 inline void check_served(const char* reason) {
-  if (reason != nullptr) unserved(reason);
-}
-
-inline Type type_of(at::ScalarType type) {
-  if (type == at::kFloat) return Type::f32;
-  if (type == at::kBFloat16) return Type::bf16;
-  if (type == at::kHalf) return Type::f16;
-  unserved(type == at::kDouble ? "float64 is served by the reference" : "this dtype is served by the reference");
-}
-
-inline Type type_of(const Tensor& tensor) {
-  return type_of(tensor.scalar_type());
+  if (reason != nullptr) throw Unserved(reason);
 }
 
 template <typename T>
@@ -76,7 +61,7 @@ T* address_of(const OptionalTensor& tensor) {
 
 inline OptionalTensor as_float(const OptionalTensor& tensor) {
   if (!tensor.has_value()) return {};
-  if (tensor->scalar_type() == at::kDouble) unserved("float64 is served by the reference");
+  if (tensor->scalar_type() == at::kDouble) throw Unserved("float64 is served by the reference");
   return tensor->to(at::kFloat).contiguous();
 }
 

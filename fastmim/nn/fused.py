@@ -19,7 +19,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
 from torch.nn.modules import module as modules
 
-from ..ops._define import autocast_dtype, sum_rows, transformed, without_autocast
+from .._autocast import autocast_dtype, without_autocast
+from ..ops._define import transformed
+from ..ops.tokens import sum_rows
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -211,7 +213,7 @@ class _NormLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(
+            dtotal, *dnorm, normed, _, _ = torch.ops.fastmim.add_layer_norm_backward(
                 grad @ operand(weight), grad_total, *norm
             )
             linear = _parameter_gradients(grad, normed, weight, ctx.bias_dtype, ctx.needs_input_grad[5:])

@@ -1,4 +1,4 @@
-"""The ops: plain functions on tensors, each defined once and served by the fastest kernel there is."""
+"""Ops: plain functions on tensors, each defined once and served by the fastest kernel of the installation."""
 
 from . import _flops
 from .attention import attention, attention_qkvpacked, attention_varlen

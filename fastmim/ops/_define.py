@@ -1,6 +1,5 @@
-"""One way to define an op: schema, reference, fake, gradient."""
+"""Definition of an op: schema, reference, fake, gradient."""
 
-import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .. import _library
+from .. import _dispatch
+from .._autocast import without_autocast
 
 
 def define(
@@ -24,21 +24,24 @@ def define(
     twice: bool = False,
     internal: bool = False,
 ) -> Callable[..., Any]:
-    """Define `fastmim::name`, served by `reference` on every device that no kernel is registered for.
+    """Define `fastmim::name` and return it; `_dispatch` says which kernel serves it.
 
     `backward` is a formula over ops; its own derivative raises unless `twice`. An `internal` op is a step of others:
-    where a forced backend leaves it, the reference serves it.
+    the reference serves it where a forced backend does not.
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
-    fallback = _library.fallback(name, _in_own_precision(reference), internal=internal)
+    fallback = _dispatch.fallback(name, _in_own_precision(reference), internal=internal)
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
-    kernel = _library.device_kernel(name, fallback)
+    kernel = _dispatch.device_kernel(name, fallback)
     if kernel is not None:
-        torch.library.impl(qualified, _library.devices(name), _in_own_precision(kernel))
-    # by this name a compiled kernel finds the formula for what it does not serve
-    torch.library.define(f"fastmim_reference::{name}", schema)
-    torch.library.impl(f"fastmim_reference::{name}", "CompositeExplicitAutograd", fallback)
+        torch.library.impl(qualified, _dispatch.devices(name), _in_own_precision(kernel))
+    # the C++ kernels of the CPU call the fallback by this name
+    arguments, _, results = schema.rpartition(") ->")
+    torch.library.define(f"fastmim_fallback::{name}", f"{arguments}, str reason) ->{results}")
+    torch.library.impl(
+        f"fastmim_fallback::{name}", "CompositeExplicitAutograd", lambda *args: fallback(*args[:-1], reason=args[-1])
+    )
     torch.library.register_fake(qualified, fake)
     if backward is not None:
         formula = backward if twice else once_differentiable(backward)
@@ -48,14 +51,14 @@ def define(
 
 
 def transformed() -> bool:
-    """Return whether torch.func or forward-mode AD is at work, neither of which differentiates an op of ours."""
+    """Return whether torch.func or forward-mode AD is active, neither of which differentiates fastmim's ops."""
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callable[..., Any]:
-    """Return `op` with an error where a derivative is asked for in another way than by `backward`.
+    """Return `op` with an error for derivatives that `backward` does not give.
 
-    PyTorch would drop the tangents of forward-mode AD without a word.
+    PyTorch would drop the tangents of forward-mode AD silently.
     """
 
     @functools.wraps(op)
@@ -71,7 +74,7 @@ def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callab
 
 
 def _followed(x: Tensor) -> bool:
-    """Return whether torch.func differentiates by `x` at some level, or `x` has a tangent; vmap alone is served."""
+    """Return whether torch.func differentiates by `x` at some level, or `x` has a tangent; vmap alone is no reason."""
     functorch = torch._C._functorch
     while functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)
@@ -82,7 +85,7 @@ def _followed(x: Tensor) -> bool:
 
 
 def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """The kernel with autocast off: it chooses its dtypes itself."""
+    """Return the kernel with autocast off, since it chooses its dtypes itself."""
 
     def run(*args: Any) -> Any:
         device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
@@ -92,29 +95,6 @@ def _in_own_precision(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
-    device = tensors[0].device.type
-    if any(t.dtype == torch.float64 for t in tensors) or not _autocast(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Autocast is off inside."""
-    return torch.autocast(device, enabled=False) if _autocast(device) else contextlib.nullcontext()
-
-
-def _autocast(device: str) -> bool:
-    """Whether autocast is on; there is none for meta tensors."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
 def wants_grad(tensor: Tensor) -> bool:
-    """Whether a gradient by `tensor` can be asked for later."""
+    """Return whether a gradient by `tensor` can be asked for later."""
     return torch.is_grad_enabled() and tensor.requires_grad
-
-
-def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (B, K, D) summed to (D,) in the wide dtype, then in `dtype`."""
-    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)

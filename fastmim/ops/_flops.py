@@ -1,6 +1,6 @@
 """FLOPs of the ops that multiply matrices, for `torch.utils.flop_counter`; the others' products are torch's own.
 
-As torch counts its own attention: two products forward, five backward, where the scores are made again.
+Attention is counted as torch counts its own: two products forward; five backward, which computes the scores again.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def _packed(products: int, qkv: Shape) -> int:
 
 
 def _ragged(products: int, q: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int) -> int:
-    """Of the lengths that there are; tensors without values count as if all sequences were the longest."""
+    """Count by the lengths of the sequences; for tensors without values as if all were the longest."""
     if cu_q.device.type == "meta" or type(cu_q) is not Tensor:
         pairs = (cu_q.shape[0] - 1) * longest_q * longest_k
     else:
@@ -41,7 +41,7 @@ def _embed(images: Shape, ids: Shape, weight: Shape, *args: Any, **kwargs: Any) 
     return 2 * torch.Size(ids).numel() * width * torch.Size(patch).numel()
 
 
-# of each op by shapes; its gradient, where none is listed, is made of products that torch counts
+# by shapes; a gradient that is not listed is made of products that torch counts
 FORMULAS = {
     "attention": lambda q, k, *args, **kwargs: _attention(2, q, k),
     "attention_backward": lambda grad, q, k, *args, **kwargs: _attention(5, q, k),
@@ -49,7 +49,7 @@ FORMULAS = {
     "attention_qkvpacked_backward": lambda grad, qkv, *args, **kwargs: _packed(5, qkv),
     "embed_patches": _embed,
 }
-# of those that need tensors
+# by tensors
 RAGGED_FORMULAS = {
     "attention_varlen": lambda q, k, v, *args, **kwargs: _ragged(2, q, *args[:4]),
     "attention_varlen_backward": lambda grad, q, k, v, *args, **kwargs: _ragged(5, q, *args[:4]),
@@ -63,7 +63,7 @@ def _register(counter: ModuleType) -> None:
 
 
 class _Waiting:
-    """Finds nothing itself; registers the formulas when somebody imports the counter."""
+    """Import hook that finds nothing itself; it registers the formulas when the counter is imported."""
 
     @staticmethod
     def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
@@ -84,9 +84,9 @@ class _Waiting:
 
 
 def register() -> None:
-    """Register the formulas, at once or when the counter is imported, which `import fastmim` leaves to others.
+    """Register the formulas now, or as soon as the counter is imported.
 
-    It imports Triton.
+    `import fastmim` does not import the counter, because it imports Triton.
     """
     if _COUNTER in sys.modules:
         _register(sys.modules[_COUNTER])

@@ -1,11 +1,10 @@
 """Attention: packed, separate (self or cross) and ragged.
 
-The kernels are made for short sequences. Beyond as many keys as `_library.most_keys` says (1,024 on a GPU) a call is
+The kernels are made for short sequences. Beyond as many keys as `_dispatch.most_keys` says (1,024 on a GPU) a call is
 torch's `scaled_dot_product_attention` with its own gradient: masks mean the same, and no score is stored. On a GPU its
 gradient repeats bit for bit only under `torch.use_deterministic_algorithms(True)`, and a bias is read in the dtype of
-q. For the gradient
-of a bias torch's attention stores the scores. A backend that
-FASTMIM_KERNELS forces is asked for every length, and raises where it does not serve it.
+q. For the gradient of a bias torch's attention stores the scores. A backend that FASTMIM_KERNELS forces is asked for
+every length, and the call raises where it does not serve one.
 """
 
 import math
@@ -16,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _library, reference
+from .. import _dispatch, reference
+from .._autocast import autocast_dtype, without_autocast
 from .._checks import can_be_read, check_count, check_floating, check_number, check_same, check_tensor
-from ._define import autocast_dtype, define, without_autocast
+from ._define import define
 
 
 def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale · q kᵀ) v on packed projections, read in place.
+    """Compute softmax(scale · q kᵀ) v on packed projections, read in place.
 
     Vaswani et al., "Attention is all you need", NeurIPS 2017; the layout is flash-attn's. Long rows (on a GPU more than
     1,024 keys) are left to torch's `scaled_dot_product_attention` where that is faster.
@@ -60,7 +60,7 @@ def attention(
     bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + bias) v, self or cross; long rows as in `attention_qkvpacked`.
+    """Compute softmax(scale · q kᵀ + bias) v, self or cross; long rows as in `attention_qkvpacked`.
 
     Args:
         q: (B, Sq, H, D) floating, any strides, read in place.
@@ -113,7 +113,7 @@ def attention_varlen(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """Attention within each of several sequences packed one after another.
+    """Compute attention within each of several sequences packed one after another.
 
     Sequences of many keys are left to torch's attention as in `attention_qkvpacked`: one by one on the CPU, padded to
     the longest on a GPU and where a compiler traces the call, so that no length is read there.
@@ -175,7 +175,7 @@ def _check_key_mask(key_mask: Tensor | None, shape: torch.Size) -> None:
 
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in autocast's dtype, else in the one they must share."""
+    """Return q, k and v in autocast's dtype; without autocast, check that they share one."""
     for name, value in (("q", q), ("k", k), ("v", v)):
         check_floating(name, value)
     dtype = autocast_dtype(q, k, v)
@@ -185,23 +185,23 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
     return q, k, v
 
 
-# ---- torch's own, for long rows --------------------------------------------------------------------------------------
+# ---- torch's attention, for long rows --------------------------------------------------------------------------------
 
 
 def _is_long(keys: int, q: Tensor) -> bool:
-    most = _library.most_keys(q.device.type, q.dtype)
+    most = _dispatch.most_keys(q.device.type, q.dtype)
     return most is not None and keys > most
 
 
 def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Tensor | None, scale: float) -> Tensor:
-    """`attention` by torch."""
+    """Compute `attention` by torch's attention."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = blind = None
     if key_mask is not None:
         seen = key_mask[:, None, None]
         blind = ~seen.any(-1, keepdim=True)
         mask = seen | blind
-        # so that what lies there can't leak: 0 times NaN
+        # 0 times NaN would be NaN
         k, v = (torch.where(seen.mT, x, 0) for x in (k, v))
     if bias is not None:
         # on the CPU a mask may be wider than q
@@ -214,10 +214,10 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Te
     if blind is not None and can_be_read(blind) and not blind.any():
         blind = None
     if blind is not None:
-        # a softmax over nothing isn't 0 on every device: such a query sees keys, and what it saw is left out
+        # a softmax over nothing isn't 0 on every device: such a query attends to all keys, and its result is replaced
         q = torch.where(blind, 0, q)
     if scale <= 0:
-        # not every kernel of torch finds the largest score then
+        # some kernels of torch don't find the largest score then
         q, scale = q * scale, 1.0
     with without_autocast(q.device.type):
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -236,7 +236,7 @@ def _varlen_by_torch(
     max_seqlen_k: int,
     scale: float,
 ) -> Tensor:
-    """`attention_varlen` by torch: its long sequences one by one, or all padded where the host can't read lengths."""
+    """Compute `attention_varlen` by torch: long sequences one by one, or all padded where lengths can't be read."""
     if not can_be_read(q, cu_seqlens_q, cu_seqlens_k):
         padded_q, _ = reference.pad(q, cu_seqlens_q, max_seqlen_q)
         (padded_k, is_key), (padded_v, _) = (reference.pad(x, cu_seqlens_k, max_seqlen_k) for x in (k, v))
@@ -301,7 +301,7 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _attention_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, bias = ctx.saved_tensors
-    # a softmax doesn't see what all keys of a row have in common
+    # a softmax ignores what all keys of a row have in common
     unseen = bias is not None and (bias.dim() == 0 or bias.shape[-1] == 1)
     need_bias_grad = ctx.needs_input_grad[4] and not unseen
     dq, dk, dv, dbias = _attention_backward_op(grad, *tensors, bias, ctx.scale, need_bias_grad)

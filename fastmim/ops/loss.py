@@ -1,4 +1,4 @@
-"""Losses whose gradient is made in the forward pass, so that no target and no error is kept."""
+"""Losses that compute their gradient in the forward pass and keep neither target nor error."""
 
 import math
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ def pixel_loss(
     mean: Stat = None,
     std: Stat = None,
 ) -> Tensor:
-    """Mean squared error of predicted patches; the target is read from the image and never stored.
+    """Compute the mean squared error of predicted patches; the target is read from the image and never stored.
 
     The loss of MAE (He et al., CVPR 2022) and, with `norm_pix="channel"`, of VideoMAE (Tong et al., NeurIPS 2022).
 
@@ -65,8 +65,8 @@ def pixel_loss(
     check_same("device", pred=pred, images=images, ids=ids, weight=weight, mean=mean, std=std)
     norm = _NORMS[norm_pix]
     if wants_grad(images):
-        # for saliency maps and the like; kernels of the loss have no such gradient
-        cut = _gather_patches(images, ids, patch, mean, std, _wide_dtype(pred, images))
+        # for saliency maps and the like; the kernels have no gradient of the images
+        cut = _gather_patches(images, ids, patch, mean, std, _upcast_dtype(pred, images))
         error, scale = reference.pixel_errors(pred, cut.unflatten(2, (images.shape[1], *patch)), norm, weight)
         return (error.square().mean(-1) * scale).sum()
     loss: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, wants_grad(pred))[0]
@@ -81,14 +81,14 @@ def scaled_cosine_loss(
     weight: Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Scaled cosine error, (1 - cos(pred, target))^gamma of each row.
+    """Compute the scaled cosine error, (1 - cos(pred, target))^gamma of each row.
 
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
 
     Args:
         pred, target: (..., D) floating. A row of zero norm has cosine 0 and gradient 0.
         gamma: at least 1.
-        weight: (...) of each row, without gradient; a row of weight 0 counts nothing, even where it holds NaN.
+        weight: (...) of each row, without gradient; a row of weight 0 adds nothing, even where it holds NaN.
         reduction: "mean": sum(w·l) / sum(w), 0 where that sum is 0; "sum": sum(w·l); "none": w·l.
 
     Returns:
@@ -126,15 +126,15 @@ def _check_weight(weight: Tensor | None, shape: tuple[int, ...], letters: str) -
     return weight.detach()
 
 
-def _wide_dtype(*tensors: Tensor) -> torch.dtype:
+def _upcast_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient made in the forward pass, times the one that arrives: in place where nobody reads it again."""
+    """Scale the gradient made in the forward pass by the one that arrives, in place where nothing reads it again."""
     # a compiler traces tensors of another kind, vmap keeps several upstream gradients in one
-    plain = type(grad) is Tensor and torch._C._dispatch_keys(grad) == torch._C._dispatch_keys(upstream)
-    if not plain or grad.dtype != dtype or upstream.dim() or _graph_is_kept():
+    is_plain = type(grad) is Tensor and torch._C._dispatch_keys(grad) == torch._C._dispatch_keys(upstream)
+    if not is_plain or grad.dtype != dtype or upstream.dim() or _graph_is_kept():
         return (grad * upstream).to(dtype)
     _scale_gradient_(grad, upstream)
     return grad
@@ -159,7 +159,7 @@ _scale_gradient_ = define(
 def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     need_grad = others[-1]
     grad = pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
-    return pred.new_empty((), dtype=_wide_dtype(pred, images)), grad
+    return pred.new_empty((), dtype=_upcast_dtype(pred, images)), grad
 
 
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,7 +197,7 @@ def _cosine_fake(
     need_target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = pred.new_empty(
-        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (), dtype=_wide_dtype(pred, target)
+        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (), dtype=_upcast_dtype(pred, target)
     )
     dpred, dtarget = (
         t.new_empty(t.shape if needed else 0, dtype=reference.gradient_dtype(t.dtype))

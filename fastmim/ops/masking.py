@@ -19,7 +19,7 @@ def random_masking(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random visible and predicted patches of each row, by the rank of their noise.
+    """Draw the visible and the predicted patches of each row, by the rank of their noise.
 
     `ids_restore[b, j]` is the rank of token j's noise: how many noises of row b are smaller (ties by index).
     For distinct noise all three results equal those of the two argsorts of facebookresearch/mae
@@ -71,7 +71,7 @@ def random_masking(
 
 
 def draw_seeds(batch: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-    """(B,) int64 seeds on `device` from `generator` (default torch's)."""
+    """Draw (B,) int64 seeds on `device` from `generator` (default torch's)."""
     if generator is None:
         return torch.randint(-(2**63), 2**63 - 1, (batch,), device=device)
     if not isinstance(generator, torch.Generator):

@@ -1,4 +1,4 @@
-"""Reading patches: cut, normalise and embed the chosen ones, touching no other pixel."""
+"""Cut, normalise and embed the chosen patches, reading no other pixel."""
 
 import math
 import numbers
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._autocast import autocast_dtype
 from .._checks import FLOATING, check_floating, check_ids, check_images, check_same, check_tensor, patch_grid
-from ._define import autocast_dtype, define, sum_rows
-from .tokens import sum_by_position
+from ._define import define
+from .tokens import sum_by_position, sum_rows
 
 Stat = Sequence[float] | Tensor | None
 
@@ -26,7 +27,7 @@ def gather_patches(
     std: Stat = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The chosen patches of each image as rows, normalised on the way.
+    """Gather the chosen patches of each image as rows, normalised.
 
     Args:
         images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, read in place. uint8 is divided by
@@ -67,7 +68,7 @@ def embed_patches(
     mean: Stat = None,
     std: Stat = None,
 ) -> Tensor:
-    """Token embeddings of the chosen patches only.
+    """Embed the chosen patches only.
 
     Equal to the convolution (kernel = stride = patch) over the whole normalised image, plus position, then a gather.
 
@@ -123,7 +124,7 @@ def embed_patches(
 
 
 def channel_stats(images: Tensor, mean: Stat, std: Stat) -> tuple[Tensor | None, Tensor | None]:
-    """`mean` and `std` as checked tensors (C,) on the images' device, None where not given."""
+    """Return `mean` and `std` as checked tensors (C,) on the images' device, None where not given."""
     return _channel_stat("mean", mean, images), _channel_stat("std", std, images)
 
 
@@ -155,7 +156,7 @@ def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
 
 @lru_cache(maxsize=64)
 def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The same tensor at each call: no copy to the device in the middle of a step."""
+    """Return the same tensor at each call, so that a step copies nothing to the device."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 
@@ -233,7 +234,7 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dpatches = _product(tokens.flatten(0, 1), weight.flatten(1).to(ctx.dtype)).unflatten(0, ids.shape)
         dimages = _gather_patches_backward(dpatches, ids, patch_size, std, images.shape, images.dtype)
     if ctx.needs_input_grad[2]:
-        # cut again: the images are alive anyway, the patch matrix need not be
+        # gathered again, so that the patch matrix need not be kept: the images are kept anyway
         patches = _gather_patches(images.detach(), ids, patch_size, mean, std, ctx.dtype)
         dweight = _product(tokens.flatten(0, 1).T, patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
     if ctx.needs_input_grad[3]:
@@ -246,9 +247,9 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left (M, K) right (K, N).
+    """Multiply left (M, K) by right (K, N).
 
-    A BLAS sums float32 products of few rows in one chain of K, which loses digits; these are cut into chains of 16.
+    A BLAS sums float32 products of few rows in one chain of K, which loses digits: they are cut into chains of 16.
     """
     (rows, terms), columns = left.shape, right.shape[1]
     if rows >= 32 or left.dtype.itemsize == 2:

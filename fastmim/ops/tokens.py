@@ -1,4 +1,4 @@
-"""Moving tokens: gather the visible ones, assemble what the decoder reads."""
+"""Gather the visible tokens, assemble the decoder's input."""
 
 from typing import Any
 
@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from .._autocast import autocast_dtype
 from .._checks import check_count, check_floating, check_ids, check_same, check_tensor
-from ._define import autocast_dtype, define, sum_rows
+from ._define import define
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """The tokens at `ids`: out[b, k] = tokens[b, ids[b, k]].
+    """Gather the tokens at `ids`: out[b, k] = tokens[b, ids[b, k]].
 
     Args:
         tokens: (B, L, D) floating, any strides.
@@ -42,7 +43,7 @@ def decoder_tokens(
     *,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """What the decoder reads under dual masking: visible tokens and a mask token for each predicted patch.
+    """Assemble the decoder's input under dual masking: visible tokens, and a mask token for each predicted patch.
 
     [prefix + its position ; visible + its position ; mask token + position of each predicted patch], the assembly
     of VideoMAE V2 (Wang et al., CVPR 2023, section 3.2).
@@ -85,7 +86,7 @@ def decoder_tokens(
 def unshuffle(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, *, num_prefix_tokens: int = 0
 ) -> Tensor:
-    """The MAE decoder's input in grid order: visible tokens in their places, the mask token in all others.
+    """Assemble the MAE decoder's input in grid order: visible tokens in their places, the mask token in all others.
 
     He et al., "Masked autoencoders are scalable vision learners", CVPR 2022.
 
@@ -117,7 +118,7 @@ def unshuffle(
 
 
 def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Check what both assemblies take; return `visible` in the dtype of the result."""
+    """Check the arguments that both assemblies share; return `visible` in the dtype of the result."""
     check_tensor("visible", visible, (None, None, None), letters="(batch, tokens, width)")
     check_tensor("mask_token", mask_token, (visible.shape[2],), letters="(width,)")
     check_tensor("pos_embed", pos_embed, (None, visible.shape[2]), letters="(prefix + patches, width)")
@@ -182,6 +183,11 @@ sum_by_position = define(
     lambda rows, ids, num_positions: reference.wide(rows.new_empty(num_positions, rows.shape[2])),
     internal=True,
 )
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum x (B, K, D) over its rows to (D,), upcast, and return it in `dtype`."""
+    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
 
 
 # ---- decoder_tokens --------------------------------------------------------------------------------------------------

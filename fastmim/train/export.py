@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .._library import reference_serves
+from .._dispatch import reference_serves
 from ..interop.convert.facebook import to_facebook
 from ..interop.convert.huggingface import to_huggingface
 from ..interop.convert.load import load

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gpu_report
-from fastmim import _library
+from fastmim import _dispatch
 
 STEP = {
     "model": "large", "batch": 256, "mask_ratio": 0.75, "decode_ratio": 1.0, "decodes_all": False, "spread": 0.01,
@@ -32,7 +32,7 @@ ROWS = {
         "attention, S 50": {"op": "attention", "error": 2e-3, "bound": 1e-2},
         "bias_gelu, S 50": {"op": "bias_gelu", "error": 0.5, "bound": 1e-2, "wrong": "off by 0.5"},
     },
-    "families": {"cuda: S 3": {"errors_by_op": {"attention": 2e-3}}, "triton: S 3": {"errors_by_op": {}}},
+    "backends": {"cuda: S 3": {"errors_by_op": {"attention": 2e-3}}, "triton: S 3": {"errors_by_op": {}}},
     "steps": {
         "a": {**STEP, "form": "fastmim", "how": "eager", "milliseconds": 87.0},
         "b": {**STEP, "form": "plain-gather", "how": "eager", "milliseconds": 130.5},
@@ -143,8 +143,8 @@ def test_the_table_is_written_and_taken_back(tmp_path):
     write_rows(tmp_path / "second.jsonl", {name: rows[name] for name in rows if name != "compare"})
     assert report(tmp_path) == 0 and table.exists()  # says nothing of the table
     for stage, name, fields in (
-        ("families", "cuda: S 5", {"errors_by_op": {}, "wrong": "attention is off"}),
-        ("families", "cuda: S 5", {"not_run": "no time"}),
+        ("backends", "cuda: S 5", {"errors_by_op": {}, "wrong": "attention is off"}),
+        ("backends", "cuda: S 5", {"not_run": "no time"}),
         ("cuda-suites", "tests/ops", {"passed": 3, "failed": 1, "skipped": 0}),
         ("memcheck", "memcheck of cuda kernels", {"exit": 9, "sanitizer": "x", "wrong": "Invalid read"}),
         ("compare", "S 3", {"ops": compared("attention", [3, 3, 64], 1.99e-5, 2e-5)}),
@@ -156,7 +156,7 @@ def test_the_table_is_written_and_taken_back(tmp_path):
 
 
 def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
-    """And _library reads it."""
+    """The table that `_dispatch` reads holds only these."""
     rows = [
         {"ops": compared("attention", [3, 3, 32], 1.0, 2.0)},
         {"ops": compared("attention", [5, 5, 32], 1.0, 1.02)},  # not by enough
@@ -167,13 +167,13 @@ def test_the_table_holds_what_won_everywhere(tmp_path, monkeypatch):
     ]
     sizes = gpu_report.faster(rows)
     assert sizes == {"attention": [[3, 3, 32]], "random_masking": [[]]}
-    monkeypatch.setattr(_library, "CUDA_FIRST", {"capability": [9, 0], "sizes": sizes})
-    monkeypatch.setattr(_library, "_capability", lambda device: [9, 0])
+    monkeypatch.setattr(_dispatch, "CUDA_FIRST", {"capability": [9, 0], "sizes": sizes})
+    monkeypatch.setattr(_dispatch, "_capability", lambda device: [9, 0])
     q, longer = torch.zeros(1, 3, 2, 32), torch.zeros(1, 5, 2, 32)
-    assert _library._cuda_first("attention", (q, q, q), q.device)
-    assert not _library._cuda_first("attention", (q, longer, longer), q.device)
-    assert _library._cuda_first("random_masking", (2, 16), q.device)
-    assert not _library._cuda_first("pixel_loss", (q,), q.device)
+    assert _dispatch._cuda_first("attention", (q, q, q), q.device)
+    assert not _dispatch._cuda_first("attention", (q, longer, longer), q.device)
+    assert _dispatch._cuda_first("random_masking", (2, 16), q.device)
+    assert not _dispatch._cuda_first("pixel_loss", (q,), q.device)
 
 
 def test_rows_of_two_commits_are_not_put_together(tmp_path, capsys):

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runner import runner_library
+from runner import runner_kernels
 from torch.overrides import TorchFunctionMode
 
-from fastmim import _library, reference
+from fastmim import _backends, reference
 from gpu import clock, cuda_cpp, environment, loading, op_times, step_profile, steps
 from gpu.plans import BLOCKS, EAGER, GPU, GRAPH, OURS, REHEARSAL, SAME
 from harness import rows
@@ -236,7 +236,7 @@ def test_seconds_of_a_call_on_a_cpu():
 def test_backends_are_compared(pretended_gpu, kept):
     found = {name: cuda_cpp.compared(make, PRETENDED) for name, make in cuda_cpp.large(PRETENDED)}
     ops = {op for row in found.values() for op in row["ops"]}
-    assert ops == set(_library.CUDA_OPS)
+    assert ops == runner_kernels().keys()
     assert all(
         figures["apart"] == 0 and len(figures["seconds"]) == 2 for r in found.values() for figures in r["ops"].values()
     )
@@ -245,15 +245,16 @@ def test_backends_are_compared(pretended_gpu, kept):
 
 def test_the_check_sees_what_is_wrong(monkeypatch):
     """On the runner: each kernel passes, a kernel that is off, or leaves something unwritten, is named."""
-    torch.ops.load_library(runner_library())
+    served = runner_kernels()
 
     def host(_, op):
-        return _library.raising_unserved(getattr(torch.ops.fastmim_host, op))
+        return served[op]
 
     monkeypatch.setattr(cuda_cpp, "launcher", host)
+    monkeypatch.setattr(_backends, "cuda_ops", served.keys())
     found = {name: cuda_cpp.checked("cuda", make) for name, make in cuda_cpp.small(REHEARSAL)}
     assert not [row["wrong"] for row in found.values() if "wrong" in row]
-    assert {op for row in found.values() for op in row["errors_by_op"]} == set(_library.CUDA_OPS)
+    assert {op for row in found.values() for op in row["errors_by_op"]} == served.keys()
 
     def off(backend, op):
         kernel = host(backend, op)

@@ -1,4 +1,4 @@
-"""FASTMIM_KERNELS: which calls a forced backend refuses, and what it leaves to the reference."""
+"""FASTMIM_KERNELS: calls that a forced backend refuses, and calls that it leaves to the reference."""
 
 import functools
 import os
@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from fastmim import _library, kernels
+from fastmim import _backends
 
 INTEROP = Path(__file__).parents[1] / "interop"
 
@@ -24,11 +23,11 @@ def python(code: str, *, check: bool = True, **settings: str) -> subprocess.Comp
 
 
 def forced() -> list[dict[str, str]]:
-    """Each value of FASTMIM_KERNELS that CPU tensors can be served by, as settings."""
+    """Return each value of FASTMIM_KERNELS that can serve CPU tensors, as settings."""
     found = [{"FASTMIM_KERNELS": "reference"}]
-    if _library.build:
+    if _backends.build:
         found.append({"FASTMIM_KERNELS": "cpp"})
-    if "triton" not in _library.missing:
+    if "triton" not in _backends.missing:
         found.append({"FASTMIM_KERNELS": "triton", "TRITON_INTERPRET": "1"})
     return found
 
@@ -44,7 +43,7 @@ def settings(request):
 EVERY_OP = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from fastmim import _library, ops
+from fastmim import _backends, _dispatch, ops
 
 calls = {}
 
@@ -59,7 +58,7 @@ def leaf(*shape):
     return torch.randn(shape, requires_grad=True)
 images, ids = leaf(2, 3, 8, 8), torch.tensor([[0, 3], [2, 1]])
 cu = torch.tensor([0, 2, 4])
-with _library.reference_serves(), Recorder():
+with _dispatch.reference_serves(), Recorder():
     restore = ops.random_masking(2, 4, 2)[2]
     patches = ops.gather_patches(images, ids, 4)
     x = ops.embed_patches(images, ids, leaf(6, 3, 4, 4), pos_embed=leaf(4, 6))
@@ -86,7 +85,7 @@ for name, (op, args) in calls.items():
 
 
 def test_public_ops_are_refused_and_inner_ones_served():
-    """By a backend that serves nothing."""
+    """A backend that serves nothing here refuses public ops, and no internal ones."""
     python(EVERY_OP, FASTMIM_KERNELS="cuda")
 
 
@@ -130,17 +129,17 @@ def refusal(code: str, **settings: str) -> str:
 
 
 def test_cuda_without_its_extension_says_how_to_build_it():
-    if _library.cuda_build:
+    if _backends.cuda_build:
         pytest.skip("the extension is built here")
-    said = refusal(CALL, FASTMIM_KERNELS="cuda")
-    assert "FASTMIM_KERNELS=cuda can't serve fastmim::bias_gelu: fastmim._CUDA was not built: " in said
-    assert "FASTMIM_BUILD_CUDA=1" in said
+    message = refusal(CALL, FASTMIM_KERNELS="cuda")
+    assert "FASTMIM_KERNELS=cuda can't serve fastmim::bias_gelu: fastmim._CUDA was not built: " in message
+    assert "FASTMIM_BUILD_CUDA=1" in message
 
 
-@pytest.mark.skipif("triton" in _library.missing, reason="no Triton")
+@pytest.mark.skipif("triton" in _backends.missing, reason="no Triton")
 def test_triton_says_how_it_serves_cpu_tensors():
-    said = refusal(CALL, FASTMIM_KERNELS="triton")
-    assert "triton serves tensors on cuda devices (on the CPU with TRITON_INTERPRET=1), not on cpu" in said
+    message = refusal(CALL, FASTMIM_KERNELS="triton")
+    assert "triton serves tensors on cuda devices (on the CPU with TRITON_INTERPRET=1), not on cpu" in message
     # a word that Triton knows as well
     python(CALL, FASTMIM_KERNELS="triton", TRITON_INTERPRET="True")
 
@@ -150,6 +149,7 @@ import torch
 from fastmim import ops
 for call in (
     lambda: ops.bias_gelu(torch.ones(2, 3, dtype=torch.float64), torch.ones(3)),
+    lambda: ops.gather_patches(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1).long(), 4, dtype=torch.float64),
     lambda: ops.attention_qkvpacked(torch.zeros(1, 1025, 3, 1, 8)),
 ):
     try:
@@ -161,13 +161,14 @@ for call in (
 
 
 def test_a_forced_backend_says_what_it_leaves(settings):
-    said = python(LEAVES, **settings).stdout.splitlines()
+    lines = python(LEAVES, **settings).stdout.splitlines()
     if settings["FASTMIM_KERNELS"] == "reference":
-        assert said == ["served", "served"]
+        assert lines == ["served"] * 3
         return
-    assert said[0].endswith("can't serve fastmim::bias_gelu: float64 is served by the reference")
+    assert lines[0].endswith("can't serve fastmim::bias_gelu: float64 is served by the reference")
+    assert lines[1].endswith("can't serve fastmim::gather_patches: float64 is served by the reference")
     # torch's attention is not what was forced; the C++ kernels take any length
-    assert said[1].endswith(
+    assert lines[2].endswith(
         "served"
         if settings["FASTMIM_KERNELS"] == "cpp"
         else "can't serve fastmim::attention_qkvpacked: up to 1024 keys are served, not 1025"
@@ -175,34 +176,8 @@ def test_a_forced_backend_says_what_it_leaves(settings):
 
 
 def test_the_interpreter_serves_nothing_unless_triton_is_forced():
-    code = "from fastmim import _library; assert 'cpu' not in _library.devices('bias_gelu')"
+    code = "from fastmim import _backends, _dispatch; assert 'cpu' not in _dispatch.devices('bias_gelu')"
     python(f"{code}; {CALL}", TRITON_INTERPRET="1")
-
-
-@pytest.fixture
-def cuda_is_forced(monkeypatch):
-    """As on a machine with the CUDA extension."""
-    monkeypatch.setattr(_library, "family", "cuda")
-    monkeypatch.setattr(_library, "missing", {"cpp": "x", "triton": "x"})
-    monkeypatch.setattr(_library, "cuda_build", {"torch": "x"})
-    monkeypatch.setattr(_library, "triton_devices", ())
-
-
-def test_what_cuda_has_no_kernel_of_goes_to_the_reference_on_its_devices(cuda_is_forced, monkeypatch):
-    assert set(_library.CUDA_OPS) < {name for names in kernels.OPS.values() for name in names}
-    assert _library.families("add_layer_norm") == () and _library.families("attention") == ("cuda",)
-    serve = {op: _library.fallback(op, lambda *args: "reference") for op in ("add_layer_norm", "attention")}
-    tensor = torch.zeros(1)
-    for fallback in serve.values():
-        with pytest.raises(RuntimeError, match=r"cuda serves tensors on cuda devices, not on cpu"):
-            fallback(tensor)
-    # as if the tensor were on a GPU
-    monkeypatch.setattr(_library, "why_not", lambda device: "")
-    assert serve["add_layer_norm"](tensor) == "reference"
-    with pytest.raises(RuntimeError, match="can't serve fastmim::attention: heads are too wide"):
-        serve["attention"](tensor, reason="heads are too wide")
-    with _library.reference_serves():
-        assert serve["attention"](tensor, reason="heads are too wide") == "reference"
 
 
 # ---- what fastmim asks for itself ------------------------------------------------------------------------------------

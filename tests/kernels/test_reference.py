@@ -1,4 +1,4 @@
-"""The specification against formulas written out by hand, in float64.
+"""The reference against formulas written out by hand, in float64.
 
 Nothing here is shared with `fastmim.reference`: loops where it indexes, whole images where it cuts, PyTorch's own
 functions where it spells arithmetic out. Gradients are those that autograd takes through the hand-written formula.
@@ -23,7 +23,7 @@ def check(found, expected):
 
 
 def gradients(formula, *leaves):
-    """The formula's value, a random gradient for it, and those of the leaves."""
+    """Return the formula's value, a random gradient for it, and those of the leaves."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     value = formula(*leaves)
     grad = randn(value.shape)
@@ -34,7 +34,7 @@ def gradients(formula, *leaves):
 
 
 def philox(counter, key):
-    """Philox4x32-10 on Python's integers: Salmon et al., SC 2011, figure 4."""
+    """Compute Philox4x32-10 on Python's integers: Salmon et al., SC 2011, figure 4."""
     for _ in range(10):
         (high0, low0), (high2, low2) = divmod(0xD2511F53 * counter[0], WORD), divmod(0xCD9E8D57 * counter[2], WORD)
         counter = [high2 ^ counter[1] ^ key[0], low2, high0 ^ counter[3] ^ key[1], low0]
@@ -51,7 +51,7 @@ def philox(counter, key):
     ],
 )
 def test_philox_of_random123(counter, key, words):
-    """The known answers that its authors publish."""
+    """Compare with the results that its authors publish."""
     counter, key, words = ([int(word, 16) for word in text.split()] for text in (counter, key, words))
     assert philox(counter, key) == words
 
@@ -159,7 +159,7 @@ MEAN, STD = torch.tensor([0.5, -0.25, 0.125]).double(), torch.tensor([0.5, 2.0, 
 
 
 def slices(sizes, patch):
-    """Where each patch lies, in row-major order of the grid."""
+    """Return the slices of each patch, in row-major order of the grid."""
     corners = [()]
     for size, p in zip(sizes, patch):
         corners = [(*corner, start) for corner in corners for start in range(0, size, p)]
@@ -167,7 +167,7 @@ def slices(sizes, patch):
 
 
 def normalized(images, mean, std):
-    """As torchvision's ToTensor and Normalize would hand them over."""
+    """Normalise images as torchvision's ToTensor and Normalize do."""
     pixels = images.double() / 255 if images.dtype == torch.uint8 else images
     per_channel = (3, *[1] * (images.dim() - 2))
     pixels = pixels if mean is None else pixels - mean.view(per_channel)
@@ -199,7 +199,7 @@ def test_gather_patches(sizes, patch, pixels, mean, std):
 @pytest.mark.parametrize("pixels", ["uint8", "float"])
 @pytest.mark.parametrize("sizes, patch", PICTURES)
 def test_embed_patches(sizes, patch, pixels):
-    """The convolution over the whole image, plus position, then the chosen tokens."""
+    """The result is the convolution over the whole image, plus position, then the chosen tokens."""
     images, length = draw_images(2, 3, sizes, pixels), len(slices(sizes, patch))
     ids = draw_ids(2, length, max(1, length // 2))
     weight, bias, pos, prefix = randn(5, 3, *patch), randn(5), randn(length, 5), randn(2, 5)
@@ -213,7 +213,7 @@ def test_embed_patches(sizes, patch, pixels):
 
 
 def sdpa(q, k, v, key_mask=None, bias=None, scale=None):
-    """PyTorch's own, with the mask and the bias as one additive table."""
+    """Compute PyTorch's attention, with the mask and the bias as one additive table."""
     table = torch.zeros(q.shape[0], q.shape[2], q.shape[1], k.shape[1], dtype=q.dtype)
     table = table if bias is None else table + bias
     table = table if key_mask is None else table.masked_fill(~key_mask[:, None, None], -math.inf)
@@ -275,7 +275,7 @@ def test_attention_varlen(queries, keys, spare):
 
 
 def mae_target(images, p, norm_pix_loss):
-    """facebookresearch/mae: patchify in the value order (p, q, c), one unbiased variance, eps inside the root."""
+    """Compute facebookresearch/mae's target: values in order (p, q, c), one unbiased variance, eps inside the root."""
     n, c, height, width = images.shape
     h, w = height // p, width // p
     target = torch.einsum("nchpwq->nhwpqc", images.reshape(n, c, h, p, w, p)).reshape(n, h * w, p * p * c)
@@ -285,7 +285,7 @@ def mae_target(images, p, norm_pix_loss):
 
 
 def videomae_target(videos, patch):
-    """MCG-NJU/VideoMAE: cubes "(p0 p1 p2) c", variance per channel, eps added to the deviation."""
+    """Compute MCG-NJU/VideoMAE's target: cubes "(p0 p1 p2) c", variance per channel, eps added to the deviation."""
     n, c, *sizes = videos.shape
     (t, h, w), (p0, p1, p2) = (size // p for size, p in zip(sizes, patch)), patch
     cubes = videos.reshape(n, c, t, p0, h, p1, w, p2).permute(0, 2, 4, 6, 3, 5, 7, 1)
@@ -295,7 +295,7 @@ def videomae_target(videos, patch):
 
 
 def check_pixel_loss(target, images, patch, norm, mean=None, std=None):
-    """Against MAE's loss over all patches and a mask, and against weights that depend on the patch."""
+    """Compare with MAE's loss over all patches and a mask, and with weights that depend on the patch."""
     batch, length, values = target.shape
     pred, ids = randn(*target.shape), draw_ids(batch, length, max(1, length // 2))
     mask = torch.zeros(batch, length, dtype=torch.float64).scatter(1, ids, 1)
@@ -362,22 +362,29 @@ def test_scaled_cosine_loss(gamma, reduction, weighted):
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (4, 1)])
 def test_add_layer_norm(shape):
-    x, residual, weight, bias = randn(*shape), randn(*shape), randn(shape[-1]), randn(shape[-1])
-    total = x + residual
+    x, residual, weight, bias, x_bias = randn(*shape), randn(*shape), *randn(3, shape[-1])
+    total = residual + (x + x_bias)
 
     def formula(total, weight, bias):
         return F.layer_norm(total, shape[-1:], weight, bias, eps=1e-3)
 
     value, grad, expected = gradients(formula, total, weight, bias)
-    normed, found, mean, rstd = reference.add_layer_norm(x, residual, weight, bias, 1e-3)
+    normed, found, mean, rstd = reference.add_layer_norm(x, residual, weight, bias, 1e-3, None, x_bias)
     check(normed, value)
     check(found, total)
-    grad_sum = randn(*shape)
-    dtotal, dweight, dbias, again = reference.add_layer_norm_backward(grad, grad_sum, total, mean, rstd, weight, bias)
-    check(again, normed)
+    grad_sum, rows = randn(*shape), (-1, shape[-1])
+    dtotal, dweight, dbias, recomputed, dx, dx_bias = reference.add_layer_norm_backward(
+        grad, grad_sum, total, mean, rstd, weight, bias, torch.float32, True
+    )
+    check(recomputed, normed)
     check(dtotal, expected[0] + grad_sum)
     check(dweight, expected[1])
     check(dbias, expected[2])
+    assert torch.equal(dx, dtotal.float())
+    check(dx_bias, dtotal.reshape(rows).sum(0))
+    dtotal, *_, recomputed, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
+    check(dtotal, expected[0])
+    assert recomputed.numel() == dx.numel() == dx_bias.numel() == 0
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
@@ -389,10 +396,10 @@ def test_bias_gelu(shape):
 
     value, grad, expected = gradients(formula, x, bias)
     check(reference.bias_gelu(x, bias), value)
-    *found, again = reference.bias_gelu_backward(grad, x, bias, True)
+    *found, recomputed = reference.bias_gelu_backward(grad, x, bias, True)
     for ours, gradient in zip(found, expected):
         check(ours, gradient)
-    check(again, value)
+    check(recomputed, value)
 
 
 # ---- storage, and ids that were not checked --------------------------------------------------------------------------
@@ -400,7 +407,7 @@ def test_bias_gelu(shape):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_arithmetic_is_in_float32(dtype):
-    """Narrow storage rounds the result alone."""
+    """16-bit storage rounds the result alone."""
     tokens, ids, row, table = randn(2, 7, 5), draw_ids(2, 7, 4), randn(5), randn(7, 5)
     q, k, v = randn(2, 5, 3, 8), randn(2, 6, 3, 8), randn(2, 6, 3, 8)
     images, patches = randn(2, 3, 4, 14), randn(2, 4, 12)
@@ -419,13 +426,13 @@ def test_arithmetic_is_in_float32(dtype):
         torch.manual_seed(0)
         narrow = call(lambda x: x.to(dtype))
         torch.manual_seed(0)
-        wide = call(lambda x: x.to(dtype).float())
-        assert torch.equal(narrow, wide.to(narrow.dtype)), name
+        upcast = call(lambda x: x.to(dtype).float())
+        assert torch.equal(narrow, upcast.to(narrow.dtype)), name
 
 
 @pytest.mark.parametrize("bad", [7, -1, -100, 2**40])
 def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
-    """As on a GPU, where a look at the ids would wait for it."""
+    """Ids are not checked here, as on a GPU, where a check would wait for the device."""
     monkeypatch.setattr(reference, "_checked", lambda x: False)
     ids = draw_ids(2, 7, 4)
     ids[1, 2] = bad
@@ -457,7 +464,7 @@ def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
 
 @pytest.mark.parametrize("layout", ["strided", "transposed", "offset"])
 def test_bits_do_not_depend_on_layouts(layout):
-    """Of what is given to a matrix product: other layouts would be summed in other orders."""
+    """Operands of a matrix product have one layout: others would be summed in other orders."""
     q, k, v, grad = (randn(1, 65, 2, 3) for _ in range(4))
     laid = [lay(x, layout) for x in (grad, q, k, v)]
     assert torch.equal(reference.attention(*laid[1:], None, None, 0.3), reference.attention(q, k, v, None, None, 0.3))

@@ -25,7 +25,7 @@ from contract import ChecksValues, Differentiable, host
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastmim import _library, ops
+from fastmim import _backends, _dispatch, ops
 
 BAD_SCALE = (
     (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
@@ -35,7 +35,7 @@ BAD_SCALE = (
 
 
 def plain(q, k, v, key_mask=None, bias=None, scale=None):
-    """Two matmuls and a softmax, in the dtype of the inputs, scaled where timm does."""
+    """Compute attention by two matmuls and a softmax, in the dtype of the inputs, scaled where timm scales."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q * (q.shape[-1] ** -0.5 if scale is None else scale), k)
     scores = scores if bias is None else scores + bias
     if key_mask is None:
@@ -46,7 +46,7 @@ def plain(q, k, v, key_mask=None, bias=None, scale=None):
 
 
 def draw_key_mask(kind, batch, length):
-    """About half the keys; "a sample without" has none of the last sample's."""
+    """Draw about half of the keys; with "a sample without" none of the last sample's."""
     if kind == "none":
         return {}
     mask = torch.rand(batch, length) < 0.5
@@ -121,7 +121,7 @@ class TestAttentionQkvpacked(Differentiable):
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_one_key_takes_all(self, dtype):
-        """Scores far beyond what exp can take; a softmax that doesn't subtract the largest overflows."""
+        """Scores far beyond the range of exp: a softmax that doesn't subtract the largest overflows."""
         arguments = self.sample(dtype, mask="none", scale=1.0, width=8)
         with torch.no_grad():
             arguments["qkv"][:, :, :2] = 100 * torch.eye(5, 8, dtype=dtype, device=DEVICE)[:, None, None]
@@ -221,7 +221,7 @@ class TestAttention(Differentiable):
         check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
 
     def test_strided_views_of_one_projection(self):
-        """q, k and v as a model cuts them."""
+        """q, k and v are views of one projection, as in a model."""
         qkv = torch.randn(2, 5, 3 * 2 * HEAD_WIDTH).to(DEVICE)
         q, k, v = (part.requires_grad_() for part in qkv.view(2, 5, 3, 2, HEAD_WIDTH).unbind(2))
         assert not q.is_contiguous()
@@ -246,7 +246,7 @@ class TestAttention(Differentiable):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("how", ["key_mask", "bias"])
     def test_all_keys_masked(self, how, dtype):
-        """By either means the output is 0, and so is every gradient."""
+        """Output and gradients are 0, whether key_mask or bias masks the keys."""
         hidden = dict(
             key_mask=torch.zeros(3, 4, dtype=torch.bool, device=DEVICE),
             bias=torch.full((4,), -math.inf, device=DEVICE, requires_grad=True),
@@ -255,7 +255,7 @@ class TestAttention(Differentiable):
         assert all((value == 0).all() for value in run(self.op, arguments).values())
 
     def test_bias_of_minus_infinity_hides(self):
-        """As key_mask does, key by key."""
+        """A bias of minus infinity hides keys as key_mask does."""
         arguments = self.sample()
         mask = arguments["key_mask"]
         by_bias = arguments | dict(bias=arguments["bias"].detach().masked_fill(~mask[:, None, None], -math.inf))
@@ -310,7 +310,7 @@ class TestLongRows:
 
     @pytest.fixture(autouse=True)
     def three_keys_are_long(self, monkeypatch):
-        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: None if dtype == torch.float64 else 3)
+        monkeypatch.setattr(_dispatch, "most_keys", lambda device, dtype: None if dtype == torch.float64 else 3)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -342,7 +342,7 @@ class TestLongRows:
     @pytest.mark.fault
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_what_is_masked_does_not_leak(self, value):
-        """Nor does a query that no key is shown."""
+        """Masked keys do not leak, nor do queries without keys."""
         arguments = TestAttention().sample(keys=9, mask="a sample without") | dict(bias=None)
         hidden = ~arguments["key_mask"]
         clean = run(ops.attention, arguments)
@@ -365,7 +365,7 @@ class TestLongRows:
 
     @pytest.mark.parametrize("shape", [(0, 9), (2, 0)])
     def test_empty(self, shape, monkeypatch):
-        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: -1)
+        monkeypatch.setattr(_dispatch, "most_keys", lambda device, dtype: -1)
         qkv = torch.randn(*shape, 3, 2, HEAD_WIDTH, device=DEVICE, requires_grad=True)
         results = run(ops.attention_qkvpacked, dict(qkv=qkv))
         assert results["output 0"].shape == (*shape, 2, HEAD_WIDTH)
@@ -392,8 +392,8 @@ class TestLongRows:
     @host
     @pytest.mark.fault
     def test_packed_sequences_are_not_padded(self, monkeypatch):
-        """Where the host reads lengths: a long one goes to torch alone, short ones to the kernel together."""
-        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: 16)
+        """Each long sequence goes to torch alone, short ones to the kernel together, if the host can read lengths."""
+        monkeypatch.setattr(_dispatch, "most_keys", lambda device, dtype: 16)
         of, seen = TestAttentionVarlen, []
         sdpa = torch.nn.functional.scaled_dot_product_attention
 
@@ -413,8 +413,8 @@ class TestLongRows:
     @host
     @pytest.mark.fault
     def test_compiles_once_on_each_side(self, monkeypatch):
-        """Of the length from which torch serves."""
-        monkeypatch.setattr(_library, "most_keys", lambda device, dtype: 16)
+        """One compilation serves all lengths up to `most_keys`, and one all longer ones."""
+        monkeypatch.setattr(_dispatch, "most_keys", lambda device, dtype: 16)
         torch.compiler.reset()
         compiled = torch.compile(ops.attention_qkvpacked, fullgraph=True, dynamic=True, backend="aot_eager")
         for place, length in enumerate((9, 10, 12, 20, 21, 33)):
@@ -426,7 +426,7 @@ class TestLongRows:
 
 
 def saved_bytes(function, *inputs):
-    """What a call keeps for its backward pass, its inputs aside."""
+    """Count the bytes that a call keeps for its backward pass, without its inputs."""
     given = {x.untyped_storage().data_ptr() for x in inputs}
     kept = {}
 
@@ -444,8 +444,8 @@ def saved_bytes(function, *inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [1157])
 def test_beyond_1024_keys(length, dtype):
-    """Whatever serves them, the values are those of shorter rows, and nothing of S x S is kept."""
-    if _library.family in ("triton", "cuda"):
+    """Long rows have the values of short ones, and nothing of size S x S is kept."""
+    if _backends.backend in ("triton", "cuda"):
         pytest.skip("a forced backend serves up to 1,024 keys")
     qkv = torch.randn(1, length, 3, 2, 64, dtype=torch.float64)
     cu = torch.tensor([0, 3, length], dtype=torch.int32, device=DEVICE)
@@ -463,29 +463,29 @@ def test_beyond_1024_keys(length, dtype):
         arguments = prepare(arguments, dtype, "contiguous", ("qkv", "q", "k", "v"))
         check_op(op, eager, arguments)
     single = qkv.to(DEVICE, dtype).requires_grad_()
-    if _library.family == "auto":
+    if _backends.backend == "auto":
         assert saved_bytes(ops.attention_qkvpacked, single) <= 2 * single.nbytes
 
 
 @host
 @pytest.mark.fault
 def test_from_which_length_torch_serves(monkeypatch):
-    """Where it is faster than the kernels: where there are none sooner; never in place of a forced backend."""
-    monkeypatch.setattr(_library, "family", "auto")
-    monkeypatch.setattr(_library, "build", dict(isa="avx512"))
-    assert _library.most_keys("cuda", torch.bfloat16) == _library.most_keys("cuda", torch.float32) == 1024
-    assert _library.most_keys("cpu", torch.float32) == 4096
-    assert _library.most_keys("cpu", torch.bfloat16) is _library.most_keys("cpu", torch.float16) is None
+    """Torch's attention serves rows at which it is faster than the kernels, and never replaces a forced backend."""
+    monkeypatch.setattr(_backends, "backend", "auto")
+    monkeypatch.setattr(_backends, "build", dict(isa="avx512"))
+    assert _dispatch.most_keys("cuda", torch.bfloat16) == _dispatch.most_keys("cuda", torch.float32) == 1024
+    assert _dispatch.most_keys("cpu", torch.float32) == 4096
+    assert _dispatch.most_keys("cpu", torch.bfloat16) is _dispatch.most_keys("cpu", torch.float16) is None
     for isa, most in dict(portable=224, avx2=2048, avx512_bf16=4096).items():
-        monkeypatch.setattr(_library, "build", dict(isa=isa))
-        assert _library.most_keys("cpu", torch.float32) == most
-        assert _library.most_keys("cpu", torch.bfloat16) is None
-    monkeypatch.setattr(_library, "build", None)
-    assert _library.most_keys("cpu", torch.bfloat16) == 1024
-    assert _library.most_keys("cuda", torch.float64) is _library.most_keys("meta", torch.float32) is None
-    for family in ("reference", "cpp", "triton", "cuda"):
-        monkeypatch.setattr(_library, "family", family)
-        assert _library.most_keys("cuda", torch.bfloat16) is None
+        monkeypatch.setattr(_backends, "build", dict(isa=isa))
+        assert _dispatch.most_keys("cpu", torch.float32) == most
+        assert _dispatch.most_keys("cpu", torch.bfloat16) is None
+    monkeypatch.setattr(_backends, "build", None)
+    assert _dispatch.most_keys("cpu", torch.bfloat16) == 1024
+    assert _dispatch.most_keys("cuda", torch.float64) is _dispatch.most_keys("meta", torch.float32) is None
+    for backend in ("reference", "cpp", "triton", "cuda"):
+        monkeypatch.setattr(_backends, "backend", backend)
+        assert _dispatch.most_keys("cuda", torch.bfloat16) is None
 
 
 class TestAttentionVarlen(ChecksValues, Differentiable):
@@ -513,7 +513,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
 
     @staticmethod
     def eager(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale=None):
-        """One sequence after another."""
+        """Compute one sequence after another."""
         ends = [cu[1:-1].tolist() for cu in (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)]
         parts = [x.tensor_split(places) for x, places in zip((q, k, v), ends)]
         return torch.cat([plain(*(part[None] for part in row), scale=scale)[0] for row in zip(*parts)])
@@ -551,7 +551,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_empty_batch(self, dtype):
-        """No sequence at all, and one without a row."""
+        """No sequence, and a sequence without rows."""
         for lengths in ((), (0,)):
             arguments = self.sample(dtype, lengths=(0,)) | dict(max_seqlen_k=0)
             cu = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=DEVICE)
@@ -559,7 +559,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
             assert all(value.shape == (0, 2, HEAD_WIDTH) and value.dtype == dtype for value in results.values())
 
     def test_queries_without_keys(self):
-        """Give 0, and so their gradients."""
+        """Output and gradients of queries without keys are 0."""
         arguments = self.sample(lengths=(2, 0, 3), cross=False)
         arguments["cu_seqlens_q"] = torch.tensor([0, 2, 4, 5], dtype=torch.int32, device=DEVICE)
         results = run(self.op, arguments)

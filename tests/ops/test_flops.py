@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter` says of the ops."""
+"""Counts of `torch.utils.flop_counter` for the ops."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ pytestmark = [host, pytest.mark.fault]
 
 
 def flops(function, *inputs):
-    """Of the forward and of the backward pass."""
+    """Count the FLOPs of the forward and of the backward pass."""
     with FlopCounterMode(display=False) as forward:
         out = function(*inputs)
     with FlopCounterMode(display=False) as backward:
@@ -24,7 +24,7 @@ def flops(function, *inputs):
 
 
 def attention_flops(q, k):
-    """As PyTorch counts its own attention of (B, H, S, D)."""
+    """Count as PyTorch counts its own attention of (B, H, S, D)."""
     return flop_counter.sdpa_flop_count(q, k, k), flop_counter.sdpa_backward_flop_count(q, q, k, k)
 
 
@@ -42,7 +42,7 @@ def test_attention(dtype, device):
 
 
 def test_ragged_attention():
-    """Each sequence by its own length; all as the longest where there are no values."""
+    """Each sequence counts by its own length; as the longest on tensors without values."""
     expected = torch.tensor([attention_flops((1, 2, n, 8), (1, 2, n, 8)) for n in (3, 0, 7)]).sum(0)
     cu = torch.tensor([0, 3, 3, 10])
 
@@ -57,7 +57,7 @@ def test_ragged_attention():
 @pytest.mark.parametrize("kept", [1, 3, 9])
 @pytest.mark.parametrize("of_images", [False, True])
 def test_embed_patches(kept, of_images):
-    """Those of a linear layer on the patches that are kept."""
+    """FLOPs are those of a linear layer on the patches that are kept."""
     images, weight, bias = torch.randn(2, 3, 12, 12).requires_grad_(of_images), leaf(8, 3, 4, 4), leaf(8)
     ids = torch.rand(2, 9).argsort(1)[:, :kept]
 
@@ -72,7 +72,7 @@ def test_embed_patches(kept, of_images):
 
 
 def test_formulas_wait_for_the_counter():
-    """In either order of imports; `import fastmim` doesn't import the counter, which imports Triton."""
+    """The order of imports does not matter; `import fastmim` doesn't import the counter, which imports Triton."""
     body = """
 import torch
 q = torch.randn(1, 5, 2, 8)

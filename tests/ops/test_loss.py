@@ -1,4 +1,4 @@
-"""Losses that make their gradient in the forward pass."""
+"""Losses that compute their gradient in the forward pass."""
 
 import math
 
@@ -41,8 +41,8 @@ from ops.test_patches import BAD_PATCHES, BAD_STD
 pytestmark = pytest.mark.filterwarnings("ignore:var:UserWarning")
 
 
-def wide(*tensors):
-    """The dtype a careful user computes a loss in."""
+def upcast_dtype(*tensors):
+    """Return the dtype in which a careful user computes a loss."""
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
@@ -78,8 +78,8 @@ class TestPixelLoss(Indexed):
 
     @staticmethod
     def eager(pred, images, ids, patch_size, norm_pix, weight=None, mean=None, std=None):
-        """The losses of facebookresearch/mae and MCG-NJU/VideoMAE on images in float32."""
-        patches = cut(normalized(images, mean, std, wide(pred, images)), patch_size).transpose(2, 3)
+        """Compute the losses of facebookresearch/mae and MCG-NJU/VideoMAE on images in float32."""
+        patches = cut(normalized(images, mean, std, upcast_dtype(pred, images)), patch_size).transpose(2, 3)
         if norm_pix is True:
             mu, var = patches.mean((2, 3), keepdim=True), patches.var((2, 3), keepdim=True)
             patches = (patches - mu) / (var + 1e-6) ** 0.5
@@ -138,7 +138,7 @@ class TestPixelLoss(Indexed):
         check_op(self.op, self.eager, arguments)
 
     def test_nan_stays_in_its_patch(self):
-        """The loss has no number then, but the gradients of the other predictions do."""
+        """The loss is NaN then, but the gradients of the other predictions are finite."""
         arguments = self.sample()
         clean = run(self.op, arguments)["gradient of pred"]
         with torch.no_grad():
@@ -168,7 +168,7 @@ class TestPixelLoss(Indexed):
     @pytest.mark.parametrize("norm_pix", [True, "channel", False])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_patches_without_weight_count_nothing(self, dtype, norm_pix):
-        """Not even where the prediction or the picture is NaN."""
+        """Patches of weight 0 add nothing, not even where the prediction or the image is NaN."""
         arguments = self.sample(dtype, norm_pix=norm_pix)
         idle = torch.tensor([[False, True, False, False], [True, False, False, True]], device=DEVICE)
         arguments["weight"][idle] = 0
@@ -194,7 +194,7 @@ class TestPixelLoss(Indexed):
     @pytest.mark.parametrize("norm_pix", [True, "channel", False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_gradient_through_the_target(self, dtype, norm_pix):
-        """Of images that require one, as in facebookresearch/mae; the loss is that of images without."""
+        """Images that require a gradient get the one of facebookresearch/mae; the loss stays the same."""
         arguments = self.sample(dtype, norm_pix=norm_pix)
         loss = self.op(**arguments).detach()
         arguments["images"] = arguments["images"].detach().requires_grad_()
@@ -305,8 +305,8 @@ class TestScaledCosineLoss(Differentiable):
 
     @staticmethod
     def eager(pred, target, gamma=2.0, weight=None, reduction="mean"):
-        """GraphMAE's sce_loss in float32."""
-        dtype = wide(pred, target)
+        """Compute GraphMAE's sce_loss in float32."""
+        dtype = upcast_dtype(pred, target)
         x, y = (F.normalize(t.to(dtype), dim=-1) for t in (pred, target))
         loss = (1 - (x * y).sum(-1)).clamp(min=0) ** gamma
         if reduction == "mean":
@@ -326,7 +326,7 @@ class TestScaledCosineLoss(Differentiable):
     @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_rows_without_weight_count_nothing(self, dtype, reduction):
-        """Not even where they are NaN."""
+        """Rows of weight 0 add nothing, not even where they are NaN."""
         arguments = self.sample(dtype, reduction=reduction, gamma=1.5)
         idle = arguments["weight"] > arguments["weight"].median()
         arguments["weight"][idle] = 0
@@ -376,7 +376,7 @@ class TestScaledCosineLoss(Differentiable):
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_tiny_and_huge_rows(self, dtype):
-        """Neither the squares nor the reciprocal of a norm leave what is finite."""
+        """Squares and reciprocals of norms stay finite."""
         info = torch.finfo(dtype)
         arguments = self.sample(dtype, weighted=False)
         with torch.no_grad():
@@ -420,11 +420,11 @@ class TestScaledCosineLoss(Differentiable):
 
 
 class TestUpstreamGradient:
-    """What arrives in the backward pass scales what the forward pass made, once."""
+    """The gradient that arrives in the backward pass scales the one of the forward pass, once."""
 
     @pytest.fixture(params=["pixel_loss", "scaled_cosine_loss"])
     def made(self, request):
-        """The loss, and the prediction that it is of."""
+        """Return a loss and its prediction."""
         test = TestPixelLoss() if request.param == "pixel_loss" else TestScaledCosineLoss()
         arguments = test.sample(**({} if request.param == "pixel_loss" else dict(reduction="mean")))
         return test.op(**arguments), arguments["pred"]
@@ -462,7 +462,7 @@ class TestUpstreamGradient:
     @pytest.mark.parametrize("factor", [1.0, -2.5, 0.0, math.inf, math.nan])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_scale_gradient(self, dtype, factor):
-        """As PyTorch's product; a factor of 1 leaves every bit, even of a NaN."""
+        """The result is PyTorch's product; a factor of 1 leaves every bit, even of a NaN."""
         grad, upstream = randn(3, 7, 65).to(DEVICE, dtype), torch.tensor(factor, device=DEVICE)
         grad[0, 0, :3] = torch.tensor([math.nan, math.inf, -0.0])
         expected = grad.clone() if factor == 1 else grad * upstream

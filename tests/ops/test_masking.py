@@ -15,7 +15,7 @@ SEEDS = torch.tensor([0, 1, -1, 2**32, 2**63 - 1, -(2**63), 123456789])
 
 
 def sorted_twice(batch, num_patches, len_keep, len_predict, noise):
-    """facebookresearch/mae's two argsorts, stable so that ties go by index."""
+    """Compute facebookresearch/mae's two argsorts, stable so that ties go by index."""
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1)
     return ids_shuffle[:, :len_keep], ids_shuffle[:, len_keep : len_keep + len_predict], ids_restore
@@ -62,7 +62,7 @@ class TestRandomMasking(ChecksValues):
         return [(dict(noise=put_nan), ValueError, "noise.* must not hold NaN")]
 
     def check(self, dtype, layout, **sizes):
-        """Element for element, and in memory that is dense and int64."""
+        """Check results element for element, and that they are dense and int64."""
         arguments = self.sample(dtype, layout, **sizes)
         ours = run(self.op, arguments)
         check_same_bits(ours, run(self.eager, arguments))
@@ -82,7 +82,7 @@ class TestRandomMasking(ChecksValues):
         check_same_bits(run(self.op, default), run(self.op, arguments))
 
     def test_rank_by_its_definition(self):
-        """How many noises are smaller, equal ones by index; -0 equals 0, infinity and subnormals have their places."""
+        """A rank counts smaller noises, equal ones by index; -0 equals 0, infinity and subnormals are ordered too."""
         values = [0.0, -0.0, 1.0, -math.inf, 1e-45, math.inf, 1.0, -1e-45, 0.0, math.inf, -1.0, 1e-40]
         rank = [sum((v, i) < (values[j], j) for i, v in enumerate(values)) for j in range(len(values))]
         _, _, ids_restore = ops.random_masking(1, len(values), 3, noise=torch.tensor([values], device=DEVICE))

@@ -1,4 +1,4 @@
-"""Reading patches: cut, normalised, embedded."""
+"""Patches: cut, normalised, embedded."""
 
 import math
 
@@ -95,7 +95,7 @@ class TestGatherPatches(Indexed):
     @pytest.mark.parametrize("layout", (*LAYOUTS, "channels last"))
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_copies(self, dtype, layout):
-        """Pixels that need no arithmetic are copied bit for bit, into a dtype that is theirs unless asked."""
+        """Pixels that need no arithmetic are copied bit for bit, in their own dtype unless another is given."""
         arguments = self.sample(dtype, layout, stats="none") | dict(dtype=None)
         expected = lambda images, ids, patch_size, dtype: take(cut(images, patch_size).flatten(2), ids)  # noqa: E731
         check_same_bits(run(self.op, arguments, layout), run(expected, arguments, layout))
@@ -118,7 +118,7 @@ class TestGatherPatches(Indexed):
         assert torch.equal(ops.gather_patches(images, ids, 2), ops.gather_patches(images, ids, [2, 2, 2]))
 
     def test_reads_only_the_chosen_patches(self):
-        """NaN elsewhere neither shows nor reaches the gradient."""
+        """NaN in other patches reaches neither the result nor the gradient."""
         arguments = self.sample()
         whole = run(self.op, arguments)
         read = whole["gradient of images"] != 0
@@ -190,7 +190,7 @@ class TestEmbedPatches(Indexed):
 
     @staticmethod
     def eager(images, ids, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None):
-        """Embeds everything, then throws most of it away."""
+        """Embed the whole image, then gather."""
         convolve = F.conv2d if images.dim() == 4 else F.conv3d
         grid = convolve(normalized(images, mean, std, weight.dtype), weight, bias, stride=weight.shape[2:])
         tokens = grid.flatten(2).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Moving tokens."""
+"""Gathering tokens, and the decoder's input."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class TestGatherTokens(Indexed):
         return dict(tokens=tokens, ids=draw_ids(batch, length, keep))
 
     def check(self, dtype, layout, **sizes):
-        """Copies, forward and backward: bit for bit."""
+        """Check that copies are exact, forward and backward."""
         arguments = self.sample(dtype, layout, **sizes)
         check_same_bits(run(self.op, arguments, layout), run(self.eager, arguments, layout))
 
@@ -165,7 +165,7 @@ class TestUnshuffle(Indexed):
 
     @staticmethod
     def eager(visible, ids_restore, mask_token, pos_embed, num_prefix_tokens):
-        """The decoder's input of facebookresearch/mae."""
+        """Assemble the decoder's input as facebookresearch/mae does."""
         prefix, kept = visible[:, :num_prefix_tokens], visible[:, num_prefix_tokens:]
         hidden = mask_token.expand(len(visible), ids_restore.shape[1] - kept.shape[1], -1)
         return torch.cat([prefix, take(torch.cat([kept, hidden], dim=1), ids_restore)], dim=1) + pos_embed
@@ -188,7 +188,7 @@ class TestUnshuffle(Indexed):
 @pytest.mark.fault
 @pytest.mark.parametrize("assemble", ["decoder_tokens", "unshuffle"])
 def test_autocast_keeps_the_stream_of_a_decoder(assemble):
-    """Tokens of a narrow projection are widened before positions are added, as torch.cat does under autocast."""
+    """Tokens of a 16-bit projection are upcast before positions are added, as torch.cat does under autocast."""
     keep, predict, restore = ops.random_masking(2, 8, 3, device=DEVICE)
     visible = torch.randn(2, 4, 16, device=DEVICE, dtype=torch.bfloat16)
     mask_token, pos = torch.randn(16, device=DEVICE), torch.randn(9, 16, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Derivatives that the ops don't have are refused in one line, and never dropped; vmap is served."""
+"""Derivatives that the ops don't have are refused in one line and never dropped; vmap is served."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ ASKED = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("how", ASKED)
 def test_other_derivatives_are_refused(how):
-    said = r"fastmim::attention_qkvpacked is differentiable once, by backward\(\) and torch\.autograd\.grad\(\)"
-    with pytest.raises(RuntimeError, match=said):
+    message = r"fastmim::attention_qkvpacked is differentiable once, by backward\(\) and torch\.autograd\.grad\(\)"
+    with pytest.raises(RuntimeError, match=message):
         ASKED[how](QKV)
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision_stub import torchvision
 
-from fastmim import _library
+from fastmim import _backends
 
 ONE_STEP = Path(__file__).parents[1] / "support" / "one_step.py"
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -86,8 +86,8 @@ VALUES = [*((backend, False) for backend in ("auto", "reference", "cpp", "triton
 def test_everything_takes_a_step_with_forced_kernels(backend, on_device, tmp_path):
     if on_device and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    if backend in _library.missing:
-        pytest.skip(_library.missing[backend])
+    if backend in _backends.missing:
+        pytest.skip(_backends.missing[backend])
     settings = {name: value for name, value in os.environ.items() if not name.startswith(("FASTMIM_", "TRITON_"))}
     settings["FASTMIM_KERNELS"] = backend
     if not on_device:

@@ -21,7 +21,7 @@ ROOT = Path(fastmim.__file__).parent.parent
 # a room may import itself and those before it; rooms of one entry don't see each other
 HOUSE = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli"
 FLOOR = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms.split()}
-CELLAR = {"_checks", "_library", "_version"}  # open to all that import fastmim at all
+CELLAR = {"_autocast", "_backends", "_checks", "_dispatch", "_version"}  # open to all that import fastmim at all
 NATIVE = {"kernels", "_C", "_CUDA"}
 
 
@@ -49,7 +49,7 @@ def may_import(room: str, name: str) -> bool:
     if other == room:
         return True
     if other in NATIVE:
-        return room == "_library"
+        return room in ("_backends", "_dispatch")
     if room in ("reference", "kernels"):
         return False
     if other in CELLAR:
@@ -92,7 +92,7 @@ def test_who_imports_whom(path):
         ("models", "from fastmim import _C"),
         ("ops", "from fastmim import _CUDA"),
         ("nn", "import triton.language as tl"),
-        ("kernels", "from fastmim._library import family"),
+        ("kernels", "from fastmim._backends import backend"),
         ("kernels", "import numpy"),
         ("_checks", "from . import ops"),
     ],

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastmim import _library, info, ops
+from fastmim import _backends, _dispatch, info, ops
 
 
 def run(*args: str, cwd: object, **settings: str) -> str:
@@ -16,7 +16,7 @@ def run(*args: str, cwd: object, **settings: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("family", _library.FAMILIES[1:])
+@pytest.mark.parametrize("family", _backends.BACKENDS[1:])
 def test_a_forced_family_says_where_it_does_not_serve(family, tmp_path):
     found = json.loads(run("--json", cwd=tmp_path, FASTMIM_KERNELS=family))
     served = {name for by_device in found["ops"].values() for name in by_device.values()}
@@ -49,7 +49,7 @@ def test_json(tmp_path):
 def test_what_was_measured_to_go_first_is_told(monkeypatch, capsys):
     sizes = {"attention_qkvpacked": [[10, 10, 64], [50, 50, 64]], "pixel_loss": [[]]}
     table = {"results": "benchmarks/results/gpu.json", "card": "H200", "capability": [9, 0], "sizes": sizes}
-    monkeypatch.setattr(_library, "CUDA_FIRST", table)
+    monkeypatch.setattr(_dispatch, "CUDA_FIRST", table)
     info.main([])
     said = capsys.readouterr().out
     assert "CUDA C++ goes first on H200, as benchmarks/results/gpu.json shows, for" in said

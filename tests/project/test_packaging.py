@@ -114,4 +114,4 @@ def test_compiled_from_the_sdist_it_trains(built, tmp_path):
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     run(*pip, "--wheel-dir", tmp_path, sdist, cwd=tmp_path)
     (wheel,) = tmp_path.glob("*.whl")
-    train_elsewhere(wheel, tmp_path, f"{STEP}assert fastmim._library.build")
+    train_elsewhere(wheel, tmp_path, f"{STEP}assert fastmim._backends.build")

@@ -1,4 +1,4 @@
-"""Cases and the rule of comparison that the op tests share: dtypes, sizes, layouts, and how close is close enough."""
+"""Cases and the rule of comparison that the op tests share: dtypes, sizes, layouts, tolerances."""
 
 import itertools
 import math
@@ -65,7 +65,7 @@ LAYOUTS = (
 
 
 def covering(lists: dict[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Few rows that hold every pair of dtype and layout, and every value of each list about equally often."""
+    """Return few rows that hold every pair of dtype and layout, and every value of each list about equally often."""
     paired = [name for name in ("dtype", "layout") if name in lists]
     pairs = list(itertools.product(*(lists[name] for name in paired)))
     count = max(len(pairs), *map(len, lists.values()))
@@ -80,7 +80,7 @@ def covering(lists: dict[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
 
 
 def cases(options: dict[str, Sequence[Any]] | None = None, **lists: Sequence[Any]) -> list[dict[str, Any]]:
-    """A covering selection of lists and options; with FASTMIM_TEST_ALL=1 the full product of the lists.
+    """Return a covering selection of lists and options; with FASTMIM_TEST_ALL=1 the full product of the lists.
 
     `options` are further arguments whose product with everything else would say nothing new: they are spread over
     the rows in either case.
@@ -94,7 +94,7 @@ def cases(options: dict[str, Sequence[Any]] | None = None, **lists: Sequence[Any
 
 
 def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of each dtype and layout: a test for each of two hundred thousand rows would be slower than the rows."""
+    """Group rows by dtype and layout: two hundred thousand tests would take longer than their rows."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["dtype"], row["layout"]), []).append(row)
@@ -102,12 +102,12 @@ def grouped(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def group_label(rows: list[dict[str, Any]]) -> str:
-    """A test's id: its case, or what its cases share."""
+    """Return a test's id: its case, or what its cases share."""
     return label(rows[0] if len(rows) == 1 else {name: rows[0][name] for name in ("dtype", "layout")})
 
 
 def label(case: dict[str, Any]) -> str:
-    """A case as a test id."""
+    """Return a case as a test id."""
     return "-".join(f"{value}".removeprefix("torch.").replace(" ", "_") for value in case.values())
 
 
@@ -115,19 +115,19 @@ def label(case: dict[str, Any]) -> str:
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` of x (B, L, D) as PyTorch alone reads them: with an index per value."""
+    """Return rows `ids` of x (B, L, D) by PyTorch alone: with an index per value."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def cut(images: Tensor, patch: Sequence[int]) -> Tensor:
-    """All patches (B, L, C, values of a channel) of images (B, C, *sizes)."""
+    """Return all patches (B, L, C, values of a channel) of images (B, C, *sizes)."""
     for axis, size in enumerate(patch):
         images = images.unfold(2 + axis, size, size)
     return images.flatten(2 + len(patch)).flatten(2, 1 + len(patch)).transpose(1, 2)
 
 
 def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
-    """Whole images as a data loader hands them over, computed in `dtype`."""
+    """Return whole images as a data loader normalises them, computed in `dtype`."""
     pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
     channels = (-1, *[1] * (images.dim() - 2))
     mean, std = (None if stat is None else torch.as_tensor(stat, device=images.device) for stat in (mean, std))
@@ -136,14 +136,14 @@ def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tenso
 
 
 def draw_images(batch: int, channels: int, sizes: Sequence[int], pixels: str) -> Tensor:
-    """Random images of uint8 or floating pixels."""
+    """Draw images of uint8 or floating pixels."""
     if pixels == "uint8":
         return torch.randint(0, 256, (batch, channels, *sizes), dtype=torch.uint8)
     return randn(batch, channels, *sizes)
 
 
 def draw_stats(kind: str | None, channels: int) -> dict[str, Any]:
-    """mean and std: not given, as lists, as tensors, or only one of them."""
+    """Draw mean and std: not given, as lists, as tensors, or only one of them."""
     mean, std = torch.linspace(-0.3, 0.5, channels), torch.linspace(0.2, 1.5, channels)
     return {
         "none": {},
@@ -159,17 +159,17 @@ def randn(*shape: Any) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """One that draws where op tests put their tensors."""
+    """Return a generator on the device of the op tests."""
     return torch.Generator("cpu" if DEVICE == "meta" else DEVICE).manual_seed(seed)
 
 
 def draw_ids(batch: int, limit: int, keep: int | str) -> Tensor:
-    """(batch, keep) distinct ids of each row; "all" keeps all."""
+    """Draw (batch, keep) ids, distinct in each row; "all" keeps all."""
     return torch.rand(batch, limit).argsort(1)[:, : limit if keep == "all" else min(keep, limit)].contiguous()
 
 
 def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros that take no memory of a CPU until they are touched."""
+    """Return zeros that take no memory of a CPU until they are touched."""
     if DEVICE != "cpu":
         return torch.zeros(shape, dtype=dtype, device=DEVICE)
     stored = {1: np.uint8, 2: np.int16}[dtype.itemsize]
@@ -177,7 +177,7 @@ def lazy_zeros(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def lay(x: Tensor, layout: str) -> Tensor:
-    """`x` in another layout; memory around and between its values holds NaN (integers: the largest)."""
+    """Return `x` in another layout; memory around and between its values holds NaN (integers: the largest)."""
     if x.dim() == 0:
         return x.clone()
     if layout == "expanded" and (x.dim() > 1 or x.is_floating_point()):
@@ -196,7 +196,7 @@ def lay(x: Tensor, layout: str) -> Tensor:
 
 
 def prepare(arguments: dict[str, Any], dtype: torch.dtype, layout: str, leaves: Sequence[str]) -> dict[str, Any]:
-    """The arguments with floating tensors in `dtype`, all tensors in `layout`, gradients asked of `leaves`."""
+    """Return the arguments with floating tensors in `dtype`, all tensors in `layout`; `leaves` require gradients."""
     made = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor):
@@ -208,7 +208,7 @@ def prepare(arguments: dict[str, Any], dtype: torch.dtype, layout: str, leaves: 
 
 
 def widened(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same values, float64 and contiguous."""
+    """Return the same values, float64 and contiguous."""
     return prepare(arguments, torch.float64, "contiguous", leaves_of(arguments))
 
 
@@ -217,7 +217,7 @@ def leaves_of(arguments: dict[str, Any]) -> list[str]:
 
 
 def bits(x: Tensor) -> Tensor:
-    """What is stored, so that equal means equal: NaN to NaN, and -0 not to 0."""
+    """Return the stored bits, by which NaN equals NaN, and -0 does not equal 0."""
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.element_size(), torch.uint8))
 
 
@@ -225,7 +225,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def upstream(output: Tensor, layout: str) -> Tensor:
-    """A gradient that is exact in every dtype."""
+    """Draw a gradient that is exact in every dtype."""
     draw = torch.Generator().manual_seed(output.dim())
     grad = (torch.randint(-256, 257, output.shape, generator=draw) / 64).to(output)
     if layout == "expanded gradient":
@@ -234,7 +234,7 @@ def upstream(output: Tensor, layout: str) -> Tensor:
 
 
 def run(op: Callable[..., Any], arguments: dict[str, Any], layout: str = "contiguous") -> dict[str, Tensor]:
-    """Outputs, and the gradient of each argument that requires one."""
+    """Return outputs, and the gradient of each argument that requires one."""
     outputs = op(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
@@ -256,7 +256,7 @@ def check_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:
-    """The distance from |value| to the next larger number of `dtype`."""
+    """Return the distance from |value| to the next larger number of `dtype`."""
     info = torch.finfo(dtype)
     return info.eps * max(2.0 ** math.floor(math.log2(value)) if value else 0, info.smallest_normal)
 
@@ -274,14 +274,14 @@ class Errors(NamedTuple):
 
 
 def largest_error(found: Tensor, exact: Tensor) -> float:
-    """Return the largest finite error: overflow grants nothing."""
+    """Return the largest finite error: an overflow raises no tolerance."""
     error = (found.double() - exact).abs()
     error = error[error.isfinite()]
     return float(error.max()) if error.numel() else 0.0
 
 
 def errors(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "result") -> Errors:
-    """Against `exact` in float64; 0 for integers, which must be equal."""
+    """Return the errors against `exact` in float64; 0 for integers, which must be equal."""
     assert ours.shape == exact.shape, name
     if not ours.is_floating_point():
         assert torch.equal(ours, exact), name
@@ -300,7 +300,7 @@ def check_errors(found: Errors, name: str = "result") -> None:
 
 
 def check_draws(draws: Sequence[Errors], name: str = "result") -> None:
-    """`check_errors` of the median over draws of one case; and no draw stands out.
+    """Check the median over draws of one case by `check_errors`, and that no draw stands out.
 
     The largest of few errors is a matter of chance: of kernels as accurate as eager some draw in a hundred is over
     twice eager's. One that is less than half as accurate is over it in the median, one that is wrong now and then in
@@ -352,7 +352,7 @@ class RandomRounding(TorchDispatchMode):
 def rounding_noise(
     eager: Callable[..., Any], arguments: dict[str, Any], layout: str, exact: dict[str, Tensor]
 ) -> dict[str, float]:
-    """The error of each result of `eager` under random rounding, a third of the mean of five runs.
+    """Return the error of each result of `eager` under random rounding, a third of the mean of five runs.
 
     A third, because random rounding errs two to three times as much as rounding to nearest does: this is no more than
     eager's error where that is no accident.
@@ -392,7 +392,7 @@ def op_errors(
 
 
 def rescaled(arguments: dict[str, Any], draw: random.Random) -> dict[str, Any]:
-    """Another draw of the same case: each floating tensor times a factor in [3/4, 1), in the layout that it has."""
+    """Draw the same case again: each floating tensor times a factor in [3/4, 1), in the layout that it has."""
     made = {}
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -404,7 +404,7 @@ def rescaled(arguments: dict[str, Any], draw: random.Random) -> dict[str, Any]:
 
 
 def check_redrawn(measure: Callable[[dict[str, Any], bool], dict[str, Errors]], arguments: dict[str, Any]) -> None:
-    """`check_errors` of each of `measure(arguments, False)`, the errors of some results.
+    """Check each of `measure(arguments, False)`, the errors of some results, by `check_errors`.
 
     Where one is over its bound, `check_draws` judges fifteen draws of the case, `measure(..., True)`, in which eager's
     error counts as no less than its rounding noise.

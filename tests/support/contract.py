@@ -1,4 +1,4 @@
-"""What each op owes, whatever kernel serves it. A test class names its op, a plain formula and its arguments."""
+"""Tests that every op must pass on all kernels. A test class names its op, a plain formula and its arguments."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -39,12 +39,12 @@ host = pytest.mark.host
 
 
 def autocast() -> torch.autocast:
-    """bfloat16 where op tests put their tensors; there is none for meta tensors."""
+    """Turn on autocast to bfloat16 on the device of the op tests, which meta tensors do not have."""
     return torch.autocast("cpu" if DEVICE == "meta" else DEVICE, torch.bfloat16)
 
 
 class Recorder(TorchDispatchMode):
-    """Remembers one call of each fastmim op."""
+    """Mode that keeps one call of each fastmim op."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Contract:
         check_op(self.op, self.eager, self.sample(dtype, layout, **sizes), layout)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """`case`, `form`, `extreme`, `refused` and `refused_...` are rows of the class's tables."""
+        """Take `case`, `form`, `extreme`, `refused` and `refused_...` from the rows of the class's tables."""
         if "case" in metafunc.fixturenames:
             rows = cases(self.options, dtype=DTYPES, layout=self.layouts, **self.lists)
             metafunc.parametrize("case", grouped(rows) if TEST_ALL else [[row] for row in rows], ids=group_label)
@@ -133,7 +133,7 @@ class Contract:
 
     @pytest.mark.parametrize("requires_grad", [False, True])
     def test_opcheck(self, requires_grad):
-        """Of the op, and of those that its gradient calls."""
+        """opcheck of the op, and of those that its gradient calls."""
         with Recorder() as recorder:
             run(self.op, self.sample() if requires_grad else prepare(self.arguments(), torch.float32, "contiguous", ()))
         assert recorder.calls
@@ -169,7 +169,7 @@ class Contract:
     # ---- bad input ----
 
     def refuse(self, op: Callable[..., Any], row: Bad) -> None:
-        """The call with the changed arguments raises, and writes none of them."""
+        """Check that the call with the changed arguments raises, and writes none of them."""
         change, error, words = row
         arguments = self.sample()
         with torch.no_grad():
@@ -194,7 +194,7 @@ class Contract:
 
 
 class ChecksValues(Contract):
-    """An op whose kernel looks at values, `bad_values()`, and so refuses them under torch.compile as well."""
+    """Tests of an op whose kernel checks values, and so refuses `bad_values()` under torch.compile too."""
 
     @host
     def test_bad_value(self, refused_value):
@@ -207,7 +207,7 @@ class ChecksValues(Contract):
 
 
 class Differentiable(Contract):
-    """An op with a gradient, of one or more tensors."""
+    """Tests of an op with a gradient by one or more tensors."""
 
     twice: ClassVar[bool] = False
     # what autocast casts: the op is then that of these arguments in bfloat16; the others keep theirs
@@ -215,7 +215,7 @@ class Differentiable(Contract):
     autocast_dtypes: ClassVar[Sequence[torch.dtype]] = (torch.float32,)
 
     def small(self) -> tuple[Callable[..., Any], list[Tensor]]:
-        """The op as a function of its leaves alone, and these, in float64."""
+        """Return the op as a function of its leaves alone, and these, in float64."""
         arguments = self.sample(torch.float64, "offset", **self.tiny)
         leaves = leaves_of(arguments)
         return lambda *values: self.op(**{**arguments, **dict(zip(leaves, values))}), [arguments[n] for n in leaves]
@@ -238,13 +238,13 @@ class Differentiable(Contract):
                 sum(grad.sum() for grad in grads).backward()
 
     def test_within_a_checkpoint(self):
-        """What is saved is read once: a checkpoint makes it again for one reading."""
+        """Saved tensors are read once: a checkpoint recomputes them for one reading."""
         arguments = self.sample()
         checkpointed = partial(checkpoint, self.op, use_reentrant=False)
         check_same_bits(run(checkpointed, arguments), run(self.op, arguments))
 
     def test_gradients_asked_for_one_by_one(self):
-        """As where others, or none, need one."""
+        """A gradient does not depend on which others are asked for."""
         arguments = self.arguments()
         for leaves in ((), *((name,) for name in self.leaves)):
             check_op(self.op, self.eager, prepare(arguments, torch.float32, "contiguous", leaves))
@@ -266,7 +266,7 @@ class Differentiable(Contract):
         return {what: errors(ours[what], exact[what].bfloat16(), exact[what], what) for what in ours}
 
     def mixed(self) -> Sequence[str]:
-        """Arguments that need not share the dtype of the rest."""
+        """Return the names of arguments that need not share the dtype of the rest."""
         return ()
 
     @pytest.mark.parametrize("dtype", NARROW, ids=str)
@@ -289,7 +289,7 @@ class Differentiable(Contract):
                 assert torch.equal(bits(results[what][kept]), bits(clean[what][kept])), (name, what)
 
     def test_autocast(self):
-        """Values and dtypes: those of the op on arguments cast by hand; float64 stays."""
+        """Values and dtypes are those of the op on arguments cast by hand; float64 stays."""
         arguments = self.arguments()
         single = prepare(arguments, torch.float32, "contiguous", self.leaves)
         by_hand = single | {n: single[n].detach().bfloat16().requires_grad_(n in self.leaves) for n in self.cast}
@@ -321,7 +321,7 @@ class Differentiable(Contract):
 
 
 def set_first(value: int) -> Callable[[Tensor], Tensor]:
-    """Puts `value` at the head of the first row."""
+    """Put `value` at the head of the first row."""
 
     def change(ids: Tensor) -> Tensor:
         ids = ids.clone()
@@ -332,7 +332,7 @@ def set_first(value: int) -> Callable[[Tensor], Tensor]:
 
 
 class Indexed(ChecksValues, Differentiable):
-    """An op that chooses tokens or patches by id."""
+    """Tests of an op that chooses tokens or patches by id."""
 
     # for each argument of ids, how many the sample has to choose from
     limits: ClassVar[dict[str, int]]

@@ -1,4 +1,4 @@
-"""Tensors of a device that is not there: they have shapes, dtypes and a place, and no values.
+"""Tensors of a pretended device: they have shapes, dtypes and a place, and no values.
 
 Inside `placement()` a tensor on "meta" beside one on the CPU raises, as one on "cuda" does on a GPU; fastmim's ops are
 computed by `fastmim.reference`. What would be read of a value is 1 or true, so that tests run on.
@@ -27,7 +27,7 @@ READ = {Tensor.__bool__: True, Tensor.__float__: 1.0, Tensor.__int__: 1, Tensor.
 
 
 class Values(TorchFunctionMode):
-    """Whatever is asked of a value is 1, or true."""
+    """Mode in which every value that is read is 1, or true."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -44,7 +44,7 @@ class Values(TorchFunctionMode):
 
 
 class Formulas(TorchDispatchMode):
-    """Computes fastmim's ops by their formulas; results are of the shape, dtype and place that compilers are told."""
+    """Mode that computes fastmim's ops by their formulas; results have the shape, dtype and device of the fakes."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -70,7 +70,7 @@ def placement() -> Iterator[None]:
 
 @contextlib.contextmanager
 def values_are_unknown() -> Iterator[None]:
-    """A test ends where it asks for what can't be known, or finds another value than it expects."""
+    """End a test quietly where it needs a value, or finds another one than it expects."""
     try:
         yield
     except (DataDependentOutputException, DynamicOutputShapeException):

@@ -1,4 +1,4 @@
-"""The tools of the op tests can fail."""
+"""Tests that the tools of the op tests can fail."""
 
 import itertools
 import random
@@ -32,7 +32,7 @@ from ops.test_attention import plain
 
 
 def test_covering():
-    """Every pair of dtype and layout, every value of the rest, and little more."""
+    """A covering selection has every pair of dtype and layout, every value of the rest, and little more."""
     rows = covering(dict(length=LENGTHS, dtype=DTYPES, width=WIDTHS, layout=LAYOUTS))
     assert {(dtype, layout) for _, dtype, _, layout in rows} == set(itertools.product(DTYPES, LAYOUTS))
     assert {row[0] for row in rows} == set(LENGTHS) and {row[2] for row in rows} == set(WIDTHS)
@@ -77,7 +77,7 @@ def test_draws_are_judged_by_their_median_and_their_worst():
 
 
 class Off(torch.autograd.Function):
-    """The identity, but for an error in the gradient of what is not float64."""
+    """Identity with an error in the gradient of all dtypes but float64."""
 
     @staticmethod
     def forward(ctx, x, error):
@@ -94,7 +94,7 @@ def attend(q, k, v, error=torch.zeros_like):
 
 
 def keys_of(kind):
-    """Arguments of attention whose gradient of the keys is 0 in eager by accident, or for equal keys nearly so."""
+    """Draw arguments of attention whose gradient of the keys is 0 in eager by accident, or for equal keys nearly so."""
     q, k, v = randn(2, 17, 1, 64), randn(2, 1, 1, 64), randn(2, 1, 1, 64)
     return dict(q=q, k=k, v=v) if kind == "one key" else dict(q=q, k=k.expand(-1, 4, -1, -1), v=v.expand(-1, 4, -1, -1))
 
@@ -104,7 +104,7 @@ def keys_of(kind):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_errors_that_are_zero_by_accident(dtype, kind, layout):
-    """Eager's error grants no less than its rounding noise, and a little more is an error."""
+    """The tolerance is at least eager's rounding noise, and little more than that is an error."""
     arguments = prepare(keys_of(kind), dtype, "contiguous", ("q", "k", "v"))
     exact = run(plain, widened(arguments), layout)
     noise = rounding_noise(plain, arguments, layout, exact)["gradient of k"]
@@ -145,20 +145,20 @@ def test_a_missing_term_is_an_error(dtype):
 
 
 def test_rounding_noise_is_that_of_each_operators_dtype():
-    """A formula that computes in float32 has the noise of float32; one that only moves values has none."""
+    """A formula in float32 has the noise of float32; one that only moves values has none."""
 
     def noise(formula):
         arguments = prepare(dict(x=randn(50, 64)), torch.bfloat16, "contiguous", ())
         return rounding_noise(formula, arguments, "contiguous", run(formula, widened(arguments)))["output 0"]
 
-    narrow, wide = noise(lambda x: x.exp()), noise(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)).exp())
-    assert 2**-8 < narrow < 2**-3 and 2**-24 < wide < 2**-19
+    narrow, upcast = noise(lambda x: x.exp()), noise(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)).exp())
+    assert 2**-8 < narrow < 2**-3 and 2**-24 < upcast < 2**-19
     assert noise(lambda x: torch.cat([x.t()[1:], x.t()]).clone()) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rounding_noise_grants_no_more_than_eager(dtype):
-    """The noise is at most about eager's error where that is no accident, in the median of some draws."""
+    """In the median of some draws the noise is at most about eager's error, unless that is small by accident."""
     ratios = []
     for _ in range(7):
         draw = {name: randn(3, 50, 2, 64) for name in ("q", "k", "v")}

@@ -1,4 +1,4 @@
-"""Faults of a device that the suite sees on "meta" tensors."""
+"""Faults that the op suite finds on "meta" tensors."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""torchvision for where it can't be imported: timm and lightly import it at once, but their models don't use it.
+"""Stand-in for torchvision where that can't be imported: timm and lightly import it, but their models don't use it.
 
 PyPI's torchvision is built beside PyPI's torch; beside the CPU build of torch its import fails ("operator
 torchvision::nms does not exist"), and with it that of transformers. The Makefile therefore installs timm and lightly
@@ -18,7 +18,7 @@ NAME = "torchvision"
 
 
 class InterpolationMode(enum.Enum):
-    """timm builds dictionaries of its members."""
+    """Members of which timm builds dictionaries."""
 
     NEAREST = "nearest"
     NEAREST_EXACT = "nearest-exact"
@@ -30,7 +30,7 @@ class InterpolationMode(enum.Enum):
 
 
 class Stub(ModuleType):
-    """A module in which each name is an empty class, to derive from."""
+    """Module in which each name is an empty class, to derive from."""
 
     InterpolationMode = InterpolationMode
     __version__ = "0.0"
@@ -44,7 +44,7 @@ class Stub(ModuleType):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torchvision and each module in it."""
+    """Import hook that finds torchvision and each module in it."""
 
     def find_spec(self, name, path=None, target=None):
         inside = name.partition(".")[0] == NAME
@@ -58,14 +58,14 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def forget() -> None:
-    """Take torchvision and each module in it from those imported."""
+    """Remove torchvision and each module in it from sys.modules."""
     for name in [name for name in sys.modules if name.partition(".")[0] == NAME]:
         del sys.modules[name]
 
 
 @contextmanager
 def torchvision() -> Iterator[None]:
-    """Imports inside find torchvision: the true one where it can be imported, else the stub, and only inside."""
+    """Let imports inside the context find torchvision: the real one where it can be imported, else the stub."""
     try:
         importlib.import_module(NAME)
     except (ImportError, RuntimeError):

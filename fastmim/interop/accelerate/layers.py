@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
+from ..._autocast import autocast_dtype
 from ...nn.fused import emulated, gelu_linear, is_stock, linear_of, linears_of, norm_linear, untouched, watched
 from ...nn.patch_embed import cuts_patches
-from ...ops._define import autocast_dtype, transformed
+from ...ops._define import transformed
 
 MAX_HEAD_DIM, MAX_LENGTH = 128, 1024
 # device types that our kernels serve in this installation; elsewhere PyTorch's own beat our reference formulas

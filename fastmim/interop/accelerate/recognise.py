@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._library import reference_serves
+from ..._dispatch import reference_serves
 from ...nn.fused import untouched, watched
 from .swap import Fast, fast_class
 

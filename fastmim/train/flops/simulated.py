@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ... import _library
+from ... import _dispatch
 from ...ops import patches
 from .cards import Card
 
@@ -185,12 +185,12 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
         }.items():
             stack.enter_context(mock.patch(name, value))
         # which a process keeps
-        stack.enter_context(mock.patch.object(_library, "_capability", lambda device: list(card.capability)))
+        stack.enter_context(mock.patch.object(_dispatch, "_capability", lambda device: list(card.capability)))
         stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
         # constants are kept by device, of whichever kind it is
         patches._constant.cache_clear()
         stack.callback(patches._constant.cache_clear)
-        stack.enter_context(_library.recorded_launches(launched))
+        stack.enter_context(_dispatch.recorded_launches(launched))
         stack.enter_context(calls)
         stack.enter_context(_Ops(see, place))
         yield

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels as a process loads them: instruction sets, forced families, a build that doesn't fit."""
+"""The compiled CPU kernels as a process loads them: instruction sets, a forced backend, a build that doesn't load."""
 
 import os
 import subprocess
@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from fastmim import _library
+from fastmim import _backends
 
-pytestmark = pytest.mark.skipif(_library.build is None, reason=f"no compiled kernels: {_library.missing.get('cpp')}")
+pytestmark = pytest.mark.skipif(_backends.build is None, reason=f"no compiled kernels: {_backends.missing.get('cpp')}")
 
-# every family, forward and backward, as one line of digits
+# every module of ops, forward and backward, as one line of digits
 DIGEST = """
 import torch
-from fastmim import _library, ops
+from fastmim import _backends, ops
 torch.manual_seed(0)
 images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
 ids = torch.stack([torch.randperm(16)[:5] for _ in images])
@@ -25,7 +25,7 @@ y = ops.decoder_tokens(y, ids, ids, torch.randn(70), torch.randn(16, 70))[:, 5:]
 loss = ops.scaled_cosine_loss(y, x.detach()) + ops.pixel_loss(y @ torch.randn(70, 192), images, ids, 8)
 loss.backward()
 keep = ops.random_masking(2, 300, 7, seeds=torch.tensor([3, -5]))[0]
-print(_library.build["isa"], loss.item(), weight.grad.norm().item(), keep.sum().item())
+print(_backends.build["isa"], loss.item(), weight.grad.norm().item(), keep.sum().item())
 """
 
 
@@ -44,13 +44,13 @@ def digest(isa: str) -> list[float]:
 
 
 def able() -> list[str]:
-    """The instruction sets of this processor."""
+    """Return the instruction sets of this processor."""
     sets = ["portable", "avx2", "avx512", "avx512_bf16"]
-    return sets[: sets.index(_library.build["isa"]) + 1]
+    return sets[: sets.index(_backends.build["isa"]) + 1]
 
 
 def test_instruction_sets_agree():
-    """Narrower sets, which other processors run, give the same results."""
+    """Lower sets, which other processors run, give the same results."""
     results = [digest(isa) for isa in able()]
     assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
 
@@ -60,7 +60,7 @@ def test_unknown_instruction_set_is_named():
     assert done.returncode and "FASTMIM_ISA must be one of portable" in done.stderr and "got mmx" in done.stderr
 
 
-def test_forced_family_refuses_what_it_does_not_serve():
+def test_a_forced_backend_refuses_what_it_does_not_serve():
     code = "import torch; from fastmim import ops; ops.bias_gelu(torch.ones(2, 3, dtype=torch.float64), torch.ones(3))"
     done = run(code, FASTMIM_KERNELS="cpp")
     assert "FASTMIM_KERNELS=cpp can't serve fastmim::bias_gelu" in done.stderr
@@ -68,7 +68,7 @@ def test_forced_family_refuses_what_it_does_not_serve():
 
 
 def test_build_that_does_not_load_is_an_error():
-    """Not a silent slow path."""
+    """A build that does not load is no silent slow path."""
     code = """
 import sys, importlib.machinery, importlib.util
 class Broken:
@@ -100,7 +100,7 @@ for queries, keys, width in ((3, 3, 33), (65, 65, 192), (7, 130, 64), (50, 81, 1
 
 
 def test_equal_keys_have_equal_scores_and_no_gradient():
-    """Whichever tiles they lie in: dS of equal dP is exactly 0."""
+    """dS of equal dP is exactly 0, in all tiles."""
     for isa in able():
         done = run(EQUAL_KEYS, FASTMIM_ISA=isa)
         assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The products of AVX512-BF16: executed where only AVX-512 is, the instruction itself emulated; and what is shipped."""
+"""Products of AVX512-BF16: executed on AVX-512 with the instruction emulated, and the machine code that is shipped."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import TEST_ALL
 
-from fastmim import _library
+from fastmim import _backends
 
 ROOT = Path(__file__).parents[3]
 BUILD = ROOT / "build" / "bf16-emulated"
@@ -58,7 +58,7 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
 
 
 def why_not() -> str | None:
-    """Why the emulated instruction can't be compiled or executed here, if it can't."""
+    """Return why the emulated instruction can't be compiled or executed here; None where it can."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return "no processor with AVX-512"
     if not shutil.which(COMPILER):
@@ -73,7 +73,7 @@ emulated = pytest.mark.skipif(reason is not None, reason=reason or "")
 
 
 def run(code: str, *args: str, isa: str) -> str:
-    """What `code` prints when the emulated kernels serve it."""
+    """Return the output of a command that the emulated kernels serve."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FASTMIM_TEST_KERNELS")}
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.append('')\n{LOAD}{code}", str(BUILD), *args],
@@ -89,8 +89,8 @@ def run(code: str, *args: str, isa: str) -> str:
 @emulated
 def test_attention_is_right_by_pairs_of_bf16():
     """The suite of attention, in FASTMIM_TEST_ALL that of bf16; what is compiled from the op comes to the same call."""
-    said = run(SUITE, "-k", "bfloat16 or fuzz" if TEST_ALL else "not compile", isa="avx512_bf16")
-    assert int(re.search(r"(\d+) passed", said)[1]) >= 50
+    output = run(SUITE, "-k", "bfloat16 or fuzz" if TEST_ALL else "not compile", isa="avx512_bf16")
+    assert int(re.search(r"(\d+) passed", output)[1]) >= 50
 
 
 @emulated
@@ -99,16 +99,16 @@ def test_other_dtypes_are_left_to_avx512():
     assert by_pairs[:2] == by_floats[:2] and by_pairs[2] != by_floats[2]
 
 
-@pytest.mark.skipif(_library.build is None, reason=f"no compiled kernels: {_library.missing.get('cpp')}")
+@pytest.mark.skipif(_backends.build is None, reason=f"no compiled kernels: {_backends.missing.get('cpp')}")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="not an x86-64 processor")
 @pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
 def test_the_instruction_is_in_its_set_alone():
-    if "clang" in _library.build["compiler"].lower():
+    if "clang" in _backends.build["compiler"].lower():
         pytest.skip("clang does not build these kernels")
     from fastmim import _C
 
-    said = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True).stdout
-    assert "vfmadd" in said
-    functions = re.split(r"^[0-9a-f]+ <(.*)>:$", said, flags=re.MULTILINE)[1:]
+    code = subprocess.run(["objdump", "-d", "--no-show-raw-insn", _C.__file__], capture_output=True, text=True).stdout
+    assert "vfmadd" in code
+    functions = re.split(r"^[0-9a-f]+ <(.*)>:$", code, flags=re.MULTILINE)[1:]
     holders = [name for name, body in zip(functions[::2], functions[1::2]) if "vdpbf16ps" in body]
     assert holders and all("avx512_bf16" in name for name in holders)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from runner import runner_library
+from runner import runner_kernels
 
 
 @pytest.fixture(scope="session")
 def runner():
-    """The ops of csrc/cuda on the runner."""
-    torch.ops.load_library(runner_library())
+    """Return the ops of csrc/cuda on the runner."""
+    runner_kernels()
     return torch.ops.fastmim_host

@@ -1,4 +1,4 @@
-"""How setup.py finds a toolkit and what it builds by it; what is said where that fails."""
+"""The toolkit that setup.py finds, the extension that it builds, and its errors."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import pytest
 import torch
 from setuptools import Extension
 
-from fastmim import _library, info
+from fastmim import _backends, info, kernels
 
 ROOT = Path(__file__).parents[3]
 CUDA = ROOT / "csrc" / "cuda"
@@ -19,7 +19,7 @@ CUDA = ROOT / "csrc" / "cuda"
 
 @pytest.fixture(scope="module")
 def setup():
-    """setup.py as a module."""
+    """Return setup.py as a module."""
     specification = importlib.util.spec_from_file_location("fastmim_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -27,7 +27,7 @@ def setup():
 
 
 def nvcc(folder: Path, release: str) -> Path:
-    """A script in place of nvcc, whose toolkit lies in `folder`."""
+    """Write a script in place of nvcc, whose toolkit is in `folder`."""
     path = folder / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -42,7 +42,7 @@ def nvcc(folder: Path, release: str) -> Path:
 
 @pytest.fixture
 def bare(monkeypatch):
-    """No nvcc anywhere."""
+    """Hide every nvcc."""
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -111,7 +111,7 @@ def test_default_architectures_are_known_to_torch(setup, monkeypatch):
 
 
 def test_the_extension_is_of_every_source(setup, monkeypatch):
-    """In an environment that has nvcc and a CUDA build of torch."""
+    """Pretend to have nvcc and a CUDA build of torch."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("FASTMIM_BUILD_CUDA", "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;9.0a")
@@ -128,7 +128,7 @@ def test_the_extension_is_of_every_source(setup, monkeypatch):
 
 
 def included(path: Path) -> set[str]:
-    """What `path` includes, and what that includes, of the files in csrc; names of all others as they are."""
+    """Return what `path` includes, directly or not: paths of files in csrc, names of all others."""
     names = set()
     for name in re.findall(r'^\s*#include [<"](.*?)[>"]', path.read_text(), re.MULTILINE):
         here = (path.parent / name).resolve()
@@ -145,10 +145,13 @@ def test_kernels_are_compiled_without_torch(source):
     assert all(name in allowed or re.fullmatch(r"[a-z_]+", name) for name in outside), outside
 
 
-@pytest.mark.skipif(_library.cuda_build is None, reason=f"no CUDA C++ kernels: {_library.missing.get('cuda')}")
+@pytest.mark.skipif(_backends.cuda_build is None, reason=f"no CUDA C++ kernels: {_backends.missing.get('cuda')}")
 def test_what_was_built_is_registered_and_serves_cuda_tensors_alone():
     assert torch.ops.fastmim_cuda.attention_qkvpacked.default._schema.name == "fastmim_cuda::attention_qkvpacked"
-    assert all(hasattr(torch.ops.fastmim_cuda, op) for op in _library.CUDA_OPS)
+    assert "attention_qkvpacked" in _backends.cuda_ops
+    images, ids = torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, dtype=torch.int64)
+    with pytest.raises(kernels.Unserved, match=r"^float64 is served by the reference"):
+        torch.ops.fastmim_cuda.gather_patches(images, ids, [4, 4], None, None, torch.float64)
     assert info.collect()["cuda build"]["architectures"]
     for device in ("cpu", "meta"):
         qkv = torch.zeros(1, 3, 3, 2, 64, dtype=torch.bfloat16, device=device)
@@ -157,7 +160,7 @@ def test_what_was_built_is_registered_and_serves_cuda_tensors_alone():
 
 
 def built(tmp_path: Path, **environment: str) -> tuple[int, list[str]]:
-    """The exit status and the lines of a build of the extensions into `tmp_path`."""
+    """Return the exit status and the lines of a build of the extensions into `tmp_path`."""
     command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300

@@ -36,7 +36,7 @@ OCCUPANCY = {
 
 
 def disassembler() -> str | None:
-    """cuobjdump: on PATH, or the one that Triton brings."""
+    """Return cuobjdump, of PATH or of Triton; None where there is none."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else None
     return shutil.which("cuobjdump") or (str(bundled) if bundled and bundled.exists() else None)
@@ -48,7 +48,7 @@ needs_toolkit = pytest.mark.skipif(
 
 
 def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
-    """What ptxas says, and the machine code."""
+    """Return the output of ptxas, and the machine code."""
     cubin = folder / f"{source.stem}.{architecture}.cubin"
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-o", cubin, source]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -57,12 +57,12 @@ def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
     return done.stderr, code
 
 
-def complaints(said: str, code: str) -> list[str]:
-    """What is wrong with the kernels of one file."""
+def complaints(output: str, code: str) -> list[str]:
+    """Return what is wrong with the kernels of one file."""
     found = []
     entries = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        said,
+        output,
         re.DOTALL,
     )
     bodies = dict(re.findall(r"Function : (\w+)\n(.*?)(?=\n\s*Function :|\Z)", code, re.DOTALL))
@@ -91,13 +91,13 @@ def complaints(said: str, code: str) -> list[str]:
 def test_kernels_compile_as_meant(architecture, tmp_path):
     with concurrent.futures.ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
         results = list(pool.map(lambda source: compiled(source, architecture, tmp_path), SOURCES[::-1]))
-    found = [line for said, code in results for line in complaints(said, code)]
+    found = [line for output, code in results for line in complaints(output, code)]
     assert not found, "\n".join(found)
 
 
 def test_complaints_are_made():
-    said = (
+    output = (
         "Compiling entry function '_Z16attention_kernel'\n8 bytes spill stores, 0 bytes spill loads\nUsed 200 registers"
     )
-    found = "\n".join(complaints(said, "Function : _Z16attention_kernel\n HMMA LDSM I2F.U64.RP"))
+    found = "\n".join(complaints(output, "Function : _Z16attention_kernel\n HMMA LDSM I2F.U64.RP"))
     assert all(word in found for word in ("spills 8", "200 registers", "no LDGSTS", "no STG.E.128", "divides 64-bit"))

@@ -1,4 +1,4 @@
-"""The loader's batches on a GPU: right behind a busy stream, on any stream, in a captured step, and when kept."""
+"""The loader's batches on a GPU: after a busy stream, on any stream, in a captured step, and when kept."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def load(pictures, device):
 
 
 def busy():
-    """Work for some milliseconds on the current stream."""
+    """Keep the current stream busy for some milliseconds."""
     x = torch.ones(4096, 4096, device="cuda")
     for _ in range(20):
         x = x @ x * 0

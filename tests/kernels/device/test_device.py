@@ -31,7 +31,7 @@ def with_gradient(qkv):
 
 
 def small_model():
-    """Heads of 64 columns in the encoder, of 32 in the decoder."""
+    """Return a model with heads of 64 columns in the encoder, of 32 in the decoder."""
     torch.manual_seed(0)
     return fastmim.MaskedAutoencoderViT(64, 16, 3, 128, 2, 2, 64, 1, 2, norm_pix_loss=True).to(DEVICE)
 
@@ -54,7 +54,7 @@ def adam(model):
 
 
 def test_unwritten_memory_is_nan():
-    """Values that no kernel wrote would show in every test here."""
+    """Memory that no kernel writes reads NaN in every test here."""
     assert torch.empty(1000, device=DEVICE, dtype=torch.bfloat16).isnan().all()
 
 
@@ -79,8 +79,8 @@ def test_masks_are_those_of_the_cpu():
     seeds = torch.randint(-(2**63), 2**63 - 1, (64,))
     for patches in (1, 16, 196, 257, 1568):
         here = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds)
-        there = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds.to(DEVICE))
-        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there))
+        on_device = ops.random_masking(64, patches, max(patches // 4, 1), seeds=seeds.to(DEVICE))
+        assert all(torch.equal(a, b.cpu()) for a, b in zip(here, on_device))
 
     def drawn(seeds):
         predict = masking.running_cell(64, (8, 14, 14), 0.5, seeds=seeds)
@@ -96,7 +96,7 @@ def test_masks_are_those_of_the_cpu():
 
 @needs_gpu
 def test_another_stream():
-    """Work of a stream that isn't the default one is ordered after what made its input."""
+    """Work on another stream than the default one is ordered after the work that made its input."""
     stream, qkv = torch.cuda.Stream(), packed(256, 50)
     expected = ops.attention_qkvpacked(qkv)
     stream.wait_stream(torch.cuda.current_stream())
@@ -160,7 +160,7 @@ def test_a_captured_step_draws_new_masks():
 
 @needs_gpu
 def test_a_captured_step_trains_as_an_eager_one():
-    """On batches that another stream copies from pinned memory while the step before runs."""
+    """Batches are copied by another stream from pinned memory while the step before runs."""
     batches = [(pictures().cpu().pin_memory(), torch.rand(8, 16).pin_memory()) for _ in range(12)]
 
     def losses(graphed):
@@ -229,7 +229,7 @@ def test_float16_with_a_scaled_loss():
 
 
 def test_more_sequences_than_a_grid_had():
-    """Parts of them, of whole tiles, are as they are alone."""
+    """Parts of the batch have the results that they have alone."""
     tiles = 60  # of so many sequences: a multiple of what a tile of any kernel holds
     batch = 1167 * tiles if ON_GPU else 4 * tiles
     qkv = packed(batch, 10, heads=8, dim=32)
@@ -278,7 +278,7 @@ for call in bad:
 
 
 def test_bad_values_are_found_where_that_is_asked_for():
-    """With FASTMIM_CHECK_IDS=1, which is read at import."""
+    """Bad values are found with FASTMIM_CHECK_IDS=1, which is read at import."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FASTMIM_")}
     command = [sys.executable, "-c", CHECKED.format(device=DEVICE)]
     done = subprocess.run(command, env=inherited | {"FASTMIM_CHECK_IDS": "1"}, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Kernels, compiled for a GPU that is not here, read no more bytes at a time than their rows are aligned by."""
+"""Kernels, compiled without a GPU, read no more bytes at a time than their rows are aligned by."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ LAYOUTS = [(0, 0), (4, 0), (1, 0), (0, 1), (0, 2)]
 
 
 def rows(*shape: int, gap: int, first: int) -> torch.Tensor:
-    """A meta tensor whose rows lie `gap` values apart, `first` values from where its storage begins."""
+    """Return a meta tensor whose rows are `gap` values apart, `first` values after its storage begins."""
     strides, step = [1], shape[-1] + gap
     for size in reversed(shape[1:-1]):
         strides.insert(0, step)
@@ -64,7 +64,7 @@ def test_no_load_is_wider_than_rows_are_aligned(gap, first):
 
 
 def test_every_row_lies_where_its_unit_says():
-    """Strides of axes of one are never stepped along, and may be odd."""
+    """Strides of axes of size 1 are not used, and may be odd."""
     for outer, inner, heads in itertools.product((0, 1, 6, 12, 40, 64), (0, 3, 8, 20, 32), (1, 2, 3)):
         x = torch.empty(9999, device="meta").as_strided((3, heads, 5, 7), (outer, 7 if heads == 1 else 16, inner, 1))
         unit = _launch.unit_of(x, None)

@@ -1,4 +1,4 @@
-"""Tensors beyond the reach of 32 bits are copied or left to the reference: meta tensors, which hold nothing."""
+"""Tensors beyond the reach of 32 bits are copied or left to the reference; tested on meta tensors."""
 
 import pytest
 import torch

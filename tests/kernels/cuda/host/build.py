@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels and their checks for the CPU, once for each state of the sources."""
+"""Compile the CUDA kernels and their checks for the CPU, once for each state of the sources."""
 
 import concurrent.futures
 import fcntl
@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -16,16 +17,17 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu")) + sorted(HERE.glob("*.cp
 COMPILER = os.environ.get("CXX", "c++").split()[0]
 # optimised little, so that seconds do; a float is never wider than float, as on the device
 FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-DFASTMIM_HOST", "-Wall", "-Wno-unknown-pragmas"]
+LIBRARIES = ["-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10"]
 
 
 def why_not() -> str | None:
-    """Why the runner can't be built here, if it can't."""
+    """Return why the runner can't be built here; None where it can."""
     return None if shutil.which(COMPILER) else f"no C++ compiler ({COMPILER}) on PATH"
 
 
 def library() -> Path:
-    """The shared library whose ops are torch.ops.fastmim_host, built unless it is there."""
-    files = [path for room in ("common", "cuda") for path in (ROOT / "csrc" / room).iterdir()] + sorted(HERE.iterdir())
+    """Return the shared library whose ops are torch.ops.fastmim_host; build it unless it was built."""
+    files = [path for name in ("common", "cuda") for path in (ROOT / "csrc" / name).iterdir()] + sorted(HERE.iterdir())
     state = hashlib.sha256(torch.__version__.encode())
     for path in sorted(path for path in files if path.is_file()):
         state.update(path.name.encode() + path.read_bytes())
@@ -43,7 +45,11 @@ def library() -> Path:
 
 def _build(folder: Path, built: Path) -> None:
     home = Path(torch.__file__).parent
-    torch_headers = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
+    torch_headers = [
+        f"-I{home}/include",
+        f"-I{home}/include/torch/csrc/api/include",
+        f"-I{sysconfig.get_path('include')}",
+    ]
 
     def compile_one(source: Path) -> Path:
         made = folder / f"{source.stem}.o"
@@ -56,7 +62,7 @@ def _build(folder: Path, built: Path) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compile_one, sorted(SOURCES, key=lambda path: path.stem != "library")))
     unfinished = built.with_suffix(".part")
-    run(COMPILER, "-shared", "-o", unfinished, *objects, f"-L{home}/lib", "-ltorch", "-ltorch_cpu", "-lc10")
+    run(COMPILER, "-shared", "-o", unfinished, *objects, f"-L{home}/lib", *LIBRARIES)
     unfinished.rename(built)
 
 

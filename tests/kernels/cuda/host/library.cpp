@@ -1,4 +1,4 @@
-// The checks and registrations of every family, as one source: torch's headers are read once.
+// The checks and registrations of all ops, in one source: torch's headers are read once.
 #include "../../../csrc/cuda/attention.cpp"
 #include "../../../csrc/cuda/loss.cpp"
 #include "../../../csrc/cuda/masking.cpp"

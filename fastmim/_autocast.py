@@ -1,0 +1,25 @@
+"""The state of autocast, as ops and fused layers ask for it and turn it off."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
+    device = tensors[0].device.type
+    if any(t.dtype == torch.float64 for t in tensors) or not _enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Turn autocast off inside the context."""
+    return torch.autocast(device, enabled=False) if _enabled(device) else contextlib.nullcontext()
+
+
+def _enabled(device: str) -> bool:
+    """Return whether autocast is on; meta tensors have none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
