@@ -166,6 +166,9 @@ def attention_calls() -> Iterator[Call]:
 
     for model, ratio in itertools.product(ENCODERS, MASK_RATIOS):
         yield from packed(model.name, 1 + model.keep(ratio), model.heads, model.width // model.heads)
+    # so few that several sequences share a tile
+    for model in (B, H):
+        yield from packed(model.name, 1 + model.keep(0.985), model.heads, model.width // model.heads)
     yield from packed(B.name, 1 + B.keep(0.75), B.heads, 64, masked=True)
     for model in (B, H):
         dim = DECODER_WIDTH // DECODER_HEADS

@@ -18,12 +18,12 @@ from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_ker
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
 
 MAX_DIM, MAX_KEYS = 128, 1024
-# loads are 128 bits wide in multiples of 8; narrower ones are right too, and proven in the interpreter
+# Loads are 128 bits wide where heads are multiples of 8. The interpreter runs others too.
 DIM_MULTIPLE = 1 if INTERPRETED else 8
 
-
-# several sequences share a tile if they fit in so many rows
-PACKED_ROWS = 64
+# Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
+# to divide rows among sequences and keep these apart takes more instructions than the rows that stay empty.
+PACKED_LENGTH = 32 if INTERPRETED else 5
 # offsets within a sequence are of 32 bits
 SPAN = 2**31
 
@@ -43,7 +43,7 @@ def _check(q: Tensor, queries: int, keys: int) -> None:
 
 
 def _columns(dim: int) -> tuple[int, int]:
-    """Widths of the two blocks of columns; the second is 0 where one holds all."""
+    """Return the widths of the two blocks of columns; the second is 0 where one holds all."""
     whole = power_of_2(dim, least=16)
     rest = power_of_2(dim - whole // 2, least=16)
     return (whole // 2, rest) if dim > 64 and rest < whole // 2 else (whole, 0)
@@ -62,12 +62,12 @@ def _reachable(mask: Tensor | None, axes: int) -> Tensor | None:
 
 
 def _strides(unit: int, x: Tensor) -> list[int]:
-    """Strides of batch, row and head in units; packed rows (T, H, D) start where cu_seqlens says."""
+    """Return the strides of batch, row and head in units; that of the batch is 0 for ragged rows (T, H, D)."""
     return [stride // unit for stride in ((0, *x.stride()) if x.dim() == 3 else x.stride())[:3]]
 
 
 def _strided(unit: int, *tensors: Tensor) -> list[Any]:
-    """Tensors, each followed by its strides."""
+    """Return the tensors, each followed by its strides."""
     return [argument for x in tensors for argument in (x, *_strides(unit, x))]
 
 
@@ -76,19 +76,24 @@ def _masks(key_mask: Tensor | None, bias: Tensor | None, full: tuple[int, ...]) 
     masks = [key_mask, *strides_of(key_mask, 2), bias]
     if bias is None:
         return [*masks, 0, 0, 0, 0], 1
-    # the keys of a row of the bias are masked, which is as wide as their number is aligned
+    # loads along a row of the bias are masked by the number of keys, whose alignment limits their width
     unit = math.gcd(full[-1], unit_of(bias))
     *between, along = bias.expand(full).stride()
     return [*masks, *(stride // unit for stride in between), along], unit
 
 
+def _capability(q: Tensor) -> int:
+    """Return the major compute capability of the device of `q`, 0 for a CPU."""
+    return 0 if q.device.type == "cpu" else torch.cuda.get_device_capability(q.device)[0]
+
+
 def _has_large_tiles(q: Tensor) -> bool:
     """Return whether matrices are multiplied from shared memory, with enough of it: compute capability 9 and 10."""
-    return q.device.type != "cpu" and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    return _capability(q) in (9, 10)
 
 
 def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
-    """Longest sequence of a tile, forward and backward, that registers hold without spilling."""
+    """Return the longest sequences, forward and backward, that a tile holds without spilling registers."""
     if INTERPRETED:
         return 128, 64
     if q.dtype == torch.float32:
@@ -102,29 +107,48 @@ def _tile_limits(q: Tensor, biased: bool) -> tuple[int, int]:
 
 
 def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tuple[int, dict[str, int]]:
-    """Number of sequences that a tile holds, and its sizes."""
-    most = PACKED_ROWS // 2 if q.dtype == torch.float32 and not INTERPRETED else PACKED_ROWS
-    group = max(most // max(queries, keys), 1) if several else 1
+    """Return the number of sequences that a tile holds, and its sizes."""
+    single, dim = q.dtype == torch.float32, q.shape[-1]
+    longest = max(queries, keys)
+    if INTERPRETED:
+        packed_rows = 64
+    elif single:
+        packed_rows = 32
+    elif longest <= PACKED_LENGTH:
+        packed_rows = 16 if dim <= 64 else 32
+    else:
+        packed_rows = 0
+    group = max(packed_rows // longest, 1) if several else 1
     rows, columns = power_of_2(group * queries, least=16), power_of_2(group * keys, least=16)
-    warps = max(rows, columns) // 16
-    if q.dtype == torch.float32 or q.shape[-1] > (64 if group > 1 else 96) or (biased and group > 1):
-        warps = max(2 * warps, 8)
-    return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(warps, 8))
+    warps = max(rows, columns) // 16 * (2 if single or dim > 96 else 1)
+    return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(max(warps, 8 * single), 8))
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
-    """Sizes of blocks for sequences that no tile holds."""
+    """Return the sizes of blocks for sequences that no tile holds: the largest ones that spill no registers.
+
+    A warp has 16 rows of a product: more warps than a block has rows for would repeat each other's work.
+    """
     if INTERPRETED:
         return dict(BLOCK_Q=256, BLOCK_K=128)
-    if biased and q.dtype != torch.float32:
+    if q.dtype == torch.float32:
+        return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
+    if _has_large_tiles(q):
+        return dict(BLOCK_Q=64, BLOCK_K=64, num_warps=4)
+    if biased:
         return dict(BLOCK_Q=32, BLOCK_K=32, num_warps=8)
-    size = 32 if q.dtype == torch.float32 else 64
-    # these spill nothing, by the table of compiled kernels
-    return dict(BLOCK_Q=size, BLOCK_K=size, num_warps=4 if q.shape[-1] <= 32 or 64 < q.shape[-1] <= 96 else 8)
+    return dict(BLOCK_Q=64, BLOCK_K=64 if q.shape[-1] <= 32 else 32, num_warps=4)
+
+
+def _tail(q: Tensor, keys: int, block: int, ragged: bool) -> int:
+    """Return the width of the last block of keys, 0 where whole blocks hold them all."""
+    if ragged or (_capability(q) == 10 and keys % block):  # a narrower one spills registers there
+        return block
+    return power_of_2(keys % block, least=16) if keys % block else 0
 
 
 def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, int, int, int]:
-    """Batch, heads, rows of queries and of keys in memory, and the most of each in a sequence."""
+    """Return batch, heads, rows of queries and of keys in memory, and the most of each in a sequence."""
     heads, queries, keys = q.shape[-2], q.shape[-3], k.shape[-3]
     if ragged is None:
         return q.shape[0], heads, queries, keys, queries, keys
@@ -133,7 +157,7 @@ def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, 
 
 
 def _columns_of(q: Tensor, unit: int, bias_unit: int) -> dict[str, Any]:
-    """Constants of every kernel: bfloat16, which Triton's interpreter multiplies wrongly, is upcast there."""
+    """Return the constants of every kernel. Triton's interpreter multiplies bfloat16 wrongly, so it is upcast there."""
     dim = q.shape[-1]
     low, high = _columns(dim)
     return dict(
@@ -171,7 +195,10 @@ def _forward(
             blocks = _blocks(q, bias is not None)
             tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"])
             loop_forward_kernel[(tiles * batch * heads,)](
-                *tensors, tiles, heads, queries, keys, scale, **columns, **blocks
+                *(*tensors, tiles, heads, queries, keys, scale),
+                **columns,
+                **blocks,
+                TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
             )
     return out
 
@@ -223,6 +250,7 @@ def _backward(
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
+            TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
             num_stages=2,
         )
         blocks["BLOCK_Q"] //= 2

@@ -1,4 +1,8 @@
-"""Attention block by block, for sequences that a tile does not hold."""
+"""Attention block by block, for sequences that do not fit in a tile.
+
+Keys are processed in blocks of BLOCK_K, which need no mask of their own, and a last one of TAIL, as narrow as the keys
+that are left. The gradients take eight products: four for dq, four for dk and dv.
+"""
 
 import triton
 import triton.language as tl
@@ -39,6 +43,72 @@ def _raise(top, scores):
     return highest, shift, tl.exp2(top - shift)
 
 
+@triton.jit
+def _load_block(
+    k, k_row, v, v_row, key_mask, mask_key, start, keys,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr, UNIT: tl.constexpr,
+    WIDTH: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Load WIDTH keys and their values from key `start` on. With WHOLE, no key lies beyond the last."""
+    column = start + tl.arange(0, WIDTH)
+    valid = tl.full((WIDTH,), True, tl.int1) if WHOLE else column < keys
+    attends = attends_to(key_mask, column * mask_key, valid)
+    k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
+    v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
+    return column, valid, attends, k_low, k_high, v_low, v_high
+
+
+@triton.jit
+def _add_outputs(
+    top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+    bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys to the statistics of each row, and to its sum of weights times values."""
+    scores = _block_scores(
+        q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    )
+    top, shift, fade = _raise(top, scores)
+    weights = tl.exp2(scores - shift[:, None])
+    total = total * fade + tl.sum(weights, 1)
+    low *= fade[:, None]
+    if D1 > 0:
+        high *= fade[:, None]
+    low, high = over_rows(weights, v_low, v_high, low, high, D1)
+    return top, total, low, high
+
+
+@triton.jit
+def _add_slopes(
+    top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+    q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+    bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr,
+):  # fmt: skip
+    """Add a block of keys to the statistics of each row, and to its sums of weights (dP - mean) k and of weights k.
+
+    The mean is that of dP over the keys so far. When it changes, the second sum corrects the first.
+    """
+    scores = _block_scores(
+        q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    )
+    top, shift, fade = _raise(top, scores)
+    weights = tl.exp2(scores - shift[:, None])
+    slope = weights * over_columns(g_low, g_high, v_low, v_high, D1)
+    total = total * fade + tl.sum(weights, 1)
+    sum_of_slopes = sum_of_slopes * fade + tl.sum(slope, 1)
+    earlier = mean
+    mean = sum_of_slopes / tl.where(total == 0.0, 1.0, total)
+    slope -= weights * mean[:, None]
+    moved = (mean - earlier)[:, None]
+    low = (low - moved * keys_low) * fade[:, None]
+    keys_low *= fade[:, None]
+    if D1 > 0:
+        high = (high - moved * keys_high) * fade[:, None]
+        keys_high *= fade[:, None]
+    low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
+    keys_low, keys_high = over_rows(weights, k_low, k_high, keys_low, keys_high, D1)
+    return top, total, sum_of_slopes, mean, low, high, keys_low, keys_high
+
+
 @kernel
 def loop_forward_kernel(
     q, q_batch, q_row, q_head,
@@ -51,6 +121,7 @@ def loop_forward_kernel(
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
     """Attend from BLOCK_Q queries of one sequence and head to its keys, BLOCK_K at a time, with a running softmax."""
     item = tl.program_id(0) // tiles
@@ -76,21 +147,24 @@ def loop_forward_kernel(
     top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     low, high = zeros(BLOCK_Q, D0, D1)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        attends = attends_to(key_mask, column * mask_key, column < keys)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    whole = keys // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+            k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, True
         )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        low *= fade[:, None]
-        if D1 > 0:
-            high *= fade[:, None]
-        low, high = over_rows(weights, v_low, v_high, low, high, D1)
+        top, total, low, high = _add_outputs(
+            top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+            bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+        )  # fmt: skip
+    if TAIL > 0:  # a constant  # noqa: SIM102
+        if whole < keys:
+            column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False
+            )
+            top, total, low, high = _add_outputs(
+                top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high,
+                bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+            )  # fmt: skip
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
     store_rows(out, row * out_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
@@ -109,10 +183,12 @@ def loop_backward_queries_kernel(
     tiles, heads, queries, keys, scale,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write dq of BLOCK_Q queries of one sequence and head, in two passes over its keys.
+    """Write dq of BLOCK_Q queries of one sequence and head, and the statistics that the gradients of keys need.
 
-    The first computes the softmax's maximum, sum and rowsum(P dP), kept for the gradients of keys and values.
+    These are the softmax's maximum and sum, and rowsum(P dP). One pass over the keys computes them and dq, with a
+    running softmax. The gradient of a bias needs final statistics: it takes a second pass, which then computes dq.
     """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
@@ -143,43 +219,54 @@ def loop_backward_queries_kernel(
     g_low, g_high = load_rows(grad, row * grad_row * UNIT, valid_q, D, D0, D1, UPCAST)
     top = tl.full((BLOCK_Q,), -INFINITY, tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
+    sum_of_slopes = tl.zeros((BLOCK_Q,), tl.float32)
     mean = tl.zeros((BLOCK_Q,), tl.float32)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        attends = attends_to(key_mask, column * mask_key, column < keys)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+    low, high = zeros(BLOCK_Q, D0, D1)
+    keys_low, keys_high = zeros(BLOCK_Q, D0, D1)
+    whole = keys // BLOCK_K * BLOCK_K
+    for start in range(0, whole, BLOCK_K):
+        column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+            k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, True
         )
-        top, shift, fade = _raise(top, scores)
-        weights = tl.exp2(scores - shift[:, None])
-        total = total * fade + tl.sum(weights, 1)
-        mean = mean * fade + tl.sum(weights * over_columns(g_low, g_high, v_low, v_high, D1), 1)
+        top, total, sum_of_slopes, mean, low, high, keys_low, keys_high = _add_slopes(
+            top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+            q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+            bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+        )  # fmt: skip
+    if TAIL > 0:  # a constant  # noqa: SIM102
+        if whole < keys:
+            column, _, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, whole, keys, D, D0, D1, UPCAST, UNIT, TAIL, False
+            )
+            top, total, sum_of_slopes, mean, low, high, keys_low, keys_high = _add_slopes(
+                top, total, sum_of_slopes, mean, low, high, keys_low, keys_high,
+                q_low, q_high, g_low, g_high, k_low, k_high, v_low, v_high,
+                bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1,
+            )  # fmt: skip
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
-    mean *= inverse
     top = tl.where(top == -INFINITY, 0.0, top)
+    mean = sum_of_slopes * inverse
     tl.store(top_of + statistics + row, top, valid_q)
     tl.store(inverse_of + statistics + row, inverse, valid_q)
     tl.store(mean_of + statistics + row, mean, valid_q)
-
-    low, high = zeros(BLOCK_Q, D0, D1)
-    for start in range(0, keys, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        valid_k = column < keys
-        attends = attends_to(key_mask, column * mask_key, valid_k)
-        k_low, k_high = load_rows(k, column * k_row * UNIT, attends, D, D0, D1, UPCAST)
-        v_low, v_high = load_rows(v, column * v_row * UNIT, attends, D, D0, D1, UPCAST)
-        scores = _block_scores(
-            q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
-        )
-        weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
-        slope = weights * (over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
-        if score_grad is not None:
+    if score_grad is None:
+        inverse *= scale
+        store_rows(dq, row * dq_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
+    else:
+        low, high = zeros(BLOCK_Q, D0, D1)
+        for start in range(0, keys, BLOCK_K):
+            column, valid_k, attends, k_low, k_high, v_low, v_high = _load_block(
+                k, k_row, v, v_row, key_mask, mask_key, start, keys, D, D0, D1, UPCAST, UNIT, BLOCK_K, False
+            )
+            scores = _block_scores(
+                q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1
+            )
+            weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
+            slope = weights * (over_columns(g_low, g_high, v_low, v_high, D1) - mean[:, None])
             at = score_grad + (row * keys)[:, None] + column[None, :]
             tl.store(at, slope, valid_q[:, None] & valid_k[None, :])
-        low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
-    store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
+            low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, True)
+        store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
 
 
 @kernel
@@ -236,14 +323,19 @@ def loop_backward_keys_kernel(
         top = tl.load(top_of + statistics + row, valid_q, other=0.0)
         inverse = tl.load(inverse_of + statistics + row, valid_q, other=0.0)
         mean = tl.load(mean_of + statistics + row, valid_q, other=0.0)
-        # keys by queries, as the products want them; rounded otherwise, a score may pass its maximum
+        # Keys by queries, so that weights and slopes are left factors. These scores are rounded differently from those
+        # that gave the maximum, and may exceed it.
         scores = over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
         scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
-        scores = tl.where(attends[:, None], scores, -INFINITY)
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
         dv_low, dv_high = over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
         dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
+    if key_mask is not None:
+        # masked keys were read as zeros, whose weights are not 0
+        chosen = attends[:, None]
+        dk_low, dv_low = tl.where(chosen, dk_low, 0.0), tl.where(chosen, dv_low, 0.0)
+        dk_high, dv_high = tl.where(chosen, dk_high, 0.0), tl.where(chosen, dv_high, 0.0)
     store_rows(dv, to, valid_k, dv_low, dv_high, D, D0, D1)
     store_rows(dk, to, valid_k, dk_low * scale, dk_high * scale, D, D0, D1)

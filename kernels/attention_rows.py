@@ -1,7 +1,7 @@
 """Device functions that both forms of attention share: rows of a head, their products, spans of ragged batches.
 
-A head's D columns are two blocks, D0 and D1 wide, so that 80 columns don't pay for 128. Without a second block (D1
-is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.
+A head's D columns are in two blocks, D0 and D1 wide, so that 80 columns are not padded to 128. Without a second block
+(D1 is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.
 """
 
 import triton
@@ -19,7 +19,7 @@ def offsets_of(entry, row, head, batch_stride, row_stride, head_stride, UNIT: tl
 
 @triton.jit
 def load_rows(pointer, offsets, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr):
-    """Load rows at `offsets`, zeros beyond D and where not `valid`."""
+    """Load rows at `offsets`; columns beyond D and rows that are not `valid` are zeros."""
     column = tl.arange(0, D0)
     low = tl.load(pointer + offsets[:, None] + column[None, :], valid[:, None] & (column < D)[None, :], other=0.0)
     if UPCAST:
@@ -35,6 +35,7 @@ def load_rows(pointer, offsets, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl
 
 @triton.jit
 def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store the `valid` rows at `offsets`, in the dtype of the tensor."""
     dtype: tl.constexpr = pointer.dtype.element_ty
     column = tl.arange(0, D0)
     tl.store(pointer + offsets[:, None] + column[None, :], low.to(dtype), valid[:, None] & (column < D)[None, :])
@@ -84,6 +85,7 @@ def over_rows_of_any_size(weights, low, high, to_low, to_high, D1: tl.constexpr,
 
 @triton.jit
 def zeros(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Return zeros for the two blocks of columns."""
     low = tl.zeros((ROWS, D0), tl.float32)
     high = tl.zeros((ROWS, D1), tl.float32) if D1 > 0 else low
     return low, high
@@ -97,7 +99,10 @@ def aligned(count, UNIT: tl.constexpr):
 
 @triton.jit
 def span(cu_seqlens, sequence, total):
-    """First row and length of a sequence, within the `total` rows whatever cu_seqlens holds; without it, all rows."""
+    """Return the first row and the length of a sequence; without cu_seqlens, all `total` rows.
+
+    Both are clamped to the rows that exist, whatever cu_seqlens holds.
+    """
     if cu_seqlens is None:
         return sequence.to(tl.int64) * 0, total
     else:
@@ -108,6 +113,7 @@ def span(cu_seqlens, sequence, total):
 
 @triton.jit
 def attends_to(key_mask, offsets, valid):
+    """Return which of the `valid` keys are attended to."""
     if key_mask is None:
         return valid
     else:
@@ -116,7 +122,7 @@ def attends_to(key_mask, offsets, valid):
 
 @triton.jit
 def with_bias(scores, bias, row_offsets, key_offsets, valid):
-    """Add the bias at those offsets to scores in powers of 2."""
+    """Add the bias at these offsets to scores in powers of 2."""
     if bias is None:
         return scores
     else:

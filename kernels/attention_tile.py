@@ -36,7 +36,7 @@ def _tile_rows(tile, group, batch, length, ROWS: tl.constexpr, PACKED: tl.conste
 
 @triton.jit
 def _set_aside(low, high, D1: tl.constexpr):
-    """Zero rows with a value that is not finite, to keep them out of other sequences' sums; NaN marks them."""
+    """Zero rows with a value that is not finite, to keep them out of other sequences' sums, and mark them with NaN."""
     mark = tl.sum(low.to(tl.float32) * 0.0, 1)
     if D1 > 0:
         mark += tl.sum(high.to(tl.float32) * 0.0, 1)
@@ -119,7 +119,7 @@ def tile_backward_kernel(
 ):  # fmt: skip
     """Write all gradients of `group` sequences of a head, from one softmax, recomputed.
 
-    dS = P (dP - rowsum(P dP)) needs neither output nor statistics where a tile holds all keys of its queries.
+    A tile holds all keys of its queries, so that dS = P (dP - rowsum(P dP)) needs neither output nor statistics.
     """
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)

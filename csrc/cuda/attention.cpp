@@ -4,7 +4,7 @@ namespace fastmim::cuda {
 
 namespace {
 
-// whether kernels read rows of (B, S, H, D) where they lie: in words of 16 bytes
+// whether kernels can read the rows of (B, S, H, D) in place, in words of 16 bytes
 bool readable(const Tensor& x) {
   const bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
   return aligned && x.stride(3) == 1 && x.stride(0) % 8 == 0 && x.stride(1) % 8 == 0 && x.stride(2) % 8 == 0;

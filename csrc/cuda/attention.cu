@@ -2,7 +2,7 @@
 //
 //   out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over the attended keys j of scale q[i] . k[j];  0 without any key
 //
-// Who owns what: an item is a (sequence, head). A block of four warps holds the keys and values of one item, or of
+// Division of work: an item is a (sequence, head). A block of four warps holds the keys and values of one item, or of
 // several where they are short; a warp owns 16 queries of one item, all their scores of BLOCK keys (in registers) and
 // their result. Longer sequences go BLOCK keys at a time with a running maximum and sum, and 16 queries after another.
 // In a fragment a lane holds parts of two rows, g and g + 8 with g = lane / 4, which it shares with three lanes.
@@ -53,15 +53,17 @@ struct Shared {
 template <typename T, int D>
 FASTMIM_DEVICE void fetch_keys(const Plan& plan, const Shared<T, D>& shared) {
   const Attention& args = plan.args;
-  for (int i = thread(); i < plan.items * plan.keys * (D / 8); i += kThreads) {
-    const int row = i / (D / 8), word = i % (D / 8), key = row % plan.keys;
-    const int64_t item = block() * plan.items + row / plan.keys, b = item / args.heads, h = item % args.heads;
-    const bool attended = attends_to(args, b < args.batch, b, key);
-    // what lies at a masked key is never read
-    const int64_t from_b = attended ? b : 0, from_key = attended ? key : 0;
-    fetch_word(shared.keys + row * kPitch<D>, row_of<T>(args.k, from_b, h, from_key), word, args.dim, attended);
-    fetch_word(shared.values + row * kPitch<D>, row_of<T>(args.v, from_b, h, from_key), word, args.dim, attended);
-    if (word == 0) store(shared.attends + row, static_cast<uint8_t>(attended));
+  for (int item = 0; item < plan.items; ++item) {
+    const auto [b, h] = item_of(args, plan.items, item);
+    for (int i = thread(); i < plan.keys * (D / 8); i += kThreads) {
+      const int key = i / (D / 8), word = i % (D / 8), row = item * plan.keys + key;
+      const bool attended = attends_to(args, b < args.batch, b, key);
+      // masked keys are never read
+      const int64_t from_b = attended ? b : 0, from_key = attended ? key : 0;
+      fetch_word(shared.keys + row * kPitch<D>, row_of<T>(args.k, from_b, h, from_key), word, args.dim, attended);
+      fetch_word(shared.values + row * kPitch<D>, row_of<T>(args.v, from_b, h, from_key), word, args.dim, attended);
+      if (word == 0) store(shared.attends + row, static_cast<uint8_t>(attended));
+    }
   }
 }
 
@@ -82,18 +84,18 @@ attention_kernel(Plan plan) {
   const Attention& args = plan.args;
   const Shared<T, D> shared(plan);
   T* tile = shared.queries + warp() * kTile * kPitch<D>;
-  const auto item_of = [&](int job) { return block() * plan.items + job / plan.tiles; };
   const int jobs = plan.items * plan.tiles;
 
   const auto fetch = [&](int job) {
-    fetch_queries<T, D>(plan, tile, item_of(job) / args.heads, item_of(job) % args.heads, job % plan.tiles * kTile);
+    const auto [b, h] = item_of(args, plan.items, job / plan.tiles);
+    fetch_queries<T, D>(plan, tile, b, h, job % plan.tiles * kTile);
   };
   fetch_keys(plan, shared);
   if (warp() < jobs) fetch(warp());
   wait_for_copies();
   sync_block();
   for (int job = warp(); job < jobs; job += kWarps) {
-    const int64_t b = item_of(job) / args.heads, h = item_of(job) % args.heads;
+    const auto [b, h] = item_of(args, plan.items, job / plan.tiles);
     const int first = job % plan.tiles * kTile, key0 = job / plan.tiles * plan.keys;
     if (job != warp()) {
       sync_warp();

@@ -1,4 +1,4 @@
-// What both directions of attention share: tiles in shared memory and their products on the tensor cores.
+// Shared by both directions of attention: tiles in shared memory and their products on the tensor cores.
 //
 // A tile is rows of D values, D a multiple of 16 and the head's own columns followed by zeros. Its rows lie D + 8
 // values apart, an odd number of 16-byte words, so that the eight rows that ldmatrix reads at a time fall on different
@@ -15,7 +15,7 @@ constexpr int kTile = 16;  // rows that a warp owns, and the depth of one produc
 template <int D>
 constexpr int kPitch = D + 8;
 
-// where this lane reads a 16x16 tile at (row, column): four matrices, rows first or columns first
+// offset from which this lane reads a 16x16 tile at (row, column): four matrices, rows first or columns first
 template <int PITCH>
 FASTMIM_DEVICE int rows_first(int row, int column) {
   return (row + lane() / 8 % 2 * 8 + lane() % 8) * PITCH + column + lane() / 16 * 8;
@@ -24,6 +24,19 @@ FASTMIM_DEVICE int rows_first(int row, int column) {
 template <int PITCH>
 FASTMIM_DEVICE int columns_first(int row, int column) {
   return (row + lane() / 16 * 8 + lane() % 8) * PITCH + column + lane() / 8 % 2 * 8;
+}
+
+// an item: a head of a sequence
+struct Item {
+  int64_t b;
+  int h;
+};
+
+// item `item` of the `items` that a block owns; divisions are of 32 bits, which the number of an item may exceed
+FASTMIM_DEVICE Item item_of(const Attention& args, int items, int item) {
+  const auto place = static_cast<uint32_t>(block()), heads = static_cast<uint32_t>(args.heads);
+  const uint32_t within = place % heads * static_cast<uint32_t>(items) + static_cast<uint32_t>(item);
+  return {int64_t{place / heads} * items + within / heads, static_cast<int>(within % heads)};
 }
 
 // row `row` of a (sequence, head), in global memory
@@ -107,14 +120,14 @@ FASTMIM_DEVICE void multiply_weights(float (&c)[D / 8][4], const float (&weights
   for (int n = 0; n < KEYS; n += kTile) {
     if (n >= count) continue;
     const float (&left)[4] = weights[n / 8], (&right)[4] = weights[n / 8 + 1];
-    // accumulators of two neighbouring products are laid out as one left operand
+    // accumulators of two adjacent products are laid out as one left operand
     const uint32_t a[4] = {pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
                            pack<T>(right[2], right[3])};
     multiply_by_columns<T, D>(c, a, b + n * kPitch<D>);
   }
 }
 
-// scores in powers of two; -infinity for keys that nobody attends to
+// scores in powers of two; -infinity for masked keys
 template <int KEYS>
 FASTMIM_DEVICE void mask_scores(float (&scores)[KEYS / 8][4], const uint8_t* attends, int count, float scale) {
 #pragma unroll
@@ -157,7 +170,7 @@ FASTMIM_HD int round_up(int count, int to) {
   return (count + to - 1) / to * to;
 }
 
-// which keys of item (b, h) are attended to, for all of its padded keys
+// whether `key`, one of the padded keys of sequence b, is attended to; `real` says that the sequence exists
 FASTMIM_DEVICE bool attends_to(const Attention& args, bool real, int64_t b, int key) {
   if (!real || key >= args.keys) return false;
   return args.key_mask == nullptr || load(args.key_mask + b * args.mask_batch + key * args.mask_key);
@@ -176,7 +189,7 @@ void with_head(const Attention& args, const Chosen& chosen) {
   return typed(F16{});
 }
 
-// what no form serves
+// the reason why no form serves these arguments, or null
 inline const char* refuses_heads(const Attention& args) {
   if (args.type == Type::f32) return "float32 is left to other kernels: tensor cores would round it";
   if (args.dim % 8 || args.dim > 96 || args.dim == 0) return "head dimensions up to 96 in multiples of 8 are served";

@@ -1,12 +1,12 @@
 // Attention over short sequences, backward, in one kernel that reads neither the result nor statistics of the softmax.
 //
-//   p = softmax(scale q kᵀ) made anew, dp = dout vᵀ, ds = p (dp - rowsum(p dp))
+//   p = softmax(scale q kᵀ), recomputed, dp = dout vᵀ, ds = p (dp - rowsum(p dp))
 //   dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
 //
-// Who owns what: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several where
-// they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of BLOCK
-// keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys and
-// one of dk and dv, which it sums over all queries, in order: no atomics.
+// Division of work: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several
+// where they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of
+// BLOCK keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys
+// and one of dk and dv, which it sums over all queries, in order: no atomics.
 // Up to BLOCK keys there is one round and every product is made once (5). Beyond, LONG: a first pass finds each row's
 // maximum, sum and rowsum(p dp) (2 more products), then there is a round for each BLOCK keys.
 // float16 can't hold every ds: it is divided by a factor of its item, at least its largest value / 2^15, where that is
@@ -66,22 +66,23 @@ template <typename T, int D, int BLOCK, int WARPS>
 FASTMIM_DEVICE void fetch(const Plan& plan, const Shared<T, D, BLOCK>& shared) {
   const Attention& args = plan.args;
   constexpr int kWords = D / 8, kThreads = WARPS * kLanes;
-  for (int i = thread(); i < plan.items * plan.keys * kWords; i += kThreads) {
-    const int row = i / kWords, word = i % kWords, key = row % plan.keys;
-    const int64_t item = block() * plan.items + row / plan.keys, b = item / args.heads, h = item % args.heads;
-    const bool attended = attends_to(args, b < args.batch, b, key);
-    const int64_t from_b = attended ? b : 0, from_key = attended ? key : 0;
-    fetch_word(shared.k + row * kPitch<D>, row_of<T>(args.k, from_b, h, from_key), word, args.dim, attended);
-    fetch_word(shared.v + row * kPitch<D>, row_of<T>(args.v, from_b, h, from_key), word, args.dim, attended);
-    if (word == 0) store(shared.attends + row, static_cast<uint8_t>(attended));
-  }
-  for (int i = thread(); i < plan.items * plan.queries * kWords; i += kThreads) {
-    const int row = i / kWords, word = i % kWords, query = row % plan.queries;
-    const int64_t item = block() * plan.items + row / plan.queries, b = item / args.heads, h = item % args.heads;
-    const bool valid = b < args.batch && query < args.queries;
-    const int64_t from_b = valid ? b : 0, from_query = valid ? query : 0;
-    fetch_word(shared.q + row * kPitch<D>, row_of<T>(args.q, from_b, h, from_query), word, args.dim, valid);
-    fetch_word(shared.grad + row * kPitch<D>, row_of<T>(args.grad, from_b, h, from_query), word, args.dim, valid);
+  for (int item = 0; item < plan.items; ++item) {
+    const auto [b, h] = item_of(args, plan.items, item);
+    for (int i = thread(); i < plan.keys * kWords; i += kThreads) {
+      const int key = i / kWords, word = i % kWords, row = item * plan.keys + key;
+      const bool attended = attends_to(args, b < args.batch, b, key);
+      const int64_t from_b = attended ? b : 0, from_key = attended ? key : 0;
+      fetch_word(shared.k + row * kPitch<D>, row_of<T>(args.k, from_b, h, from_key), word, args.dim, attended);
+      fetch_word(shared.v + row * kPitch<D>, row_of<T>(args.v, from_b, h, from_key), word, args.dim, attended);
+      if (word == 0) store(shared.attends + row, static_cast<uint8_t>(attended));
+    }
+    for (int i = thread(); i < plan.queries * kWords; i += kThreads) {
+      const int query = i / kWords, word = i % kWords, row = item * plan.queries + query;
+      const bool valid = b < args.batch && query < args.queries;
+      const int64_t from_b = valid ? b : 0, from_query = valid ? query : 0;
+      fetch_word(shared.q + row * kPitch<D>, row_of<T>(args.q, from_b, h, from_query), word, args.dim, valid);
+      fetch_word(shared.grad + row * kPitch<D>, row_of<T>(args.grad, from_b, h, from_query), word, args.dim, valid);
+    }
   }
 }
 
@@ -162,12 +163,12 @@ FASTMIM_DEVICE float largest_size(const float (&value)[BLOCK / 8][4]) {
   return largest_of_lanes(largest);
 }
 
-// a job's largest ds becomes known to the block; barrier by the caller
+// writes a job's largest ds for the block; the caller adds the barrier
 FASTMIM_DEVICE void write_largest(float* largest, int job, float value) {
   if (lane() == 0) store(largest + job, value);
 }
 
-// what the ds of an item are divided by
+// the factor that the ds of an item are divided by
 template <typename T>
 FASTMIM_DEVICE float factor_of(const float* largest, int tiles) {
   float factor = 1;
@@ -191,10 +192,10 @@ FASTMIM_DEVICE void sum_over_queries(const Plan& plan, const Shared<T, D, BLOCK>
     multiply_by_columns<T, D>(sum, left, rows + from * kPitch<D>);
   }
   const float scale = which ? plan.args.scale * factor_of<T>(shared.largest + item * plan.tiles, plan.tiles) : 1;
-  // nobody reads these keys any more
+  // these keys are not read any more
   T* tile = (which ? shared.k : shared.v) + (item * plan.keys + key) * kPitch<D>;
   write_tile<T, D>(tile, kPitch<D>, sum, scale, scale);
-  const int64_t place = block() * plan.items + item, b = place / plan.args.heads, h = place % plan.args.heads;
+  const auto [b, h] = item_of(plan.args, plan.items, item);
   if (b >= plan.args.batch) return;
   store_rows<T, D>(which ? plan.args.dk : plan.args.dv, b, h, key, plan.args.keys, plan.args.dim, tile);
 }
@@ -268,7 +269,7 @@ attention_backward_kernel(Plan plan) {
   for (int i = 0; i < TILES; ++i) {
     const int job = warp() + i * WARPS;
     if (job >= jobs) continue;
-    const int64_t item = block() * plan.items + job / plan.tiles, b = item / args.heads, h = item % args.heads;
+    const auto [b, h] = item_of(args, plan.items, job / plan.tiles);
     const float factor = args.scale * factor_of<T>(shared.largest + job / plan.tiles * plan.tiles, plan.tiles);
     // the queries' rows are free now
     T* tile = shared.q + job * kTile * kPitch<D>;

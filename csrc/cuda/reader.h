@@ -1,4 +1,4 @@
-// Reading the pixels of patches, normalised: what patches.cu and loss.cu share.
+// Reading the pixels of patches, normalised; shared by patches.cu and loss.cu.
 //
 // A thread owns a run: pixels that lie side by side in a line of a patch, read 16 bytes at a time. Where channels lie
 // apart (planes) a run is of one channel; where they are fastest (interleaved, three of them) it has all three; any
@@ -95,7 +95,7 @@ FASTMIM_DEVICE void read_run(const Patches& p, int64_t start, int64_t run,
   }
 }
 
-// which layout 16-byte reads may take
+// the layout that 16-byte reads can take
 template <typename T>
 Layout layout_of(const Patches& p) {
   constexpr int64_t kBytes = sizeof(T);

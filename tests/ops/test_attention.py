@@ -205,12 +205,20 @@ class TestAttention(Differentiable):
         "queries, keys, width",
         # of each form of a device's kernels, and its edges: fractions of a tile, a whole one, several
         [(1, 1, 32), (16, 16, 64), (17, 17, 80), (32, 32, 96), (64, 64, 88), (65, 65, 80), (128, 128, 32)]
-        + [(129, 129, 64), (5, 40, 64), (70, 12, 64), (147, 197, 32)]
+        + [(129, 129, 64), (192, 192, 64), (5, 40, 64), (70, 12, 64), (147, 197, 32), (187, 10, 32)]
+        + [(3, 3, 64), (5, 5, 80)]
         if ON_DEVICE
         else [],
     )
     def test_every_form(self, queries, keys, width, dtype):
         self.check(dtype, "contiguous", length=queries, keys=keys, width=width, mask="none", bias="none")
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_values_with_a_common_offset(self, dtype):
+        """The gradients of queries and keys do not depend on it."""
+        arguments = self.arguments(length=20, keys=197, width=32, mask="none", bias="none")
+        arguments["v"] += 30
+        check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
 
     def test_strided_views_of_one_projection(self):
         """q, k and v are views of one projection, as in a model."""

@@ -27,13 +27,13 @@ class Rule:
         kind: of the kernel.
         written: names of the tensors that are written; the others are read.
         parts: share of a tensor that is read, by its name, where the ids decide.
-        products: matrix products of attention, each of queries by keys by the head's dimension.
+        products: number of matrix products of attention, each of queries by keys by the head's dimension.
     """
 
     kind: str
     written: str
     parts: dict[str, Amount] = field(default_factory=dict)
-    products: int = 0
+    products: int | Amount = 0
 
 
 def _patches_of(ids: str) -> Amount:
@@ -56,7 +56,10 @@ RULES = {
     "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv score_grad", products=5),
     "attention_loop.loop_forward_kernel": Rule(ATTENTION, "out", products=2),
     "attention_loop.loop_backward_queries_kernel": Rule(
-        ATTENTION, "dq top_of inverse_of mean_of score_grad", products=5
+        ATTENTION,
+        "dq top_of inverse_of mean_of score_grad",
+        # a second pass over the keys writes the gradient of a bias
+        products=lambda a: 4 if a["score_grad"] is None else 5,
     ),
     "attention_loop.loop_backward_keys_kernel": Rule(ATTENTION, "dk dv", products=4),
     "loss.pixel_loss_kernel": Rule(LOSS, "losses grad", {"images": _patches_of("ids")}),
@@ -85,7 +88,8 @@ def kernel_of(name: str, arguments: Arguments) -> Kernel:
     written = stored(*(arguments[key] for key in names))
     whole = [value for key, value in tensors.items() if key not in names and key not in rule.parts]
     parts = sum(share(arguments) * stored(arguments[key]) for key, share in rule.parts.items())
-    return Kernel(name, rule.kind, stored(*whole) + round(parts), written, rule.products * _product(arguments))
+    products = rule.products if isinstance(rule.products, int) else round(rule.products(arguments))
+    return Kernel(name, rule.kind, stored(*whole) + round(parts), written, products * _product(arguments))
 
 
 def _product(arguments: Arguments) -> int:
