@@ -117,4 +117,8 @@ def wants_grad(tensor: Tensor) -> bool:
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (B, K, D) summed to (D,) in the wide dtype, then in `dtype`."""
-    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    upcast = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":
+        # both axes at once take torch 30 times as long where rows of float32 are not contiguous
+        return x.sum(1, dtype=upcast).sum(0).to(dtype)
+    return x.sum((0, 1), dtype=upcast).to(dtype)
