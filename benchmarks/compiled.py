@@ -233,10 +233,16 @@ def norm_calls() -> Iterator[Call]:
         length = 1 + (model.patches if model is decoder else model.keep(0.75))
         rows, row = empty(BATCH, length, width), single(BATCH, length, 1)
         shape = f"width {width}"
-        # as in a block under autocast: narrow branches, a wide stream, norms made again for the layer that follows
-        stream, weight = single(BATCH, length, width), single(width)
-        yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6, torch.bfloat16))
-        yield Call("add_layer_norm_backward", shape, (rows, stream, stream, row, row, weight, weight))
+        # as in a block under autocast: narrow branches without their bias, a wide stream, norms computed again for the
+        # layer that follows, a narrow gradient for the branch
+        stream, weight, dtype = single(BATCH, length, width), single(width), torch.bfloat16
+        yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6, dtype, weight))
+        saved = stream, stream, row, row, weight
+        yield Call("add_layer_norm_backward", shape, (rows, *saved, weight, dtype, True))
+        # by itself
+        shape += ", alone"
+        yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6))
+        yield Call("add_layer_norm_backward", shape, (stream, None, *saved[1:], None, dtype))
         rows, shape = empty(BATCH, length, 4 * width), f"width {4 * width}"
         yield Call("bias_gelu", shape, (rows, single(4 * width)))
         yield Call("bias_gelu_backward", shape, (rows, rows, single(4 * width), True))

@@ -499,10 +499,17 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """normed in `dtype` (None: the sum's), sum, and the mean and reciprocal deviation of each row of the sum."""
-    total = (wide(x) + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum."""
+    branch = wide(x) if x_bias is None else wide(x) + wide(x_bias)
+    total = (branch + wide(residual)).to(torch.promote_types(x.dtype, residual.dtype))
     rows = wide(total)
     width = [x.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
@@ -511,22 +518,35 @@ def add_layer_norm(
 
 def add_layer_norm_backward(
     grad_normed: Tensor,
-    grad_sum: Tensor,
+    grad_sum: Tensor | None,
     total: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the sum (in its dtype), of weight and of bias (in the wide dtype); given the bias, normed again."""
+    dx_dtype: torch.dtype | None = None,
+    sum_dx: bool = False,
+) -> tuple[Tensor, ...]:
+    """Return dtotal, dweight, dbias, normed, dx and dx_bias, as fastmim.ops.norm describes them."""
     normed = (wide(total) - mean) * rstd
     weighted = wide(grad_normed) * weight.to(normed.dtype)
     slope = (weighted * normed).mean(-1, keepdim=True)
-    through = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
+    grad = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
+    if grad_sum is not None:
+        grad = grad + wide(grad_sum)
     rows = wide(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
-    again = normed * weight.to(normed.dtype) + bias.to(normed.dtype) if bias is not None else normed.new_empty(0)
-    return (through + wide(grad_sum)).to(total.dtype), dweight, dbias, again.to(grad_normed.dtype)
+    nothing = normed.new_empty(0)
+    again = nothing if bias is None else normed * weight.to(normed.dtype) + bias.to(normed.dtype)
+    narrow = None if dx_dtype in (None, total.dtype) else dx_dtype
+    return (
+        grad.to(total.dtype),
+        dweight,
+        dbias,
+        again.to(grad_normed.dtype, copy=bias is None),
+        grad.to(narrow) if narrow else total.new_empty(0),
+        grad.reshape(rows.shape).sum(0) if sum_dx else nothing,
+    )
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ struct Attention {
 struct AddLayerNorm {
   int64_t width;
   float eps;
-  View x, residual;  // (rows, D)
+  View x, residual;     // (rows, D)
+  const float* x_bias;  // (D,), or null
   const float *weight, *bias;
   View normed, sum;    // (rows, D)
   float *mean, *rstd;  // (rows,)
@@ -83,10 +84,10 @@ struct AddLayerNorm {
 
 struct AddLayerNormBackward {
   int64_t width;
-  View grad_normed, grad_sum, sum;  // (rows, D)
+  View grad_normed, grad_sum, sum;  // (rows, D); grad_sum's data may be null
   const float *mean, *rstd, *weight;
-  const float* bias;  // null: normed isn't asked for
-  View dsum, normed;  // (rows, D)
+  const float* bias;      // null: normed isn't asked for
+  View dsum, dx, normed;  // (rows, D); dx is dsum in another dtype, its data null where it isn't asked for
 };
 
 struct BiasGelu {
@@ -108,8 +109,9 @@ struct Kernels {
   void (*attention)(const Attention&, int64_t begin, int64_t end);
   void (*attention_backward)(const Attention&, int64_t begin, int64_t end);
   void (*add_layer_norm)(const AddLayerNorm&, int64_t begin, int64_t end);
-  void (*add_layer_norm_backward)(const AddLayerNormBackward&, float* dweight, float* dbias, int64_t begin,
-                                  int64_t end);
+  // dx_bias null: isn't asked for
+  void (*add_layer_norm_backward)(const AddLayerNormBackward&, float* dweight, float* dbias, float* dx_bias,
+                                  int64_t begin, int64_t end);
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);

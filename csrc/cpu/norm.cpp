@@ -28,13 +28,19 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
+bool served(const OptionalTensor& tensor) {
+  return !tensor || cpu::served(*tensor);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
                                                           const Tensor& bias, double eps,
-                                                          std::optional<at::ScalarType> dtype) {
-  if (!served(x) || !served(residual) || !served(weight) || !served(bias)) {
-    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps, dtype);
+                                                          std::optional<at::ScalarType> dtype,
+                                                          const OptionalTensor& x_bias) {
+  if (!served(x) || !served(residual) || !served(weight) || !served(bias) || !served(x_bias) || dtype == at::kDouble) {
+    return reference<decltype(add_layer_norm)>("add_layer_norm").call(x, residual, weight, bias, eps, dtype, x_bias);
   }
-  const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias);
+  const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias),
+               branch_bias = x_bias ? as_float(*x_bias) : Tensor();
   const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
   Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),
          sum = at::empty(x.sizes(), options);
@@ -45,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                           static_cast<float>(eps),
                           rows_of(a),
                           rows_of(b),
+                          x_bias ? branch_bias.const_data_ptr<float>() : nullptr,
                           w.const_data_ptr<float>(),
                           shift.const_data_ptr<float>(),
                           rows_of(normed),
@@ -55,34 +62,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
   return {normed, sum, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& grad_normed, const Tensor& grad_sum,
-                                                                   const Tensor& total, const Tensor& mean,
-                                                                   const Tensor& rstd, const Tensor& weight,
-                                                                   const OptionalTensor& bias) {
-  if (!served(total) || !served(grad_normed) || !served(grad_sum)) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
+    const Tensor& grad_normed, const OptionalTensor& grad_sum, const Tensor& total, const Tensor& mean,
+    const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias, std::optional<at::ScalarType> dx_dtype,
+    bool sum_dx) {
+  if (!served(total) || !served(grad_normed) || !served(grad_sum) || dx_dtype == at::kDouble) {
     return reference<decltype(add_layer_norm_backward)>("add_layer_norm_backward")
-        .call(grad_normed, grad_sum, total, mean, rstd, weight, bias);
+        .call(grad_normed, grad_sum, total, mean, rstd, weight, bias, dx_dtype, sum_dx);
   }
-  const Tensor g = grad_normed.contiguous(), through = grad_sum.contiguous(), sum = total.contiguous(),
-               w = as_float(weight);
+  const Tensor g = grad_normed.contiguous(), through = grad_sum ? grad_sum->contiguous() : Tensor(),
+               sum = total.contiguous(), w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
   const int64_t width = total.size(-1);
   const Tensor means = mean.contiguous(), rstds = rstd.contiguous(), shift = bias ? as_float(*bias) : Tensor();
-  Tensor normed = bias ? at::empty(g.sizes(), g.options()) : at::empty({0}, g.options());
+  const bool narrow = dx_dtype && *dx_dtype != total.scalar_type();
+  Tensor normed = bias ? at::empty(g.sizes(), g.options()) : at::empty({0}, g.options()),
+         dx = at::empty(narrow ? total.sizes() : at::IntArrayRef({0}),
+                        sum.options().dtype(dx_dtype.value_or(total.scalar_type())));
   const AddLayerNormBackward args{width,
                                   rows_of(g),
-                                  rows_of(through),
+                                  grad_sum ? rows_of(through) : View{},
                                   rows_of(sum),
                                   means.const_data_ptr<float>(),
                                   rstds.const_data_ptr<float>(),
                                   w.const_data_ptr<float>(),
                                   bias ? shift.const_data_ptr<float>() : nullptr,
                                   rows_of(dsum),
+                                  narrow ? rows_of(dx) : View{},
                                   rows_of(normed)};
-  const Tensor sums = by_pieces(rows_in(total), 2 * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
-    kernels().add_layer_norm_backward(args, part, part + width, begin, end);
+  const int64_t count = sum_dx ? 3 : 2;
+  const Tensor sums = by_pieces(rows_in(total), count * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
+    kernels().add_layer_norm_backward(args, part, part + width, sum_dx ? part + 2 * width : nullptr, begin, end);
   });
-  return {dsum, sums.slice(0, 0, width).clone(), sums.slice(0, width).clone(), normed};
+  const auto sum_at = [&](int64_t i) { return sums.slice(0, i * width, (i + 1) * width).clone(); };
+  return {dsum, sum_at(0), sum_at(1), normed, dx, sum_dx ? sum_at(2) : at::empty({0}, at::kFloat)};
 }
 
 Tensor bias_gelu(const Tensor& x, const Tensor& bias) {

@@ -8,7 +8,11 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
     const float *x = row_of(args.x, row, width, a), *residual = row_of(args.residual, row, width, b);
     float* sum = target_of(args.sum, row, c);
     float total = 0, square = 0;
-    for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + residual[i];
+    if (args.x_bias == nullptr) {
+      for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + residual[i];
+    } else {
+      for (int64_t i = 0; i < width; ++i) sum[i] = x[i] + args.x_bias[i] + residual[i];
+    }
     if (sum == c && args.sum.type != Type::f32) {
       // the norm is taken of the sum as it is stored
       store_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
@@ -28,18 +32,24 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
   }
 }
 
-// Adds the rows' part of the gradients of weight and bias, ROWS at a time: those gradients are read and written once
-// for all of them.
+// Adds the rows' part of the gradients of weight, bias and x_bias, ROWS at a time: those gradients are read and written
+// once for all of them.
 template <int ROWS>
-static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin,
-                                         float* memory) {
+static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
+                                         int64_t begin, float* memory) {
   const int64_t width = args.width;
   const float *grad[ROWS], *through[ROWS], *sum[ROWS];
   float *out[ROWS], *spare[ROWS], mean[ROWS], rstd[ROWS], first[ROWS], second[ROWS];
   for (int r = 0; r < ROWS; ++r) {
     const int64_t row = begin + r;
     grad[r] = row_of(args.grad_normed, row, width, memory), memory += width;
-    through[r] = row_of(args.grad_sum, row, width, memory), memory += width;
+    if (args.grad_sum.data == nullptr) {
+      for (int64_t i = 0; i < width; ++i) memory[i] = 0;
+      through[r] = memory;
+    } else {
+      through[r] = row_of(args.grad_sum, row, width, memory);
+    }
+    memory += width;
     sum[r] = row_of(args.sum, row, width, memory), memory += width;
     spare[r] = memory, memory += width;
     out[r] = target_of(args.dsum, row, spare[r]);
@@ -68,8 +78,18 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
     dweight[i] += to_weight;
     dbias[i] += to_bias;
   }
+  if (dx_bias != nullptr) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      float to_bias = 0;
+      for (int r = 0; r < ROWS; ++r) to_bias += out[r][i];
+      dx_bias[i] += to_bias;
+    }
+  }
   for (int r = 0; r < ROWS; ++r) {
     finish(args.dsum, begin + r, width, out[r]);
+    if (args.dx.data != nullptr)
+      store_row(args.dx.type, at(args.dx, (begin + r) * args.dx.stride[0]), 1, out[r], width);
     if (args.bias == nullptr) continue;
     float* again = target_of(args.normed, begin + r, spare[r]);
     for (int64_t i = 0; i < width; ++i) again[i] = (sum[r][i] - mean[r]) * rstd[r] * args.weight[i] + args.bias[i];
@@ -77,13 +97,14 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
   }
 }
 
-static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, int64_t begin,
-                                    int64_t end) {
+static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
+                                    int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   Scratch scratch;
   float* memory = scratch.take(4 * kRows * args.width);
-  for (; begin + kRows <= end; begin += kRows) add_layer_norm_backward_rows<kRows>(args, dweight, dbias, begin, memory);
-  for (; begin < end; ++begin) add_layer_norm_backward_rows<1>(args, dweight, dbias, begin, memory);
+  for (; begin + kRows <= end; begin += kRows)
+    add_layer_norm_backward_rows<kRows>(args, dweight, dbias, dx_bias, begin, memory);
+  for (; begin < end; ++begin) add_layer_norm_backward_rows<1>(args, dweight, dbias, dx_bias, begin, memory);
 }
 
 // values of a row that are in hand at a time

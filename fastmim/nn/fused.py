@@ -211,7 +211,7 @@ class _NormLinear(torch.autograd.Function):
         operand = ctx.products.operand
         with without_autocast(grad.device.type):
             grad = operand(grad)
-            dtotal, *dnorm, normed = torch.ops.fastmim.add_layer_norm_backward(
+            dtotal, *dnorm, normed, _, _ = torch.ops.fastmim.add_layer_norm_backward(
                 grad @ operand(weight), grad_total, *norm
             )
             linear = _parameter_gradients(grad, normed, weight, ctx.bias_dtype, ctx.needs_input_grad[5:])

@@ -13,7 +13,7 @@ from ._define import define
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """The sum of a branch and the residual stream, and its layer norm, in one pass.
+    """Add a branch to the residual stream and normalise the sum, in one pass.
 
     Ba et al., "Layer normalization", 2016.
 
@@ -38,7 +38,7 @@ def add_layer_norm(
     for name, value in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         check_floating(name, value)
     check_same("device", x=x, residual=residual, weight=weight, bias=bias)
-    normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, eps, None)
+    normed, total, _, _ = _add_layer_norm(x, residual, weight, bias, eps)
     return normed, total
 
 
@@ -71,30 +71,86 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 # ---- add_layer_norm --------------------------------------------------------------------------------------------------
 
 
+# fastmim::add_layer_norm(x, residual, weight, bias, eps, dtype=None, x_bias=None) -> normed, total, mean, rstd
+#
+# total = residual + (x + x_bias) and its norm. `x_bias` (D,) is the bias of the product that made x, left out there and
+# added here in float32; `dtype` is that of normed (None: that of total). mean and rstd (..., 1) are kept for
+#
+# fastmim::add_layer_norm_backward(grad_normed, grad_sum, total, mean, rstd, weight,
+#                                  bias=None, dx_dtype=None, sum_dx=False)
+#     -> dtotal, dweight, dbias, normed, dx, dx_bias
+#
+# `grad_sum` None stands for zeros. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
+# dweight and dbias (D,) are in float32. The rest is empty, and costs nothing, unless it is asked for:
+#     normed   in grad_normed's dtype, computed again: given the norm's `bias`
+#     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass: where that is not total's dtype already; where
+#              it is, take dtotal
+#     dx_bias  (D,), the sum of dtotal over all rows before it is rounded, in float32: with `sum_dx`
+
+
 def _norm_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     row = reference.wide(total.new_empty(*x.shape[:-1], 1))
     return torch.empty_like(total, dtype=dtype), total, row, torch.empty_like(row)
 
 
+def _norm_backward_fake(
+    grad_normed: Tensor,
+    grad_sum: Tensor | None,
+    total: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    dx_dtype: torch.dtype | None = None,
+    sum_dx: bool = False,
+) -> tuple[Tensor, ...]:
+    narrow = None if dx_dtype in (None, total.dtype) else dx_dtype
+    return (
+        total.new_empty(total.shape),
+        mean.new_empty(weight.shape),
+        mean.new_empty(weight.shape),
+        grad_normed.new_empty(0 if bias is None else total.shape),
+        total.new_empty(0 if narrow is None else total.shape, dtype=narrow),
+        mean.new_empty(weight.shape if sum_dx else 0),
+    )
+
+
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, *_ = inputs
+    x, residual, weight, bias, _, _, x_bias = inputs
     ctx.dtypes = x.dtype, residual.dtype, weight.dtype, bias.dtype
+    ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1:], weight)
 
 
-def _norm_backward(ctx: Any, grad_normed: Tensor, grad_sum: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    dtotal, dweight, dbias, _ = _add_layer_norm_backward(grad_normed, grad_sum, *ctx.saved_tensors, None)
-    grads = (dtotal, dtotal, dweight, dbias)
-    return *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes)), None, None
+def _norm_backward(
+    ctx: Any, grad_normed: Tensor | None, grad_sum: Tensor | None, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    total, mean, rstd, weight = ctx.saved_tensors
+    x_dtype, *dtypes = ctx.dtypes
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(total)
+    dtotal, dweight, dbias, _, dx, dx_bias = _add_layer_norm_backward(
+        grad_normed, grad_sum, total, mean, rstd, weight, None, x_dtype, ctx.x_bias_dtype is not None
+    )
+    grads = (grad.to(dtype) for grad, dtype in zip((dtotal, dweight, dbias), dtypes))
+    dx_bias = None if ctx.x_bias_dtype is None else dx_bias.to(ctx.x_bias_dtype)
+    return dtotal if x_dtype == total.dtype else dx, *grads, None, None, dx_bias
 
 
 _add_layer_norm = define(
     "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? dtype)"
+    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, Tensor? x_bias=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.add_layer_norm,
     _norm_fake,
@@ -104,15 +160,10 @@ _add_layer_norm = define(
 
 _add_layer_norm_backward = define(
     "add_layer_norm_backward",
-    "(Tensor grad_normed, Tensor grad_sum, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_normed, Tensor? grad_sum, Tensor total, Tensor mean, Tensor rstd, Tensor weight, Tensor? bias=None,"
+    " ScalarType? dx_dtype=None, bool sum_dx=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.add_layer_norm_backward,
-    lambda grad_normed, grad_sum, total, mean, rstd, weight, bias: (
-        total.new_empty(total.shape),
-        mean.new_empty(weight.shape),
-        mean.new_empty(weight.shape),
-        grad_normed.new_empty(0 if bias is None else total.shape),
-    ),
+    _norm_backward_fake,
     internal=True,
 )
 

@@ -362,22 +362,29 @@ def test_scaled_cosine_loss(gamma, reduction, weighted):
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5), (4, 1)])
 def test_add_layer_norm(shape):
-    x, residual, weight, bias = randn(*shape), randn(*shape), randn(shape[-1]), randn(shape[-1])
-    total = x + residual
+    x, residual, weight, bias, x_bias = randn(*shape), randn(*shape), *randn(3, shape[-1])
+    total = residual + (x + x_bias)
 
     def formula(total, weight, bias):
         return F.layer_norm(total, shape[-1:], weight, bias, eps=1e-3)
 
     value, grad, expected = gradients(formula, total, weight, bias)
-    normed, found, mean, rstd = reference.add_layer_norm(x, residual, weight, bias, 1e-3)
+    normed, found, mean, rstd = reference.add_layer_norm(x, residual, weight, bias, 1e-3, None, x_bias)
     check(normed, value)
     check(found, total)
-    grad_sum = randn(*shape)
-    dtotal, dweight, dbias, again = reference.add_layer_norm_backward(grad, grad_sum, total, mean, rstd, weight, bias)
+    grad_sum, rows = randn(*shape), (-1, shape[-1])
+    dtotal, dweight, dbias, again, dx, dx_bias = reference.add_layer_norm_backward(
+        grad, grad_sum, total, mean, rstd, weight, bias, torch.float32, True
+    )
     check(again, normed)
     check(dtotal, expected[0] + grad_sum)
     check(dweight, expected[1])
     check(dbias, expected[2])
+    assert torch.equal(dx, dtotal.float())
+    check(dx_bias, dtotal.reshape(rows).sum(0))
+    dtotal, *_, again, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
+    check(dtotal, expected[0])
+    assert again.numel() == dx.numel() == dx_bias.numel() == 0
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BATCHES, DEVICE, LENGTHS, WIDTHS, check_op, randn
+from cases import BATCHES, DEVICE, DTYPES, LENGTHS, WIDTHS, check_op, check_same_bits, prepare, randn
 from contract import Differentiable, host
 from torch.nn import functional as F
 
@@ -72,6 +72,106 @@ class TestAddLayerNorm(Differentiable):
     @host
     def test_compiles_with_inductor(self):
         self.check_compiled("inductor", draws=1)
+
+
+class TestAddLayerNormOfProduct(Differentiable):
+    """The op as the layers of a block call it: x is a product without its bias, the norm is narrow."""
+
+    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    leaves = ("x", "residual", "weight", "bias", "x_bias")
+    autocast_dtypes = (torch.bfloat16, torch.float32)
+    large = dict(batch=5, length=257, width=192)
+    extremes = (dict(x=1.5e4, residual=1.5e4, x_bias=1.5e4), dict(x=1e4, residual=-1e4, x_bias=100))
+
+    @staticmethod
+    def op(x, residual, weight, bias, x_bias):
+        dtype = x.dtype if x.dtype == torch.float64 else torch.bfloat16
+        normed, total, *_ = torch.ops.fastmim.add_layer_norm(x, residual, weight, bias, 1e-6, dtype, x_bias)
+        return normed, total
+
+    @staticmethod
+    def eager(x, residual, weight, bias, x_bias):
+        normed, total = TestAddLayerNorm.eager(x + x_bias, residual, weight, bias, 1e-6)
+        return normed if x.dtype == torch.float64 else normed.bfloat16(), total
+
+    def arguments(self, batch=3, length=4, width=5):
+        rows = batch, length, width
+        return dict(x=randn(*rows), residual=randn(*rows), weight=randn(width), bias=randn(width), x_bias=randn(width))
+
+    def mixed(self):
+        return self.leaves
+
+    # arguments are checked where they are public
+    test_wrong_type_or_dtype = test_mixed_devices = test_bad_input = None
+
+
+class TestAddLayerNormBackward:
+    """What the gradient gives when it is asked for."""
+
+    @staticmethod
+    def arguments(dtype, layout="contiguous", batch=2, length=7, width=65):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        rows, weight, bias = (batch, length, width), *randn(2, width)
+        grad, total = randn(2, *rows)
+        mean = total.mean(-1, keepdim=True)
+        rstd = ((total - mean).square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        given = dict(grad_normed=grad, grad_sum=randn(*rows), weight=weight, bias=bias)
+        given = prepare(given, dtype, layout, ()) | prepare(dict(total=total), wide, layout, ())
+        return given | prepare(dict(mean=mean, rstd=rstd), wide, "contiguous", ())
+
+    @staticmethod
+    def call(arguments, **given):
+        out = torch.ops.fastmim.add_layer_norm_backward(**arguments | given)
+        return dict(zip(("dtotal", "dweight", "dbias", "normed", "dx", "dx_bias"), out))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("width", [1, 64, 65, 768, 1023, 1280])
+    @pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed"])
+    def test_narrow_gradient_and_its_sum(self, dtype, width, layout):
+        arguments = self.arguments(dtype, layout, width=width)
+        for narrow in {torch.bfloat16, torch.float16, torch.float32} - {arguments["total"].dtype}:
+            found = self.call(arguments, dx_dtype=narrow, sum_dx=True)
+            exact = self.call({name: value.double() for name, value in arguments.items()}, sum_dx=True)
+            assert found["dx"].dtype == narrow
+            assert torch.equal(found["dx"], found["dtotal"].to(narrow))
+            assert found["dx_bias"].dtype == found["dweight"].dtype == arguments["total"].dtype
+            for name in ("dtotal", "dweight", "dbias", "dx_bias"):
+                torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_what_is_not_asked_for_is_empty(self, dtype):
+        arguments = self.arguments(dtype)
+        whole = self.call(arguments, dx_dtype=torch.float16, sum_dx=True)
+        for given in ({}, dict(dx_dtype=arguments["total"].dtype)):
+            found = self.call(arguments, bias=None, **given)
+            assert found["normed"].numel() == found["dx"].numel() == found["dx_bias"].numel() == 0
+            for name in ("dtotal", "dweight", "dbias"):
+                torch.testing.assert_close(found[name], whole[name])
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_no_gradient_of_the_sum_is_zeros(self, dtype):
+        arguments = self.arguments(dtype)
+        zeros = self.call(arguments | dict(grad_sum=torch.zeros_like(arguments["grad_sum"])), sum_dx=True)
+        check_same_bits(self.call(arguments, grad_sum=None, sum_dx=True), zeros)
+
+    def test_sums_over_many_rows(self):
+        """More blocks of rows than programs run at once."""
+        arguments = self.arguments(torch.float32, batch=5, length=1021, width=9)
+        found = self.call(arguments, sum_dx=True)
+        exact = self.call({name: value.double() for name, value in arguments.items()}, sum_dx=True)
+        for name in ("dweight", "dbias", "dx_bias"):
+            torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-5, atol=1e-3)
+        check_same_bits(self.call(arguments, sum_dx=True), found)
+
+    def test_no_rows(self):
+        found = self.call(self.arguments(torch.float32, batch=0), dx_dtype=torch.bfloat16, sum_dx=True)
+        assert found["dx"].shape == found["dtotal"].shape == (0, 7, 65)
+        for name in ("dweight", "dbias", "dx_bias"):
+            assert torch.equal(found[name], torch.zeros(65, device=DEVICE))
+
+    @pytest.mark.parametrize("given", [{}, dict(dx_dtype=torch.bfloat16), dict(sum_dx=True), dict(grad_sum=None)])
+    def test_opcheck(self, given):
+        torch.library.opcheck(torch.ops.fastmim.add_layer_norm_backward, (), self.arguments(torch.float32) | given)
 
 
 class TestBiasGelu(Differentiable):

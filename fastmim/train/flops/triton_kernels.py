@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from .kernel import Kernel, stored
-from .torch_kernels import ATTENTION, GATHERS, GELU, NORM, UnknownOpError
+from .torch_kernels import ATTENTION, GATHERS, GELU, NORM, REDUCTIONS, UnknownOpError
 
 LOSS = "loss"
 Arguments = dict[str, Any]
@@ -64,7 +64,8 @@ RULES = {
     # of a factor of 1, as in a step that takes its batch at once: only that is read
     "loss.scale_gradient_kernel": Rule(LOSS, "", {"grad": lambda a: 0}),
     "norm.add_layer_norm_kernel": Rule(NORM, "normed total mean rstd"),
-    "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal recomputed partials"),
+    "norm.add_layer_norm_backward_kernel": Rule(NORM, "dtotal recomputed dx partials"),
+    "norm.sum_partials_kernel": Rule(REDUCTIONS, "first second third"),
     "norm.bias_gelu_kernel": Rule(GELU, "out"),
     "norm.bias_gelu_backward_kernel": Rule(GELU, "dx recomputed partials"),
 }
