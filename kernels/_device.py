@@ -1,7 +1,7 @@
 """Device functions that kernels share: blocks of rows, ids, patches of images.
 
-`valid` and `valid_*` are masks of what exists: rows, columns and values before the end, ids in range. What a kernel
-reads where an id is not valid is NaN in its output.
+`valid` and `valid_*` are masks: of rows, columns and values before the end, of ids in range. The output is NaN where an
+id is not valid.
 """
 
 import triton
@@ -52,7 +52,7 @@ def dense_offsets(row, column, width):
 
 @triton.jit
 def load_ids(ids, b, k, batch_stride, stride, valid, limit):
-    """Load ids[b, k] where `valid`; return the ids, and where they are in 0..limit-1."""
+    """Load ids[b, k] where `valid`; return the ids, and a mask of those in 0..limit-1."""
     id = tl.load(ids + b * batch_stride + k * stride, mask=valid, other=-1)
     return id, (id >= 0) & (id < limit)
 

@@ -1,4 +1,4 @@
-// What the arithmetic of each family offers, once per instruction set. No torch here.
+// The kernels that each instruction set has, and their arguments. No torch here.
 #pragma once
 
 #include <cstdint>

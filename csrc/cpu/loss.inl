@@ -1,7 +1,7 @@
 // Losses row by row, each with its gradient.
 
-// Takes the mean off the values and divides by their deviation. Differences from the first value are summed, so that
-// those of a flat patch are exactly 0.
+// Subtracts the mean of the values and divides by their deviation. Differences from the first value are summed, so that
+// the values of a flat patch become exactly 0.
 FASTMIM_HD void normalize(NormPix norm, float* values, int64_t count) {
   const float first = values[0];
   for (int64_t i = 0; i < count; ++i) values[i] -= first;
@@ -23,14 +23,15 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
-    // what lies in a row without weight, NaN too, is not looked at
+    // a row without weight is not read, so that NaN in it has no effect
     if (args.row_scale[row] == 0) {
       args.row_loss[row] = 0;
       write_zeros(args.grad, row, values, out);
       continue;
     }
     const int64_t b = row / args.rows, m = row % args.rows;
-    if (row + 1 < end) prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
+    if (row + 1 < end)
+      prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
     read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
     if (args.norm == NormPix::patch) {
       normalize(args.norm, target, values);

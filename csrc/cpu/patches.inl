@@ -27,7 +27,7 @@ static void read_patch(const Patches& p, int64_t start, float* out, int64_t chan
   return read_patch_as<F16>(p, start, out, channel_step, value_step);
 }
 
-// Asks for the lines of a patch that is read soon: a patch is spread over the image, and the processor foresees none.
+// Prefetches the lines of a patch: they lie too far apart in the image for the hardware to do so.
 static void prefetch_patch(const Patches& p, int64_t start) {
   const int64_t size = p.is_uint8 ? 1 : p.type == Type::f32 ? 4 : 2;
   const char* image = static_cast<const char*>(p.images) + start * size;
@@ -50,7 +50,8 @@ static void gather_patches(const GatherPatches& args, int64_t begin, int64_t end
   float* scratch = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
     float* out = target_of(args.out, row, scratch);
-    if (row + 1 < end) prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
+    if (row + 1 < end)
+      prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
     read_patch(args.patches, patch_start(args.patches, row / args.rows, args.ids[row]), out, area, 1);
     finish(args.out, row, values, scratch);
   }
