@@ -1,7 +1,7 @@
 """Device functions that kernels share: blocks of rows, ids, patches of images.
 
-`valid` and `valid_*` are masks of what exists: rows, columns and values before the end, ids in range. What a kernel
-reads where an id is not valid is NaN in its output.
+`valid` and `valid_*` are masks: of rows, columns and values before the end, of ids in range. The output is NaN where an
+id is not valid.
 """
 
 import triton
@@ -52,7 +52,7 @@ def dense_offsets(row, column, width):
 
 @triton.jit
 def load_ids(ids, b, k, batch_stride, stride, valid, limit):
-    """Load ids[b, k] where `valid`; return the ids, and where they are in 0..limit-1."""
+    """Load ids[b, k] where `valid`; return the ids, and a mask of those in 0..limit-1."""
     id = tl.load(ids + b * batch_stride + k * stride, mask=valid, other=-1)
     return id, (id >= 0) & (id < limit)
 
@@ -81,29 +81,94 @@ def patch_starts(
 
 
 @triton.jit
-def value_offsets(value, stride_c, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
+def planar_offsets(value, stride_c, stride_t, stride_h, stride_w, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr):
     """Offset of each value of a patch, in the order (c, t, y, x), from the patch's start."""
-    c, t, y, x = value // (PT * PH * PW), value // (PH * PW) % PT, value // PW % PH, value % PW
-    line = c.to(tl.int64) * stride_c + t.to(tl.int64) * stride_t + y.to(tl.int64) * stride_h
-    return line + x.to(tl.int64) * stride_w
+    line = value // PW
+    offset = line // (PT * PH) * stride_c + value % PW * stride_w + line % PH * stride_h
+    return offset + line // PH % PT * stride_t
 
 
 @triton.jit
-def subtract_mean(pixel, channel, valid, mean, mean_stride):
+def channels_last_offsets(
+    value, stride_c, stride_t, stride_h, stride_w,
+    CHANNELS: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Offset of each value of a patch, in the order (t, y, x, c), from the patch's start.
+
+    Where a line of the patch is DENSE, its offsets are seen to be consecutive, which makes loads wide.
+    """
+    line = value // (PW * CHANNELS)
+    apart = value % CHANNELS * stride_c + value // CHANNELS % PW * stride_w
+    offset = value % (PW * CHANNELS) if DENSE else apart
+    return offset + line % PH * stride_h + line // PH * stride_t
+
+
+@triton.jit
+def load_pixels(
+    images, start, column, valid_ids, stride_c, stride_t, stride_h, stride_w,
+    CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """Load the values of patches that begin at `start`, a row each, in the order (t, y, x, c) or (c, t, y, x).
+
+    To REORDER, rows are loaded whole in the other order, that of memory, in which loads are wide, and permuted. A line
+    of a patch is DENSE where its pixels lie channel by channel. Offsets within a patch have 64 bits where it is LARGE.
+    """
+    AREA: tl.constexpr = PT * PH * PW
+    value = column.to(tl.int64) if LARGE else column
+    if CHANNELS_LAST != REORDER:
+        offset = channels_last_offsets(value, stride_c, stride_t, stride_h, stride_w, CHANNELS, PH, PW, DENSE)
+    else:
+        offset = planar_offsets(value, stride_c, stride_t, stride_h, stride_w, PT, PH, PW)
+    valid_columns = column < CHANNELS * AREA
+    pixel = tl.load(
+        images + start[:, None] + offset[None, :], mask=valid_ids[:, None] & valid_columns[None, :], other=0
+    )
+    if REORDER:
+        if CHANNELS_LAST:
+            place = column % CHANNELS * AREA + column // CHANNELS
+        else:
+            place = column % AREA * CHANNELS + column // AREA
+        place = tl.where(valid_columns, place, column)
+        ROWS: tl.constexpr = pixel.shape[0]
+        WIDTH: tl.constexpr = pixel.shape[1]
+        # gathered from one axis, so that it passes through shared memory: from two, each warp would shuffle whole rows
+        place = tl.arange(0, ROWS)[:, None] * WIDTH + place[None, :]
+        pixel = tl.gather(pixel.reshape(ROWS * WIDTH), place.reshape(ROWS * WIDTH), 0).reshape(ROWS, WIDTH)
+    return pixel
+
+
+@triton.jit
+def of_channel(table, stride, channel, CHANNELS: tl.constexpr, CHOOSE: tl.constexpr):
+    """Return table[channel] in float32: loaded for each column, or for the kernel once, to CHOOSE from.
+
+    To load is cheaper where many columns in a row are of one channel.
+    """
+    if CHOOSE and CHANNELS <= 4:
+        value = tl.broadcast_to(tl.load(table).to(tl.float32), channel.shape)
+        for c in tl.static_range(1, CHANNELS):
+            value = tl.where(channel == c, tl.load(table + c * stride).to(tl.float32), value)
+    else:
+        value = tl.load(table + channel * stride, mask=channel < CHANNELS, other=1.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def subtract_mean(pixel, channel, mean, mean_stride, CHANNELS: tl.constexpr, CHOOSE: tl.constexpr):
     """Return pixel - mean of each column's channel in float32, uint8 first divided by 255."""
     value = pixel.to(tl.float32)
     if pixel.dtype == tl.uint8:
         # value / 255, rounded correctly for each of the 256: 1/255 is 257/65536 and a rest
         value = value * (257 / 65536) + value * (1 / 255 - 257 / 65536)
     if mean is not None:
-        value -= tl.load(mean + channel * mean_stride, mask=valid, other=0.0).to(tl.float32)[None, :]
+        value -= of_channel(mean, mean_stride, channel, CHANNELS, CHOOSE)[None, :]
     return value
 
 
 @triton.jit
-def divide_by_std(value, channel, valid, std, std_stride):
+def divide_by_std(value, channel, std, std_stride, CHANNELS: tl.constexpr, CHOOSE: tl.constexpr):
     """Return value / std of each column's channel, rounded as torch rounds it."""
     if std is not None:
-        deviation = tl.load(std + channel * std_stride, mask=valid, other=1.0).to(tl.float32)
+        deviation = of_channel(std, std_stride, channel, CHANNELS, CHOOSE)
         value = tl.math.div_rn(value, tl.broadcast_to(deviation[None, :], value.shape))
     return value

@@ -130,6 +130,18 @@ def patch_grid(shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[l
     return missing + patch, missing + [size // p for size, p in zip(sizes, patch)]
 
 
+def patch_layout(images: Tensor, patch: Sequence[int], *, channels_last: bool) -> dict[str, bool]:
+    """Return how a kernel is to load patches of images, whose values it wants with channels last or first."""
+    channels = images.shape[1]
+    channel_stride, *strides = image_strides(images)[1:]
+    span = (channels - 1) * channel_stride + sum((p - 1) * stride for p, stride in zip(patch, strides))
+    dense = strides[2] == channels and (channel_stride == 1 or channels == 1)
+    interleaved = dense if channels > 1 else channels_last
+    fits = channels * math.prod(patch) <= _WIDEST
+    reorder = fits and interleaved != channels_last and (interleaved or strides[2] == 1)
+    return dict(DENSE=dense, REORDER=reorder, LARGE=span >= 2**31)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import Unserved
-from ._device import dense_offsets, image_rows, load_ids, patch_starts, subtract_mean, tile_pointers
+from ._device import (
+    dense_offsets,
+    image_rows,
+    load_ids,
+    load_pixels,
+    of_channel,
+    patch_starts,
+    subtract_mean,
+    tile_pointers,
+)
 from ._launch import (
     INTERPRETED,
     as_rows,
@@ -19,6 +28,7 @@ from ._launch import (
     kernel,
     on_device,
     patch_grid,
+    patch_layout,
     refuse_float64,
     refuse_rows,
     refuse_width,
@@ -68,13 +78,12 @@ def _pixel_loss_kernel(
     losses, grad,
     rows, count, patches, grid_h, grid_w, share,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    INTERLEAVED: tl.constexpr, LARGE: tl.constexpr, NEED_GRAD: tl.constexpr,
+    DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr, NEED_GRAD: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Losses of a block of patches (rows of B·M), whose values lie channel fastest, and their gradients.
 
     The target is read from the image and normalised in registers; sums are of differences, so that nothing cancels.
-    Offsets within a patch have 64 bits where it is LARGE.
     """
     AREA: tl.constexpr = PT * PH * PW
     VALUES: tl.constexpr = CHANNELS * AREA
@@ -88,24 +97,22 @@ def _pixel_loss_kernel(
     scale = _row_scale(weight, b * weight_batch + k * weight_value, weight_total, valid_rows, share)
     counts = scale != 0.0
 
+    # loaded first, to wait for it and for the pixels at once
+    valid = counts[:, None] & valid_columns[None, :]
+    source = tile_pointers(pred, b, k, column, pred_batch, pred_row, pred_value, UNIT)
+    output = tl.load(source, mask=valid, other=0.0)
+
     id, valid_ids = load_ids(ids, b, k, ids_batch, ids_value, counts, patches)
     id = tl.where(valid_ids, id, 0).to(tl.int32)
     start = b * images_b + patch_starts(id, grid_h, grid_w, images_t, images_h, images_w, PT, PH, PW)
-    value = column.to(tl.int64) if LARGE else column
-    if INTERLEAVED:
-        line = value // (PW * CHANNELS)
-        offset = value % (PW * CHANNELS) + line % PH * images_h + line // PH * images_t
-    else:
-        pixel = value // CHANNELS
-        offset = value % CHANNELS * images_c + pixel % PW * images_w
-        offset += pixel // PW % PH * images_h + pixel // (PW * PH) * images_t
-
-    valid = valid_ids[:, None] & valid_columns[None, :]
-    target = tl.load(images + start[:, None] + offset[None, :], mask=valid, other=0)
-    target = subtract_mean(target, channel, valid_columns, mean, mean_value)
+    target = load_pixels(
+        images, start, column, valid_ids, images_c, images_t, images_h, images_w,
+        CHANNELS, PT, PH, PW, DENSE, REORDER, LARGE, True,
+    )  # fmt: skip
+    target = subtract_mean(target, channel, mean, mean_value, CHANNELS, True)
     if std is not None:
         # not rounded as torch does, which takes more registers
-        target = target / tl.load(std + channel * std_value).to(tl.float32)[None, :]
+        target = target / of_channel(std, std_value, channel, CHANNELS, True)[None, :]
     target = tl.where(valid_ids[:, None], target, float("nan"))
 
     if NORM == _NORM_PATCH:
@@ -125,9 +132,7 @@ def _pixel_loss_kernel(
             var = tl.sum(part * part, axis=1) / (AREA - 1)
             target = tl.where(own, part / (tl.sqrt(var) + 1e-6)[:, None], target)
 
-    valid = counts[:, None] & valid_columns[None, :]
-    source = tile_pointers(pred, b, k, column, pred_batch, pred_row, pred_value, UNIT)
-    error = tl.load(source, mask=valid, other=0.0).to(tl.float32) - target
+    error = output.to(tl.float32) - target
     error = tl.where(valid, error, 0.0)
     tl.store(losses + row, tl.sum(error * error, axis=1) / VALUES * scale, mask=valid_rows)
     if NEED_GRAD:
@@ -161,15 +166,12 @@ def pixel_loss(
         return pred.new_zeros((), dtype=torch.float32), grad
     refuse_rows(rows, patches)
     pred = as_rows(pred)
-    channels = images.shape[1]
-    batch_stride, channel_stride, *strides = image_strides(images)
-    span = (channels - 1) * channel_stride + sum((p - 1) * stride for p, stride in zip(patch, strides))
     losses = pred.new_empty(rows, dtype=torch.float32)
     blocks = whole_rows(values)
     with on_device(pred):
         _pixel_loss_kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
             pred, *pred.stride(),
-            images, batch_stride, channel_stride, *strides,
+            images, *image_strides(images),
             ids, *ids.stride(),
             weight, *strides_of(weight, 2),
             None if weight is None else weight.sum(dtype=torch.float32),
@@ -177,9 +179,8 @@ def pixel_loss(
             std, *strides_of(std, 1),
             losses, grad,
             rows, ids.shape[1], patches, *grid[1:], 1 / rows,
-            norm_pix, channels, *patch,
-            INTERLEAVED=strides[2] == channels and (channel_stride == 1 or channels == 1),
-            LARGE=span >= 2**31, NEED_GRAD=need_grad, UNIT=unit_of(pred), **blocks,
+            norm_pix, images.shape[1], *patch,
+            **patch_layout(images, patch, channels_last=True), NEED_GRAD=need_grad, UNIT=unit_of(pred), **blocks,
         )  # fmt: skip
     return losses.sum(), grad
 

@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -13,12 +14,13 @@ from ._device import (
     image_block,
     image_rows,
     load_ids,
+    load_pixels,
     patch_starts,
     places_of,
+    planar_offsets,
     subtract_mean,
     table_pointers,
     tile_pointers,
-    value_offsets,
 )
 from ._launch import (
     BLOCK_IDS,
@@ -28,11 +30,13 @@ from ._launch import (
     kernel,
     on_device,
     patch_grid,
+    patch_layout,
     refuse_float64,
     refuse_rows,
     strides_of,
     tiles,
     unit_of,
+    whole_rows,
 )
 
 # ---- gather_patches and its transpose --------------------------------------------------------------------------------
@@ -46,10 +50,12 @@ def _gather_kernel(
     std, std_value,
     out,
     rows, count, patches, grid_h, grid_w,
-    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Gather and normalise a block of chosen patches (rows of B·K), some of their values."""
+    VALUES: tl.constexpr = CHANNELS * PT * PH * PW
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_rows, valid_columns = row < rows, column < VALUES
@@ -57,13 +63,15 @@ def _gather_kernel(
     id, valid_ids = load_ids(ids, b, k, ids_batch, ids_value, valid_rows, patches)
     id = tl.where(valid_ids, id, 0).to(tl.int32)
     start = b * images_b + patch_starts(id, grid_h, grid_w, images_t, images_h, images_w, PT, PH, PW)
-    offset = value_offsets(column, images_c, images_t, images_h, images_w, PT, PH, PW)
-    valid = valid_rows[:, None] & valid_columns[None, :]
-    pixel = tl.load(images + start[:, None] + offset[None, :], mask=valid & valid_ids[:, None], other=0)
-    channel = (column // (PT * PH * PW)).to(tl.int64)
-    value = subtract_mean(pixel, channel, valid_columns, mean, mean_value)
-    value = divide_by_std(value, channel, valid_columns, std, std_value)
+    pixel = load_pixels(
+        images, start, column, valid_ids, images_c, images_t, images_h, images_w,
+        CHANNELS, PT, PH, PW, DENSE, REORDER, LARGE, False,
+    )  # fmt: skip
+    channel = column // (PT * PH * PW)
+    value = subtract_mean(pixel, channel, mean, mean_value, CHANNELS, REORDER)
+    value = divide_by_std(value, channel, std, std_value, CHANNELS, REORDER)
     value = tl.where(valid_ids[:, None], value, float("nan"))
+    valid = valid_rows[:, None] & valid_columns[None, :]
     tl.store(out + dense_offsets(row, column, VALUES), value.to(out.dtype.element_ty), mask=valid)
 
 
@@ -88,6 +96,10 @@ def gather_patches(
         return out
     refuse_rows(patches)
     tile_grid, blocks = tiles(rows, values)
+    layout = patch_layout(images, patch, channels_last=False)
+    if layout["REORDER"]:
+        blocks = whole_rows(values)
+        tile_grid = triton.cdiv(rows, blocks["BLOCK_ROWS"]), 1
     with on_device(images):
         _gather_kernel[tile_grid](
             images, *image_strides(images),
@@ -96,7 +108,7 @@ def gather_patches(
             std, *strides_of(std, 1),
             out,
             rows, ids.shape[1], patches, *grid[1:],
-            values, *patch, **blocks, num_warps=8,
+            images.shape[1], *patch, **layout, **{"num_warps": 8} | blocks,
         )  # fmt: skip
     return out
 
@@ -108,13 +120,14 @@ def _scatter_kernel(
     std, std_value,
     images, images_b, images_c, images_t, images_h, images_w,
     count, patches, grid_h, grid_w,
-    VALUES: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, LARGE: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
     """Write a block of one image's patches, some of their values: each is the row of `grad` that names it.
 
     Patches that none names are 0.
     """
+    VALUES: tl.constexpr = CHANNELS * PT * PH * PW
     b, id = image_block(patches, BLOCK_ROWS)
     b = b.to(tl.int64)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -122,10 +135,10 @@ def _scatter_kernel(
     place = places_of(id, ids + b * ids_batch, count, ids_value, BLOCK_IDS)
     source = tile_pointers(grad, b, place.to(tl.int64), column.to(tl.int64), grad_batch, grad_row, grad_value, UNIT)
     value = tl.load(source, mask=(place >= 0)[:, None] & valid_columns[None, :], other=0.0).to(tl.float32)
-    channel = (column // (PT * PH * PW)).to(tl.int64)
-    value = divide_by_std(value, channel, valid_columns, std, std_value)
+    value = divide_by_std(value, column // (PT * PH * PW), std, std_value, CHANNELS, False)
     start = b * images_b + patch_starts(id, grid_h, grid_w, images_t, images_h, images_w, PT, PH, PW)
-    offset = value_offsets(column, images_c, images_t, images_h, images_w, PT, PH, PW)
+    column = column.to(tl.int64) if LARGE else column
+    offset = planar_offsets(column, images_c, images_t, images_h, images_w, PT, PH, PW)
     valid = (id < patches)[:, None] & valid_columns[None, :]
     tl.store(images + start[:, None] + offset[None, :], value.to(images.dtype.element_ty), mask=valid)
 
@@ -150,7 +163,8 @@ def gather_patches_backward(
             std, *strides_of(std, 1),
             images, *image_strides(images),
             ids.shape[1], patches, *grid[1:],
-            values, *patch, UNIT=unit_of(grad), **blocks, BLOCK_IDS=BLOCK_IDS, num_warps=8,
+            shape[1], *patch, LARGE=patch_layout(images, patch, channels_last=False)["LARGE"],
+            UNIT=unit_of(grad), **blocks, BLOCK_IDS=BLOCK_IDS, num_warps=8,
         )  # fmt: skip
     return images
 

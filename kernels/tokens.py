@@ -218,7 +218,7 @@ def decoder_tokens(
     pos_embed: Tensor,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """[prefix ; visible ; mask token of each predicted patch], each plus its position."""
+    """Return [prefix ; visible ; mask token of each predicted patch], each plus its position."""
     refuse_float64(visible, mask_token, pos_embed)
     patches = pos_embed.shape[0] - num_prefix_tokens
     check_ids("ids_keep", ids_keep, patches)
@@ -272,7 +272,7 @@ def _unshuffle_kernel(
 def unshuffle(
     visible: Tensor, ids_restore: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int = 0
 ) -> Tensor:
-    """[prefix ; visible tokens in their places, the mask token in all others], each plus its position."""
+    """Return [prefix ; visible tokens in their places, the mask token in all others], each plus its position."""
     refuse_float64(visible, mask_token, pos_embed)
     batch, num_visible, width = visible.shape
     patches = ids_restore.shape[1]

@@ -9,7 +9,7 @@ namespace fastmim {
 
 enum class NormPix : int { none, patch, channel };
 
-// what a target is divided by: MAE adds its epsilon to the variance, VideoMAE to the deviation
+// divisor of a target: MAE adds its epsilon to the variance, VideoMAE to the deviation
 FASTMIM_HD float deviation(NormPix norm, float var) {
   return norm == NormPix::patch ? sqrtf(var + 1e-6f) : sqrtf(var) + 1e-6f;
 }

@@ -1,4 +1,4 @@
-// Where patches lie in an image.
+// Positions of patches in an image.
 #pragma once
 
 #include "portable.h"
@@ -19,7 +19,7 @@ struct Patches {
   int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
   const float* mean;   // (C,): a floating pixel x is read as (x - mean) / std
   const float* std;    // (C,)
-  const float* table;  // (C, 256): what a uint8 pixel is read as
+  const float* table;  // (C, 256): normalised values of uint8 pixels
 };
 
 // pixels of a patch in one channel

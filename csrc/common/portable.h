@@ -1,4 +1,4 @@
-// What lets one function serve host and device.
+// Helpers of functions that compile for host and device.
 #pragma once
 
 #include <cstdint>

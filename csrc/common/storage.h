@@ -1,4 +1,4 @@
-// Narrow floating types as they lie in memory; arithmetic is in float.
+// Narrow floating types as stored in memory; arithmetic is in float.
 #pragma once
 
 #include "portable.h"

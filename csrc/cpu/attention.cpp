@@ -4,7 +4,7 @@ namespace fastmim::cpu {
 
 namespace {
 
-// what both directions need; q, k, v are (B, S, H, D) views, the results contiguous
+// arguments that both directions share; q, k, v are (B, S, H, D) views, the results contiguous
 Attention arguments(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& key_mask, double scale) {
   Attention args{};
   args.heads = q.size(2), args.queries = q.size(1), args.keys = k.size(1), args.dim = q.size(3);

@@ -8,7 +8,7 @@
 
 constexpr int64_t kRows = 66;
 
-// Scratch of one thread for one (sequence, head) after another, and what does not depend on how it multiplies.
+// Scratch of one thread for one (sequence, head) after another, and the steps that all kinds of products share.
 struct AttentionItem {
   const Attention& args;
   const int64_t dim = padded(args.dim), keys = padded(args.keys);
@@ -62,7 +62,7 @@ struct AttentionItem {
       for (int64_t j = 0; j < args.keys; ++j) to[i * args.keys + j] = dp[i * keys + j];
   }
 
-  // asks for a row of the next item while this one is worked on: heads lie far apart for the hardware to guess
+  // prefetches a row of the next item: heads lie too far apart for the hardware to do so
   void prefetch(const View& view, int64_t item, int64_t rows) const {
     const int64_t size = view.type == Type::f32 ? 4 : 2;
     for (int64_t i = 0; i < rows; ++i) {
@@ -72,7 +72,7 @@ struct AttentionItem {
     }
   }
 
-  // turns to an item: which of its keys are seen
+  // starts an item: finds the keys that its queries attend to
   void turn_to(int64_t item, int64_t end) {
     sequence = item / args.heads, head = item % args.heads;
     if (item + 1 < end) {
@@ -124,7 +124,7 @@ struct AttentionItem {
   }
 };
 
-// what exponentials are divided by: without any key they are 0
+// divisor of the exponentials; without any key these are 0
 FASTMIM_HD float divisor_of(float sum) {
   return sum == 0 ? 1 : sum;
 }

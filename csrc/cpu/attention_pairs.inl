@@ -1,6 +1,7 @@
-// Attention of bf16 by products of pairs, which are neighbours along the axis that a product sums over: of Q, K, V and
-// dO as they lie where it sums over the head dimension, of two rows zipped where it sums over keys or queries. They are
-// exact; of what lies between, P and dS are rounded to bf16 and all else is of floats.
+// Attention of bf16 by products of pairs of values, which are adjacent along the axis that a product sums over: values
+// of Q, K, V and dO as they lie in memory where it sums over the head dimension, two interleaved rows where it sums
+// over keys or queries. Products are exact; of the intermediate values, P and dS are rounded to bf16, all others are
+// floats.
 
 static_assert(kRows % 2 == 0);
 

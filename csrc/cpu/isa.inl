@@ -34,4 +34,5 @@ namespace FASTMIM_ISA {
    FASTMIM_ISA::add_layer_norm_backward, \
    FASTMIM_ISA::bias_gelu,               \
    FASTMIM_ISA::bias_gelu_backward,      \
-   FASTMIM_ISA::add_row}
+   FASTMIM_ISA::add_row,                 \
+   FASTMIM_ISA::copy_row}

@@ -1,4 +1,4 @@
-// Which instruction set serves this process, and checks on values that all families share.
+// The choice of an instruction set for this process, and checks on values that several ops share.
 #include <algorithm>
 #include <cstdlib>
 #include <vector>

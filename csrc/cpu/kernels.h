@@ -1,4 +1,4 @@
-// What the arithmetic of each family offers, once per instruction set. No torch here.
+// The kernels that each instruction set has, and their arguments. No torch here.
 #pragma once
 
 #include <cstdint>
@@ -98,12 +98,6 @@ struct BiasGelu {
   View dx;   // (rows, D)
 };
 
-// rows of tables and streams: out = a + b (either may be absent)
-struct AddRows {
-  int64_t width;
-  View a, b, out;
-};
-
 struct Kernels {
   const char* name;
   // whether no noise was NaN
@@ -121,6 +115,7 @@ struct Kernels {
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
+  void (*copy_row)(Type a_type, const void* a, Type out_type, void* out, int64_t width);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;

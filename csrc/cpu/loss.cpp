@@ -6,13 +6,13 @@ namespace {
 
 constexpr int64_t kReduceMean = 1, kReduceNone = 0;
 
-// what each row's loss is multiplied by; 0 where all weights are 0
+// factor of each row's loss; 0 where all weights are 0
 Tensor row_scale(const OptionalTensor& weight, int64_t rows, bool mean) {
   if (!weight.has_value()) return at::full({rows}, mean && rows ? 1.0 / static_cast<double>(rows) : 1.0, at::kFloat);
-  const Tensor wide = weight->to(at::kDouble).reshape({rows});
-  if (!mean) return as_float(wide);
-  const double total = wide.sum().item<double>();
-  return as_float(total != 0 ? wide / total : at::zeros_like(wide));
+  const Tensor upcast = weight->to(at::kDouble).reshape({rows});
+  if (!mean) return as_float(upcast);
+  const double total = upcast.sum().item<double>();
+  return as_float(total != 0 ? upcast / total : at::zeros_like(upcast));
 }
 
 // sum of the rows' losses by their scales, in row order

@@ -1,7 +1,7 @@
 // Losses row by row, each with its gradient.
 
-// Takes the mean off the values and divides by their deviation. Differences from the first value are summed, so that
-// those of a flat patch are exactly 0.
+// Subtracts the mean of the values and divides by their deviation. Differences from the first value are summed, so that
+// the values of a flat patch become exactly 0.
 FASTMIM_HD void normalize(NormPix norm, float* values, int64_t count) {
   const float first = values[0];
   for (int64_t i = 0; i < count; ++i) values[i] -= first;
@@ -23,13 +23,15 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
-    // what lies in a row without weight, NaN too, is not looked at
+    // a row without weight is not read, so that NaN in it has no effect
     if (args.row_scale[row] == 0) {
       args.row_loss[row] = 0;
       write_zeros(args.grad, row, values, out);
       continue;
     }
     const int64_t b = row / args.rows, m = row % args.rows;
+    if (row + 1 < end)
+      prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
     read_patch(args.patches, patch_start(args.patches, b, args.ids[row]), target, 1, channels);
     if (args.norm == NormPix::patch) {
       normalize(args.norm, target, values);
@@ -53,7 +55,8 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   }
 }
 
-// x = direction * norm * size with size the largest magnitude, so that no square overflows; 0 for a zero row
+// x = direction * norm * size with size a power of two near the largest magnitude: no square overflows, and products
+// with 1 / size are exact. A zero row has size 0 and direction 0.
 FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& size, float& norm) {
   float largest = 0, poison = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : poison)
@@ -62,15 +65,20 @@ FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& siz
     largest = magnitude > largest ? magnitude : largest;
     poison += magnitude - magnitude;  // 0, or NaN where x is not finite
   }
-  size = largest;
   if (largest == 0) {
     for (int64_t i = 0; i < width; ++i) unit[i] = poison;
-    norm = 1;
+    size = 0, norm = 1;
     return;
   }
-  for (int64_t i = 0; i < width; ++i) unit[i] = x[i] / largest;
+  // both size and its inverse are normal numbers
+  const uint32_t exponent = bits_of(largest) & 0x7f800000u;
+  size = float_of(exponent < 0x00800000u ? 0x00800000u : exponent > 0x7e800000u ? 0x7e800000u : exponent);
+  const float inverse_size = 1 / size;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) unit[i] = x[i] * inverse_size;
   norm = __builtin_sqrtf(dot(unit, unit, width));
   const float inverse = 1 / norm;
+#pragma omp simd
   for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
 }
 

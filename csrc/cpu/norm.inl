@@ -34,7 +34,7 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
 
 // Adds the rows' part of the gradients of weight, bias and x_bias, ROWS at a time: those gradients are read and written
 // once for all of them.
-template <int ROWS>
+template <int ROWS, bool THROUGH>
 static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
                                          int64_t begin, float* memory) {
   const int64_t width = args.width;
@@ -43,13 +43,7 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
   for (int r = 0; r < ROWS; ++r) {
     const int64_t row = begin + r;
     grad[r] = row_of(args.grad_normed, row, width, memory), memory += width;
-    if (args.grad_sum.data == nullptr) {
-      for (int64_t i = 0; i < width; ++i) memory[i] = 0;
-      through[r] = memory;
-    } else {
-      through[r] = row_of(args.grad_sum, row, width, memory);
-    }
-    memory += width;
+    if constexpr (THROUGH) through[r] = row_of(args.grad_sum, row, width, memory), memory += width;
     sum[r] = row_of(args.sum, row, width, memory), memory += width;
     spare[r] = memory, memory += width;
     out[r] = target_of(args.dsum, row, spare[r]);
@@ -73,7 +67,12 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
       const float normed = (sum[r][i] - mean[r]) * rstd[r];
       to_weight += grad[r][i] * normed;
       to_bias += grad[r][i];
-      out[r][i] = (grad[r][i] * args.weight[i] - first[r] - normed * second[r]) * rstd[r] + through[r][i];
+      const float gradient = (grad[r][i] * args.weight[i] - first[r] - normed * second[r]) * rstd[r];
+      if constexpr (THROUGH) {
+        out[r][i] = gradient + through[r][i];
+      } else {
+        out[r][i] = gradient;
+      }
     }
     dweight[i] += to_weight;
     dbias[i] += to_bias;
@@ -97,17 +96,25 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
   }
 }
 
-static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
-                                    int64_t begin, int64_t end) {
+template <bool THROUGH>
+static void add_layer_norm_backward_as(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
+                                       int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   Scratch scratch;
   float* memory = scratch.take(4 * kRows * args.width);
   for (; begin + kRows <= end; begin += kRows)
-    add_layer_norm_backward_rows<kRows>(args, dweight, dbias, dx_bias, begin, memory);
-  for (; begin < end; ++begin) add_layer_norm_backward_rows<1>(args, dweight, dbias, dx_bias, begin, memory);
+    add_layer_norm_backward_rows<kRows, THROUGH>(args, dweight, dbias, dx_bias, begin, memory);
+  for (; begin < end; ++begin) add_layer_norm_backward_rows<1, THROUGH>(args, dweight, dbias, dx_bias, begin, memory);
 }
 
-// values of a row that are in hand at a time
+static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
+                                    int64_t begin, int64_t end) {
+  if (args.grad_sum.data == nullptr)
+    return add_layer_norm_backward_as<false>(args, dweight, dbias, dx_bias, begin, end);
+  add_layer_norm_backward_as<true>(args, dweight, dbias, dx_bias, begin, end);
+}
+
+// values of a row that are processed at a time
 constexpr int64_t kPiece = 512;
 
 static void bias_gelu(const BiasGelu& args, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Two neighbours of bf16 in a word, and vectors of such words as the factors of a product.
+// Two adjacent bf16 values in a word, and vectors of such words as the factors of a product.
 
 struct Pair {
   Bf16 first, second;
@@ -18,7 +18,7 @@ FASTMIM_HD Int splat(Pair value) {
 
 // sum + first * first + second * second
 #if defined(FASTMIM_EMULATE_BF16)
-// for a test of all around it on a processor without the instruction: that takes subnormals for zeros, and gives none
+// emulation, for tests on a processor without the instruction, which takes subnormals for zeros and returns none
 FASTMIM_HD Vec flushed(Vec x) {
   return (Vec)((Int)x & (((Int)x & 0x7f800000) == 0 ? 0x80000000 - Int{} : ~Int{}));
 }

@@ -81,7 +81,8 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(),
                pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
   const Tensor rows = ids.contiguous();
-  Tensor out = at::empty({ids.size(0), N + K, width}, tokens.options());
+  // without a prefix the positions are added in place
+  Tensor out = N == 0 ? tokens : at::empty({ids.size(0), N + K, width}, tokens.options());
   const Type type = type_of(dtype);
   const auto row_of = [width](const Tensor& table, int64_t row) {
     return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * width * table.element_size();
@@ -90,12 +91,16 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / (N + K), row = i % (N + K);
       if (row < N) {
-        kernels().add_row(type_of(head.scalar_type()), row_of(head, row), type, nullptr, type, row_of(out, i), width);
+        kernels().copy_row(type_of(head.scalar_type()), row_of(head, row), type, row_of(out, i), width);
+        continue;
+      }
+      const int64_t token = b * K + row - N;
+      if (pos.defined()) {
+        const void* position = row_of(pos, rows.const_data_ptr<int64_t>()[token]);
+        kernels().add_row(type, row_of(tokens, token), type_of(pos.scalar_type()), position, type, row_of(out, i),
+                          width);
       } else {
-        const int64_t token = b * K + row - N;
-        const void* position = pos.defined() ? row_of(pos, rows.const_data_ptr<int64_t>()[token]) : nullptr;
-        const Type pos_type = pos.defined() ? type_of(pos.scalar_type()) : type;
-        kernels().add_row(type, row_of(tokens, token), pos_type, position, type, row_of(out, i), width);
+        kernels().copy_row(type, row_of(tokens, token), type, row_of(out, i), width);
       }
     }
   });

@@ -27,12 +27,31 @@ static void read_patch(const Patches& p, int64_t start, float* out, int64_t chan
   return read_patch_as<F16>(p, start, out, channel_step, value_step);
 }
 
+// Prefetches the lines of a patch: they lie too far apart in the image for the hardware to do so.
+static void prefetch_patch(const Patches& p, int64_t start) {
+  const int64_t size = p.is_uint8 ? 1 : p.type == Type::f32 ? 4 : 2;
+  const char* image = static_cast<const char*>(p.images) + start * size;
+  const int64_t width = p.patch[p.axes - 1], lines = patch_area(p) / width;
+  const int64_t last = (width - 1) * p.stride[p.axes - 1] * size;
+  // channels that lie side by side are in the same cache lines
+  const int64_t channels = p.channel_stride * size < 64 ? 1 : p.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t line = 0; line < lines; ++line) {
+      const char* from = image + patch_line(p, c, line) * size;
+      __builtin_prefetch(from);
+      if (last >= 48) __builtin_prefetch(from + last);
+    }
+  }
+}
+
 static void gather_patches(const GatherPatches& args, int64_t begin, int64_t end) {
   const int64_t values = patch_values(args.patches), area = values / args.patches.channels;
   Scratch memory;
   float* scratch = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
     float* out = target_of(args.out, row, scratch);
+    if (row + 1 < end)
+      prefetch_patch(args.patches, patch_start(args.patches, (row + 1) / args.rows, args.ids[row + 1]));
     read_patch(args.patches, patch_start(args.patches, row / args.rows, args.ids[row]), out, area, 1);
     finish(args.out, row, values, scratch);
   }

@@ -76,7 +76,7 @@ void for_rows(int64_t count, int64_t work, const Run& run) {
   if (count > 0) at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)), run);
 }
 
-// the ids (B, K) of each row are distinct and in 0..limit-1; returns them contiguous
+// returns the ids (B, K) contiguous; raises unless those of each row are distinct and in 0..limit-1
 Tensor checked_ids(const char* name, const Tensor& ids, int64_t limit);
 
 }  // namespace fastmim::cpu

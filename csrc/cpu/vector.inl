@@ -83,9 +83,8 @@ FASTMIM_HD int64_t padded(int64_t count) {
   return (count + VL - 1) / VL * VL;
 }
 
-// e^x to about one ulp; 0 below the smallest normal number, NaN for NaN
-FASTMIM_HD Vec exponential(Vec x) {
-  const Vec clamped = x < -87.33f ? splat(-87.33f) : x > 88.0f ? splat(88.0f) : x;
+// e^x of a number between -87.33 and 88, to about one ulp; NaN for NaN
+FASTMIM_HD Vec exponential_in_range(Vec clamped) {
   const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // rounds to the nearest integer
   const Vec n = shifted - 12582912.0f;
   const Vec r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
@@ -98,11 +97,16 @@ FASTMIM_HD Vec exponential(Vec x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   const Int power = ((Int)shifted << 23) + (127 << 23);
-  const Vec value = p * (Vec)power;
+  return p * (Vec)power;
+}
+
+// e^x to about one ulp; 0 below the smallest normal number, NaN for NaN
+FASTMIM_HD Vec exponential(Vec x) {
+  const Vec value = exponential_in_range(x < -87.33f ? splat(-87.33f) : x > 88.0f ? splat(88.0f) : x);
   return x < -87.33f ? Vec{} : x > 88.0f ? splat(__builtin_inff()) : value;
 }
 
-// Φ(u) and e^(-u²/2): the normal distribution function through a polynomial for erfc(x) e^(x²) in 1 / (1 + x/2)
+// The normal distribution function Φ(u) and e^(-u²/2): through a polynomial for erfc(x) e^(x²) in 1 / (1 + x/2)
 FASTMIM_HD Vec normal_distribution(Vec u, Vec& bell) {
   const Vec x = (u < 0.0f ? -u : u) * 0.707106781f;
   const Vec t = 1.0f / (1.0f + 0.5f * x);
@@ -115,7 +119,9 @@ FASTMIM_HD Vec normal_distribution(Vec u, Vec& bell) {
   p = p * t + 0x1.f1e05cp-3f;
   p = p * t + 0x1.2126fep-2f;
   p = p * t + 0x1.20db44p-2f;
-  bell = exponential(-0.5f * u * u);
+  const Vec exponent = -0.5f * u * u;
+  const Vec value = exponential_in_range(exponent < -87.33f ? splat(-87.33f) : exponent);
+  bell = exponent < -87.33f ? Vec{} : value;
   const Vec tail = 0.5f * p * t * bell;
   return u < 0.0f ? tail : 1.0f - tail;
 }

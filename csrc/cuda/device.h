@@ -1,16 +1,17 @@
-// The thin layer that kernels are written on: who a thread is, memory, barriers, lanes, tensor cores, launches.
+// The thin layer that kernels are written on: thread indices, memory, barriers, lanes, tensor cores, launches.
 //
-// The words, for a reader new to CUDA. A kernel is one function that very many threads run. 32 threads are a warp: they
+// Terms, for a reader new to CUDA. A kernel is one function that very many threads run. 32 threads are a warp: they
 // step together, and a thread's place in its warp is its lane; lanes read each other's registers (from_lane). Up to
-// some hundred threads are a block: it runs on one multiprocessor, whose registers and shared memory (a scratchpad of
-// up to 227 KiB on sm_90, 163 KiB on sm_80) it takes while it runs, so that what a block needs decides how many of them
-// run at once and hide each other's waits. Threads of a block meet at barriers (sync_block); blocks don't meet. Global
-// memory is what tensors lie in: a warp reads it best as neighbouring 16-byte words, a word a lane. Shared memory has
-// 32 banks of 4 bytes: lanes that ask one bank for different words wait for each other. Tensor cores multiply 16x16 by
+// some hundred threads are a block: it runs on one multiprocessor and uses a part of its registers and shared memory (a
+// scratchpad of up to 227 KiB on sm_90, 163 KiB on sm_80). The less a block needs, the more of them run at once, and
+// one computes while another waits for memory. Threads of a block synchronise at barriers (sync_block); blocks do not.
+// Tensors lie in global memory: a warp reads it fastest as adjacent 16-byte words, a word a lane. Shared memory has 32
+// banks of 4 bytes: lanes that read different words of one bank wait for each other. Tensor cores multiply 16x16 by
 // 16x8 tiles whose values are spread over the lanes of a warp as "tensor cores" below says.
 //
 // Kernels touch memory through load, store and copy_async alone and talk to other threads through this file alone, so
-// that a second implementation, tests/kernels/cuda/host/device.h, runs the same source on a CPU with every access checked.
+// that a second implementation, tests/kernels/cuda/host/device.h, runs the same source on a CPU with every access
+// checked.
 #pragma once
 
 #include <cstddef>
@@ -52,7 +53,7 @@ using Stream = void*;
 #include <string>
 
 #define FASTMIM_DEVICE __device__ __forceinline__
-// `blocks` of them fit a multiprocessor: the compiler keeps to the registers that leaves each thread
+// `blocks` is how many must fit on a multiprocessor: it limits the registers that the compiler gives each thread
 #define FASTMIM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 namespace fastmim::cuda {
@@ -116,8 +117,8 @@ FASTMIM_DEVICE uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// 16 bytes on their way to shared memory, zeros unless `valid`; there for this thread after wait_for_copies, for
-// others after a barrier behind it
+// starts a copy of 16 bytes to shared memory, zeros unless `valid`; this thread may read them after wait_for_copies,
+// others after a barrier that follows it
 FASTMIM_DEVICE void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");

@@ -1,4 +1,4 @@
-// What each family's launchers are given. No torch here: pointers, sizes, strides in elements, a stream.
+// Launchers of the kernels and their arguments: pointers, sizes, strides in elements, a stream. No torch here.
 #pragma once
 
 #include <cstdint>

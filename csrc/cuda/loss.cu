@@ -1,4 +1,4 @@
-// Losses whose gradient is made in the forward pass.
+// Losses whose gradient is computed in the forward pass.
 //
 //   pixel:  t = the patch (x - mean) / std, normalised by its own mean and deviation; w = weight / total, or 1 / rows
 //           loss[row] = w sum((pred - t)^2) / P,  grad = w 2 (pred - t) / P
@@ -6,7 +6,7 @@
 //           dpred = -w gamma (1 - c)^(gamma - 1) (y - c x) / |pred|, and the same for target
 //   a row of w = 0 is not read: its loss and gradients are 0, whatever lies there
 //
-// Who owns what: a warp owns a row, its lanes every 32nd value, or run of pixels (reader.h). Sums are of lanes in one
+// Work: a warp owns a row, its lanes every 32nd value, or run of pixels (reader.h). Sums are of lanes in one
 // order, so that they repeat; the rows' losses are summed by the caller.
 // Shared memory, floats of each of the block's four warps:
 //   pixel      P of the target, channel fastest as pred is
@@ -26,7 +26,7 @@ FASTMIM_DEVICE int64_t own_row() {
   return block() * kWarps + warp();
 }
 
-// what a row's loss is multiplied by; 0 where all weights are 0
+// factor of a row's loss; 0 where all weights are 0
 FASTMIM_DEVICE float scale_of(const float* weight, const float* total, float share, int64_t row) {
   if (weight == nullptr) return share;
   if (total == nullptr) return load(weight + row);
@@ -34,7 +34,7 @@ FASTMIM_DEVICE float scale_of(const float* weight, const float* total, float sha
   return sum == 0 ? 0 : load(weight + row) / sum;
 }
 
-// values first, first + step, .. of a row lose their mean, and are divided by their deviation
+// subtracts the mean of values first, first + step, .. of a row and divides them by their deviation
 FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormPix norm) {
   const int count = values / step;
   // a constant patch is 0 whatever its value: sums are of differences to the first

@@ -3,7 +3,7 @@
 //   rank[b, j] = how many noises of row b are smaller than that of token j, ties by index
 //   ids_restore[b, j] = rank;  ids_keep[b, rank] = j for rank < K;  ids_predict[b, rank - K] = j for the next M ranks
 //
-// Who owns what: a thread owns a token; the warps of a block are shared out among several images (196 patches: 7 of 8
+// Work: a thread owns a token; the warps of a block are shared out among several images (196 patches: 7 of 8
 // warps to one image, 49 patches: 2 to each of 4). Each round the image's threads write up to kKeys keys of their row
 // to shared memory, four at a time where they are drawn (one Philox counter gives four words), and every thread counts
 // the keys below its own; all lanes of a warp read the same key, which is one broadcast. No floating point but the
@@ -109,7 +109,7 @@ void launch_random_masking(const Masking& args, Stream stream) {
   const int warps = warps_of_row < kWarps ? static_cast<int>(warps_of_row) : kWarps, images = kWarps / warps;
   const int64_t token_blocks = (args.num_patches + warps * kLanes - 1) / (warps * kLanes);
   const Plan plan{args, images, warps, static_cast<int>(token_blocks)};
-  // warps that are left over own an image too, which they don't rank
+  // warps that are left over have an image too, which they don't rank
   const int64_t slots = (kWarps + warps - 1) / warps;
   const Shape shape{(args.batch + images - 1) / images * token_blocks, kThreads,
                     slots * kKeys * static_cast<int64_t>(sizeof(uint64_t))};

@@ -4,7 +4,7 @@
 //   scatter: image[b, c, Y + y, X + x] = grad[b, k, (c, y, x)] / std[c], with (Y, X) the corner of patch ids[b, k]
 //   place:   out[b, n] = prefix[n];  out[b, N + k] = tokens[b, k] + positions[ids[b, k]]
 //
-// Who owns what: in gather a thread owns a run of pixels (reader.h), neighbouring threads neighbouring runs, so that a
+// Work: in gather a thread owns a run of pixels (reader.h), neighbouring threads neighbouring runs, so that a
 // warp reads several patches (16x16 uint8: 48 runs where channels lie apart, 16 of 48 bytes where they are fastest) and
 // writes rows of the result 16 bytes at a time. In scatter and place a thread owns kWide values that lie side by side,
 // or one where rows aren't aligned. No shared memory: no value is used twice.

@@ -5,7 +5,7 @@
 
 namespace fastmim::cuda {
 
-// Rows of patches with what keeps their memory alive.
+// Rows of patches, with the tensors that own their memory.
 struct PatchTensors {
   PatchTensors(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size, const OptionalTensor& mean,
                const OptionalTensor& std);

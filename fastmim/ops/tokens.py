@@ -187,7 +187,11 @@ sum_by_position = define(
 
 def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum x (B, K, D) over its rows to (D,), upcast, and return it in `dtype`."""
-    return x.sum((0, 1), dtype=torch.promote_types(x.dtype, torch.float32)).to(dtype)
+    upcast = torch.promote_types(x.dtype, torch.float32)
+    if x.device.type == "cpu":
+        # torch takes 30 times as long for both axes at once where rows of float32 are not contiguous
+        return x.sum(1, dtype=upcast).sum(0).to(dtype)
+    return x.sum((0, 1), dtype=upcast).to(dtype)
 
 
 # ---- decoder_tokens --------------------------------------------------------------------------------------------------
