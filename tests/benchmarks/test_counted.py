@@ -58,7 +58,7 @@ def test_what_is_printed_and_written(tmp_path, capsys):
     counted.main(["--model", "tiny", "--batch", "4", "--mask-ratio", "0.75", "--card", "a100", "--json", str(path)])
     written, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert set(written) == {"launches", "bytes", "flops", "milliseconds", "rows"}
-    assert written["launches"] == sum(row["launches"] for row in written["rows"]) > 500
+    assert written["launches"] == sum(row["launches"] for row in written["rows"]) > 300
     assert written["bytes"] == sum(row["read"] + row["written"] for row in written["rows"])
     assert written["milliseconds"] == pytest.approx(sum(row["milliseconds"] for row in written["rows"]))
     assert "A100" in printed and f"| all | {written['launches']} |" in printed

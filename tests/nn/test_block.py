@@ -297,7 +297,7 @@ def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
 
 
 @pytest.mark.parametrize(
-    "img_size, patch_size, said",
+    "img_size, patch_size, message",
     [
         (33, 8, r"img_size \(33, 33\) .*multiple of patch_size \(8, 8\)"),
         ((32, 30), (8, 4), r"img_size \(32, 30\) .*multiple of patch_size \(8, 4\)"),
@@ -306,6 +306,6 @@ def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
         ((8, 8, 8), 8, r"img_size must be an int or one int per axis \(2 of them\), got \(8, 8, 8\)"),
     ],
 )
-def test_patch_embed_refuses_sizes(img_size, patch_size, said):
-    with pytest.raises(ValueError, match=said):
+def test_patch_embed_refuses_sizes(img_size, patch_size, message):
+    with pytest.raises(ValueError, match=message):
         PatchEmbed(img_size, patch_size, 3, DIM)

@@ -23,7 +23,7 @@ def identity(row):
 
 
 def complaints(rows, recorded, same_triton):
-    """What is wrong with the rows of a run, by themselves and beside the recorded ones."""
+    """Faults in the rows of a run, by themselves and compared with the recorded rows."""
     found = []
     known = {identity(row): row for row in recorded}
     for row in rows:

@@ -12,6 +12,7 @@ from triton import cdiv
 
 import compiled
 from fastmim.kernels import norm
+from harness.ahead_of_time import machine
 
 WIDTHS = 384, 512, 768, 1024, 1280
 ROWS = 1, 7, 256, 256 * 10, 256 * 50, 256 * 197, 1024 * 50
@@ -22,7 +23,7 @@ ROWS = 1, 7, 256, 256 * 10, 256 * 50, 256 * 197, 1024 * 50
 def test_all_programs_run_at_once_on_equal_shares(architecture):
     for width, rows, (columns, registers) in itertools.product(WIDTHS, ROWS, ((1, 128), (4, 64))):
         blocks = norm._sum_blocks(min(columns * width, norm._COLUMNS) if columns > 1 else width, registers)
-        with compiled.machine(architecture):
+        with machine(architecture):
             programs, across = norm._sum_grid(rows, columns * width, blocks, torch.device("cuda"))
         assert across == (1 if columns == 1 else cdiv(columns * width, norm._COLUMNS))
         # registers of a multiprocessor, which a thread's share of is counted in eights
