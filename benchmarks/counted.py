@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 from fastmim.train.config import Config
-from fastmim.train.flops import CARDS, DEVICE, UPDATE, Card, Count, Stage, count, count_step, optimizer_stages
+from fastmim.train.flops import CARDS, DEVICE, UPDATE, Card, Count, Stage, count, count_step
 from rivals import plain_mae
 from rivals.contestants import MODELS, adamw
 from rivals.plain_mae import PlainGatherMAE
@@ -93,7 +93,7 @@ def _plain(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
         *(Stage("decoder", module, "forward") for module in decoder),
         Stage("loss", plain_mae, "squared_error"),
         Stage("clipping", torch.nn.utils, "clip_grad_norm_", UPDATE),
-        *optimizer_stages(optimizer),
+        Stage("optimiser", optimizer, "step", UPDATE),
     ]
     return step, stages
 

@@ -78,8 +78,10 @@ class Config:
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "bfloat16" (by autocast, weights in float32), "float32", "float64".
         parallel: "auto", "ddp" or "fsdp"; auto shards the huge model.
-        compile, cuda_graphs, checkpoint_activations: how a step runs. cuda_graphs implies compile, and excludes
-            micro_batch_size and sharded parameters.
+        compile, checkpoint_activations: how a step runs.
+        cuda_graphs: replay the whole step, as the kernels that it runs otherwise, from a CUDA graph. With `compile` the
+            compiled passes are replayed instead, and micro_batch_size must be none. Several processes need `compile`;
+            sharded parameters are refused.
         checkpoint_every: steps between checkpoints.
         keep_last, keep_every: checkpoints that are kept: the last `keep_last`, and those of every `keep_every` steps.
         log_every: steps between lines of metrics.
@@ -152,10 +154,11 @@ class Config:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
         _one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
-        if self.cuda_graphs and self.micro_batch_size is not None:
+        if self.compile and self.cuda_graphs and self.micro_batch_size is not None:
             # a replay writes to the memory in which the one before it left its gradients
             raise ConfigError(
-                f"micro_batch_size must be none with cuda_graphs, which take a batch whole; got {self.micro_batch_size}"
+                "micro_batch_size must be none with compile and cuda_graphs, which take a batch whole; "
+                f"got {self.micro_batch_size}"
             )
         if self.cuda_graphs and self.parallel == "fsdp":
             # FSDP gathers weights into other memory than that of the captured graph

@@ -98,10 +98,8 @@ def parallelize(model: nn.Module, config: Config, processes: Processes) -> nn.Mo
     """Return the model compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
 
     Raises:
-        ConfigError: cuda_graphs of a model that is sharded.
+        ConfigError: cuda_graphs of a model that is sharded; without compile, of one that is replicated.
     """
-    mode = "reduce-overhead" if config.cuda_graphs else None
-    compiled = config.compile or config.cuda_graphs
     blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
     if config.sharded and dist.is_initialized():
         if config.cuda_graphs:
@@ -111,15 +109,20 @@ def parallelize(model: nn.Module, config: Config, processes: Processes) -> nn.Mo
             )
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in blocks:
-            if compiled:
+            if config.compile:
                 block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
         # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return model
-    if compiled:
-        model.compile(mode=mode)
+    if config.cuda_graphs and not config.compile and processes.world > 1:
+        raise ConfigError(
+            f"compile must be true with cuda_graphs over {processes.world} processes, got false: the exchange of "
+            "gradients is not captured"
+        )
+    if config.compile:
+        model.compile(mode="reduce-overhead" if config.cuda_graphs else None)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.world > 1 else model
 
 

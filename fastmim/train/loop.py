@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .. import masking
 from ..data import Batch
@@ -23,12 +22,13 @@ from . import metrics
 from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config, ConfigError
 from .data import open_loader
-from .distributed import accumulating, joined, parallelize
+from .distributed import joined, parallelize
 from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .seeds import mask_seeds
 from .signals import Interrupted, SignalListener
+from .step import Update, graphed
 
 
 class StepResult(NamedTuple):
@@ -110,11 +110,13 @@ class Trainer:
         self.steps = config.max_steps or config.epochs * len(self.loader)
 
         torch.manual_seed(config.seed)
-        self.dtype = DTYPES[config.dtype]
-        self.model = config.build().to(device, torch.float64 if self.dtype == torch.float64 else torch.float32)
+        dtype = DTYPES[config.dtype]
+        self.model = config.build().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         self.model.set_grad_checkpointing(config.checkpoint_activations)
         self.parallel_model = parallelize(self.model, config, self.processes)
         self.optimizer = adamw(self.model, config)
+        update = Update(config, self.processes, self.model, self.parallel_model, self.optimizer)
+        self.update = graphed(update, self._say)
 
         self.step = self.skipped = self.streak = 0
         self.failed_at = -1
@@ -122,7 +124,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             config, self.processes, self.model, self.optimizer, self.loader, self.lock, self._say
         )
-        self.meter = Meter(self.model, config, self.processes, self.dtype)
+        self.meter = Meter(self.model, config, self.processes, dtype)
         if not self._resume():
             self._save()
 
@@ -168,54 +170,12 @@ class Trainer:
                 self._stop()
 
     def _update(self, batch: Batch) -> None:
-        """Run forward, backward and optimiser on one batch; the device itself skips an update that is not finite."""
-        config, device = self.config, self.processes.device
-        lr = learning_rate(config, self.step, self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        seeds = mask_seeds(config.seed, self.step // len(self.loader), batch.ids).to(device, non_blocking=True)
-        images = self._prepare_images(batch.images.to(device, non_blocking=True))
-        micro = config.micro_batch_size or len(images)
-        total = torch.zeros((), device=device, dtype=torch.float64)
-        for start in range(0, len(images), micro):
-            part = images[start : start + micro]
-            mask = masking.random(
-                len(part),
-                self.model.patch_embed.num_patches,
-                config.mask_ratio,
-                decode_ratio=config.decode_ratio,
-                seeds=seeds[start : start + micro],
-                device=device,
-            )
-            with accumulating(self.parallel_model, more=start + micro < len(images)):
-                with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                    loss = self.parallel_model(part, mask=mask).loss
-                loss = loss * (len(part) / len(images))
-                loss.backward()
-            total += loss.detach()
-        loss = self.processes.mean(total)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if config.clip_grad is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), config.clip_grad, norm)
-        skipped = ~(loss.isfinite() & norm.isfinite())
-        # fused optimisers leave weights and state unchanged where found_inf is 1, as for torch.amp
-        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        """Update the weights by one batch."""
+        lr = learning_rate(self.config, self.step, self.steps)
+        seeds = mask_seeds(self.config.seed, self.step // len(self.loader), batch.ids)
+        results = self.update(batch.images, seeds, lr)
         self.step += 1
-        self.pending.append(StepResult(self.step, lr, loss, norm, skipped, batch.ids))
-
-    def _prepare_images(self, images: Tensor) -> Tensor:
-        """Return uint8 images as they are, which the kernels normalise by float32 constants; normalise for float64."""
-        if self.dtype != torch.float64:
-            return images
-        stats = (
-            torch.tensor(stat, dtype=self.dtype, device=images.device) for stat in (self.model.mean, self.model.std)
-        )
-        mean, std = (stat[:, None, None] for stat in stats)
-        return (images.to(self.dtype) / 255 - mean) / std
+        self.pending.append(StepResult(self.step, lr, *results, batch.ids))
 
     def _read_results(self) -> bool:
         """Read and log the results of the steps since the last call; return False after going back to a checkpoint."""

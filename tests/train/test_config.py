@@ -188,14 +188,22 @@ BAD = [
 @pytest.mark.parametrize(
     "setting, message",
     [
-        ("micro_batch_size=2", "micro_batch_size must be none with cuda_graphs, which take a batch whole; got 2"),
+        (
+            "micro_batch_size=2",
+            "micro_batch_size must be none with compile and cuda_graphs, which take a batch whole; got 2",
+        ),
         ("parallel=fsdp", "parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp"),
     ],
 )
 def test_cuda_graphs_refuse_settings_that_move_memory(setting, message):
     with pytest.raises(ConfigError) as caught:
-        read("quickstart_cpu", ["cuda_graphs=true", setting])
+        read("quickstart_cpu", ["compile=true", "cuda_graphs=true", setting])
     assert str(caught.value) == message
+
+
+def test_cuda_graphs_alone_take_a_batch_in_parts_but_no_shards():
+    with pytest.raises(ConfigError, match="parallel must be auto or ddp with cuda_graphs"):
+        read("quickstart_cpu", ["cuda_graphs=true", "micro_batch_size=2", "parallel=fsdp"])
 
 
 def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
@@ -205,6 +213,12 @@ def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
         ConfigError, match=r"parallel must be ddp .*; auto shards mae_vit_huge_patch14 over 8 processes"
     ):
         parallelize(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
+
+
+def test_cuda_graphs_without_compile_refuse_several_processes():
+    replicated = SimpleNamespace(cuda_graphs=True, compile=False, sharded=False)
+    with pytest.raises(ConfigError, match="compile must be true with cuda_graphs over 8 processes, got false"):
+        parallelize(torch.nn.Linear(1, 1), replicated, Processes(0, 8, torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize("setting, message", BAD)

@@ -14,6 +14,6 @@ Modules:
 from .cards import CARDS, Card
 from .recorder import UPDATE, Count, Row, Stage, count
 from .simulated import DEVICE
-from .step import count_step, optimizer_stages
+from .step import count_step
 
 __all__ = ["CARDS", "DEVICE", "UPDATE", "Card", "Count", "Row", "Stage", "count", "count_step", "optimizer_stages"]

@@ -7,10 +7,11 @@ import torch
 
 from ... import masking
 from ...data import Batch
-from ..config import DTYPES, Config
+from ..config import Config
 from ..distributed import Processes
 from ..loop import Trainer
 from ..schedule import adamw
+from ..step import Update
 from .cards import Card
 from .recorder import UPDATE, Count, Stage, count
 from .simulated import DEVICE
@@ -32,12 +33,12 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     trainer: Any = Trainer(config)
     trainer.processes = Processes(0, 1, DEVICE)
     trainer.loader, trainer.steps, trainer.step, trainer.pending = range(1), 2, 0, []
-    trainer.dtype = DTYPES[config.dtype]
     with DEVICE:
-        trainer.model = trainer.parallel_model = model = config.build()
+        model = config.build()
         images = torch.empty(config.batch_size, model.in_chans, *model.patch_embed.img_size, dtype=torch.uint8)
     model.set_grad_checkpointing(config.checkpoint_activations)
-    trainer.optimizer = adamw(model, config)
+    optimizer = adamw(model, config)
+    trainer.update = Update(config, trainer.processes, model, model, optimizer)
     batch = Batch(images, None, torch.arange(config.batch_size))
     stages = [
         Stage("masking", masking, "random"),
@@ -45,15 +46,7 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
         Stage("embedding", model.patch_embed, "forward"),
         Stage("decoder", model, "_decode"),
         Stage("loss", model, "_loss"),
-        *optimizer_stages(trainer.optimizer),
-    ]
-    return lambda: trainer._update(batch), stages
-
-
-def optimizer_stages(optimizer: torch.optim.Optimizer) -> list[Stage]:
-    """Return the stages after the backward pass: clipping and the optimiser's step."""
-    return [
-        Stage("clipping", torch.nn.utils, "get_total_norm", UPDATE),
-        Stage("clipping", torch.nn.utils, "clip_grads_with_norm_", UPDATE),
+        Stage("clipping", trainer.update, "_clip", UPDATE),
         Stage("optimiser", optimizer, "step", UPDATE),
     ]
+    return lambda: trainer._update(batch), stages
