@@ -13,7 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim
 from fastmim.train import Config
+from fastmim.train.distributed import Processes
 from fastmim.train.flops import CARDS, DEVICE, Stage, count, count_step, simulated, torch_kernels, triton_kernels
+from fastmim.train.schedule import adamw
+from fastmim.train.step import Update
 
 pytest.importorskip("triton")
 
@@ -337,3 +340,28 @@ def test_accumulation_and_recomputation_are_counted(config):
     assert launches(twice, "loss.pixel_loss_kernel") == 2 * launches(once, "loss.pixel_loss_kernel")
     assert launches(twice, "_fused_adamw_") == launches(once, "_fused_adamw_")
     assert once.flops < again.flops < 4 / 3 * once.flops
+
+
+def test_clipping_reads_gradients_once_more(config):
+    """The norm reads them; the optimiser reads them anyway, and writes them where it clips."""
+    free, clipped = (count_step(config(clip_grad=clip), H100) for clip in (None, 1.0))
+    gradients = 4 * sum(p.numel() for p in config().build().parameters() if p.requires_grad)
+    assert clipped.bytes - free.bytes == pytest.approx(gradients, rel=1e-3)
+    assert clipped.launches - free.launches == 3
+
+
+def test_an_update_of_what_lies_on_the_device_copies_nothing_from_or_to_the_host(config):
+    """Count an update in parts. PyTorch simulates AdamW with a learning rate of the host alone."""
+
+    def prepare():
+        small = config(clip_grad=1.0, micro_batch_size=2)
+        with DEVICE:
+            model = small.build()
+            images = torch.zeros(small.batch_size, 3, *model.patch_embed.img_size, dtype=torch.uint8)
+            seeds = torch.zeros(small.batch_size, dtype=torch.int64)
+        update = Update(small, Processes(0, 1, DEVICE), model, model, adamw(model, small))
+        return lambda: update(images, seeds, 0.1), []
+
+    rows = count(prepare, H100).rows
+    assert "optimiser" in {row.kind for row in rows}
+    assert "host copies" not in {row.kind for row in rows}

@@ -131,6 +131,12 @@ def test_a_sharded_run_alone_is_the_plain_run(config, straight, tmp_path):
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
+def test_a_sharded_run_clips_as_the_plain_run(config, tmp_path):
+    Trainer(config("plain", clip_grad=0.5)).run()
+    launch(config(parallel="fsdp", clip_grad=0.5))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "plain")
+
+
 def test_activation_checkpointing_changes_nothing(config, straight, tmp_path):
     Trainer(config(checkpoint_activations=True)).run()
     assert outcome(tmp_path / "run") == outcome(straight)

@@ -162,7 +162,7 @@ def test_a_replayed_run_goes_on_as_if_undisturbed(graphs, tmp_path, monkeypatch)
 
 
 def test_a_replay_skips_on_the_device_and_the_run_goes_back(config, graphs, tmp_path, monkeypatch):
-    """Give images that make the loss NaN: the graph is the same, and it is replayed on after the return."""
+    """Spoil a weight, so that the loss is NaN: the same graph is replayed, after the return too."""
     update = Trainer._update
     seen = []
 
@@ -188,10 +188,10 @@ def test_a_replay_skips_on_the_device_and_the_run_goes_back(config, graphs, tmp_
 def test_other_shapes_and_failed_captures_are_updated_kernel_by_kernel(config, graphs, monkeypatch):
     said = []
     batches = [batch(size) for size in (4, 4, 2, 2, 4)]
-    small = config()
-    model = small.build()
+    model = config().build()
     twin, failing = copy.deepcopy(model), copy.deepcopy(model)
-    expected = [update_of(small, model)(*one, 2**-8) for one in batches]
+    update = update_of(config(), model)
+    expected = [update(*one, 2**-8) for one in batches]
 
     update = graphed(update_of(graphs(), twin), said.append)
     assert isinstance(update, GraphedUpdate)

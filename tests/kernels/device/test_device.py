@@ -3,12 +3,15 @@
 On a machine without a GPU, all that needs none runs on the CPU, on fewer repeats and smaller sizes.
 """
 
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastmim
 from fastmim import masking, ops
@@ -196,6 +199,45 @@ def test_a_captured_step_trains_as_an_eager_one():
         return torch.stack(found)
 
     torch.testing.assert_close(losses(graphed=True), losses(graphed=False), rtol=1e-3, atol=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("micro", [None, 3])
+def test_a_run_that_replays_its_steps_is_the_eager_one(tmp_path, micro):
+    """Compare weights and losses of runs: eager, replayed, and replayed after an end in the middle."""
+    from fastmim.train import Config, Trainer
+
+    generator = np.random.default_rng(0)
+    for index in range(24):
+        pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index:02d}.png")
+    options = dict(patch_size=8, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, decoder_depth=1)
+    small = dict(data=str(tmp_path), model="tiny", model_options={**options, "decoder_num_heads": 1}, image_size=32)
+    small |= dict(batch_size=8, micro_batch_size=micro, base_lr=0.02, clip_grad=0.5, backend="pillow")
+    small |= dict(max_steps=12, checkpoint_every=4, log_every=1)
+
+    def run(name, graphs):
+        trainer = Trainer(Config(**small, output_dir=str(tmp_path / name), cuda_graphs=graphs))
+        trainer.run()
+        assert not graphs or trainer.update.graph is not None
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return {k: v.cpu() for k, v in trainer.model.state_dict().items()}, [(x["loss"], x["grad_norm"]) for x in lines]
+
+    weights, losses = run("eager", graphs=False)
+    update = Trainer._update
+
+    def stopping(self, batch):
+        if self.step == 5:
+            raise KeyboardInterrupt
+        update(self, batch)
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "_update", stopping)
+        run("resumed", graphs=True)
+    for name in ("graph", "resumed"):
+        found, curve = run(name, graphs=True)
+        assert curve == losses
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
 # ---- in float16 ------------------------------------------------------------------------------------------------------
