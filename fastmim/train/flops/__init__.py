@@ -8,12 +8,12 @@ Modules:
     torch_kernels    kernels of PyTorch's ops, and their traffic
     triton_kernels   traffic of fastmim's Triton kernels
     recorder         kernels summed by the stage that launches them
-    step             the Trainer's step
+    trainer          kernels of the Trainer's step
 """
 
 from .cards import CARDS, Card
 from .recorder import UPDATE, Count, Row, Stage, count
 from .simulated import DEVICE
-from .step import count_step
+from .trainer import count_step
 
 __all__ = ["CARDS", "DEVICE", "UPDATE", "Card", "Count", "Row", "Stage", "count", "count_step", "optimizer_stages"]
