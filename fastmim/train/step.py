@@ -132,7 +132,7 @@ class GraphedUpdate:
         self.stream = torch.cuda.Stream(device)
         self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.failed = self.said = False
+        self.failed = self.reported = False
 
     def __call__(self, images: Tensor, seeds: Tensor, lr: float) -> Results:
         """Update the weights by a batch, as `Update` does."""
@@ -141,8 +141,8 @@ class GraphedUpdate:
         if self.inputs is None:
             return self._warm_up(images, seeds, lr)
         if images.shape != self.inputs[0].shape:
-            if not self.said:
-                self.said = True
+            if not self.reported:
+                self.reported = True
                 self.say(f"cuda_graphs: off for batches of another shape than {list(self.inputs[0].shape)}")
             return self.update(images, seeds, lr)
         if self.graph is None and not self._capture(self.inputs):

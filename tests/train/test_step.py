@@ -186,25 +186,25 @@ def test_a_replay_skips_on_the_device_and_the_run_goes_back(config, graphs, tmp_
 
 
 def test_other_shapes_and_failed_captures_are_updated_kernel_by_kernel(config, graphs, monkeypatch):
-    said = []
+    output = []
     batches = [batch(size) for size in (4, 4, 2, 2, 4)]
     model = config().build()
     twin, failing = copy.deepcopy(model), copy.deepcopy(model)
     update = update_of(config(), model)
     expected = [update(*one, 2**-8) for one in batches]
 
-    update = graphed(update_of(graphs(), twin), said.append)
+    update = graphed(update_of(graphs(), twin), output.append)
     assert isinstance(update, GraphedUpdate)
     found = [update(*one, 2**-8) for one in batches]
     assert update.graph.replays == 2
-    assert said == ["cuda_graphs: off for batches of another shape than [4, 3, 16, 16]"]
-    said.clear()
+    assert output == ["cuda_graphs: off for batches of another shape than [4, 3, 16, 16]"]
+    output.clear()
 
     inner = update_of(graphs(), failing)
     monkeypatch.setattr(inner, "_clip", lambda: Update._clip(inner) * Update._clip(inner).item() ** 0)
-    update = graphed(inner, said.append)
+    update = graphed(inner, output.append)
     again = [update(*one, 2**-8) for one in batches]
-    assert said == ["cuda_graphs: off, the update can't be captured: a value was read on the host"]
+    assert output == ["cuda_graphs: off, the update can't be captured: a value was read on the host"]
     assert not any(group["capturable"] for group in inner.optimizer.param_groups)
     for other in (found, again):
         assert all(torch.equal(a, b) for x, y in zip(other, expected) for a, b in zip(x, y))
@@ -220,9 +220,9 @@ def test_other_shapes_and_failed_captures_are_updated_kernel_by_kernel(config, g
     ],
 )
 def test_what_can_not_be_captured_is_said(graphs, settings, line):
-    said = []
-    assert isinstance(graphed(update_of(graphs(**settings)), said.append), Update)
-    assert len(said) == 1 and said[0].startswith(line)
+    output = []
+    assert isinstance(graphed(update_of(graphs(**settings)), output.append), Update)
+    assert len(output) == 1 and output[0].startswith(line)
 
 
 def test_compiled_graphs_are_those_of_the_compiler(graphs):

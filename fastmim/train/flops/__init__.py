@@ -16,4 +16,4 @@ from .recorder import UPDATE, Count, Row, Stage, count
 from .simulated import DEVICE
 from .trainer import count_step
 
-__all__ = ["CARDS", "DEVICE", "UPDATE", "Card", "Count", "Row", "Stage", "count", "count_step", "optimizer_stages"]
+__all__ = ["CARDS", "DEVICE", "UPDATE", "Card", "Count", "Row", "Stage", "count", "count_step"]
