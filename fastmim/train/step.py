@@ -116,10 +116,10 @@ class Update:
 class GraphedUpdate:
     """`Update` whose kernels are captured in a CUDA graph, which later updates replay on their own batches.
 
-    Inputs are copied into memory that stays, on the current stream, and so is the learning rate. The first update runs
-    kernel by kernel on the stream of the capture, as PyTorch asks for. At the second the kernels are captured, which
-    computes nothing, and replayed. Batches of another shape, and all batches if the capture fails, are updated kernel
-    by kernel.
+    Images, seeds and learning rate are copied on the current stream into memory that stays, while the loader copies the
+    next batch on its own stream. The first update runs kernel by kernel on the stream of the capture, as PyTorch asks
+    for. At the second the kernels are captured, which computes nothing, and replayed. Batches of another shape, and all
+    batches if the capture fails, are updated kernel by kernel.
 
     Args:
         update: is captured.
@@ -192,7 +192,9 @@ class GraphedUpdate:
         except RuntimeError as error:
             self.failed = True
             optimizer.zero_grad()
-            self.say(f"cuda_graphs: off, the update can't be captured: {' '.join(str(error).split())}")
+            # the end of a failed capture raises an error of its own
+            reason = " ".join(str(error.__context__ or error).split())
+            self.say(f"cuda_graphs: off, the update can't be captured: {reason}")
             return False
         finally:
             for group in optimizer.param_groups:
