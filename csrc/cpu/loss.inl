@@ -23,7 +23,7 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
-    // a row without weight is not read, so that NaN in it has no effect
+    // a row of weight 0 is not read, so that NaN in it has no effect
     if (args.row_scale[row] == 0) {
       args.row_loss[row] = 0;
       write_zeros(args.grad, row, values, out);

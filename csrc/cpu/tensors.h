@@ -1,4 +1,4 @@
-// Between tensors and kernels: what is served, views, checks on values, threads.
+// From tensors to kernels: dtypes that are served, views, checks on values, threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -31,7 +31,7 @@ void check_dtype(const std::optional<Given>& given) {
   if (given.has_value()) check_dtype(*given);
 }
 
-// throws Unserved where a dtype, or the dtype of a tensor, is none that kernels serve
+// throws Unserved for a dtype, or a tensor of a dtype, that kernels do not serve
 template <typename... Given>
 void check_dtypes(const Given&... given) {
   (check_dtype(given), ...);
@@ -70,7 +70,7 @@ inline Tensor as_float(const Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();
 }
 
-// run(begin, end) over 0..count, `work` being the cost of one in elements touched
+// run(begin, end) over 0..count in several threads; `work` is the number of elements touched for each
 template <typename Run>
 void for_rows(int64_t count, int64_t work, const Run& run) {
   if (count > 0) at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)), run);

@@ -48,7 +48,7 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   Tensor out = at::zeros({num_positions, rows.size(2)}, rows.options().dtype(at::kFloat));
   const int64_t batch = rows.size(0), count = rows.size(1), width = rows.size(2);
   const View a = rows_of(from), o = rows_of(out);
-  // where each position's row of the batch lies, so that a position is summed by one thread, in batch order
+  // for each position, its row in each image of the batch: one thread then sums a position, in batch order
   std::vector<int64_t> place(batch * num_positions, -1);
   for (int64_t row = 0; row < batch * count; ++row)
     place[id.const_data_ptr<int64_t>()[row] * batch + row / count] = row;
@@ -66,7 +66,7 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   return out;
 }
 
-// out[b, row] = visible[b, from] (or the mask token, where from is past them) + pos_embed[position]
+// out[b, row] = visible[b, from] (or the mask token, where `from` is past the visible tokens) + pos_embed[position]
 template <typename Place>
 Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows,
                 const Place& place) {

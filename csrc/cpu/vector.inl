@@ -57,7 +57,7 @@ FASTMIM_HD Vec load_some(const float* from, int64_t count) {
   return value;
 }
 
-// Sums in a lane per value, whatever the compiler makes of loops: one long chain of floats would lose digits.
+// Sums in VL lanes, however the compiler vectorises loops: one long chain of float additions would lose digits.
 FASTMIM_HD float dot(const float* x, const float* y, int64_t count) {
   Vec even = {}, odd = {};
   int64_t i = 0;
@@ -164,7 +164,7 @@ FASTMIM_HD void* at(const View& view, int64_t offset) {
   return static_cast<char*>(view.data) + offset * (view.type == Type::f32 ? 4 : 2);
 }
 
-// the row as floats, where it lies if it is of floats already, else in `scratch`
+// the row as floats: in place if it holds floats, else converted in `scratch`
 FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, float* scratch) {
   const void* from = at(view, row * view.stride[0]);
   if (view.type == Type::f32 && view.stride[1] == 1) return static_cast<const float*>(from);
@@ -172,7 +172,7 @@ FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, flo
   return scratch;
 }
 
-// where the row is to be written: in place if it is of floats, else in `scratch`, which `finish` then stores
+// the memory to write the row to: in place if it holds floats, else `scratch`, which `finish` then converts and stores
 FASTMIM_HD float* target_of(const View& view, int64_t row, float* scratch) {
   return view.type == Type::f32 && view.stride[1] == 1 ? static_cast<float*>(at(view, row * view.stride[0])) : scratch;
 }
@@ -182,7 +182,7 @@ FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float
   store_row(view.type, at(view, row * view.stride[0]), view.stride[1], scratch, width);
 }
 
-// ---- pieces of rows, in whole vectors: where they lie if they are such, else in `scratch` -------------------------
+// ---- pieces of rows, as whole vectors: in place if they are whole, else in `scratch` ------------------------------
 
 FASTMIM_HD const float* whole_vectors(const float* from, int64_t count, float* scratch) {
   if (count % VL == 0) return from;
