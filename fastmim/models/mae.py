@@ -131,7 +131,7 @@ class MaskedAutoencoderViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside blocks while training; recompute them in the backward pass."""
+        """Let the backward pass recompute the activations inside blocks, or with enable=False keep them."""
         self.gradient_checkpointing = enable
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class MaskedAutoencoderViT(nn.Module):
         else:
             pred = scored = self._decode(latent, mask)
         removed = mask.mask.float()
-        # the user's mask may predict visible patches too, which have no loss
+        # a mask passed by the user may predict visible patches too, which have no loss
         weight = removed.gather(1, mask.ids_predict) if given else None
         loss = self._loss(scored, images, mask.ids_predict, weight)
         return MAEOutput(loss, pred, removed, mask.ids_keep, mask.ids_predict, mask.ids_restore)

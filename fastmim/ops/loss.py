@@ -33,8 +33,8 @@ def pixel_loss(
 
     Args:
         pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. Where they require grad they get
-            theirs, by way of the target as in facebookresearch/mae; the target is then stored.
+        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. If they require grad, they get a
+            gradient through the target, as in facebookresearch/mae, and the target is stored.
         ids: (B, M) int64 patch of each prediction, distinct in a row.
         patch_size: one int, or one per axis.
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
@@ -131,7 +131,7 @@ def _upcast_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale the gradient made in the forward pass by the one that arrives, in place where nothing reads it again."""
+    """Multiply the gradient made in the forward pass by the upstream one, in place where nothing reads it again."""
     # a compiler traces tensors of another kind, vmap keeps several upstream gradients in one
     is_plain = type(grad) is Tensor and torch._C._dispatch_keys(grad) == torch._C._dispatch_keys(upstream)
     if not is_plain or grad.dtype != dtype or upstream.dim() or _graph_is_kept():
@@ -140,7 +140,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad
 
 
-# whether this backward pass leaves its graph for another one
+# returns whether the current backward pass retains its graph for another one
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 

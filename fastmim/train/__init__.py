@@ -13,7 +13,8 @@ Modules:
     metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
     meter          images per second and their share of the matrix product rate
     flops/         kernels of a GPU step, counted without a GPU
-    load_run       the model of a run, for evaluate, export and reconstruct, which are commands of their own
+    load_run       the model of a run
+    evaluate, export, reconstruct    the `fastmim` commands of these names
 """
 
 from .config import Config, ConfigError

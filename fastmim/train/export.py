@@ -67,8 +67,8 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             to_huggingface(model).save_pretrained(out)
             from transformers import ViTMAEForPreTraining
 
-            theirs = ViTMAEForPreTraining.from_pretrained(out).train(False)
-            difference = _difference(theirs(images, noise=noise).loss, loss)
+            exported = ViTMAEForPreTraining.from_pretrained(out).train(False)
+            difference = _difference(exported(images, noise=noise).loss, loss)
         else:
             from safetensors.torch import load_file, save_file
 
@@ -80,5 +80,6 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     return difference
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+def _difference(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference as a share of the largest expected value."""
+    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

@@ -49,7 +49,7 @@ def labelled(tmp_path):
 def test_evaluate(straight, labelled, capsys):
     assert cli.main(["evaluate", str(straight), str(labelled), "--labels-per-class", "5"]) == 0
     output = capsys.readouterr().out.splitlines()
-    assert output[0] == "2 classes, 5 a class to learn from, 8 to judge by"
+    assert output[0] == "2 classes, 5 a class for training, 8 for testing"
     assert [line.split()[0] for line in output[1:]] == ["features", "checkpoint", "random", "raw"]
     assert output[-1].split()[-1] == "100.0%"
 

@@ -182,7 +182,7 @@ def naming_errors(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by the one that `write(path)` writes; on an error the old file stays, and nothing beside it."""
+    """Replace a file by the one that `write(path)` writes; after an error the old file stays, and no partial one."""
     aside = path.with_name(path.name + ASIDE[0])
     try:
         with naming_errors(aside):

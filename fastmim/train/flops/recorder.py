@@ -83,7 +83,7 @@ class Count:
 
     @property
     def milliseconds(self) -> float:
-        """Return the sum of each launch's least time: of its traffic, its products or the shortest launch."""
+        """Return the sum of the launches' least times, each the longest of traffic, products and an empty launch."""
         return sum(row.milliseconds for row in self.rows)
 
     def by(self, *names: str) -> list[dict[str, Any]]:

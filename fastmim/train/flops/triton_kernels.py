@@ -82,7 +82,7 @@ def kernel_of(name: str, arguments: Arguments) -> Kernel:
     """
     rule = RULES.get(name)
     if rule is None:
-        raise UnknownOpError(f"{name}: {__name__} does not say what it reads and writes")
+        raise UnknownOpError(f"{name}: {__name__} has no rule for its traffic")
     names = rule.written.split()
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     written = stored(*(arguments[key] for key in names))
