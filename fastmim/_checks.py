@@ -44,13 +44,13 @@ def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> Non
         raise TypeError(f"{name} must be of dtype {allowed}; got {value.dtype}")
 
 
-def check_same(what: str, **tensors: Tensor | None) -> None:
-    """Check that all given tensors agree in `what`, "dtype" or "device"."""
-    given = {name: getattr(value, what) for name, value in tensors.items() if value is not None}
+def check_same(attribute: str, **tensors: Tensor | None) -> None:
+    """Check that all given tensors agree in `attribute`, "dtype" or "device"."""
+    given = {name: getattr(value, attribute) for name, value in tensors.items() if value is not None}
     if len(set(given.values())) > 1:
-        got = ", ".join(f"{name} on {v}" if what == "device" else f"{name} of {v}" for name, v in given.items())
-        error = TypeError if what == "dtype" else ValueError
-        raise error(f"{', '.join(given)} must have the same {what}; got {got}")
+        got = ", ".join(f"{name} on {v}" if attribute == "device" else f"{name} of {v}" for name, v in given.items())
+        error = TypeError if attribute == "dtype" else ValueError
+        raise error(f"{', '.join(given)} must have the same {attribute}; got {got}")
 
 
 def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:

@@ -61,8 +61,8 @@ def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] |
         if device.type == "cuda" and _capability(device) < [8, 0]:
             return fallback(*args, reason="needs compute capability 8.0")
         reasons = []
-        turned = len(order) > 1 and _cuda_first(op, args, device)
-        for launch in launchers()[:: -1 if turned else 1]:
+        cuda_first = len(order) > 1 and _cuda_first(op, args, device)
+        for launch in launchers()[:: -1 if cuda_first else 1]:
             try:
                 return launch(*args)
             except kernels.Unserved as unserved:

@@ -205,14 +205,15 @@ def _cut(
     return patches
 
 
-def _upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic on tensors of these dtypes: float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def gather_patches(
     images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return _cut(images, ids, patch_size, mean, std, _upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
+    return _cut(images, ids, patch_size, mean, std, upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
 
 
 def gather_patches_backward(
@@ -402,7 +403,7 @@ def pixel_loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient by pred (else empty)."""
-    dtype = _upcast_dtype(pred.dtype, images.dtype)
+    dtype = upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
     error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
     loss = (error.square().mean(-1) * row_scale).sum()
@@ -464,7 +465,7 @@ def scaled_cosine_loss(
 
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
     """
-    dtype = _upcast_dtype(pred.dtype, target.dtype)
+    dtype = upcast_dtype(pred.dtype, target.dtype)
     row_scale = _row_scale(weight, pred.new_empty(pred.shape[:-1], dtype=dtype), reduction)
     if weight is not None:
         # rows of weight 0 may hold NaN

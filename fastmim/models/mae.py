@@ -155,6 +155,9 @@ class MaskedAutoencoderViT(nn.Module):
             mask: visible and predicted patches, in place of the three arguments above.
             predict: "masked": return predictions of the predicted patches; "all": of all patches, in grid order.
 
+        Returns:
+            An `MAEOutput`, which unpacks to loss, pred and mask.
+
         Raises:
             TypeError: images, noise, mask or a ratio of a wrong type or dtype.
             ValueError: images of another size, a ratio out of range, both noise and mask, or predict="all" while not

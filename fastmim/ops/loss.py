@@ -66,7 +66,7 @@ def pixel_loss(
     norm = _NORMS[norm_pix]
     if wants_grad(images):
         # for saliency maps and the like; the kernels have no gradient of the images
-        cut = _gather_patches(images, ids, patch, mean, std, _upcast_dtype(pred, images))
+        cut = _gather_patches(images, ids, patch, mean, std, reference.upcast_dtype(pred.dtype, images.dtype))
         error, scale = reference.pixel_errors(pred, cut.unflatten(2, (images.shape[1], *patch)), norm, weight)
         return (error.square().mean(-1) * scale).sum()
     loss: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, wants_grad(pred))[0]
@@ -126,10 +126,6 @@ def _check_weight(weight: Tensor | None, shape: tuple[int, ...], letters: str) -
     return weight.detach()
 
 
-def _upcast_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply the gradient made in the forward pass by the upstream one, in place where nothing reads it again."""
     # a compiler traces tensors of another kind, vmap keeps several upstream gradients in one
@@ -159,7 +155,7 @@ _scale_gradient_ = define(
 def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     need_grad = others[-1]
     grad = pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
-    return pred.new_empty((), dtype=_upcast_dtype(pred, images)), grad
+    return pred.new_empty((), dtype=reference.upcast_dtype(pred.dtype, images.dtype)), grad
 
 
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,7 +193,8 @@ def _cosine_fake(
     need_target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = pred.new_empty(
-        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (), dtype=_upcast_dtype(pred, target)
+        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (),
+        dtype=reference.upcast_dtype(pred.dtype, target.dtype),
     )
     dpred, dtarget = (
         t.new_empty(t.shape if needed else 0, dtype=reference.gradient_dtype(t.dtype))

@@ -19,8 +19,8 @@ TARGETS = ("facebook", "huggingface", "timm")
 def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
-    The written model is read back and run on the same images; the reference serves what a forced backend does not.
-    After a failure to write, nothing is left behind.
+    The written model is read back and run on the same images. Calls that a forced
+    backend does not serve go to the reference. After a failure to write, nothing is left behind.
 
     Returns:
         The largest difference between the outputs of both models, as a share of the largest output.

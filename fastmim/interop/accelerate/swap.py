@@ -54,7 +54,7 @@ class Choice:
     """Decision about one module.
 
     Attributes:
-        mixins: what to accelerate it with; empty to keep it.
+        mixins: base classes that accelerate it; empty to keep it.
         kept: reasons why it, or a part of what it does, is kept.
         error: the import that failed, where that is the reason.
     """
