@@ -21,7 +21,7 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
 class Stage(NamedTuple):
-    """Part of a step: the calls of an object's attribute, without those of other stages inside."""
+    """Part of a step: the calls of one attribute of an object, without other stages that they contain."""
 
     name: str
     owner: Any
