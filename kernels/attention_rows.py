@@ -127,4 +127,7 @@ def with_bias(scores, bias, row_offsets, key_offsets, valid):
         return scores
     else:
         at = bias + row_offsets[:, None] + key_offsets[None, :]
-        return scores + tl.load(at, valid, other=0.0).to(tl.float32) * LOG2E
+        value = tl.load(at, valid, other=0.0).to(tl.float32)
+        # the lowest finite number, a usual mask, stays finite: a row of it alone attends to all keys alike
+        powers = value * LOG2E
+        return scores + tl.where(powers == -INFINITY, value, powers)

@@ -20,6 +20,7 @@ from cases import (
     prepare,
     randn,
     run,
+    widened,
 )
 from contract import ChecksValues, Differentiable, host
 from hypothesis import given
@@ -253,6 +254,19 @@ class TestAttention(Differentiable):
         )
         arguments = self.sample(dtype, mask="none") | {how: hidden[how]}
         assert all((value == 0).all() for value in run(self.op, arguments).values())
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("keys", [4, 50, 197])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_bias_of_the_lowest_number(self, dtype, keys):
+        """It hides a key beside others; where all keys have it, they count alike, as in a plain softmax."""
+        arguments = self.arguments(keys=keys, mask="none")
+        arguments["bias"][0], arguments["bias"][1, ..., 1:] = torch.finfo(dtype).min, torch.finfo(dtype).min
+        arguments = prepare(arguments, dtype, "contiguous", self.leaves)
+        ours, exact = run(self.op, arguments), run(self.eager, widened(arguments))
+        for name in ours:
+            for found, value in zip(ours[name], exact[name]):
+                torch.testing.assert_close(found.double(), value, rtol=0, atol=0.02 * float(value.abs().max()))
 
     def test_bias_of_minus_infinity_hides(self):
         """A bias of minus infinity hides keys as key_mask does."""
