@@ -319,7 +319,7 @@ class _QueriesLinear(torch.autograd.Function):
             weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
             dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
             if dx is not None:
-                dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
+                dx[:, ctx.skipped :] += dqueries @ weight[:width]
             wanted = ctx.needs_input_grad[2:4]
             of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
             of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
