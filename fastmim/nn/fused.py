@@ -64,7 +64,7 @@ def watched() -> bool:
             modules._global_backward_hooks.values(),
             modules._global_backward_pre_hooks.values(),
         )
-        if any(hook.__module__ != "torch.utils.module_tracker" for hook in hooks):
+        if any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks):
             return True
     return transformed()
 
@@ -161,7 +161,7 @@ def queries_linear(
     `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
     """
     if torch.compiler.is_compiling():
-        width = [x.shape[-1]]
+        width = [weight.shape[0] // 3]
         weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
         last = x[:, x.shape[1] - num_queries :]
         return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
@@ -179,6 +179,32 @@ def linear_and_bias(
     return linear(x, layer, narrow), None
 
 
+def add_layer_norm(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return norm(t) in `dtype` (None: that of t), and t = residual + (x + x_bias), as in `norm_linear`."""
+    x, x_bias, residual = _as_op_takes(x, x_bias, residual, norm)
+    normed, total, *_ = _add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dtype, x_bias)
+    return normed, total
+
+
+def _as_op_takes(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return x and residual in one shape (..., D), and `x_bias` (D,): the op does not broadcast, and checks nothing.
+
+    A module in the place of an attention or MLP may return one row for all tokens, or a scalar.
+    """
+    if x_bias is not None and x_bias.shape != residual.shape[-1:]:
+        x, x_bias = x + x_bias, None
+    if x.shape != residual.shape:
+        x, residual = torch.broadcast_tensors(x, residual)
+    width = residual.shape[-1:]
+    if norm.weight.shape != width or norm.bias.shape != width:
+        raise ValueError(f"a norm of width {norm.weight.shape[0]} was given tokens of width {width[0]}")
+    return x, x_bias, residual
+
+
 def norm_linear(
     x: Tensor,
     x_bias: Tensor | None,
@@ -193,8 +219,9 @@ def norm_linear(
     `x_bias` (D,) is that of the layer that made x, where its product was taken without.
     """
     operands = _operands(narrow, weight, bias)
+    addends = _as_op_takes(x, x_bias, residual, norm)
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x, x_bias, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands
     )
     return out
 
@@ -303,7 +330,7 @@ class _QueriesLinear(torch.autograd.Function):
         bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
-        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, x.shape[-1]
+        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, weight.shape[0] // 3
         x = ctx.products.operand(x)
         ctx.save_for_backward(x, weight_operand)
         biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
@@ -316,7 +343,7 @@ class _QueriesLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with without_autocast(x.device.type):
             dqueries, dothers = map(ctx.products.operand, grads)
-            weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
+            weight, width, last = ctx.products.operand(weight), weight.shape[0] // 3, x[:, ctx.skipped :]
             dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
             if dx is not None:
                 dx[:, ctx.skipped :] += dqueries @ weight[:width]
