@@ -20,6 +20,7 @@ from .attention_rows import (
     over_rows_of_any_size,
     span,
     store_rows,
+    store_sums,
     with_bias,
     zeros,
 )
@@ -176,7 +177,7 @@ def loop_backward_queries_kernel(
     k, k_batch, k_row, k_head,
     v, v_batch, v_row, v_head,
     dq, dq_batch, dq_row, dq_head,
-    top_of, inverse_of, mean_of,
+    sums, top_of, inverse_of, mean_of,
     key_mask, mask_batch, mask_key,
     bias, bias_batch, bias_head, bias_row, bias_key,
     score_grad, cu_q, cu_k,
@@ -189,6 +190,7 @@ def loop_backward_queries_kernel(
 
     These are the softmax's maximum and sum, and rowsum(P dP). One pass over the keys computes them and dq, with a
     running softmax. The gradient of a bias needs final statistics: it takes a second pass, which then computes dq.
+    Without such a gradient, a program's sums of dq go to sums (batch * tiles, 1, heads, D), whose rows are 3 apart.
     """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
@@ -251,7 +253,11 @@ def loop_backward_queries_kernel(
     tl.store(mean_of + statistics + row, mean, valid_q)
     if score_grad is None:
         inverse *= scale
-        store_rows(dq, row * dq_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
+        low, high = low * inverse[:, None], high * inverse[:, None]
+        store_rows(dq, row * dq_row * UNIT, valid_q, low, high, D, D0, D1)
+        if sums is not None:
+            program = entry * tiles + tl.program_id(0) % tiles
+            store_sums(sums, program * 3, head, heads, low, high, valid_q, D, D0, D1)
     else:
         low, high = zeros(BLOCK_Q, D0, D1)
         for start in range(0, keys, BLOCK_K):
@@ -276,7 +282,7 @@ def loop_backward_keys_kernel(
     k, k_batch, k_row, k_head,
     v, v_batch, v_row, v_head,
     dk, dk_batch, dk_row, dk_head,
-    dv,
+    dv, sums,
     top_of, inverse_of, mean_of,
     key_mask, mask_batch, mask_key,
     bias, bias_batch, bias_head, bias_row, bias_key,
@@ -285,7 +291,10 @@ def loop_backward_keys_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of BLOCK_K keys of one sequence and head, over its queries BLOCK_Q at a time."""
+    """Write dk and dv of BLOCK_K keys of one sequence and head, over its queries BLOCK_Q at a time.
+
+    A program's sums of them go to sums (batch * tiles, 2, heads, D), whose rows are 3 apart.
+    """
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
     column = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -337,5 +346,10 @@ def loop_backward_keys_kernel(
         chosen = attends[:, None]
         dk_low, dv_low = tl.where(chosen, dk_low, 0.0), tl.where(chosen, dv_low, 0.0)
         dk_high, dv_high = tl.where(chosen, dk_high, 0.0), tl.where(chosen, dv_high, 0.0)
+    dk_low, dk_high = dk_low * scale, dk_high * scale
     store_rows(dv, to, valid_k, dv_low, dv_high, D, D0, D1)
-    store_rows(dk, to, valid_k, dk_low * scale, dk_high * scale, D, D0, D1)
+    store_rows(dk, to, valid_k, dk_low, dk_high, D, D0, D1)
+    if sums is not None:
+        program = entry * tiles + tl.program_id(0) % tiles
+        store_sums(sums, program * 3, head, heads, dk_low, dk_high, valid_k, D, D0, D1)
+        store_sums(sums, program * 3 + 1, head, heads, dv_low, dv_high, valid_k, D, D0, D1)
