@@ -43,7 +43,7 @@ BLOCK_IDS = 256 if INTERPRETED else 64
 # again where one of them is 1 or becomes a multiple of 16; it still does at 2^31, where they take 64 bits.
 _COUNTS = frozenset(
     "batch rows count limit positions patches grid_h grid_w prefix num_visible num_predict len_keep len_predict heads "
-    "queries keys group tiles share".split()
+    "queries keys group tiles key_tiles share".split()
 )
 # Strides between rows depend on counts too: `unit_of` tells a kernel how the rows are aligned.
 _ROW_STRIDES = "_batch", "_row", "_head"

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from . import Unserved
 from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, strides_of, unit_of
-from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_kernel, loop_forward_kernel
+from .attention_loop import (
+    loop_backward_kernel,
+    loop_backward_keys_kernel,
+    loop_backward_queries_kernel,
+    loop_forward_kernel,
+)
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
 from .norm import _sum_partials
 
@@ -25,6 +30,9 @@ DIM_MULTIPLE = 1 if INTERPRETED else 8
 # Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
 # to divide rows among sequences and keep these apart takes more instructions than the rows that stay empty.
 PACKED_LENGTH = 32 if INTERPRETED else 5
+# Up to so many bytes of a head's queries and keys, one program writes all gradients. It reads twice as many, which the
+# cache of a device holds for two or three programs a multiprocessor.
+CACHED = 2**16
 # offsets within a sequence are of 32 bits
 SPAN = 2**31
 
@@ -141,6 +149,14 @@ def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
     return dict(BLOCK_Q=64, BLOCK_K=64 if q.shape[-1] <= 32 else 32, num_warps=4)
 
 
+def _limit(q: Tensor, most: int, when: bool) -> dict[str, int]:
+    """Return the option that holds threads to `most` registers, where compute capability 9 then runs one more program.
+
+    Nothing is spilled then in bfloat16, for which benchmarks/compiled.py shows it.
+    """
+    return dict(maxnreg=most) if when and q.dtype == torch.bfloat16 and _capability(q) == 9 else {}
+
+
 def _tail(q: Tensor, keys: int, block: int, ragged: bool) -> int:
     """Return the width of the last block of keys, 0 where whole blocks hold them all."""
     if ragged or (_capability(q) == 10 and keys % block):  # a narrower one spills registers there
@@ -246,6 +262,7 @@ def _backward(
                 *(batch, heads, queries, keys, group, scale),
                 **columns,
                 **tile,
+                **_limit(q, 128, sum_rows and key_mask is None and dim == 64 and tile["BLOCK_Q"] == 64),
             )
             return _sum_of(partials, q)
         # each from a boundary of 16 bytes
@@ -255,13 +272,23 @@ def _backward(
         tiles, key_tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"]), triton.cdiv(most_keys, blocks["BLOCK_K"])
         partials = _partials(q, batch * tiles, batch * key_tiles) if sum_rows else None
         query_sums, key_sums = (None, None) if partials is None else partials.tensor_split([1], dim=1)
+        tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
+        if bias is None and (most_queries + most_keys) * dim * q.element_size() <= CACHED:
+            loop_backward_kernel[(batch * heads,)](
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
+                *(cu_q, cu_k, tiles, key_tiles, heads, queries, keys, scale),
+                **columns,
+                **blocks,
+                **tails,
+                **_limit(q, 168, key_mask is None and ragged is None and dim == 32),
+            )
+            return _sum_of(partials, q)
         loop_backward_queries_kernel[(tiles * batch * heads,)](
             *(*_strided(unit, grad, q, k, v, dq), query_sums, top, inverse, mean, *masks, score_grad, cu_q, cu_k),
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
-            TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
-            num_stages=2,
+            **tails,
         )
         blocks["BLOCK_Q"] //= 2
         loop_backward_keys_kernel[(key_tiles * batch * heads,)](

@@ -45,16 +45,14 @@ def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.const
 
 
 @triton.jit
-def store_sums(
-    pointer, row, head, heads, low, high, valid, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
-):  # fmt: skip
-    """Store a head's sums over its `valid` rows in row `row` of sums (rows, heads, D)."""
+def store_sums(pointer, row, head, heads, low, high, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store `scale` times a head's sums over rows, those beyond a sequence zeros, in a row of sums (rows, heads, D)."""
     pointer += (row * heads + head) * D
     column = tl.arange(0, D0)
-    tl.store(pointer + column, tl.sum(tl.where(valid[:, None], low, 0.0), 0), column < D)
+    tl.store(pointer + column, tl.sum(low, 0) * scale, column < D)
     if D1 > 0:
         column = D0 + tl.arange(0, D1)
-        tl.store(pointer + column, tl.sum(tl.where(valid[:, None], high, 0.0), 0), column < D)
+        tl.store(pointer + column, tl.sum(high, 0) * scale, column < D)
 
 
 @triton.jit

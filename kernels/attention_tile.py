@@ -166,17 +166,15 @@ def tile_backward_kernel(
     low, high = zeros(BLOCK_Q, D0, D1)
     low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, PACKED)
     at_query = offsets_of(q_entry, q_first + q_place, head, dq_batch, dq_row, dq_head, UNIT)
-    low, high = low * scale, high * scale
-    store_rows(dq, at_query, valid_q, low, high, D, D0, D1)
+    store_rows(dq, at_query, valid_q, low * scale, high * scale, D, D0, D1)
     if sums is not None:
-        store_sums(sums, tile.to(tl.int64) * 3, head, heads, low, high, valid_q, D, D0, D1)
+        store_sums(sums, tile.to(tl.int64) * 3, head, heads, low, high, scale, D, D0, D1)
     low, high = zeros(BLOCK_K, D0, D1)
     low, high = over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1, PACKED)
     # all stores last: an earlier one costs registers
     at_key = offsets_of(k_entry, k_first + k_place, head, dk_batch, dk_row, dk_head, UNIT)
-    low, high = low * scale, high * scale
     store_rows(dv, at_key, valid_k, dv_low, dv_high, D, D0, D1)
-    store_rows(dk, at_key, valid_k, low, high, D, D0, D1)
+    store_rows(dk, at_key, valid_k, low * scale, high * scale, D, D0, D1)
     if sums is not None:
-        store_sums(sums, tile.to(tl.int64) * 3 + 1, head, heads, low, high, valid_k, D, D0, D1)
-        store_sums(sums, tile.to(tl.int64) * 3 + 2, head, heads, dv_low, dv_high, valid_k, D, D0, D1)
+        store_sums(sums, tile.to(tl.int64) * 3 + 2, head, heads, dv_low, dv_high, 1.0, D, D0, D1)
+        store_sums(sums, tile.to(tl.int64) * 3 + 1, head, heads, low, high, scale, D, D0, D1)

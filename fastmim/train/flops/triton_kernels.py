@@ -55,6 +55,10 @@ RULES = {
     "attention_tile.tile_forward_kernel": Rule(ATTENTION, "out", products=2),
     "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv sums score_grad", products=5),
     "attention_loop.loop_forward_kernel": Rule(ATTENTION, "out", products=2),
+    # what it reads twice, and the statistics that it writes and reads, are in cache the second time
+    "attention_loop.loop_backward_kernel": Rule(
+        ATTENTION, "dq dk dv query_sums key_sums top_of inverse_of mean_of", products=8
+    ),
     "attention_loop.loop_backward_queries_kernel": Rule(
         ATTENTION,
         "dq sums top_of inverse_of mean_of score_grad",
