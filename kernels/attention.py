@@ -273,7 +273,8 @@ def _backward(
         partials = _partials(q, batch * tiles, batch * key_tiles) if sum_rows else None
         query_sums, key_sums = (None, None) if partials is None else partials.tensor_split([1], dim=1)
         tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
-        if bias is None and (most_queries + most_keys) * dim * q.element_size() <= CACHED:
+        cached = (most_queries + most_keys) * dim * q.element_size() <= CACHED
+        if bias is None and cached and _capability(q) != 10:  # where it is not shown to compile well
             loop_backward_kernel[(batch * heads,)](
                 *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
                 *(cu_q, cu_k, tiles, key_tiles, heads, queries, keys, scale),
