@@ -1,7 +1,8 @@
 """Attention block by block, for sequences that do not fit in a tile.
 
 Keys are processed in blocks of BLOCK_K, which need no mask of their own, and a last one of TAIL, as narrow as the keys
-that are left. The gradients take eight products: four for dq, four for dk and dv.
+that are left. The gradients take eight products: four for dq, four for dk and dv. Two launches make them, or one where
+the rows of a head stay in cache between the two.
 """
 
 import triton
@@ -368,7 +369,7 @@ def loop_backward_queries_kernel(
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Write what `_query_gradients` says of one block of queries."""
+    """Write the results of `_query_gradients` for one block of queries."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
     _query_gradients(
@@ -397,7 +398,7 @@ def loop_backward_keys_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write what `_key_gradients` says of one block of keys."""
+    """Write the results of `_key_gradients` for one block of keys."""
     item = tl.program_id(0) // tiles
     head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
     _key_gradients(
