@@ -314,9 +314,13 @@ def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> T
     return attention(q, k, v, key_mask, None, scale)
 
 
-def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def attention_qkvpacked_backward(
+    grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
+) -> tuple[Tensor, Tensor]:
+    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty)."""
     q, k, v = qkv.unbind(2)
-    return torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    dqkv = torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    return dqkv, upcast(dqkv).sum((0, 1)) if sum_dqkv else upcast(dqkv.new_empty(0))
 
 
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:

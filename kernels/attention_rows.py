@@ -129,5 +129,4 @@ def with_bias(scores, bias, row_offsets, key_offsets, valid):
         at = bias + row_offsets[:, None] + key_offsets[None, :]
         value = tl.load(at, valid, other=0.0).to(tl.float32)
         # the lowest finite number, a usual mask, stays finite: a row of it alone attends to all keys alike
-        powers = value * LOG2E
-        return scores + tl.where(powers == -INFINITY, value, powers)
+        return scores + tl.maximum(value * LOG2E, value * 0.5 - 1.7e38)

@@ -69,6 +69,7 @@ struct Attention {
   const float* bias;  // (B, H, Sq, Sk) or null
   int64_t bias_stride[4];
   float* score_grad;     // (B, H, Sq, Sk), contiguous, or null
+  float* sums;           // (B, 3, H, D), contiguous and zero: dq, dk and dv are added to it; or null
   View out, dq, dk, dv;  // (B, S, H, D)
 };
 

@@ -15,6 +15,7 @@ from .attention import Attention
 from .fused import (
     NarrowWeights,
     add_layer_norm,
+    attention_gives_bias_grad,
     gelu_linear,
     is_stock,
     linear,
@@ -171,8 +172,10 @@ def norm_attend(
     """Return what the output projection of `attn` is given, of norm(x), and x."""
     stock = is_stock(attn.qkv, nn.Linear)
     if num_queries is None and stock and stock_norm(norm):
-        qkv, total = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
-        return attn._attend_packed(qkv), total
+        sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        qkv, total = norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=not sums_bias)
+        return attn._attend_packed(qkv, bias if sums_bias else None), total
     normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
     return attn._attend(normed, num_queries, narrow), total
 

@@ -23,6 +23,7 @@ from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
 from ..ops._define import transformed
+from ..ops.attention import _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 
@@ -137,18 +138,26 @@ def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> 
     return out
 
 
-def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's."""
-    return linears_of(x, (weight, bias), narrow=narrow)[0]
+def linear_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None, *, bias_grad: bool = True
+) -> Tensor:
+    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's.
+
+    Without `bias_grad` the bias gets no gradient from here.
+    """
+    return linears_of(x, (weight, bias), narrow=narrow, bias_grad=bias_grad)[0]
 
 
 def linears_of(
-    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None
+    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None, bias_grad: bool = True
 ) -> tuple[Tensor, ...]:
     """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
-        return tuple(F.linear(x, weight, bias) for weight, bias in layers)
+        biases = [bias if bias is None or bias_grad else bias.detach() for _, bias in layers]
+        return tuple(F.linear(x, weight, bias) for (weight, _), bias in zip(layers, biases))
     operands = chain(*(_operands(narrow, weight, bias) for weight, bias in layers))
+    if not bias_grad:
+        layers = tuple((weight, None) for weight, _ in layers)
     out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
     return out
 
@@ -213,6 +222,8 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     narrow: NarrowWeights | None = None,
+    *,
+    bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
@@ -220,6 +231,7 @@ def norm_linear(
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
+    bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
         *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands
     )
@@ -232,6 +244,25 @@ def gelu_linear(
     """Return `linear_of` GELU(x + first_bias); x (..., D)."""
     operands = _operands(narrow, weight, bias)
     out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
+    """Return whether `attend` gives the gradient of the bias of `layer`, which makes qkv of x (B, S, D)."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_stock(layer, nn.Linear)
+        and layer.bias is not None
+        and not _is_long(x.shape[1], x.device.type, autocast_dtype(x) or x.dtype)
+    )
+
+
+def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
+
+    The gradient of the bias comes with that of qkv, from the same kernels.
+    """
+    out: Tensor = _Attend.apply(qkv.to(autocast_dtype(qkv) or qkv.dtype), bias)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -426,3 +457,19 @@ class _GeluLinear(torch.autograd.Function):
             dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
             linear = _parameter_gradients(grad, operand(hidden), ctx.dtypes, ctx.needs_input_grad[2:])
         return dx, dbias.to(first_bias.dtype), *linear, None, None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+        ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
+        ctx.save_for_backward(qkv)
+        out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        (qkv,), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
+        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, None, ctx.scale, sum_dqkv)
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None
