@@ -779,7 +779,7 @@ def _check_scores(name: str, scores: Tensor, valid: Tensor | None) -> None:
     check_tensor(name, scores, (None, None), letters="(batch, patches)")
     check_floating(name, scores)
     if valid is not None:
-        _check_valid(valid, *scores.shape, **{name: scores})
+        _check_valid(valid, scores.shape[0], scores.shape[1], **{name: scores})
     if can_be_read(scores) and bool((scores.isnan() if valid is None else scores.isnan() & valid).any()):
         raise ValueError(f"{name} must not hold NaN")
 
@@ -891,7 +891,8 @@ def _from_bools(
     ragged: bool = False,
 ) -> Mask:
     """Return the mask, in ascending order, that keeps and predicts what is marked; None: what is not kept."""
-    order = _true_first(keep) if valid is None else (2 - valid.to(torch.uint8) - keep.to(torch.uint8)).argsort(1, True)
+    group = (~keep).to(torch.uint8) if valid is None else 2 - valid.to(torch.uint8) - keep.to(torch.uint8)
+    order = group.argsort(dim=1, stable=True)
     if ragged:
         assert predict is not None
         return _ragged(order, keep.sum(1), predict.sum(1), len_keep, len_predict, _true_first(predict))
