@@ -348,7 +348,7 @@ def test_blocks_are_symmetric(num_masked):
 
 
 def test_time_of_blocks():
-    """1,024 masks of 14 x 14 take less time than those of BEiT's rule, in the best of several tries."""
+    """1,024 masks of 14 x 14 take less time than by BEiT's rule, and less than 0.5 s: 0.03 s on an idle core."""
     random, seconds = np.random.default_rng(0), []
     for _ in range(5):
         begin = time.process_time()
@@ -357,7 +357,7 @@ def test_time_of_blocks():
     begin = time.process_time()
     for _ in range(128):
         beit(random, 14, 14, 75)
-    assert min(seconds) < 8 * (time.process_time() - begin)
+    assert min(seconds) < min(0.5, 8 * (time.process_time() - begin))
 
 
 # ---- videos ----------------------------------------------------------------------------------------------------------
