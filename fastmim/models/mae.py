@@ -160,8 +160,8 @@ class MaskedAutoencoderViT(nn.Module):
 
         Raises:
             TypeError: images, noise, mask or a ratio of a wrong type or dtype.
-            ValueError: images of another size, a ratio out of range, both noise and mask, or predict="all" while not
-                all removed patches are predicted.
+            ValueError: images of another size, a ratio out of range, both noise and mask, a ragged mask, or
+                predict="all" while not all removed patches are predicted.
         """
         self._check_images(images)
         if predict not in ("masked", "all"):
@@ -275,6 +275,11 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(
                 f"mask must be of {images.shape[0]} images of {self.patch_embed.num_patches} patches; "
                 f"got {mask.ids_keep.shape[0]} of {mask.num_patches}"
+            )
+        if mask.valid_keep is not None:
+            raise ValueError(
+                "mask must have as many visible and predicted patches in each row, got a ragged mask (valid_keep and "
+                "valid_predict are given), which this model does not support"
             )
         check_same("device", images=images, mask=mask.ids_keep)
 
