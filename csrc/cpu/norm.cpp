@@ -95,8 +95,7 @@ Tensor bias_gelu(const Tensor& x, const Tensor& bias) {
   check_dtypes(x, bias);
   const Tensor from = x.contiguous(), b = as_float(bias);
   Tensor out = at::empty(x.sizes(), from.options());
-  const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), output_rows_of(out, out.nbytes()),
-                      View{}};
+  const BiasGelu args{x.size(-1), rows_of(from), View{}, b.const_data_ptr<float>(), rows_of(out), View{}};
   for_rows(rows_in(x), 8 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().bias_gelu(args, begin, end); });
   return out;
 }
@@ -108,13 +107,8 @@ std::tuple<Tensor, Tensor, Tensor> bias_gelu_backward(const Tensor& grad, const 
   Tensor dx = at::empty(x.sizes(), from.options()),
          out = at::empty(again ? x.sizes() : at::IntArrayRef({0}), from.options());
   const int64_t width = x.size(-1);
-  const int64_t bytes = dx.nbytes() + out.nbytes();
-  const BiasGelu args{width,
-                      rows_of(from),
-                      rows_of(g),
-                      b.const_data_ptr<float>(),
-                      again ? output_rows_of(out, bytes) : View{},
-                      output_rows_of(dx, bytes)};
+  const BiasGelu args{width,      rows_of(from), rows_of(g), b.const_data_ptr<float>(), again ? rows_of(out) : View{},
+                      rows_of(dx)};
   const Tensor dbias = by_pieces(rows_in(x), width, 16 * width, [&](float* part, int64_t begin, int64_t end) {
     kernels().bias_gelu_backward(args, part, begin, end);
   });

@@ -139,7 +139,6 @@ static void bias_gelu(const BiasGelu& args, int64_t begin, int64_t end) {
       finish_piece(args.out, row, start, count, out, out_memory);
     }
   }
-  finish_streams();
 }
 
 // adds the rows' part of the gradient of bias
@@ -168,5 +167,4 @@ static void bias_gelu_backward(const BiasGelu& args, float* dbias, int64_t begin
       if (args.out.data != nullptr) finish_piece(args.out, row, start, count, out, out_memory);
     }
   }
-  finish_streams();
 }

@@ -6,7 +6,7 @@ static void add_row_as(const void* a, const void* b, void* out, int64_t width) {
   const B* y = static_cast<const B*>(b);
   Out* sum = static_cast<Out*>(out);
   // `out` may be `a` or `b` itself
-  if constexpr (std::is_same_v<A, F16> || std::is_same_v<B, F16> || std::is_same_v<Out, F16>) {
+  if constexpr (sizeof(A) == 2 || sizeof(B) == 2 || sizeof(Out) == 2) {
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) sum[i] = narrow<Out>(widen(x[i]) + widen(y[i]));
   } else {

@@ -201,7 +201,8 @@ template <typename T>
 FASTMIM_HD void store_row_as(void* to, int64_t stride, const float* from, int64_t count) {
   T* target = static_cast<T*>(to);
   if (stride == 1) {
-    if constexpr (std::is_same_v<T, F16>) {
+    // a compiler packs 16-bit values of shorter vectors faster by itself
+    if constexpr (std::is_same_v<T, F16> || (std::is_same_v<T, Bf16> && VL < 16)) {
       for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(from[i]);
     } else {
       by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(target + i, lanes.get(from + i)); });
@@ -279,16 +280,14 @@ FASTMIM_HD const float* piece_of(const View& view, int64_t row, int64_t start, i
 }
 
 FASTMIM_HD float* piece_target(const View& view, int64_t row, int64_t start, int64_t count, float* scratch) {
-  const bool direct = written_in_place(view) && count % VL == 0;
+  const bool direct = view.type == Type::f32 && view.stride[1] == 1 && count % VL == 0;
   return direct ? static_cast<float*>(at(view, row * view.stride[0] + start)) : scratch;
 }
 
 FASTMIM_HD void finish_piece(const View& view, int64_t row, int64_t start, int64_t count, const float* target,
                              const float* scratch) {
   if (target != scratch) return;
-  void* to = at(view, row * view.stride[0] + start * view.stride[1]);
-  if (view.streamed) return stream_row(static_cast<float*>(to), scratch, count);
-  store_row(view.type, to, view.stride[1], scratch, count);
+  store_row(view.type, at(view, row * view.stride[0] + start * view.stride[1]), view.stride[1], scratch, count);
 }
 
 // Floats of scratch, aligned for vectors and freed at the end of the scope; each part a block of its own, so that a
