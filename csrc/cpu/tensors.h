@@ -66,6 +66,15 @@ inline View rows_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), type_of(tensor.scalar_type()), {width, 1}};
 }
 
+// Rows of an output of `bytes` in all with the op's others: past the caches where they would not hold it anyway.
+inline View output_rows_of(const Tensor& tensor, int64_t bytes) {
+  constexpr int64_t kStreamed = int64_t{6} << 20;
+  View view = rows_of(tensor);
+  view.streamed = bytes >= kStreamed && view.type == Type::f32 && view.stride[0] % 16 == 0 &&
+                  reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+  return view;
+}
+
 inline Tensor as_float(const Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();
 }
