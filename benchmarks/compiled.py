@@ -162,7 +162,7 @@ def attention_calls() -> Iterator[Call]:
         mask = empty(BATCH, length, dtype=torch.bool) if masked else None
         large = length > 256 or dim > 88
         yield Call("attention_qkvpacked", shape, (qkv, mask, dim**-0.5), large)
-        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5), large)
+        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5, True), large)
 
     for model, ratio in itertools.product(ENCODERS, MASK_RATIOS):
         yield from packed(model.name, 1 + model.keep(ratio), model.heads, model.width // model.heads)

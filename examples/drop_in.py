@@ -9,7 +9,7 @@ from torch import nn
 from fastmim import masking, ops
 
 
-class TheirAttention(nn.Module):
+class PlainAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -20,14 +20,14 @@ class TheirAttention(nn.Module):
         return self.out(ops.attention_qkvpacked(qkv).flatten(2))  # was F.scaled_dot_product_attention on q, k, v
 
 
-class TheirModel(nn.Module):
+class PlainViT(nn.Module):
     def __init__(self, size: int = 64, patch: int = 8, dim: int = 96, depth: int = 2, heads: int = 4) -> None:
         super().__init__()
         self.patch, self.num_patches = patch, (size // patch) ** 2
         self.embed = nn.Conv2d(3, dim, patch, patch)
         self.pos = nn.Parameter(torch.randn(self.num_patches, dim) * 0.02)
         self.mask_token = nn.Parameter(torch.zeros(dim))
-        self.encoder = nn.ModuleList(TheirAttention(dim, heads) for _ in range(depth))
+        self.encoder = nn.ModuleList(PlainAttention(dim, heads) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(depth))
         self.decoder = nn.TransformerEncoderLayer(dim, heads, 2 * dim, dropout=0, batch_first=True, norm_first=True)
         self.head = nn.Linear(dim, patch * patch * 3)
@@ -54,7 +54,7 @@ class TheirModel(nn.Module):
 
 torch.manual_seed(0)
 images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
-model = TheirModel()
+model = PlainViT()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for step in range(30):
     loss = model(images)

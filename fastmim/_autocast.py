@@ -1,4 +1,4 @@
-"""The state of autocast, as ops and fused layers ask for it and turn it off."""
+"""Read the state of autocast, and turn it off."""
 
 import contextlib
 from typing import Any
@@ -21,5 +21,5 @@ def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def _enabled(device: str) -> bool:
-    """Return whether autocast is on; meta tensors have none."""
+    """Return whether autocast is on; always False for meta tensors, which autocast does not support."""
     return device != "meta" and torch.is_autocast_enabled(device)

@@ -1,7 +1,7 @@
-"""Backends of this installation: what is built or installed, which backend is forced, and why the others are missing.
+"""Backends of this installation: those built or installed, the forced one, and the reasons why others are missing.
 
 `FASTMIM_KERNELS` = auto | reference | cpp | triton | cuda, read once at import, forces one backend for the process
-(`_dispatch` says what that means). A backend that is not forced is not loaded.
+(`_dispatch` describes the effect). The other backends are then not loaded.
 """
 
 import importlib
@@ -17,7 +17,7 @@ backend = os.environ.get("FASTMIM_KERNELS", "auto")
 if backend not in BACKENDS:
     raise ValueError(f"FASTMIM_KERNELS must be one of {', '.join(BACKENDS)}; got {backend!r}")
 
-# backend -> why it serves nothing at all here
+# by backend: the reason why it serves nothing in this process
 missing: dict[str, str] = {}
 
 
@@ -43,7 +43,7 @@ def ops_in(namespace: str) -> frozenset[str]:
 
 # ---- cpp: csrc/cpu ---------------------------------------------------------------------------------------------------
 
-# facts about the compiled kernels, None where there are none
+# how the C++ kernels were built; None where they are missing
 build: dict[str, str] | None = None
 if backend not in ("auto", "cpp"):
     missing["cpp"] = f"FASTMIM_KERNELS={backend}"
@@ -56,9 +56,9 @@ else:
 
 # ---- cuda: csrc/cuda -------------------------------------------------------------------------------------------------
 
-# facts about the compiled kernels, None where there are none
+# how the CUDA C++ kernels were built; None where they are missing
 cuda_build: dict[str, str] | None = None
-# the ops that they serve
+# the ops that they implement
 cuda_ops: frozenset[str] = frozenset()
 if backend not in ("auto", "cuda"):
     missing["cuda"] = f"FASTMIM_KERNELS={backend}"
@@ -86,6 +86,6 @@ elif importlib.util.find_spec("triton") is None:
 elif torch.version.hip:
     missing["triton"] = "the kernels are written for NVIDIA GPUs, this torch is built for ROCm"
 else:
-    # Triton's interpreter is for tests: it serves CPU tensors only where Triton is forced. Triton accepts these words
+    # Triton's interpreter is for tests: it serves CPU tensors only where Triton is forced. Triton accepts these values
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     triton_devices = ("cuda", "cpu") if interpreted and backend == "triton" else ("cuda",)

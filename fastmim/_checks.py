@@ -13,7 +13,10 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_be_read(*tensors: Tensor) -> bool:
-    """Return whether values can be read: without a synchronisation, outside of traced and mapped functions."""
+    """Return whether the host can read values of all tensors: on the CPU, and outside of traced and mapped functions.
+
+    Reading values of another device would wait for it.
+    """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
         return False
     functorch = torch._C._functorch
@@ -35,19 +38,19 @@ def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = 
 
 
 def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> None:
-    """Check that `value` is of a floating dtype that the ops serve."""
+    """Check that `value` is of a floating dtype that the ops support."""
     if value.dtype not in FLOATING and not (also_uint8 and value.dtype == torch.uint8):
         allowed = "uint8, " * also_uint8 + "float64, float32, bfloat16 or float16"
         raise TypeError(f"{name} must be of dtype {allowed}; got {value.dtype}")
 
 
-def check_same(what: str, **tensors: Tensor | None) -> None:
-    """Check that all given tensors agree in `what`, "dtype" or "device"."""
-    given = {name: getattr(value, what) for name, value in tensors.items() if value is not None}
+def check_same(attribute: str, **tensors: Tensor | None) -> None:
+    """Check that all given tensors agree in `attribute`, "dtype" or "device"."""
+    given = {name: getattr(value, attribute) for name, value in tensors.items() if value is not None}
     if len(set(given.values())) > 1:
-        got = ", ".join(f"{name} on {v}" if what == "device" else f"{name} of {v}" for name, v in given.items())
-        error = TypeError if what == "dtype" else ValueError
-        raise error(f"{', '.join(given)} must have the same {what}; got {got}")
+        got = ", ".join(f"{name} on {v}" if attribute == "device" else f"{name} of {v}" for name, v in given.items())
+        error = TypeError if attribute == "dtype" else ValueError
+        raise error(f"{', '.join(given)} must have the same {attribute}; got {got}")
 
 
 def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
@@ -61,7 +64,7 @@ def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
 
 def check_count(name: str, value: object, low: int, high: int | None = None) -> int:
     """Check that `value` is an integer, NumPy's included, in low..high, and return it as an int."""
-    # before Integral: a compiler's integers are not registered as such
+    # SymInt, the compiler's integer, is not registered as an Integral
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     count: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)

@@ -10,10 +10,11 @@ with the reason, before it computes anything. Then the next one is asked:
                                                                    |
     all others      -----------------------------------------------+
 
-A backend that is missing or not the forced one (`_backends`) is left out; a forced Triton takes the place of csrc/cpu
-in its interpreter. The fallback is reference.py. But where FASTMIM_KERNELS forces cpp, triton or cuda, it raises for
-a public op that the backend's kernel left, with the reasons, and for one on a device that the backend does not serve.
-An internal op (a gradient, a step of another op) always goes to reference.py: nobody called it by name.
+A backend that is missing, or is not the forced one (`_backends`), is left out; where Triton is forced and runs in its
+interpreter, it takes the place of csrc/cpu. The fallback is reference.py. But where FASTMIM_KERNELS forces cpp, triton
+or cuda, a public op raises an error if the backend's kernel does not serve the arguments (the error gives the reasons),
+or if the backend does not serve the device. An internal op (a gradient, a step of another op) always falls back to
+reference.py, because users do not call it themselves.
 
 `Unserved` is `fastmim.kernels.Unserved` in Python and `fastmim::Unserved` in C++ (csrc/common/unserved.h), which torch
 translates to the former. The C++ kernels of the CPU call the fallback themselves, as `torch.ops.fastmim_fallback`.
@@ -32,9 +33,9 @@ import torch
 
 from . import _backends, kernels
 
-# Ops and sizes (sizes_of) for which csrc/cuda goes ahead of Triton: `sizes` of each op where `results`, a file of
-# benchmarks/gpu_report.py, shows that it wins on `card`; followed on devices of its `capability`. Empty until that has
-# run on a GPU.
+# Ops and sizes (sizes_of) for which csrc/cuda is asked before Triton, because `results`, a file that
+# benchmarks/gpu_report.py wrote, shows that it is faster on `card`. Applies to devices of the card's `capability`.
+# Empty until that script has run on a GPU.
 _table = Path(__file__).with_name("cuda_first.json")
 CUDA_FIRST: dict[str, Any] = json.loads(_table.read_text()) if _table.exists() else {}
 
@@ -43,9 +44,9 @@ CUDA_FIRST: dict[str, Any] = json.loads(_table.read_text()) if _table.exists() e
 
 
 def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Return what serves `op` on its `devices`: the first of its backends' kernels that takes the arguments.
+    """Return a function that calls the first kernel of `op`, in the order of `backends`, that serves the arguments.
 
-    `fallback` gets what none of them takes, with their reasons. None where no backend has a kernel of `op`.
+    It calls `fallback`, with the kernels' reasons, where none does. None if no backend has a kernel of `op`.
     """
     order = backends(op)
     if not order:
@@ -60,8 +61,8 @@ def device_kernel(op: str, fallback: Callable[..., Any]) -> Callable[..., Any] |
         if device.type == "cuda" and _capability(device) < [8, 0]:
             return fallback(*args, reason="needs compute capability 8.0")
         reasons = []
-        turned = len(order) > 1 and _cuda_first(op, args, device)
-        for launch in launchers()[:: -1 if turned else 1]:
+        cuda_first = len(order) > 1 and _cuda_first(op, args, device)
+        for launch in launchers()[:: -1 if cuda_first else 1]:
             try:
                 return launch(*args)
             except kernels.Unserved as unserved:
@@ -79,12 +80,12 @@ def backends(op: str) -> tuple[str, ...]:
 
 
 def devices(op: str) -> tuple[str, ...]:
-    """Return the types of the devices whose tensors `device_kernel` serves."""
+    """Return the types of devices for which `device_kernel` is registered."""
     return _backends.triton_devices if "triton" in backends(op) else ("cuda",)
 
 
 def launcher(backend: str, op: str) -> Callable[..., Any]:
-    """Return the kernel of `op` in a backend: it takes the op's arguments and raises `Unserved` for some."""
+    """Return a backend's kernel of `op`: it takes the op's arguments and raises `Unserved` if it can't serve them."""
     if backend == "triton":
         found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{triton_module(op)}"), op)
     else:
@@ -93,12 +94,12 @@ def launcher(backend: str, op: str) -> Callable[..., Any]:
 
 
 def triton_module(op: str) -> str | None:
-    """Return the module of fastmim.kernels that serves `op`."""
+    """Return the name of the module of fastmim.kernels that has a launcher of `op`, or None."""
     return next((module for module, ops in kernels.OPS.items() if op in ops), None)
 
 
 def recorded_launches(record: Callable[..., None]) -> contextlib.AbstractContextManager[None]:
-    """Hand the launches of Triton kernels inside the context to `record`, as `kernels._record.recorded` does."""
+    """Pass the launches of Triton kernels inside the context to `record`, as `kernels._record.recorded` does."""
     if not _backends.triton_devices:
         return contextlib.nullcontext()
     found: contextlib.AbstractContextManager[None] = importlib.import_module("fastmim.kernels._record").recorded(record)
@@ -106,7 +107,7 @@ def recorded_launches(record: Callable[..., None]) -> contextlib.AbstractContext
 
 
 def sizes_of(op: str, args: tuple[Any, ...]) -> list[int]:
-    """Return the sizes that decide which backend is faster: attention's queries, keys and head dimension, else none."""
+    """Return the sizes by which CUDA_FIRST lists `op`: queries, keys and head dimension of attention, else none."""
     if not op.startswith("attention"):
         return []
     q, k, *_ = args[1:] if op.endswith("_backward") else args
@@ -125,13 +126,13 @@ def _capability(device: torch.device) -> list[int]:
 
 # ---- fallback --------------------------------------------------------------------------------------------------------
 
-# whether the reference serves here what a forced backend does not
+# True inside `reference_serves`
 _reference_serves = contextvars.ContextVar("_reference_serves", default=False)
 
 
 @contextlib.contextmanager
 def reference_serves() -> Iterator[None]:
-    """Let the reference serve what a forced backend does not: for comparisons that fastmim makes for itself."""
+    """Let calls that a forced backend does not serve fall back to the reference, for fastmim's own comparisons."""
     token = _reference_serves.set(True)
     try:
         yield
@@ -140,9 +141,10 @@ def reference_serves() -> Iterator[None]:
 
 
 def fallback(op: str, reference: Callable[..., Any], *, internal: bool = False) -> Callable[..., Any]:
-    """Return what serves `op` where no kernel does, to be called with the op's arguments and the kernels' `reason`.
+    """Return the function to call where no kernel serves `op`, with the op's arguments and the kernels' `reason`.
 
-    A forced backend refuses no `internal` op: most are called in a backward pass, too late to refuse.
+    It computes `reference`, or raises RuntimeError where a backend is forced. It raises for no `internal` op: most are
+    called in a backward pass, when it is too late to refuse.
     """
     forced = _backends.backend
     if forced in ("auto", "reference") or internal:
@@ -159,7 +161,7 @@ def fallback(op: str, reference: Callable[..., Any], *, internal: bool = False) 
 
 
 def why_not(device: str) -> str:
-    """Return why the forced backend serves no tensor on a type of device; empty where it serves some."""
+    """Return the reason why the forced backend serves no tensor on a type of device; empty if it serves some."""
     backend = _backends.backend
     if backend in _backends.missing:
         return _backends.missing[backend]
@@ -172,16 +174,16 @@ def why_not(device: str) -> str:
 
 # ---- torch's attention -----------------------------------------------------------------------------------------------
 
-# keys of a query up to which the C++ kernels are ahead of torch's attention in float32
+# largest number of keys at which the C++ kernels are faster than torch's attention in float32
 _MOST_KEYS = {"portable": 224, "avx2": 2048, "avx512": 4096, "avx512_bf16": 4096}
 
 
 def most_keys(device: str, dtype: torch.dtype) -> int | None:
-    """Return how many keys a query may have before torch's own attention serves it; None for any number.
+    """Return the largest number of keys that the kernels are asked for, before torch's own attention; None: no limit.
 
-    Measured: the C++ kernels are ahead at all lengths in 16 bits, in float32 while a head's rows stay in cache; no
-    kernel of a GPU takes more than 1,024. This is a part of the op, not the fallback of a backend: a forced backend is
-    asked for every length. float64 is the reference's.
+    By measurement, the C++ kernels are faster at all lengths in 16 bits, and in float32 while a head's rows stay in
+    cache. No kernel for GPUs takes more than 1,024 keys. The limit is part of the op and no fallback of a backend: a
+    forced backend is asked for every length. float64 always goes to the reference.
     """
     if _backends.backend != "auto" or device == "meta" or dtype == torch.float64:
         return None

@@ -49,7 +49,11 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
-        "--short-side", type=_count, default=256, metavar="PIXELS", help="shrink to it; smaller stay. Default: 256"
+        "--short-side",
+        type=_count,
+        default=256,
+        metavar="PIXELS",
+        help="length to which the shorter side is reduced; smaller images keep their size. Default: 256",
     )
     _add_threads(parser)
 
@@ -58,8 +62,8 @@ def _pack(args: argparse.Namespace) -> int:
     """Decode all images once, so that training decodes no JPEG.
 
     Writes uint8 shards that are mapped into memory, with checksums and labels: about 260 KB an image at --short-side
-    256. Give OUT to ImageLoader, or to another command, as the source. Run it again after an interruption, and it
-    continues; on a finished dataset, and it packs the files that were repaired or changed since.
+    256. Give OUT to ImageLoader, or to another command, as the source. The same command continues after an
+    interruption. On a finished dataset it packs the files that were repaired or changed since.
     """
     from tqdm import tqdm
 
@@ -79,13 +83,13 @@ def _pack(args: argparse.Namespace) -> int:
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
     parser.add_argument(
-        "--quarantine", type=_path, metavar="FILE", help=f"list what is bad here. Default: {NAME} in SOURCE"
+        "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
     _add_threads(parser)
 
 
 def _check_data(args: argparse.Namespace) -> int:
-    """Decode every image in full and say which can't be read, before a training run meets them.
+    """Decode every image in full, and report those that can't be read or are damaged.
 
     Unreadable images are printed and listed in a quarantine file with the reason, and the exit status is 1; training
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
@@ -137,7 +141,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
         metavar="key=value",
         nargs="*",
         default=[],
-        help="overrides a key of CONFIG: data=FOLDER output_dir=FOLDER",
+        help="replaces a key of CONFIG, for example data=FOLDER output_dir=FOLDER",
     )
 
 
@@ -162,7 +166,7 @@ CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=_path, help=CHECKPOINT)
     parser.add_argument(
-        "--key", help="the key of a file under which the model is; the rest of the file is ignored. Default: all of it"
+        "--key", help="key in the file under which the model is; the rest is ignored. Default: the whole file"
     )
 
 
@@ -170,9 +174,11 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
     parser.add_argument("images", metavar="IMAGES", type=_path, nargs="+", help="pictures, or folders of them")
     parser.add_argument("-o", "--out", metavar="PNG", type=_path, required=True, help="the grid to write")
-    parser.add_argument("--mask-ratio", type=float, default=0.75, metavar="R", help="share removed. Default: 0.75")
+    parser.add_argument(
+        "--mask-ratio", type=float, default=0.75, metavar="R", help="share of the patches to remove. Default: 0.75"
+    )
     parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="seed of the masks. Default: 0")
-    parser.add_argument("--count", type=_count, default=16, metavar="N", help="most pictures. Default: 16")
+    parser.add_argument("--count", type=_count, default=16, metavar="N", help="limit of pictures. Default: 16")
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
@@ -203,15 +209,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "data", metavar="DATA", type=_path, help="a folder of class folders, or of train and test folders of them"
     )
-    parser.add_argument("--labels-per-class", type=_count, metavar="N", help="images to learn from. Default: all")
+    parser.add_argument(
+        "--labels-per-class", type=_count, metavar="N", help="training images of each class. Default: all"
+    )
     parser.add_argument("--pool", choices=("mean", "class"), default="mean", help="pooling of tokens. Default: mean")
     _add_threads(parser)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    """Classify images by frozen features: 20 nearest neighbours and a linear probe.
+    """Classify images by frozen features, with 20 nearest neighbours and with a linear probe.
 
-    A random encoder of the same shape and raw pixels are printed beside them.
+    The accuracies are printed beside those of a random encoder of the same shape and of raw pixels.
     """
     import torch
 
@@ -227,7 +235,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
     rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)
     learnt = len(split.train.labels) if args.labels_per_class is None else f"{args.labels_per_class} a class"
-    print(f"{len(split.classes)} classes, {learnt} to learn from, {len(split.test.labels)} to judge by")
+    print(f"{len(split.classes)} classes, {learnt} for training, {len(split.test.labels)} for testing")
     print(f"{'features':<16}{'k-NN':>8}{'linear':>8}")
     for name, (near, linear) in rows.items():
         print(f"{name:<16}{near:>8.1%}{linear:>8.1%}")
@@ -239,8 +247,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_checkpoint(parser)
-    parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="whose format")
-    parser.add_argument("out", metavar="OUT", type=_path, help="a .pth file, a folder, a .safetensors file, in turn")
+    parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="format to write")
+    parser.add_argument(
+        "out",
+        metavar="OUT",
+        type=_path,
+        help="a .pth file (facebook), a folder (huggingface), a .safetensors file (timm)",
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -272,7 +285,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; a ValueError, RuntimeError or OSError becomes one line and exit status 1."""
     parser = argparse.ArgumentParser(
-        prog="fastmim", description="Fast masked autoencoder pretraining: pay only for the patches you look at."
+        prog="fastmim",
+        description="Masked-autoencoder pretraining that computes only the patches it keeps or predicts.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
     for name, (add_arguments, run) in COMMANDS.items():

@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     if found["cuda build"]:
         print("CUDA C++   " + ", ".join(f"{name} {value}" for name, value in found["cuda build"].items()))
     print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
-    for card, how in found["regions"].items() or [("DALI's decoding of regions of JPEGs", "not probed yet")]:
-        print(f"regions    {card}: {how}")
+    for card, result in found["regions"].items() or [("DALI's decoding of regions of JPEGs", "not probed yet")]:
+        print(f"regions    {card}: {result}")
     print(f"kernels    FASTMIM_KERNELS={found['FASTMIM_KERNELS']}\n")
     print(f"{'op':<22}" + "".join(f"{device:<14}" for device in DEVICES))
     for name, served in found["ops"].items():

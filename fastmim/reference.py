@@ -205,14 +205,15 @@ def _cut(
     return patches
 
 
-def _upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
+def upcast_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic on tensors of these dtypes: float64 if one of them is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def gather_patches(
     images: Tensor, ids: Tensor, patch_size: list[int], mean: Tensor | None, std: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    return _cut(images, ids, patch_size, mean, std, _upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
+    return _cut(images, ids, patch_size, mean, std, upcast_dtype(images.dtype, dtype)).flatten(2).to(dtype)
 
 
 def gather_patches_backward(
@@ -313,9 +314,13 @@ def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> T
     return attention(q, k, v, key_mask, None, scale)
 
 
-def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def attention_qkvpacked_backward(
+    grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
+) -> tuple[Tensor, Tensor]:
+    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty)."""
     q, k, v = qkv.unbind(2)
-    return torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    dqkv = torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    return dqkv, upcast(dqkv).sum((0, 1)) if sum_dqkv else upcast(dqkv.new_empty(0))
 
 
 def places(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Tensor]:
@@ -402,7 +407,7 @@ def pixel_loss(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient by pred (else empty)."""
-    dtype = _upcast_dtype(pred.dtype, images.dtype)
+    dtype = upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
     error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
     loss = (error.square().mean(-1) * row_scale).sum()
@@ -464,7 +469,7 @@ def scaled_cosine_loss(
 
     Hou et al., "GraphMAE: self-supervised masked graph autoencoders", KDD 2022, equation 2.
     """
-    dtype = _upcast_dtype(pred.dtype, target.dtype)
+    dtype = upcast_dtype(pred.dtype, target.dtype)
     row_scale = _row_scale(weight, pred.new_empty(pred.shape[:-1], dtype=dtype), reduction)
     if weight is not None:
         # rows of weight 0 may hold NaN

@@ -1,10 +1,11 @@
 """Triton kernels: one module per group of ops, imported when one of its kernels is first called.
 
-A launcher has the name and the arguments of its op, on tensors that the op has checked; before it launches anything, it
-raises `Unserved` for arguments that its kernels do not serve. This package imports torch and triton, never fastmim.
+A launcher has the name and the arguments of its op, and gets tensors that the op has checked. It raises `Unserved`,
+before it launches anything, for arguments that its kernels do not serve. This package imports torch and triton, never
+fastmim.
 """
 
-# module -> the ops that it has launchers of; `import fastmim` reads this and does not import Triton
+# by module: the ops that it has launchers for; `import fastmim` reads this and does not import Triton
 OPS = {
     "masking": ("random_masking",),
     "patches": ("gather_patches", "gather_patches_backward", "embed_patches"),
@@ -30,4 +31,4 @@ OPS = {
 
 
 class Unserved(Exception):
-    """Raised by a kernel, Triton's or C++, that does not serve its arguments; the message is the reason."""
+    """Error of a kernel, in Triton or C++, for arguments that it does not serve; the message is the reason."""

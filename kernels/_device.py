@@ -1,7 +1,7 @@
 """Device functions that kernels share: blocks of rows, ids, patches of images.
 
-`valid` and `valid_*` are masks: of rows, columns and values before the end, of ids in range. The output is NaN where an
-id is not valid.
+`valid` and `valid_*` are masks of the rows, columns and values that exist, and of the ids that are in range. The output
+is NaN where an id is out of range.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def image_block(rows, BLOCK_ROWS: tl.constexpr):
-    """Return this program's image, or part of the batch, and its block of the `rows` of each."""
+    """Return the number of this program's image, or of its part of the batch, and its block of that image's `rows`."""
     blocks = tl.cdiv(rows, BLOCK_ROWS)
     return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
@@ -59,7 +59,7 @@ def load_ids(ids, b, k, batch_stride, stride, valid, limit):
 
 @triton.jit
 def places_of(wanted, ids, count, stride, BLOCK_IDS: tl.constexpr):
-    """Return the k at which ids[k] is each of the wanted ids, -1 where there is none."""
+    """Return for each wanted id the k for which ids[k] equals it, or -1 if there is none."""
     place = tl.full(wanted.shape, -1, tl.int32)
     for start in range(0, count, BLOCK_IDS):
         k = start + tl.arange(0, BLOCK_IDS)
@@ -95,7 +95,7 @@ def channels_last_offsets(
 ):  # fmt: skip
     """Offset of each value of a patch, in the order (t, y, x, c), from the patch's start.
 
-    Where a line of the patch is DENSE, its offsets are seen to be consecutive, which makes loads wide.
+    With DENSE, the compiler sees that the offsets of a line of the patch are consecutive, and makes wide loads.
     """
     line = value // (PW * CHANNELS)
     apart = value % CHANNELS * stride_c + value // CHANNELS % PW * stride_w
@@ -111,8 +111,8 @@ def load_pixels(
 ):  # fmt: skip
     """Load the values of patches that begin at `start`, a row each, in the order (t, y, x, c) or (c, t, y, x).
 
-    To REORDER, rows are loaded whole in the other order, that of memory, in which loads are wide, and permuted. A line
-    of a patch is DENSE where its pixels lie channel by channel. Offsets within a patch have 64 bits where it is LARGE.
+    With REORDER, rows are loaded whole in the order of memory, which makes wide loads, and then permuted. DENSE: the
+    values of a line of a patch are adjacent in memory, channels fastest. LARGE: offsets in a patch have 64 bits.
     """
     AREA: tl.constexpr = PT * PH * PW
     value = column.to(tl.int64) if LARGE else column
@@ -132,7 +132,7 @@ def load_pixels(
         place = tl.where(valid_columns, place, column)
         ROWS: tl.constexpr = pixel.shape[0]
         WIDTH: tl.constexpr = pixel.shape[1]
-        # gathered from one axis, so that it passes through shared memory: from two, each warp would shuffle whole rows
+        # gathered along one axis, so that it goes through shared memory; along two, each warp would shuffle whole rows
         place = tl.arange(0, ROWS)[:, None] * WIDTH + place[None, :]
         pixel = tl.gather(pixel.reshape(ROWS * WIDTH), place.reshape(ROWS * WIDTH), 0).reshape(ROWS, WIDTH)
     return pixel
@@ -140,9 +140,9 @@ def load_pixels(
 
 @triton.jit
 def of_channel(table, stride, channel, CHANNELS: tl.constexpr, CHOOSE: tl.constexpr):
-    """Return table[channel] in float32: loaded for each column, or for the kernel once, to CHOOSE from.
+    """Return table[channel] in float32, loaded for each column; with CHOOSE, loaded once and then selected.
 
-    To load is cheaper where many columns in a row are of one channel.
+    Loading is cheaper where many adjacent columns have the same channel.
     """
     if CHOOSE and CHANNELS <= 4:
         value = tl.broadcast_to(tl.load(table).to(tl.float32), channel.shape)
@@ -158,7 +158,7 @@ def subtract_mean(pixel, channel, mean, mean_stride, CHANNELS: tl.constexpr, CHO
     """Return pixel - mean of each column's channel in float32, uint8 first divided by 255."""
     value = pixel.to(tl.float32)
     if pixel.dtype == tl.uint8:
-        # value / 255, rounded correctly for each of the 256: 1/255 is 257/65536 and a rest
+        # value / 255, rounded correctly for each of the 256 values: 1/255 is split into 257/65536 and a remainder
         value = value * (257 / 65536) + value * (1 / 255 - 257 / 65536)
     if mean is not None:
         value -= of_channel(mean, mean_stride, channel, CHANNELS, CHOOSE)[None, :]

@@ -1,8 +1,8 @@
 """Launching: the decorator of kernels, the device they run on, block sizes, strides and the checks on arguments.
 
-Kernels take their arguments in one order: each tensor followed by its strides (an output is contiguous and has none),
-then counts, then scalars; constants follow in capitals, sizes and flags before UNIT and the sizes of blocks. A row of
-B·`count` rows is `row`, the values along it are columns.
+Kernels take their arguments in one order: each tensor followed by its strides (outputs are contiguous and have none),
+then counts, then scalars, then constants in capitals: sizes and flags, UNIT, and the sizes of blocks. `row` is the
+number of a row among the B·`count` rows of a batch; the values along a row are its columns.
 """
 
 import contextlib
@@ -28,24 +28,25 @@ if __package__ != "fastmim.kernels":
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 
-# The sizes of blocks are larger in the interpreter, where a program costs milliseconds however large its tile.
-# values of a tile that holds some columns of its rows, and the most rows: each is compared with a block of ids
+# Blocks are larger in the interpreter, where a program takes milliseconds whatever the size of its tile.
+# largest number of values, and of rows, in a tile of some columns; each row is compared with a block of ids
 _TILE, _MOST_ROWS = (2**14, 1024) if INTERPRETED else (2**12, 64)
-# values of a tile that holds whole rows, and the widest row
+# largest number of values in a tile of whole rows, and width of the widest row
 _WHOLE_TILE, _WIDEST = 2**14 if INTERPRETED else 2**11, 8192
-# ids that a program compares at a time when it searches for the row that names a token
+# number of ids that a program compares at a time when it searches for a token's id
 BLOCK_IDS = 256 if INTERPRETED else 64
 
 
 # ---- kernels and where they run --------------------------------------------------------------------------------------
 
-# Arguments that change from call to call with the batch, the mask or the size of images. Triton would compile a kernel
-# again where one of them is 1 or becomes a multiple of 16; it still does at 2^31, where they take 64 bits.
+# Arguments that change from call to call with the batch, the mask or the size of images. They are not specialised:
+# otherwise Triton would compile a kernel again where one of them is 1 or a multiple of 16. It still does so from 2^31
+# on, where they take 64 bits.
 _COUNTS = frozenset(
     "batch rows count limit positions patches grid_h grid_w prefix num_visible num_predict len_keep len_predict heads "
-    "queries keys group tiles share".split()
+    "queries keys group tiles key_tiles share".split()
 )
-# Strides between rows depend on counts too: `unit_of` tells a kernel how the rows are aligned.
+# Strides between rows depend on counts too. They are not specialised either; `unit_of` tells a kernel their alignment.
 _ROW_STRIDES = "_batch", "_row", "_head"
 
 
@@ -73,13 +74,13 @@ def power_of_2(n: int, least: int = 1) -> int:
 
 
 def tile(width: int) -> tuple[int, int]:
-    """Rows and columns of a program's tile, which extends as little beyond the width as possible."""
+    """Return the rows and columns of a program's tile, which extends beyond the width as little as possible."""
     columns = min(power_of_2(width), min((512, 256, 128), key=lambda block: triton.cdiv(width, block) * block))
     return min(_TILE // columns, _MOST_ROWS), columns
 
 
 def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and block sizes of a kernel over so many rows of each image, or over all rows as those of one image."""
+    """Return the grid and block sizes of a kernel over `rows` rows of each of `images` images."""
     refuse_rows(images * rows)
     block_rows, block_width = tile(width)
     grid = images * triton.cdiv(rows, block_rows), triton.cdiv(width, block_width)
@@ -87,7 +88,7 @@ def tiles(rows: int, width: int, images: int = 1) -> tuple[tuple[int, int], dict
 
 
 def whole_rows(width: int, most: int = 1024) -> dict[str, int]:
-    """Block sizes and warps of a program that holds rows of `width` values, `most` of them at most."""
+    """Return the block sizes and number of warps of a program that holds up to `most` whole rows of `width` values."""
     block = power_of_2(width)
     rows = min(max(_WHOLE_TILE // block, 1), most)
     return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, num_warps=min(max(block // 512, 4), 16))
@@ -97,7 +98,7 @@ def whole_rows(width: int, most: int = 1024) -> dict[str, int]:
 
 
 def strides_of(x: Tensor | None, axes: int) -> tuple[int, ...]:
-    """Strides of a tensor of so many axes; zeros for None."""
+    """Return the strides of a tensor of `axes` axes; zeros for None."""
     return (0,) * axes if x is None else x.stride()
 
 
@@ -117,13 +118,13 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def image_strides(images: Tensor) -> tuple[int, ...]:
-    """Strides (B, C, T, H, W) of clips; an image is a clip of one frame, whose T is never stepped along."""
+    """Return the strides (B, C, T, H, W) of clips, or of images as clips of one frame, whose stride T is never used."""
     strides = images.stride()
     return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
 
 
 def patch_grid(shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[list[int], list[int]]:
-    """Patch and grid (T, H, W) of images of `shape`."""
+    """Return the patch size and the grid, both (T, H, W), of images of `shape`."""
     sizes = shape[2:]
     patch = [patch_size] * len(sizes) if isinstance(patch_size, int) else list(patch_size)
     missing = [1] * (3 - len(sizes))
@@ -131,7 +132,7 @@ def patch_grid(shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[l
 
 
 def patch_layout(images: Tensor, patch: Sequence[int], *, channels_last: bool) -> dict[str, bool]:
-    """Return how a kernel is to load patches of images, whose values it wants with channels last or first."""
+    """Return the flags by which a kernel loads patches of images, in an order of values with channels last or first."""
     channels = images.shape[1]
     channel_stride, *strides = image_strides(images)[1:]
     span = (channels - 1) * channel_stride + sum((p - 1) * stride for p, stride in zip(patch, strides))
@@ -142,23 +143,23 @@ def patch_layout(images: Tensor, patch: Sequence[int], *, channels_last: bool) -
     return dict(DENSE=dense, REORDER=reorder, LARGE=span >= 2**31)
 
 
-# ---- what is refused -------------------------------------------------------------------------------------------------
+# ---- refusals --------------------------------------------------------------------------------------------------------
 
 
 def refuse_float64(*tensors: Tensor | None) -> None:
-    """Leave float64 to the reference."""
+    """Raise Unserved for float64."""
     if any(t is not None and t.dtype == torch.float64 for t in tensors):
         raise Unserved("float64 is served by the reference")
 
 
 def refuse_rows(*counts: int) -> None:
-    """Leave more rows, tokens or patches than 32 bits count, a program's tail included, to the reference."""
+    """Raise Unserved for more rows, tokens or patches than 32 bits can count, including the last tile's padding."""
     if max(counts) > 2**31 - 2**22:
         raise Unserved("over 2^31 rows are served by the reference")
 
 
 def refuse_width(width: int) -> None:
-    """Leave rows that no program holds as a whole, and those without values, to the reference."""
+    """Raise Unserved for rows that are too wide for one program, and for those without values."""
     if width == 0:
         raise Unserved("rows without values are served by the reference")
     if width > _WIDEST:
@@ -194,7 +195,7 @@ def check_std(std: Tensor | None) -> None:
 
 
 def check_noise(noise: Tensor) -> None:
-    """Raise where noise is NaN and so has no order."""
+    """Raise where noise is NaN, which has no order."""
     if _can_check(noise) and bool(noise.isnan().any()):
         raise ValueError("noise must not hold NaN: the order of its values is the mask")
 

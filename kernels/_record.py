@@ -1,4 +1,4 @@
-"""Launches recorded instead of made."""
+"""Record the launches of kernels instead of making them."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ Record = Callable[[str, dict[str, Any]], None]
 
 @contextlib.contextmanager
 def recorded(record: Record) -> Iterator[None]:
-    """Hand every launch inside to `record`; nothing is compiled and nothing runs."""
+    """Pass every launch inside the context to `record`; nothing is compiled or run."""
     if INTERPRETED:
         raise RuntimeError("launches can't be recorded under TRITON_INTERPRET=1: the interpreter compiles no kernels")
 

@@ -14,8 +14,14 @@ from torch import Tensor
 
 from . import Unserved
 from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, strides_of, unit_of
-from .attention_loop import loop_backward_keys_kernel, loop_backward_queries_kernel, loop_forward_kernel
+from .attention_loop import (
+    loop_backward_kernel,
+    loop_backward_keys_kernel,
+    loop_backward_queries_kernel,
+    loop_forward_kernel,
+)
 from .attention_tile import tile_backward_kernel, tile_forward_kernel
+from .norm import _sum_partials
 
 MAX_DIM, MAX_KEYS = 128, 1024
 # Loads are 128 bits wide where heads are multiples of 8. The interpreter runs others too.
@@ -24,6 +30,9 @@ DIM_MULTIPLE = 1 if INTERPRETED else 8
 # Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
 # to divide rows among sequences and keep these apart takes more instructions than the rows that stay empty.
 PACKED_LENGTH = 32 if INTERPRETED else 5
+# Up to so many bytes of a head's queries and keys, one program writes all gradients. It reads twice as many, which the
+# cache of a device holds for two or three programs a multiprocessor.
+CACHED = 2**16
 # offsets within a sequence are of 32 bits
 SPAN = 2**31
 
@@ -140,6 +149,14 @@ def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
     return dict(BLOCK_Q=64, BLOCK_K=64 if q.shape[-1] <= 32 else 32, num_warps=4)
 
 
+def _limit(q: Tensor, most: int, when: bool) -> dict[str, int]:
+    """Return the option that holds threads to `most` registers, where compute capability 9 then runs one more program.
+
+    Nothing is spilled then in bfloat16, for which benchmarks/compiled.py shows it.
+    """
+    return dict(maxnreg=most) if when and q.dtype == torch.bfloat16 and _capability(q) == 9 else {}
+
+
 def _tail(q: Tensor, keys: int, block: int, ragged: bool) -> int:
     """Return the width of the last block of keys, 0 where whole blocks hold them all."""
     if ragged or (_capability(q) == 10 and keys % block):  # a narrower one spills registers there
@@ -216,12 +233,17 @@ def _backward(
     scale: float,
     score_grad: Tensor | None = None,
     ragged: Ragged | None = None,
-) -> None:
-    """Write dq, dk and dv, and if given score_grad, the gradient of the scores (B, H, Sq, Sk)."""
+    sum_rows: bool = False,
+) -> Tensor:
+    """Write dq, dk and dv, and if given score_grad, the gradient of the scores (B, H, Sq, Sk).
+
+    Return the sums (3, H, D) of dq, dk and dv over batch and rows, in float32; empty without `sum_rows`.
+    """
+    heads, dim = q.shape[-2:]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
-        return
+        return torch.zeros((3, heads, dim) if sum_rows else 0, dtype=torch.float32, device=q.device)
     batch, heads, queries, keys, most_queries, most_keys = _sizes(q, k, ragged)
     grad, q = _readable(grad, most_queries), _readable(q, most_queries)
     k, v = _readable(k, most_keys), _readable(v, most_keys)
@@ -233,34 +255,64 @@ def _backward(
     with on_device(q):
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[1]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
-            tile_backward_kernel[(triton.cdiv(batch, group) * heads,)](
-                *(*_strided(unit, grad, q, k, v, dq, dk), dv, *masks, score_grad, cu_q, cu_k),
+            programs = triton.cdiv(batch, group)
+            partials = _partials(q, programs, programs) if sum_rows else None
+            tile_backward_kernel[(programs * heads,)](
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, partials, *masks, score_grad, cu_q, cu_k),
                 *(batch, heads, queries, keys, group, scale),
                 **columns,
                 **tile,
+                **_limit(q, 128, sum_rows and key_mask is None and dim == 64 and tile["BLOCK_Q"] == 64),
             )
-            return
+            return _sum_of(partials, q)
         # each from a boundary of 16 bytes
         rows = triton.cdiv(queries * heads * (batch if ragged is None else 1), 4) * 4
         top, inverse, mean = torch.empty(3, rows, dtype=torch.float32, device=q.device).unbind(0)
         blocks = _blocks(q, bias is not None)
-        tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"])
+        tiles, key_tiles = triton.cdiv(most_queries, blocks["BLOCK_Q"]), triton.cdiv(most_keys, blocks["BLOCK_K"])
+        partials = _partials(q, batch * tiles, batch * key_tiles) if sum_rows else None
+        query_sums, key_sums = (None, None) if partials is None else partials.tensor_split([1], dim=1)
+        tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
+        cached = (most_queries + most_keys) * dim * q.element_size() <= CACHED
+        if bias is None and cached and _capability(q) != 10:  # where it is not shown to compile well
+            loop_backward_kernel[(batch * heads,)](
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
+                *(cu_q, cu_k, tiles, key_tiles, heads, queries, keys, scale),
+                **columns,
+                **blocks,
+                **tails,
+                **_limit(q, 168, key_mask is None and ragged is None and dim == 32),
+            )
+            return _sum_of(partials, q)
         loop_backward_queries_kernel[(tiles * batch * heads,)](
-            *(*_strided(unit, grad, q, k, v, dq), top, inverse, mean, *masks, score_grad, cu_q, cu_k),
+            *(*_strided(unit, grad, q, k, v, dq), query_sums, top, inverse, mean, *masks, score_grad, cu_q, cu_k),
             *(tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
-            TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None),
-            num_stages=2,
+            **tails,
         )
         blocks["BLOCK_Q"] //= 2
-        tiles = triton.cdiv(most_keys, blocks["BLOCK_K"])
-        loop_backward_keys_kernel[(tiles * batch * heads,)](
-            *(*_strided(unit, grad, q, k, v, dk), dv, top, inverse, mean, *masks, cu_q, cu_k),
-            *(tiles, heads, queries, keys, scale),
+        loop_backward_keys_kernel[(key_tiles * batch * heads,)](
+            *(*_strided(unit, grad, q, k, v, dk), dv, key_sums, top, inverse, mean, *masks, cu_q, cu_k),
+            *(key_tiles, heads, queries, keys, scale),
             **columns,
             **blocks,
         )
+        return _sum_of(partials, q)
+
+
+def _partials(q: Tensor, query_programs: int, key_programs: int) -> Tensor:
+    """Return what programs write their sums of dq, dk and dv to, (programs, 3, H, D), with zeros where none writes."""
+    create = torch.empty if query_programs == key_programs else torch.zeros
+    shape = (max(query_programs, key_programs), 3, *q.shape[-2:])
+    return create(shape, dtype=torch.float32, device=q.device)
+
+
+def _sum_of(partials: Tensor | None, q: Tensor) -> Tensor:
+    """Return the sum of `partials` over programs, in an order that is the same every time; empty without them."""
+    if partials is None:
+        return torch.empty(0, dtype=torch.float32, device=q.device)
+    return _sum_partials(partials.flatten(1)[:, None])[0].view(partials.shape[1:])
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -277,13 +329,15 @@ def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None = None, scale: floa
     return _forward(q, k, v, _empty(q), key_mask, None, _scale(scale, q))
 
 
-def attention_qkvpacked_backward(grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def attention_qkvpacked_backward(
+    grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
+) -> tuple[Tensor, Tensor]:
+    """Return dqkv, and with `sum_dqkv` its sums (3, H, D) over batch and sequence, else an empty tensor."""
     _check(qkv, qkv.shape[1], qkv.shape[1])
     dqkv = _empty(qkv)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
-    _backward(grad, q, k, v, dq, dk, dv, key_mask, None, scale)
-    return dqkv
+    return dqkv, _backward(grad, q, k, v, dq, dk, dv, key_mask, None, scale, sum_rows=sum_dqkv)
 
 
 def attention(

@@ -1,7 +1,8 @@
 """Attention block by block, for sequences that do not fit in a tile.
 
 Keys are processed in blocks of BLOCK_K, which need no mask of their own, and a last one of TAIL, as narrow as the keys
-that are left. The gradients take eight products: four for dq, four for dk and dv.
+that are left. The gradients take eight products: four for dq, four for dk and dv. Two launches make them, or one where
+the rows of a head stay in cache between the two.
 """
 
 import triton
@@ -20,6 +21,7 @@ from .attention_rows import (
     over_rows_of_any_size,
     span,
     store_rows,
+    store_sums,
     with_bias,
     zeros,
 )
@@ -169,14 +171,15 @@ def loop_forward_kernel(
     store_rows(out, row * out_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
 
 
-@kernel
-def loop_backward_queries_kernel(
+@triton.jit
+def _query_gradients(
+    tile, entry, head,
     grad, grad_batch, grad_row, grad_head,
     q, q_batch, q_row, q_head,
     k, k_batch, k_row, k_head,
     v, v_batch, v_row, v_head,
     dq, dq_batch, dq_row, dq_head,
-    top_of, inverse_of, mean_of,
+    sums, top_of, inverse_of, mean_of,
     key_mask, mask_batch, mask_key,
     bias, bias_batch, bias_head, bias_row, bias_key,
     score_grad, cu_q, cu_k,
@@ -189,10 +192,9 @@ def loop_backward_queries_kernel(
 
     These are the softmax's maximum and sum, and rowsum(P dP). One pass over the keys computes them and dq, with a
     running softmax. The gradient of a bias needs final statistics: it takes a second pass, which then computes dq.
+    Without such a gradient, a program's sums of dq go to sums (batch * tiles, 1, heads, D), whose rows are 3 apart.
     """
-    item = tl.program_id(0) // tiles
-    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    row = tl.program_id(0) % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     keys = aligned(keys, BIAS_UNIT)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
@@ -207,7 +209,7 @@ def loop_backward_queries_kernel(
     k += offsets_of(entry, k_first, head, k_batch, k_row, k_head, UNIT)
     v += offsets_of(entry, k_first, head, v_batch, v_row, v_head, UNIT)
     if cu_q is not None:
-        keys = tl.where(tl.program_id(0) % tiles * BLOCK_Q < queries, keys, 0)
+        keys = tl.where(tile * BLOCK_Q < queries, keys, 0)
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
@@ -251,7 +253,11 @@ def loop_backward_queries_kernel(
     tl.store(mean_of + statistics + row, mean, valid_q)
     if score_grad is None:
         inverse *= scale
-        store_rows(dq, row * dq_row * UNIT, valid_q, low * inverse[:, None], high * inverse[:, None], D, D0, D1)
+        low, high = low * inverse[:, None], high * inverse[:, None]
+        store_rows(dq, row * dq_row * UNIT, valid_q, low, high, D, D0, D1)
+        if sums is not None:
+            program = entry * tiles + tile
+            store_sums(sums, program * 3, head, heads, low, high, 1.0, D, D0, D1)
     else:
         low, high = zeros(BLOCK_Q, D0, D1)
         for start in range(0, keys, BLOCK_K):
@@ -269,14 +275,15 @@ def loop_backward_queries_kernel(
         store_rows(dq, row * dq_row * UNIT, valid_q, low * scale, high * scale, D, D0, D1)
 
 
-@kernel
-def loop_backward_keys_kernel(
+@triton.jit
+def _key_gradients(
+    tile, entry, head,
     grad, grad_batch, grad_row, grad_head,
     q, q_batch, q_row, q_head,
     k, k_batch, k_row, k_head,
     v, v_batch, v_row, v_head,
     dk, dk_batch, dk_row, dk_head,
-    dv,
+    dv, sums,
     top_of, inverse_of, mean_of,
     key_mask, mask_batch, mask_key,
     bias, bias_batch, bias_head, bias_row, bias_key,
@@ -285,10 +292,11 @@ def loop_backward_keys_kernel(
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
     UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Write dk and dv of BLOCK_K keys of one sequence and head, over its queries BLOCK_Q at a time."""
-    item = tl.program_id(0) // tiles
-    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
-    column = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    """Write dk and dv of BLOCK_K keys of one sequence and head, over its queries BLOCK_Q at a time.
+
+    A program's sums of them go to sums (batch * tiles, 2, heads, D), whose rows are 3 apart.
+    """
+    column = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     # the statistics of a ragged batch lie by head, then by row
     statistics = head * queries if cu_q is not None else (entry * heads + head) * queries
     keys = aligned(keys, BIAS_UNIT)
@@ -302,7 +310,7 @@ def loop_backward_keys_kernel(
     dk += offsets_of(entry, k_first, head, dk_batch, dk_row, dk_head, UNIT)
     dv += offsets_of(entry, k_first, head, dk_batch, dk_row, dk_head, UNIT)
     if cu_q is not None:
-        queries = tl.where(tl.program_id(0) % tiles * BLOCK_K < keys, queries, 0)
+        queries = tl.where(tile * BLOCK_K < keys, queries, 0)
     if key_mask is not None:
         key_mask += entry * mask_batch
     if bias is not None:
@@ -332,10 +340,116 @@ def loop_backward_keys_kernel(
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])
         dk_low, dk_high = over_rows_of_any_size(slope, q_low, q_high, dk_low, dk_high, D1, True)
     to = column * dk_row * UNIT
-    if key_mask is not None:
-        # masked keys were read as zeros, whose weights are not 0
+    if key_mask is not None or sums is not None:
+        # masked keys, and those beyond the last, were read as zeros, whose weights are not 0
         chosen = attends[:, None]
         dk_low, dv_low = tl.where(chosen, dk_low, 0.0), tl.where(chosen, dv_low, 0.0)
         dk_high, dv_high = tl.where(chosen, dk_high, 0.0), tl.where(chosen, dv_high, 0.0)
     store_rows(dv, to, valid_k, dv_low, dv_high, D, D0, D1)
     store_rows(dk, to, valid_k, dk_low * scale, dk_high * scale, D, D0, D1)
+    if sums is not None:
+        program = entry * tiles + tile
+        store_sums(sums, program * 3, head, heads, dk_low, dk_high, scale, D, D0, D1)
+        store_sums(sums, program * 3 + 1, head, heads, dv_low, dv_high, 1.0, D, D0, D1)
+
+
+@kernel
+def loop_backward_queries_kernel(
+    grad, grad_batch, grad_row, grad_head,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    dq, dq_batch, dq_row, dq_head,
+    sums, top_of, inverse_of, mean_of,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    score_grad, cu_q, cu_k,
+    tiles, heads, queries, keys, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write the results of `_query_gradients` for one block of queries."""
+    item = tl.program_id(0) // tiles
+    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
+    _query_gradients(
+        tl.program_id(0) % tiles, entry, head,
+        grad, grad_batch, grad_row, grad_head, q, q_batch, q_row, q_head, k, k_batch, k_row, k_head,
+        v, v_batch, v_row, v_head, dq, dq_batch, dq_row, dq_head, sums, top_of, inverse_of, mean_of,
+        key_mask, mask_batch, mask_key, bias, bias_batch, bias_head, bias_row, bias_key, score_grad,
+        cu_q, cu_k, tiles, heads, queries, keys, scale, D, D0, D1, UPCAST, UNIT, BIAS_UNIT, BLOCK_Q,
+        BLOCK_K, TAIL,
+    )  # fmt: skip
+
+
+@kernel
+def loop_backward_keys_kernel(
+    grad, grad_batch, grad_row, grad_head,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    dk, dk_batch, dk_row, dk_head,
+    dv, sums,
+    top_of, inverse_of, mean_of,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    cu_q, cu_k,
+    tiles, heads, queries, keys, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write the results of `_key_gradients` for one block of keys."""
+    item = tl.program_id(0) // tiles
+    head, entry = (item % heads).to(tl.int64), (item // heads).to(tl.int64)
+    _key_gradients(
+        tl.program_id(0) % tiles, entry, head,
+        grad, grad_batch, grad_row, grad_head, q, q_batch, q_row, q_head, k, k_batch, k_row, k_head,
+        v, v_batch, v_row, v_head, dk, dk_batch, dk_row, dk_head, dv, sums, top_of, inverse_of,
+        mean_of, key_mask, mask_batch, mask_key, bias, bias_batch, bias_head, bias_row, bias_key,
+        cu_q, cu_k, tiles, heads, queries, keys, scale, D, D0, D1, UPCAST, UNIT, BIAS_UNIT, BLOCK_Q,
+        BLOCK_K,
+    )  # fmt: skip
+
+
+@kernel
+def loop_backward_kernel(
+    grad, grad_batch, grad_row, grad_head,
+    q, q_batch, q_row, q_head,
+    k, k_batch, k_row, k_head,
+    v, v_batch, v_row, v_head,
+    dq, dq_batch, dq_row, dq_head,
+    dk, dk_batch, dk_row, dk_head,
+    dv, query_sums, key_sums, top_of, inverse_of, mean_of,
+    key_mask, mask_batch, mask_key,
+    bias, bias_batch, bias_head, bias_row, bias_key,
+    cu_q, cu_k,
+    tiles, key_tiles, heads, queries, keys, scale,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, UPCAST: tl.constexpr,
+    UNIT: tl.constexpr, BIAS_UNIT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
+    """Write all gradients of one sequence and head, first by queries, then by keys.
+
+    Its rows stay in the cache of the device in between, so that memory is read once.
+    """
+    head, entry = (tl.program_id(0) % heads).to(tl.int64), (tl.program_id(0) // heads).to(tl.int64)
+    for tile in range(tiles):
+        _query_gradients(
+            tile, entry, head,
+            grad, grad_batch, grad_row, grad_head, q, q_batch, q_row, q_head, k, k_batch, k_row, k_head,
+            v, v_batch, v_row, v_head, dq, dq_batch, dq_row, dq_head, query_sums, top_of, inverse_of,
+            mean_of, key_mask, mask_batch, mask_key, bias, bias_batch, bias_head, bias_row, bias_key,
+            None, cu_q, cu_k, tiles, heads, queries, keys, scale, D, D0, D1, UPCAST, UNIT, BIAS_UNIT,
+            BLOCK_Q, BLOCK_K, TAIL,
+        )  # fmt: skip
+    # statistics are read by other threads than those that stored them
+    tl.debug_barrier()
+    for tile in range(key_tiles):
+        _key_gradients(
+            tile, entry, head,
+            grad, grad_batch, grad_row, grad_head, q, q_batch, q_row, q_head, k, k_batch, k_row, k_head,
+            v, v_batch, v_row, v_head, dk, dk_batch, dk_row, dk_head, dv, key_sums, top_of, inverse_of,
+            mean_of, key_mask, mask_batch, mask_key, bias, bias_batch, bias_head, bias_row, bias_key,
+            cu_q, cu_k, key_tiles, heads, queries, keys, scale, D, D0, D1, UPCAST, UNIT, BIAS_UNIT,
+            BLOCK_Q // 2, BLOCK_K,
+        )  # fmt: skip

@@ -127,4 +127,6 @@ def with_bias(scores, bias, row_offsets, key_offsets, valid):
         return scores
     else:
         at = bias + row_offsets[:, None] + key_offsets[None, :]
-        return scores + tl.load(at, valid, other=0.0).to(tl.float32) * LOG2E
+        value = tl.load(at, valid, other=0.0).to(tl.float32)
+        # the lowest finite number, a usual mask, stays finite: a row of it alone attends to all keys alike
+        return scores + tl.maximum(value * LOG2E, value * 0.5 - 1.7e38)

@@ -16,6 +16,7 @@ from .attention_rows import (
     over_rows_of_any_size,
     span,
     store_rows,
+    store_sums,
     with_bias,
     zeros,
 )
@@ -109,7 +110,7 @@ def tile_backward_kernel(
     v, v_batch, v_row, v_head,
     dq, dq_batch, dq_row, dq_head,
     dk, dk_batch, dk_row, dk_head,
-    dv,
+    dv, sums,
     key_mask, mask_batch, mask_key,
     bias, bias_batch, bias_head, bias_row, bias_key,
     score_grad, cu_q, cu_k,
@@ -119,7 +120,8 @@ def tile_backward_kernel(
 ):  # fmt: skip
     """Write all gradients of `group` sequences of a head, from one softmax, recomputed.
 
-    A tile holds all keys of its queries, so that dS = P (dP - rowsum(P dP)) needs neither output nor statistics.
+    A tile holds all keys of its queries, so that dS = P (dP - rowsum(P dP)) needs neither output nor statistics. The
+    sums of dq, dk and dv over its rows go to sums (tiles, 3, heads, D) in float32.
     """
     tile = tl.program_id(0) // heads
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -165,9 +167,14 @@ def tile_backward_kernel(
     low, high = over_rows_of_any_size(slope, k_low, k_high, low, high, D1, PACKED)
     at_query = offsets_of(q_entry, q_first + q_place, head, dq_batch, dq_row, dq_head, UNIT)
     store_rows(dq, at_query, valid_q, low * scale, high * scale, D, D0, D1)
+    if sums is not None:
+        store_sums(sums, tile.to(tl.int64) * 3, head, heads, low, high, scale, D, D0, D1)
     low, high = zeros(BLOCK_K, D0, D1)
     low, high = over_rows_of_any_size(tl.trans(slope), q_low, q_high, low, high, D1, PACKED)
     # all stores last: an earlier one costs registers
     at_key = offsets_of(k_entry, k_first + k_place, head, dk_batch, dk_row, dk_head, UNIT)
     store_rows(dv, at_key, valid_k, dv_low, dv_high, D, D0, D1)
     store_rows(dk, at_key, valid_k, low * scale, high * scale, D, D0, D1)
+    if sums is not None:
+        store_sums(sums, tile.to(tl.int64) * 3 + 2, head, heads, dv_low, dv_high, 1.0, D, D0, D1)
+        store_sums(sums, tile.to(tl.int64) * 3 + 1, head, heads, low, high, scale, D, D0, D1)

@@ -52,7 +52,7 @@ def _gradient_for(x: Tensor, wanted: bool) -> Tensor:
 
 @triton.jit
 def _row_scale(weight, weight_offset, weight_total, valid_rows, share):
-    """Factor of each row's loss: its weight's part of the total, 0 where that is 0; without weights, `share`."""
+    """Return the factor of each row's loss: weight / weight_total, 0 if that total is 0; without weights, `share`."""
     if weight is None:
         scale = tl.where(valid_rows, share, 0.0)
     else:
@@ -81,9 +81,9 @@ def _pixel_loss_kernel(
     DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr, NEED_GRAD: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Losses of a block of patches (rows of B·M), whose values lie channel fastest, and their gradients.
+    """Write the losses of a block of patches (rows of B·M), with values in channel-fastest order, and their gradients.
 
-    The target is read from the image and normalised in registers; sums are of differences, so that nothing cancels.
+    The target is read from the image and normalised in registers, with sums of differences to avoid cancellation.
     """
     AREA: tl.constexpr = PT * PH * PW
     VALUES: tl.constexpr = CHANNELS * AREA
@@ -111,7 +111,7 @@ def _pixel_loss_kernel(
     )  # fmt: skip
     target = subtract_mean(target, channel, mean, mean_value, CHANNELS, True)
     if std is not None:
-        # not rounded as torch does, which takes more registers
+        # not rounded exactly as in torch, which would take more registers
         target = target / of_channel(std, std_value, channel, CHANNELS, True)[None, :]
     target = tl.where(valid_ids[:, None], target, float("nan"))
 
@@ -200,7 +200,7 @@ def _direction(x):
 
 @triton.jit
 def _cosine_gradient(slope, cosine, own, other, size, norm, LARGEST: tl.constexpr):
-    """Gradient by x = own * norm * size, kept finite; 0 for a zero row."""
+    """Return the gradient by x = own * norm * size, kept finite; 0 for a zero row."""
     out = slope[:, None] * (other - cosine[:, None] * own) / norm[:, None] / size[:, None]
     out = tl.where((size == 0.0)[:, None], 0.0, out)
     out = tl.where(out > LARGEST, LARGEST, out)
@@ -219,7 +219,7 @@ def _scaled_cosine_loss_kernel(
     NEED_PRED_GRAD: tl.constexpr, NEED_TARGET_GRAD: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Losses (1 - cos)^gamma of a block of rows of both tensors, and their gradients.
+    """Write the losses (1 - cos)^gamma of a block of rows, and their gradients.
 
     The gradients are computed from the directions, which stay in registers.
     """
@@ -310,7 +310,7 @@ def scale_gradient_(grad: Tensor, upstream: Tensor) -> None:
     """Multiply grad by upstream, a scalar, in place, without waiting to read it on the host."""
     refuse_float64(grad, upstream)
     if not grad.is_contiguous() or upstream.device != grad.device:
-        raise Unserved("a gradient that no loss made is served by the reference")
+        raise Unserved("a gradient that is not contiguous, or a factor on another device, is served by the reference")
     count = grad.numel()
     if count:
         unit = math.gcd(8, grad.shape[-1]) if grad.dim() else 1

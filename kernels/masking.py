@@ -9,8 +9,8 @@ from . import Unserved
 from ._device import image_block
 from ._launch import INTERPRETED, check_noise, kernel, on_device, power_of_2, refuse_float64, strides_of
 
-# tokens that a program ranks, and keys (counters of four) that it compares them with at a time; a step costs the
-# interpreter milliseconds, however many it compares
+# number of tokens that a program ranks, and of keys (from Philox: of counters, four keys each) that it compares them
+# with at a time; larger in the interpreter, where a step takes milliseconds whatever its size
 _MOST_ROWS, _MOST_KEYS = (512, 512) if INTERPRETED else (64, 64)
 
 
@@ -36,13 +36,13 @@ def philox(seed, counter):
 
 @triton.jit
 def keys_of(order, token, patches):
-    """Keys (64 bits) in the order of `order` (32 bits), ties by token; tokens past the row come last."""
+    """Return 64-bit keys that sort by `order` (32 bits), then by token; tokens past the end of the row sort last."""
     return tl.where(token < patches, (order.to(tl.int64) << 31) | token, 0x7FFFFFFFFFFFFFFF)
 
 
 @triton.jit
 def noise_order(noise, token, patches, stride):
-    """Integers in the order of floating noise: both zeros are one, NaN comes last."""
+    """Return integers that sort as the floating noise does: both zeros are equal, NaN is last."""
     value = tl.load(noise + token.to(tl.int64) * stride, mask=token < patches, other=0.0).to(tl.float32)
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     # of negative numbers, the larger in magnitude are the smaller
@@ -59,7 +59,7 @@ def _random_masking_kernel(
 ):  # fmt: skip
     """Rank a block of one image's tokens among all its tokens, and write their three ids.
 
-    Without `noise` the keys are drawn anew wherever they are compared; BLOCK_KEYS counters are four times as many keys.
+    Without `noise`, keys are drawn again for each comparison; BLOCK_KEYS then counts Philox counters of four keys each.
     """
     b, token = image_block(patches, BLOCK_ROWS)
     b = b.to(tl.int64)

@@ -24,10 +24,10 @@ from ._launch import (
 # columns of a program of bias_gelu: the widths of MLPs are multiples of 512
 _COLUMNS = 512
 
-# Sums over all rows take two launches. A program of the first sums every n-th block of rows, n programs in all, to a
-# row of partial sums; the second sums those. Values, most rows and warps of a block:
+# Sums over all rows take two launches. Each of the n programs of the first sums every n-th block of rows to a row of
+# partial sums; the second sums those. Values, largest number of rows, and warps of a block:
 _SUM_TILE, _SUM_ROWS, _SUM_WARPS = (2**14, 64, 8) if INTERPRETED else (2**11, 64, 8)
-# registers of a multiprocessor, and what a thread of either kernel is held to: it decides how many programs run at once
+# registers of a multiprocessor, and the limit of a thread in each kernel, which decides how many programs run at once
 _REGISTERS, _NORM_REGISTERS, _GELU_REGISTERS = 2**16, 128, 64
 # rows and columns of a block of partial sums
 _PARTIALS = dict(BLOCK_ROWS=256, BLOCK_WIDTH=512 if INTERPRETED else 16)
@@ -37,7 +37,7 @@ _PARTIALS = dict(BLOCK_ROWS=256, BLOCK_WIDTH=512 if INTERPRETED else 16)
 
 
 def _sum_blocks(width: int, registers: int) -> dict[str, int]:
-    """Block sizes, warps and registers of a program that sums rows of `width` values."""
+    """Return block sizes, warps and registers of a program that sums rows of `width` values."""
     block = power_of_2(width)
     warps, registers = (_SUM_WARPS, registers) if block <= _SUM_TILE else (16, 128)
     rows = min(max(_SUM_TILE // block, 1), _SUM_ROWS)
@@ -45,7 +45,7 @@ def _sum_blocks(width: int, registers: int) -> dict[str, int]:
 
 
 def _sum_grid(rows: int, width: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:
-    """Grid of a kernel that sums rows: all its programs run at once and have as many blocks of rows, or one fewer."""
+    """Return the grid of a kernel that sums rows: all programs run at once, with shares that differ by one block."""
     columns = triton.cdiv(width, blocks["BLOCK_WIDTH"])
     if INTERPRETED:
         at_once = 8
@@ -63,7 +63,7 @@ def _sum_partials_kernel(
     rows, width,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sum columns of partials (rows, n, width) to `first`, `second` or `third`; n, 3 at most, is the grid's axis 1."""
+    """Sum partials (rows, n, width) over rows to `first`, `second` and `third`; the grid's axis 1 is n, 3 at most."""
     index = tl.program_id(1)
     column = tl.program_id(0) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_columns = column < width
@@ -107,9 +107,9 @@ def _add_layer_norm_kernel(
     rows, count, width, eps,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add, store and normalise a block of rows, as they are rounded when stored.
+    """Add a block of rows, store the sum, and normalise the sum as it was rounded when stored.
 
-    The variance is taken of differences from the mean, in registers.
+    The variance is computed from differences to the mean, in registers.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_WIDTH)
@@ -178,7 +178,7 @@ def add_layer_norm(
 
 
 def _refuse_result(dtype: torch.dtype | None) -> None:
-    """Leave results in float64 to the reference."""
+    """Raise Unserved for results in float64."""
     if dtype == torch.float64:
         raise Unserved("float64 is served by the reference")
 
@@ -195,9 +195,9 @@ def _add_layer_norm_backward_kernel(
     rows, count, width,
     SUM_DX: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of every n-th block of rows, n programs in all; given `bias`, also their norms.
+    """Write the gradients of every n-th block of rows, n the number of programs; given `bias`, also the normed rows.
 
-    A program's sums for the gradients of weight and bias, and with `SUM_DX` of x_bias, go to its rows of `partials`.
+    Each program writes its sums for the gradients of weight and bias, and with SUM_DX of x_bias, to `partials`.
     """
     column = tl.arange(0, BLOCK_WIDTH)
     valid_columns = column < width
@@ -236,7 +236,7 @@ def _add_layer_norm_backward_kernel(
         if dx is not None:
             tl.store(dx + target, out.to(dx.dtype.element_ty), mask=valid)
         if SUM_DX:
-            # beyond the width `out` is -shift * scale, which is not stored
+            # columns beyond the width hold -shift * scale, which is not stored
             dx_bias += out
         if bias is not None:
             result = normed * weights[None, :] + biases[None, :]
@@ -374,9 +374,9 @@ def _bias_gelu_backward_kernel(
     rows, count, width,
     RECOMPUTE: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of x for every n-th block of rows, n programs along them, and with `RECOMPUTE` the op's value.
+    """Write the gradient of x for every n-th block of rows, n the number of programs.
 
-    A program's sum for the gradient of bias goes to its row of `partials`.
+    With RECOMPUTE, also write the op's value. Each program writes its sum for the gradient of bias to `partials`.
     """
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_columns = column < width

@@ -54,7 +54,7 @@ def _gather_kernel(
     DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Gather and normalise a block of chosen patches (rows of B·K), some of their values."""
+    """Gather and normalise some of the values of a block of chosen patches (rows of B·K)."""
     VALUES: tl.constexpr = CHANNELS * PT * PH * PW
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -123,9 +123,9 @@ def _scatter_kernel(
     CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, LARGE: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of one image's patches, some of their values: each is the row of `grad` that names it.
+    """Write some of the values of a block of one image's patches: a patch gets the row of `grad` whose id it has.
 
-    Patches that none names are 0.
+    Patches without such a row are 0.
     """
     VALUES: tl.constexpr = CHANNELS * PT * PH * PW
     b, id = image_block(patches, BLOCK_ROWS)
@@ -146,7 +146,7 @@ def _scatter_kernel(
 def gather_patches_backward(
     grad: Tensor, ids: Tensor, patch_size: list[int], std: Tensor | None, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    """Gradient (B, C, *sizes) of images of `shape` and `dtype`; each pixel is written once."""
+    """Return the gradient (B, C, *sizes) of images of `shape` and `dtype`; each pixel is written once."""
     images = grad.new_empty(shape, dtype=dtype)
     refuse_float64(grad, images)
     check_std(std)
@@ -182,7 +182,7 @@ def _place_kernel(
     rows, count, prefix, patches, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of embedded tokens (rows of B·(N+K)), some of their columns.
+    """Write some of the columns of a block of embedded tokens (rows of B·(N+K)).
 
     A token gets the position of its patch; the first `prefix` rows of an image are copied from `head`.
     """

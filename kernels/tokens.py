@@ -19,7 +19,7 @@ def _gather_kernel(
     rows, count, limit, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Copy a block of chosen tokens (rows of B·K), some of their columns."""
+    """Copy some of the columns of a block of chosen tokens (rows of B·K)."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_rows, valid_columns = row < rows, column < width
@@ -59,9 +59,9 @@ def _scatter_kernel(
     rows, count, prefix, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of one image's rows, some of their columns: each is the row of `grad` that names it.
+    """Write some of the columns of a block of one image's tokens: a token gets the row of `grad` whose id it has.
 
-    Rows that none names are 0; the first `prefix` rows are copied.
+    Tokens without such a row are 0; the first `prefix` rows are copied.
     """
     b, row = image_block(rows, BLOCK_ROWS)
     b = b.to(tl.int64)
@@ -76,7 +76,7 @@ def _scatter_kernel(
 
 
 def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
-    """Return (B, prefix + limit, D): the first rows of `grad` as they are, the others where `ids` says."""
+    """Return (B, prefix + limit, D): the first `prefix` rows of `grad`, then zeros with the other rows at `ids`."""
     batch, rows, width = grad.shape[0], prefix + limit, grad.shape[2]
     out = grad.new_empty(batch, rows, width)
     if out.numel() == 0:
@@ -94,7 +94,7 @@ def _scatter(grad: Tensor, ids: Tensor, limit: int, prefix: int) -> Tensor:
 
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
-    """Zeros (B, num_tokens, D) with the rows of `grad` at `ids`."""
+    """Return zeros (B, num_tokens, D) with the rows of `grad` at `ids`."""
     refuse_float64(grad)
     check_ids("ids", ids, num_tokens)
     return _scatter(grad, ids, num_tokens, 0)
@@ -111,7 +111,7 @@ def _sum_kernel(
     batch, share, count, positions, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_IDS: tl.constexpr,
 ):  # fmt: skip
-    """Sum a block of positions, some of their columns, over the program's share of the batch, image by image."""
+    """Sum some of the columns of a block of positions over the program's share of the batch, image by image."""
     part, position = image_block(positions, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     total = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
@@ -128,7 +128,7 @@ def _sum_kernel(
 
 
 def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
-    """Sum the rows (B, K, D) that `ids` puts at each position: (num_positions, D) in float32."""
+    """Return (num_positions, D) in float32: the sum of the rows (B, K, D) that have each position as their id."""
     refuse_float64(rows)
     check_ids("ids", ids, num_positions)
     batch, count, width = rows.shape
@@ -161,7 +161,7 @@ def _assemble(
     pos_embed, position, pos_row, pos_value, out, row, rows, width, valid_ids,
     UNIT: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write visible rows, the mask token where not `is_visible`, each plus pos_embed[position], to rows of `out`."""
+    """Write the visible row, or the mask token where not `is_visible`, plus pos_embed[position], to rows of `out`."""
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     step = column.to(tl.int64)
     valid_columns = column < width
@@ -187,9 +187,9 @@ def _decoder_kernel(
     rows, num_visible, num_predict, prefix, patches, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of decoder tokens (rows of B·(N+K+M)), some of their columns.
+    """Write some of the columns of a block of decoder tokens (rows of B·(N+K+M)).
 
-    Visible tokens and mask tokens alike get the position that their id names.
+    Visible tokens and mask tokens get the position of their id.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid_rows = row < rows
@@ -254,9 +254,9 @@ def _unshuffle_kernel(
     rows, num_visible, prefix, patches, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write a block of tokens in grid order (rows of B·(N+L)), some of their columns.
+    """Write some of the columns of a block of tokens in grid order (rows of B·(N+L)).
 
-    A patch whose rank is that of no visible token gets the mask token.
+    A patch that is not visible gets the mask token.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     b, k = image_rows(row, prefix + patches)
@@ -303,7 +303,7 @@ def _mask_token_kernel(
     rows, share, patches, len_keep, prefix, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Sum those of the program's share of patches (rows of B·L) that held the mask token, some of their columns."""
+    """Sum some of the columns of the mask tokens among the program's share of patches (rows of B·L)."""
     part = tl.program_id(0)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     valid_columns = column < width
@@ -322,7 +322,7 @@ def _mask_token_kernel(
 def unshuffle_backward(
     grad: Tensor, ids_restore: Tensor, len_keep: int, num_prefix_tokens: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `visible` and, in float32, of `mask_token`."""
+    """Return the gradients of `visible` and, in float32, of `mask_token`."""
     refuse_float64(grad)
     dvisible = _scatter(grad, ids_restore, len_keep, num_prefix_tokens)
     (batch, patches), width = ids_restore.shape, grad.shape[2]

@@ -147,6 +147,7 @@ def cuda_kernels() -> dict[str, Callable[..., Any]]:
 def serving(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
     """Return a kernel of `op` with the fallback for what it does not serve: on a device only float64 may be left."""
     fallback = getattr(torch.ops.fastmim_fallback, op)
+    arguments = getattr(torch.ops.fastmim, op).default._schema.arguments
 
     def run(*args: Any) -> Any:
         try:
@@ -156,7 +157,9 @@ def serving(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
             double = any(torch.float64 in (arg, getattr(arg, "dtype", None)) for arg in args)
             if ON_DEVICE and not double:
                 (pytest.skip if TEST_CUDA else pytest.fail)(f"{op} is not served: {unserved}")
-            return fallback(*args, str(unserved))
+            # torch leaves out arguments that have their defaults
+            defaults = (argument.default_value for argument in arguments[len(args) :])
+            return fallback(*args, *defaults, str(unserved))
 
     return run
 

@@ -53,7 +53,7 @@ class Calls:
         if queries == keys:
             qkv = self.randn(batch, queries, 3, heads, dim, dtype=dtype)
             yield "attention_qkvpacked", (qkv, None, scale)
-            yield "attention_qkvpacked_backward", (grad, qkv, None, scale)
+            yield "attention_qkvpacked_backward", (grad, qkv, None, scale, False)
             return
         q, k, v = (self.randn(batch, rows, heads, dim, dtype=dtype) for rows in (queries, keys, keys))
         yield "attention", (q, k, v, None, None, scale)

@@ -274,7 +274,7 @@ def packed_cases(
         return randn(batch, length, 3, heads, dim, dtype=dtype, device=device), mask, dim**-0.5
 
     def backward(device: str) -> Args:
-        return randn(batch, length, heads, dim, dtype=dtype, device=device), *forward(device)
+        return randn(batch, length, heads, dim, dtype=dtype, device=device), *forward(device), True
 
     shape = f"{name}, S {length}, D {dim}" + ", key mask" * masked
     yield op_case("attention_qkvpacked", shape, dtype, forward)

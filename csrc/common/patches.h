@@ -8,7 +8,7 @@ namespace fastmim {
 
 constexpr int kMaxAxes = 3;
 
-// Patches of images (B, C, *sizes), read where they lie.
+// Patches of images (B, C, *sizes), read in place.
 struct Patches {
   const void* images;
   bool is_uint8;

@@ -1,4 +1,4 @@
-// The exception by which a kernel leaves its arguments to others, and the dtypes that kernels serve. Needs torch.
+// The exception of a kernel for arguments that it does not serve, and the dtypes that kernels serve. Needs torch.
 #pragma once
 
 #include <ATen/ATen.h>

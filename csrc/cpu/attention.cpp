@@ -76,8 +76,8 @@ Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, do
   return attention(q, k, v, key_mask, {}, scale);
 }
 
-Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask,
-                                    double scale) {
+std::tuple<Tensor, Tensor> attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv,
+                                                        const OptionalTensor& key_mask, double scale, bool sum_dqkv) {
   const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
   check_dtypes(q);
   Tensor out = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
@@ -86,8 +86,13 @@ Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const
   args.dq = view_of(out.select(2, 0), {0, 1, 2, 3});
   args.dk = view_of(out.select(2, 1), {0, 1, 2, 3});
   args.dv = view_of(out.select(2, 2), {0, 1, 2, 3});
-  backward(args, qkv.size(0));
-  return out;
+  const int64_t batch = qkv.size(0);
+  const Tensor sums =
+      at::zeros(sum_dqkv ? std::vector<int64_t>{batch, 3, qkv.size(3), qkv.size(4)} : std::vector<int64_t>{0},
+                qkv.options().dtype(at::kFloat));
+  args.sums = sum_dqkv ? sums.mutable_data_ptr<float>() : nullptr;
+  backward(args, batch);
+  return {out, sum_dqkv ? sums.sum(0) : sums};
 }
 
 // ---- ragged: a call for some heads of a sequence, lengths from cu_seqlens -------------------------------------------

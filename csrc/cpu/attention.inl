@@ -59,10 +59,10 @@ struct FloatItem : AttentionItem {
       matmul(args.keys, dim, rows, p, 1, keys, g, dim, dv, dim, start > 0);
       matmul(rows, dim, args.keys, dp, keys, 1, k, dim, out, dim, false);
       for (int64_t i = 0; i < rows * dim; ++i) out[i] *= args.scale;
-      write(args.dq, start, rows, out);
+      write_gradient(0, args.dq, start, rows, out);
     }
-    write(args.dk, 0, args.keys, dk);
-    write(args.dv, 0, args.keys, dv);
+    write_gradient(1, args.dk, 0, args.keys, dk);
+    write_gradient(2, args.dv, 0, args.keys, dv);
   }
 };
 

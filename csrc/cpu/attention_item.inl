@@ -54,6 +54,15 @@ struct AttentionItem {
       store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
   }
 
+  // stores rows of dq (0), dk (1) or dv (2), and adds them to its sums
+  void write_gradient(int64_t index, const View& view, int64_t start, int64_t count, const float* from) const {
+    write(view, start, count, from);
+    if (args.sums == nullptr) return;
+    float* to = args.sums + ((sequence * 3 + index) * args.heads + head) * args.dim;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < args.dim; ++d) to[d] += from[i * dim + d];
+  }
+
   // keeps dS of a block, which is what a bias has as its gradient before it is summed
   void keep_slopes(int64_t start, int64_t rows) const {
     if (args.score_grad == nullptr) return;

@@ -113,11 +113,11 @@ struct PairItem : AttentionItem {
       round(count, dp);
       by_weights(count);
       for (int64_t i = 0; i < count * dim; ++i) out[i] *= args.scale;
-      write(args.dq, start, count, out);
+      write_gradient(0, args.dq, start, count, out);
     }
     for (int64_t i = 0; i < keys * dim; ++i) dk[i] *= args.scale;
-    write(args.dk, 0, args.keys, dk);
-    write(args.dv, 0, args.keys, dv);
+    write_gradient(1, args.dk, 0, args.keys, dk);
+    write_gradient(2, args.dv, 0, args.keys, dv);
   }
 };
 

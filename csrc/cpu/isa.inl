@@ -35,4 +35,5 @@ namespace FASTMIM_ISA {
    FASTMIM_ISA::bias_gelu,               \
    FASTMIM_ISA::bias_gelu_backward,      \
    FASTMIM_ISA::add_row,                 \
+   FASTMIM_ISA::add_rows,                \
    FASTMIM_ISA::copy_row}

@@ -3,14 +3,18 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "../common/philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx2,fma,f16c")
 #define FASTMIM_ISA avx2
+#define FASTMIM_STREAM(to, value) _mm256_stream_ps(to, (__m256)(value))
 #define FASTMIM_VL 8
 #include "isa.inl"
 

@@ -3,14 +3,18 @@
 #include <cmath>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "../common/philox.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define FASTMIM_ISA avx512
+#define FASTMIM_STREAM(to, value) _mm512_stream_ps(to, (__m512)(value))
 #define FASTMIM_VL 16
 #include "isa.inl"
 

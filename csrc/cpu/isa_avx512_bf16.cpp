@@ -2,6 +2,7 @@
 // is shared by all instruction sets. Clang has no such pragma, and without it no such instructions.
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <utility>
 
 #include "kernels.h"

@@ -14,6 +14,8 @@ struct View {
   void* data = nullptr;
   Type type = Type::f32;
   int64_t stride[4] = {0, 0, 0, 0};
+  // written past the caches, which would read each line before it is written: rows of floats at multiples of 64 bytes
+  bool streamed = false;
 };
 
 struct Masking {
@@ -69,6 +71,7 @@ struct Attention {
   const float* bias;  // (B, H, Sq, Sk) or null
   int64_t bias_stride[4];
   float* score_grad;     // (B, H, Sq, Sk), contiguous, or null
+  float* sums;           // (B, 3, H, D), contiguous and zero: dq, dk and dv are added to it; or null
   View out, dq, dk, dv;  // (B, S, H, D)
 };
 
@@ -98,6 +101,12 @@ struct BiasGelu {
   View dx;   // (rows, D)
 };
 
+// a row of `type`, and the row of a table that is added to it
+struct RowSum {
+  Type type;
+  const void *value, *table;
+};
+
 struct Kernels {
   const char* name;
   // whether no noise was NaN
@@ -115,6 +124,7 @@ struct Kernels {
   void (*bias_gelu)(const BiasGelu&, int64_t begin, int64_t end);
   void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
+  void (*add_rows)(const RowSum* sums, int64_t count, Type table_type, const View& out, int64_t first, int64_t width);
   void (*copy_row)(Type a_type, const void* a, Type out_type, void* out, int64_t width);
 };
 

@@ -5,7 +5,7 @@
 FASTMIM_HD void normalize(NormPix norm, float* values, int64_t count) {
   const float first = values[0];
   for (int64_t i = 0; i < count; ++i) values[i] -= first;
-  const float mean = sum(values, count) / static_cast<float>(count);
+  const float mean = total(values, count) / static_cast<float>(count);
   for (int64_t i = 0; i < count; ++i) values[i] -= mean;
   const float divisor = deviation(norm, dot(values, values, count) / static_cast<float>(count - 1));
   for (int64_t i = 0; i < count; ++i) values[i] /= divisor;
@@ -23,7 +23,7 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   Scratch memory;
   float *target = memory.take(values), *pred = memory.take(values), *out = memory.take(values);
   for (int64_t row = begin; row < end; ++row) {
-    // a row without weight is not read, so that NaN in it has no effect
+    // a row of weight 0 is not read, so that NaN in it has no effect
     if (args.row_scale[row] == 0) {
       args.row_loss[row] = 0;
       write_zeros(args.grad, row, values, out);
@@ -55,46 +55,51 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   }
 }
 
-// x = direction * norm * size with size a power of two near the largest magnitude: no square overflows, and products
-// with 1 / size are exact. A zero row has size 0 and direction 0.
-FASTMIM_HD void direction(const float* x, int64_t width, float* unit, float& size, float& norm) {
-  float largest = 0, poison = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : poison)
-  for (int64_t i = 0; i < width; ++i) {
-    const float magnitude = __builtin_fabsf(x[i]);
-    largest = magnitude > largest ? magnitude : largest;
-    poison += magnitude - magnitude;  // 0, or NaN where x is not finite
-  }
-  if (largest == 0) {
-    for (int64_t i = 0; i < width; ++i) unit[i] = poison;
-    size = 0, norm = 1;
-    return;
-  }
-  // both size and its inverse are normal numbers
-  const uint32_t exponent = bits_of(largest) & 0x7f800000u;
-  size = float_of(exponent < 0x00800000u ? 0x00800000u : exponent > 0x7e800000u ? 0x7e800000u : exponent);
-  const float inverse_size = 1 / size;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) unit[i] = x[i] * inverse_size;
-  norm = __builtin_sqrtf(dot(unit, unit, width));
-  const float inverse = 1 / norm;
-#pragma omp simd
-  for (int64_t i = 0; i < width; ++i) unit[i] = unit[i] * inverse + poison;
+// the bits of a row's largest magnitude, those of infinity or above where a value is not finite
+FASTMIM_HD uint32_t top_of(const float* x, int64_t width) {
+  Int top[4] = {};
+  by_vectors<4>(width, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP {
+    const Int magnitude = (Int)lanes.get(x + i) & 0x7fffffff;
+    top[chain] = magnitude > top[chain] ? magnitude : top[chain];
+  });
+  const auto larger_of = [](Int a, Int b) { return a > b ? a : b; };
+  const Int largest = larger_of(larger_of(top[0], top[1]), larger_of(top[2], top[3]));
+  int32_t of_row = 0;
+  for (int lane = 0; lane < VL; ++lane) of_row = largest[lane] > of_row ? largest[lane] : of_row;
+  return static_cast<uint32_t>(of_row);
+}
+
+// x = unit * norm * size with size a power of two near the largest magnitude: no square overflows, and products with
+// 1 / size are exact. Both size and its inverse are normal numbers. A zero row has inverse_size 0 and unit 0.
+struct Direction {
+  float inverse_size, inverse_norm;
+};
+
+FASTMIM_HD float inverse_size(uint32_t top) {
+  const uint32_t exponent = top & 0x7f800000u;
+  const float size = float_of(exponent < 0x00800000u ? 0x00800000u : exponent > 0x7e800000u ? 0x7e800000u : exponent);
+  return top == 0 ? 0 : 1 / size;
 }
 
 static void write_cosine_gradient(const View& out, int64_t row, int64_t width, float slope, float cosine,
-                                  const float* own, const float* other, float size, float norm, Type limit,
-                                  float* scratch) {
+                                  const float* own, const Direction& of_own, const float* other,
+                                  const Direction& of_other, Type limit, float* scratch) {
+  if (of_own.inverse_size == 0) return write_zeros(out, row, width, scratch);
   float* grad = target_of(out, row, scratch);
-  const float largest = largest_of(limit);
-  for (int64_t i = 0; i < width; ++i) grad[i] = cosine_gradient(slope, cosine, own[i], other[i], norm, size, largest);
+  const Vec largest = splat(largest_of(limit));
+  by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+    const Vec unit = lanes.get(own + i) * of_own.inverse_size * of_own.inverse_norm,
+              other_unit = lanes.get(other + i) * of_other.inverse_size * of_other.inverse_norm;
+    const Vec value = slope * (other_unit - cosine * unit) * of_own.inverse_norm * of_own.inverse_size;
+    lanes.put(grad + i, value > largest ? largest : value < -largest ? -largest : value);
+  });
   finish(out, row, width, scratch);
 }
 
 static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
   const int64_t width = args.width;
   Scratch memory;
-  float *x = memory.take(width), *y = memory.take(width), *a = memory.take(width), *b = memory.take(width);
+  float *a = memory.take(width), *b = memory.take(width), *c = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
     if (args.row_scale[row] == 0) {
       args.row_loss[row] = 0;
@@ -102,18 +107,28 @@ static void cosine_loss(const CosineLoss& args, int64_t begin, int64_t end) {
       write_zeros(args.dtarget, row, width, b);
       continue;
     }
-    float x_size, x_norm, y_size, y_norm;
-    direction(row_of(args.pred, row, width, a), width, x, x_size, x_norm);
-    direction(row_of(args.target, row, width, b), width, y, y_size, y_norm);
-    const float product = dot(x, y, width), cosine = product > 1 ? 1 : product < -1 ? -1 : product;
+    const float *x = row_of(args.pred, row, width, a), *y = row_of(args.target, row, width, b);
+    const uint32_t x_top = top_of(x, width), y_top = top_of(y, width);
+    Direction of_x{inverse_size(x_top), 1}, of_y{inverse_size(y_top), 1};
+    Vec xx[2] = {}, yy[2] = {}, xy[2] = {};
+    by_vectors<2>(width, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP {
+      const Vec left = lanes.get(x + i) * of_x.inverse_size, right = lanes.get(y + i) * of_y.inverse_size;
+      xx[chain] += left * left, yy[chain] += right * right, xy[chain] += left * right;
+    });
+    float cosine = 0;
+    const float x_square = sum_of(xx[0] + xx[1]), y_square = sum_of(yy[0] + yy[1]);
+    if (x_top != 0) of_x.inverse_norm = 1 / __builtin_sqrtf(x_square);
+    if (y_top != 0) of_y.inverse_norm = 1 / __builtin_sqrtf(y_square);
+    if (x_top != 0 && y_top != 0) cosine = sum_of(xy[0] + xy[1]) / __builtin_sqrtf(x_square * y_square);
+    cosine = cosine > 1 ? 1 : cosine < -1 ? -1 : cosine;
+    // a row with a value that is not finite has no direction
+    if (std::max(x_top, y_top) >= 0x7f800000u) cosine = __builtin_nanf("");
     const CosineError error = cosine_error(cosine, args.gamma);
     args.row_loss[row] = error.loss;
     const float slope = error.slope * args.row_scale[row];
-    if (args.dpred.data != nullptr) {
-      write_cosine_gradient(args.dpred, row, width, slope, cosine, x, y, x_size, x_norm, args.pred_limit, a);
-    }
-    if (args.dtarget.data != nullptr) {
-      write_cosine_gradient(args.dtarget, row, width, slope, cosine, y, x, y_size, y_norm, args.target_limit, b);
-    }
+    if (args.dpred.data != nullptr)
+      write_cosine_gradient(args.dpred, row, width, slope, cosine, x, of_x, y, of_y, args.pred_limit, c);
+    if (args.dtarget.data != nullptr)
+      write_cosine_gradient(args.dtarget, row, width, slope, cosine, y, of_y, x, of_x, args.target_limit, c);
   }
 }

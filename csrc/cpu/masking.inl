@@ -9,7 +9,7 @@ FASTMIM_HD int32_t ordered(float value) {
 // rank[i] = how many keys come before key i, by comparing all with all; both arrays are padded to whole vectors
 static void rank_by_count(int32_t* keys, int64_t count, int32_t* rank) {
   const int64_t end = padded(count);
-  std::fill(keys + count, keys + end, INT32_MAX);  // before nothing
+  std::fill(keys + count, keys + end, INT32_MAX);  // not smaller than any key
   Int lane;
   for (int n = 0; n < VL; ++n) lane[n] = n;
   for (int64_t i = 0; i < end; i += VL) {

@@ -41,6 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
   auto per_row = x.sizes().vec();
   per_row.back() = 1;
   Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
+  const int64_t bytes = normed.nbytes() + sum.nbytes();
   const AddLayerNorm args{x.size(-1),
                           static_cast<float>(eps),
                           rows_of(a),
@@ -48,8 +49,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
                           x_bias ? branch_bias.const_data_ptr<float>() : nullptr,
                           w.const_data_ptr<float>(),
                           shift.const_data_ptr<float>(),
-                          rows_of(normed),
-                          rows_of(sum),
+                          output_rows_of(normed, bytes),
+                          output_rows_of(sum, bytes),
                           mean.mutable_data_ptr<float>(),
                           rstd.mutable_data_ptr<float>()};
   for_rows(rows_in(x), 4 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
@@ -70,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backwa
   Tensor normed = bias ? at::empty(g.sizes(), g.options()) : at::empty({0}, g.options()),
          dx = at::empty(narrow ? total.sizes() : at::IntArrayRef({0}),
                         sum.options().dtype(dx_dtype.value_or(total.scalar_type())));
+  const int64_t bytes = dsum.nbytes() + dx.nbytes() + normed.nbytes();
   const AddLayerNormBackward args{width,
                                   rows_of(g),
                                   grad_sum ? rows_of(through) : View{},
@@ -78,9 +80,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backwa
                                   rstds.const_data_ptr<float>(),
                                   w.const_data_ptr<float>(),
                                   bias ? shift.const_data_ptr<float>() : nullptr,
-                                  rows_of(dsum),
+                                  output_rows_of(dsum, bytes),
                                   narrow ? rows_of(dx) : View{},
-                                  rows_of(normed)};
+                                  output_rows_of(normed, bytes)};
   const int64_t count = sum_dx ? 3 : 2;
   const Tensor sums = by_pieces(rows_in(total), count * width, 8 * width, [&](float* part, int64_t begin, int64_t end) {
     kernels().add_layer_norm_backward(args, part, part + width, sum_dx ? part + 2 * width : nullptr, begin, end);

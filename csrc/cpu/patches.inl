@@ -1,6 +1,6 @@
-// Patches read from an image where it lies, and written back to one.
+// Patches read from an image in place, and written back to one.
 
-// normalised values: value i of channel c lands at out[c * channel_step + i * value_step]
+// normalised values: value i of channel c is written to out[c * channel_step + i * value_step]
 template <typename T>
 FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64_t channel_step, int64_t value_step) {
   const T* image = static_cast<const T*>(p.images) + start;
@@ -27,13 +27,13 @@ static void read_patch(const Patches& p, int64_t start, float* out, int64_t chan
   return read_patch_as<F16>(p, start, out, channel_step, value_step);
 }
 
-// Prefetches the lines of a patch: they lie too far apart in the image for the hardware to do so.
+// Prefetches the lines of a patch: they are too far apart in the image for the hardware to do so.
 static void prefetch_patch(const Patches& p, int64_t start) {
   const int64_t size = p.is_uint8 ? 1 : p.type == Type::f32 ? 4 : 2;
   const char* image = static_cast<const char*>(p.images) + start * size;
   const int64_t width = p.patch[p.axes - 1], lines = patch_area(p) / width;
   const int64_t last = (width - 1) * p.stride[p.axes - 1] * size;
-  // channels that lie side by side are in the same cache lines
+  // interleaved channels are in the same cache lines
   const int64_t channels = p.channel_stride * size < 64 ? 1 : p.channels;
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t line = 0; line < lines; ++line) {

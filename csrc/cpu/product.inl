@@ -10,9 +10,9 @@ FASTMIM_HD Vec add_product(Vec sum, Vec left, Vec right) {
 }
 
 // C (M, N) = A (M, K) B (K, N), or += where `add`; A by strides, rows of B and C aligned, N a multiple of VL.
-// A small C leaves registers for several sums of each of its values: short chains are exacter, and wait less for one
-// another. Their number depends on the rows of the tile and on the widest tile of C, W: values of a row of C are summed
-// in one order, and equal inputs give equal sums.
+// A small C leaves registers for several partial sums of each value: short chains of additions are more exact and have
+// less latency. Their number depends only on the rows of the tile and on W, the width of the widest tile of C, so that
+// all values of a row of C are summed in one order, and equal inputs give equal sums.
 template <int MR, int NV, int W, typename T>
 FASTMIM_HD void tile(int64_t K, const T* a, int64_t am, int64_t ak, const T* b, int64_t ldb, float* c, int64_t ldc,
                      bool add) {

@@ -1,4 +1,4 @@
-// Between tensors and kernels: what is served, views, checks on values, threads.
+// From tensors to kernels: dtypes that are served, views, checks on values, threads.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -31,7 +31,7 @@ void check_dtype(const std::optional<Given>& given) {
   if (given.has_value()) check_dtype(*given);
 }
 
-// throws Unserved where a dtype, or the dtype of a tensor, is none that kernels serve
+// throws Unserved for a dtype, or a tensor of a dtype, that kernels do not serve
 template <typename... Given>
 void check_dtypes(const Given&... given) {
   (check_dtype(given), ...);
@@ -66,11 +66,20 @@ inline View rows_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), type_of(tensor.scalar_type()), {width, 1}};
 }
 
+// Rows of an output of `bytes` in all with the op's others: past the caches where they would not hold it anyway.
+inline View output_rows_of(const Tensor& tensor, int64_t bytes) {
+  constexpr int64_t kStreamed = int64_t{6} << 20;
+  View view = rows_of(tensor);
+  view.streamed = bytes >= kStreamed && view.type == Type::f32 && view.stride[0] % 16 == 0 &&
+                  reinterpret_cast<uintptr_t>(view.data) % 64 == 0;
+  return view;
+}
+
 inline Tensor as_float(const Tensor& tensor) {
   return tensor.to(at::kFloat).contiguous();
 }
 
-// run(begin, end) over 0..count, `work` being the cost of one in elements touched
+// run(begin, end) over 0..count in several threads; `work` is the number of elements touched for each
 template <typename Run>
 void for_rows(int64_t count, int64_t work, const Run& run) {
   if (count > 0) at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)), run);

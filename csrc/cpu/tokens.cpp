@@ -48,7 +48,7 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   Tensor out = at::zeros({num_positions, rows.size(2)}, rows.options().dtype(at::kFloat));
   const int64_t batch = rows.size(0), count = rows.size(1), width = rows.size(2);
   const View a = rows_of(from), o = rows_of(out);
-  // where each position's row of the batch lies, so that a position is summed by one thread, in batch order
+  // for each position, its row in each image of the batch: one thread then sums a position, in batch order
   std::vector<int64_t> place(batch * num_positions, -1);
   for (int64_t row = 0; row < batch * count; ++row)
     place[id.const_data_ptr<int64_t>()[row] * batch + row / count] = row;
@@ -66,7 +66,7 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   return out;
 }
 
-// out[b, row] = visible[b, from] (or the mask token, where from is past them) + pos_embed[position]
+// out[b, row] = visible[b, from] (or the mask token, where `from` is past the visible tokens) + pos_embed[position]
 template <typename Place>
 Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows,
                 const Place& place) {
@@ -80,13 +80,22 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
   };
   const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()),
              pos_type = type_of(pos.scalar_type());
+  const View target = output_rows_of(out, out.nbytes());
   for_rows(visible.size(0) * rows, width, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 64;
+    RowSum sums[kRows];
+    int64_t b = begin / rows, row = begin % rows, count = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const auto [from, position] = place(i / rows, i % rows);
+      const auto [from, position] = place(b, row);
       const bool is_visible = from < seen;
-      const void* value = is_visible ? row_of(tokens, i / rows * seen + from, width) : mask.const_data_ptr();
-      kernels().add_row(is_visible ? type : mask_type, value, pos_type, row_of(pos, position, pos.stride(0)), type,
-                        row_of(out, i, width), width);
+      sums[count++] = {is_visible ? type : mask_type,
+                       is_visible ? row_of(tokens, b * seen + from, width) : mask.const_data_ptr(),
+                       row_of(pos, position, pos.stride(0))};
+      if (count == kRows || i + 1 == end) {
+        kernels().add_rows(sums, count, pos_type, target, i + 1 - count, width);
+        count = 0;
+      }
+      if (++row == rows) ++b, row = 0;
     }
   });
   return out;

@@ -6,6 +6,9 @@ typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef int32_t Int __attribute__((vector_size(VL * 4)));
 typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t UnalignedInt __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(VL * 4)));
+typedef uint16_t Half __attribute__((vector_size(VL * 2)));
+typedef uint16_t UnalignedHalf __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
 FASTMIM_HD Vec load(const float* from) {
   return *reinterpret_cast<const Unaligned*>(from);
@@ -13,11 +16,34 @@ FASTMIM_HD Vec load(const float* from) {
 FASTMIM_HD void store(float* to, Vec value) {
   *reinterpret_cast<Unaligned*>(to) = value;
 }
+// as store, past the caches; `to` lies at a multiple of the vector's size
+FASTMIM_HD void stream(float* to, Vec value) {
+#if defined(FASTMIM_STREAM)
+  FASTMIM_STREAM(to, value);
+#else
+  store(to, value);
+#endif
+}
+// before other threads read what was streamed
+FASTMIM_HD void finish_streams() {
+#if defined(FASTMIM_STREAM)
+  _mm_sfence();
+#endif
+}
 FASTMIM_HD Int load(const int32_t* from) {
   return *reinterpret_cast<const UnalignedInt*>(from);
 }
 FASTMIM_HD void store(int32_t* to, Int value) {
   *reinterpret_cast<UnalignedInt*>(to) = value;
+}
+FASTMIM_HD Vec load(const Bf16* from) {
+  return (Vec)(__builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits) << 16);
+}
+// as narrow<Bf16>
+FASTMIM_HD void store(Bf16* to, Vec value) {
+  const Bits bits = (Bits)value, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits kept = ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16;
+  *reinterpret_cast<UnalignedHalf*>(to) = __builtin_convertvector(kept, Half);
 }
 FASTMIM_HD Vec splat(float value) {
   return value - Vec{};
@@ -50,33 +76,62 @@ FASTMIM_HD float largest_in(Vec v) {
   return across(v, [](Vec a, Vec b) { return larger(a, b); });
 }
 
-// the first `count` of a vector's lanes, the others 0
-FASTMIM_HD Vec load_some(const float* from, int64_t count) {
-  Vec value = {};
-  for (int64_t i = 0; i < count; ++i) value[i] = from[i];
-  return value;
-}
+// a vector of a row
+struct Whole {
+  template <typename T>
+  static FASTMIM_HD Vec get(const T* from) {
+    return load(from);
+  }
+  template <typename T>
+  static FASTMIM_HD void put(T* to, Vec value) {
+    store(to, value);
+  }
+};
 
-// Sums in a lane per value, whatever the compiler makes of loops: one long chain of floats would lose digits.
+// its last vector, of `count` values; the other lanes are 0 and are not stored
+struct Rest {
+  int64_t count;
+  template <typename T>
+  FASTMIM_HD Vec get(const T* from) const {
+    Vec value = {};
+    for (int64_t i = 0; i < count; ++i) value[i] = widen(from[i]);
+    return value;
+  }
+  template <typename T>
+  FASTMIM_HD void put(T* to, Vec value) const {
+    for (int64_t i = 0; i < count; ++i) to[i] = narrow<T>(value[i]);
+  }
+};
+
+// Runs step(chain, i, lanes) for each vector of `count` values, `i` its first value. Sums in CHAINS vectors don't wait
+// for each other.
+template <int CHAINS = 1, typename Step>
+FASTMIM_HD void by_vectors(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + CHAINS * VL <= count; i += CHAINS * VL) {
+#pragma GCC unroll 4
+    for (int chain = 0; chain < CHAINS; ++chain) step(chain, i + chain * VL, Whole{});
+  }
+  if constexpr (CHAINS > 1) {
+    for (; i + VL <= count; i += VL) step(0, i, Whole{});
+  }
+  if (i < count) step(0, i, Rest{count - i});
+}
+// what a step of by_vectors is marked as
+#define FASTMIM_STEP __attribute__((always_inline))
+
+// Sums in VL lanes, however the compiler vectorises loops: one long chain of float additions would lose digits.
 FASTMIM_HD float dot(const float* x, const float* y, int64_t count) {
-  Vec even = {}, odd = {};
-  int64_t i = 0;
-  for (; i + 2 * VL <= count; i += 2 * VL) {
-    even += load(x + i) * load(y + i);
-    odd += load(x + i + VL) * load(y + i + VL);
-  }
-  for (; i < count; i += VL) {
-    const int64_t rest = count - i < VL ? count - i : VL;
-    even += load_some(x + i, rest) * load_some(y + i, rest);
-  }
-  return sum_of(even + odd);
+  Vec total[4] = {};
+  by_vectors<4>(count, [&](int chain, int64_t i, auto lanes)
+                           FASTMIM_STEP { total[chain] += lanes.get(x + i) * lanes.get(y + i); });
+  return sum_of((total[0] + total[1]) + (total[2] + total[3]));
 }
 
-FASTMIM_HD float sum(const float* x, int64_t count) {
-  Vec total = {};
-  int64_t i = 0;
-  for (; i + VL <= count; i += VL) total += load(x + i);
-  return sum_of(total + load_some(x + i, count - i));
+FASTMIM_HD float total(const float* x, int64_t count) {
+  Vec sums[4] = {};
+  by_vectors<4>(count, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP { sums[chain] += lanes.get(x + i); });
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 FASTMIM_HD int64_t padded(int64_t count) {
@@ -132,7 +187,11 @@ template <typename T>
 FASTMIM_HD void load_row_as(const void* from, int64_t stride, float* to, int64_t count) {
   const T* source = static_cast<const T*>(from);
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i]);
+    if constexpr (std::is_same_v<T, F16>) {
+      for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i]);
+    } else {
+      by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(to + i, lanes.get(source + i)); });
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i * stride]);
   }
@@ -142,7 +201,12 @@ template <typename T>
 FASTMIM_HD void store_row_as(void* to, int64_t stride, const float* from, int64_t count) {
   T* target = static_cast<T*>(to);
   if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(from[i]);
+    // a compiler packs 16-bit values of shorter vectors faster by itself
+    if constexpr (std::is_same_v<T, F16> || (std::is_same_v<T, Bf16> && VL < 16)) {
+      for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(from[i]);
+    } else {
+      by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(target + i, lanes.get(from + i)); });
+    }
   } else {
     for (int64_t i = 0; i < count; ++i) target[i * stride] = narrow<T>(from[i]);
   }
@@ -160,11 +224,22 @@ static void store_row(Type type, void* to, int64_t stride, const float* from, in
   if (type == Type::f16) store_row_as<F16>(to, stride, from, count);
 }
 
+// a row that lies at a multiple of the vector's size
+static void stream_row(float* to, const float* from, int64_t count) {
+  by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+    if constexpr (std::is_same_v<decltype(lanes), Whole>) {
+      stream(to + i, load(from + i));
+    } else {
+      lanes.put(to + i, lanes.get(from + i));
+    }
+  });
+}
+
 FASTMIM_HD void* at(const View& view, int64_t offset) {
   return static_cast<char*>(view.data) + offset * (view.type == Type::f32 ? 4 : 2);
 }
 
-// the row as floats, where it lies if it is of floats already, else in `scratch`
+// the row as floats: in place if it holds floats, else converted in `scratch`
 FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, float* scratch) {
   const void* from = at(view, row * view.stride[0]);
   if (view.type == Type::f32 && view.stride[1] == 1) return static_cast<const float*>(from);
@@ -172,17 +247,23 @@ FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, flo
   return scratch;
 }
 
-// where the row is to be written: in place if it is of floats, else in `scratch`, which `finish` then stores
+FASTMIM_HD bool written_in_place(const View& view) {
+  return view.type == Type::f32 && view.stride[1] == 1 && !view.streamed;
+}
+
+// the memory to write the row to: in place if it holds floats, else `scratch`, which `finish` then converts and stores
 FASTMIM_HD float* target_of(const View& view, int64_t row, float* scratch) {
-  return view.type == Type::f32 && view.stride[1] == 1 ? static_cast<float*>(at(view, row * view.stride[0])) : scratch;
+  return written_in_place(view) ? static_cast<float*>(at(view, row * view.stride[0])) : scratch;
 }
 
 FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float* scratch) {
-  if (view.type == Type::f32 && view.stride[1] == 1) return;
-  store_row(view.type, at(view, row * view.stride[0]), view.stride[1], scratch, width);
+  if (written_in_place(view)) return;
+  void* to = at(view, row * view.stride[0]);
+  if (view.streamed) return stream_row(static_cast<float*>(to), scratch, width);
+  store_row(view.type, to, view.stride[1], scratch, width);
 }
 
-// ---- pieces of rows, in whole vectors: where they lie if they are such, else in `scratch` -------------------------
+// ---- pieces of rows, as whole vectors: in place if they are whole, else in `scratch` ------------------------------
 
 FASTMIM_HD const float* whole_vectors(const float* from, int64_t count, float* scratch) {
   if (count % VL == 0) return from;

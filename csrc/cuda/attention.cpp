@@ -91,12 +91,12 @@ Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, do
   return out;
 }
 
-Tensor attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv, const OptionalTensor& key_mask,
-                                    double scale) {
+std::tuple<Tensor, Tensor> attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv,
+                                                        const OptionalTensor& key_mask, double scale, bool sum_dqkv) {
   Tensor dqkv = contiguous_like(qkv);
   backward(grad, qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), key_mask, scale, dqkv.select(2, 0),
            dqkv.select(2, 1), dqkv.select(2, 2));
-  return dqkv;
+  return {dqkv, sum_dqkv ? at::sum(dqkv, {0, 1}, false, at::kFloat) : at::empty({0}, qkv.options().dtype(at::kFloat))};
 }
 
 }  // namespace

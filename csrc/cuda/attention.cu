@@ -3,8 +3,8 @@
 //   out[i] = sum_j p[i, j] v[j],  p[i, :] = softmax over the attended keys j of scale q[i] . k[j];  0 without any key
 //
 // Division of work: an item is a (sequence, head). A block of four warps holds the keys and values of one item, or of
-// several where they are short; a warp owns 16 queries of one item, all their scores of BLOCK keys (in registers) and
-// their result. Longer sequences go BLOCK keys at a time with a running maximum and sum, and 16 queries after another.
+// several where they are short; a warp computes 16 queries of one item: their scores for BLOCK keys, in registers, and
+// their result. Longer sequences go BLOCK keys at a time, with a running maximum and sum, and 16 queries at a time.
 // In a fragment a lane holds parts of two rows, g and g + 8 with g = lane / 4, which it shares with three lanes.
 // Steps: all threads send keys and values to shared memory, each warp its queries; barrier; a warp multiplies its
 // queries by BLOCK keys, turns scores into weights, and adds the weights times the values to its result; the result

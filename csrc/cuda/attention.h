@@ -191,7 +191,7 @@ void with_head(const Attention& args, const Chosen& chosen) {
 
 // the reason why no form serves these arguments, or null
 inline const char* refuses_heads(const Attention& args) {
-  if (args.type == Type::f32) return "float32 is left to other kernels: tensor cores would round it";
+  if (args.type == Type::f32) return "float32 is not served: tensor cores would round it";
   if (args.dim % 8 || args.dim > 96 || args.dim == 0) return "head dimensions up to 96 in multiples of 8 are served";
   return nullptr;
 }

@@ -4,13 +4,13 @@
 //   dq = scale ds k,  dk = scale dsᵀ q,  dv = pᵀ dout
 //
 // Division of work: an item is a (sequence, head); a block holds all of q, dout, k and v of one item, or of several
-// where they are short. First a warp owns 16 queries (TILES times 16 in the longest form): it has their p and ds of
-// BLOCK keys in registers, adds to dq there, and leaves p and ds in shared memory. Behind a barrier a warp owns 16 keys
+// where they are short. First a warp takes 16 queries (TILES times 16 in the longest form): it computes p and ds for
+// BLOCK keys in registers, adds to dq there, and writes p and ds to shared memory. After a barrier a warp takes 16 keys
 // and one of dk and dv, which it sums over all queries, in order: no atomics.
 // Up to BLOCK keys there is one round and every product is made once (5). Beyond, LONG: a first pass finds each row's
 // maximum, sum and rowsum(p dp) (2 more products), then there is a round for each BLOCK keys.
 // float16 can't hold every ds: it is divided by a factor of its item, at least its largest value / 2^15, where that is
-// over 1. Factors are found behind one barrier more.
+// over 1. Finding the factors takes one more barrier.
 // Shared memory in order; rows of T (2 bytes) as in attention.h, Sq and Sk padded to multiples of 16:
 //   q          items x Sq rows of D + 8 values; dq at the end
 //   dout       items x Sq rows

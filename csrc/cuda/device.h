@@ -205,7 +205,7 @@ inline int64_t shared_limit() {
   int device = 0, bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
-    throw std::runtime_error("fastmim: the current CUDA device does not answer");
+    throw std::runtime_error("fastmim: the properties of the current CUDA device can't be read");
   }
   return bytes;
 }
@@ -247,7 +247,7 @@ FASTMIM_DEVICE int warp() {
   return thread() / kLanes;
 }
 
-// the sum over `LANES` neighbouring lanes, in one order whatever the lane; all of them get it
+// the sum over `LANES` adjacent lanes, in the same order on each; all of them get it
 template <int LANES = kLanes>
 FASTMIM_DEVICE float sum_of_lanes(float value) {
 #pragma unroll

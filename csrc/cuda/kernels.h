@@ -106,7 +106,7 @@ void launch_cosine_loss(const CosineLoss& args, Stream stream);
 void launch_attention(const Attention& args, Stream stream);
 void launch_attention_backward(const Attention& args, Stream stream);
 
-// why the kernels can't serve these arguments on the current device; null where they can
+// the reason why the kernels can't serve these arguments on the current device; null where they can
 const char* refuses_pixel_loss(const PixelLoss& args);
 const char* refuses_cosine_loss(const CosineLoss& args);
 const char* refuses_attention(const Attention& args);

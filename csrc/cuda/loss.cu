@@ -37,7 +37,7 @@ FASTMIM_DEVICE float scale_of(const float* weight, const float* total, float sha
 // subtracts the mean of values first, first + step, .. of a row and divides them by their deviation
 FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormPix norm) {
   const int count = values / step;
-  // a constant patch is 0 whatever its value: sums are of differences to the first
+  // sums are of differences to the first value, so that a constant patch becomes exactly 0
   const float origin = load(row + first);
   float sum = 0;
   for (int i = lane(); i < count; i += kLanes) sum += load(row + first + i * step) - origin;
@@ -56,7 +56,7 @@ FASTMIM_DEVICE void normalize(float* row, int first, int step, int values, NormP
   sync_warp();
 }
 
-// a row without weight has no loss and no gradient
+// a row of weight 0 has no loss and no gradient
 FASTMIM_DEVICE void write_zeros(void* to, Type type, int64_t first, int width) {
   if (to == nullptr) return;
   for (int i = lane(); i < width; i += kLanes) store_value(type, to, first + i, 0.0f);

@@ -109,7 +109,7 @@ void launch_random_masking(const Masking& args, Stream stream) {
   const int warps = warps_of_row < kWarps ? static_cast<int>(warps_of_row) : kWarps, images = kWarps / warps;
   const int64_t token_blocks = (args.num_patches + warps * kLanes - 1) / (warps * kLanes);
   const Plan plan{args, images, warps, static_cast<int>(token_blocks)};
-  // warps that are left over have an image too, which they don't rank
+  // warps that are left over are given an image too, which they don't rank
   const int64_t slots = (kWarps + warps - 1) / warps;
   const Shape shape{(args.batch + images - 1) / images * token_blocks, kThreads,
                     slots * kKeys * static_cast<int64_t>(sizeof(uint64_t))};

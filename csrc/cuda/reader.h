@@ -1,8 +1,8 @@
 // Reading the pixels of patches, normalised; shared by patches.cu and loss.cu.
 //
-// A thread owns a run: pixels that lie side by side in a line of a patch, read 16 bytes at a time. Where channels lie
-// apart (planes) a run is of one channel; where they are fastest (interleaved, three of them) it has all three; any
-// other layout is read a value at a time (scalar).
+// A thread owns a run: adjacent pixels in a line of a patch, read 16 bytes at a time. Where channels are planes, a run
+// has one channel; where three channels are interleaved, it has all three; any other layout is read one value at a time
+// (scalar).
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// Between tensors and kernels: addresses, devices and streams, checks on values.
+// From tensors to kernels: addresses, devices and streams, checks on values.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -35,7 +35,7 @@ struct Place {
   Stream stream;
 };
 
-// what kernels are given of a tensor
+// the address of a tensor's values, for a kernel
 inline void* address(const at::Tensor& tensor) {
   return const_cast<void*>(tensor.const_data_ptr());
 }

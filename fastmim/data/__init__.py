@@ -1,13 +1,17 @@
 """Batches of random image crops for pretraining, read from folders, tar shards or packed datasets.
 
 The order of samples, the crops and the flips depend only on the seed, the epoch and the sample, so a run can resume in
-the middle of an epoch. Of the rest of fastmim, only the checks of arguments are imported here.
-
-Modules, from the inside out: `philox` (random numbers), `order` (samples of each batch), `crops` (boxes within an
-image), `formats` (file names), `images`, `jpeg` and `dali` (decoding), `sources`, `tars` and `packed` (reading),
-`decoders` (choice of a backend), `transfer` (copies to a device), `prefetch` (background threads), `loader`
-(`ImageLoader`).
+the middle of an epoch.
 """
+
+# From the rest of fastmim, this package imports the checks of arguments only. Its modules:
+# - `philox`, `order`, `crops`: random numbers, the samples of each batch, boxes within an image.
+# - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
+# - `tar_members`, `tars`, `packed`, `sources`: reading samples.
+# - `decoders`: choice of a decoding backend.
+# - `threads`, `transfer`, `prefetch`: background threads, and copies to a device.
+# - `quarantine`, `loader_state`, `loader`: unreadable files, saved states, `ImageLoader`.
+# - `lock`, `pack`, `check_data`: locks of folders, and the commands `fastmim pack` and `fastmim check-data`.
 
 from .loader import Batch, ImageLoader
 

@@ -89,7 +89,7 @@ def decode(data: bytes, note: Note = ignore) -> Any:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Unreadable(f"decompression bomb: {width}x{height} pixels")
-            # must be asked before load(): Pillow then reduces colours to 8 bits, and the tile description is gone
+            # read before load(), in which Pillow reduces colours to 8 bits and drops the description of the tiles
             sixteen = re.search(";16[BLN]", str(image.tile)) is not None
             image.load()
             return _upright(image, _rgb(image, sixteen, note))

@@ -199,7 +199,7 @@ class ImageLoader:
     def _prefetcher(self, start: Position) -> Prefetcher:
         device = self.device
         if device.type == "cuda" and device.index is None:
-            # asked here, since each thread has a current device of its own
+            # read in this thread, since each thread has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
         return Prefetcher(
             self.source,

@@ -1,4 +1,4 @@
-"""Check a saved state of a loader against the loader that shall continue from it."""
+"""Check a saved state of a loader against the loader that is to continue from it."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -69,8 +69,8 @@ class Accepted(NamedTuple):
     changed: int
 
 
-def accept(state: object, ours: dict[str, Any], source: Source, batches_per_epoch: int) -> Accepted:
-    """Return the parts of a saved state; `ours` is the present state of the loader that loads it.
+def accept(state: object, current: dict[str, Any], source: Source, batches_per_epoch: int) -> Accepted:
+    """Check a saved state and return its parts; `current` is the present state of the loader that loads it.
 
     Raises:
         TypeError: `state` is no dict.
@@ -78,7 +78,7 @@ def accept(state: object, ours: dict[str, Any], source: Source, batches_per_epoc
     """
     if not isinstance(state, dict):
         raise TypeError(f"state must be a dict that state_dict() returned, got {type(state).__name__}")
-    now, settings = ours["contents"], ours["of"]
+    now, settings = current["contents"], current["of"]
     try:
         saved = dict(state["of"])
         epoch, batches, consumed, rank = (int(state[key]) for key in ("epoch", "batches", "consumed", "rank"))
@@ -108,9 +108,9 @@ def accept(state: object, ours: dict[str, Any], source: Source, batches_per_epoc
         differences.append(f"the {parts} of the files differ")
     elif changed > max(1, LIMIT * len(now)):
         differences.append(f"{changed} of {len(before)} files that were compared have changed")
-    if rank != ours["rank"] and skipped:
+    if rank != current["rank"] and skipped:
         differences.append(
-            f"it is of shard {rank}, which had skipped {skipped} samples, and this is shard {ours['rank']}"
+            f"it is of shard {rank}, which had skipped {skipped} samples, and this is shard {current['rank']}"
         )
     if differences:
         raise ValueError(f"state is of another loader: {'; '.join(differences)}")

@@ -1,8 +1,8 @@
 """Lock a folder, so that no two processes write into it and delete each other's files.
 
-The lock is the kernel's (flock) on a file in the folder. It works between processes of one machine, and between
-machines on file systems that support it. For all other cases the file names the holder, which updates the modification
-time of the file regularly to show that it is alive.
+The operating system locks a file in the folder (flock). That works between processes of one machine, and between
+machines on file systems that support it. For all other cases the file names the process that holds the lock, its
+holder, which updates the modification time of the file regularly to show that it is alive.
 """
 
 import contextlib
@@ -42,8 +42,8 @@ class Lock:
     """Context manager that locks a folder by a file `.fastmim.lock` in it.
 
     The file stays there, and is empty while the folder isn't locked. After a holder was killed, the next process gets
-    the lock at once, or after PATIENCE seconds where the kernel's lock doesn't work. A child process of the holder does
-    not hold the lock.
+    the lock at once, or after PATIENCE seconds where flock doesn't work. A child process of the holder does not hold
+    the lock.
 
     Args:
         argument: name of the argument that `folder` was given as, for messages.
@@ -58,7 +58,7 @@ class Lock:
         self.argument, self.folder, self.path = argument, folder, folder / NAME
 
     def __enter__(self) -> "Lock":
-        # a pipe would block when it is read
+        # without blocking, in case the file is a pipe
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
         try:
             if not stat.S_ISREG(os.fstat(self._file).st_mode):
@@ -105,7 +105,7 @@ class Lock:
     # ---- the holder --------------------------------------------------------------------------------------------------
 
     def _lock_by_kernel(self) -> bool:
-        """Take the kernel's lock; return False where it is not supported."""
+        """Lock the file by flock; return False where that is not supported."""
         if fcntl is None:
             return False
         try:
@@ -134,7 +134,7 @@ class Lock:
             os.write(self._file, json.dumps(entry).encode())
             os.fsync(self._file)
         except OSError:
-            # the disk may be full; the kernel's lock works without the entry
+            # the disk may be full; flock works without the entry
             if not self._by_kernel:
                 raise
         return entry
@@ -204,7 +204,7 @@ class Lock:
 
 def _is_running(pid: int) -> bool:
     """Return whether this machine has a process with that number; always False on Windows."""
-    # there, signal 0 is Ctrl-C
+    # on Windows, signal 0 is Ctrl-C
     if os.name != "posix":
         return False
     try:

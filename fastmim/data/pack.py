@@ -158,8 +158,8 @@ class _Packing:
             for sample, name in enumerate(index["names"], shard * size):
                 if name != self.source.names[sample]:
                     return [f"sample {sample} was {name}, is {self.source.names[sample]}"]
-            ours = None if labels is None else labels[shard * size : (shard + 1) * size].tolist()
-            if index["labels"] != ours:
+            expected = None if labels is None else labels[shard * size : (shard + 1) * size].tolist()
+            if index["labels"] != expected:
                 return [f"labels of samples {shard * size} and up differ"]
             if "stamps" in index:
                 return ["names or labels of samples that are not packed yet differ"]

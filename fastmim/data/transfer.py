@@ -1,7 +1,7 @@
 """Stack crops into batches and copy them to their device, for a GPU through pinned memory and a stream of its own.
 
 The thread that makes batches queues copies and does not wait for them, unless it needs the pinned memory of an earlier
-copy again. The consumer doesn't wait either: its current CUDA stream waits for the event of the batch.
+copy again. The thread that takes a batch doesn't wait either: its current CUDA stream waits for the event of the batch.
 """
 
 import functools

@@ -131,7 +131,7 @@ class MaskedAutoencoderViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep no activations inside blocks while training; recompute them in the backward pass."""
+        """Let the backward pass recompute the activations inside blocks, or with enable=False keep them."""
         self.gradient_checkpointing = enable
 
     # ---- the step ----------------------------------------------------------------------------------------------------
@@ -155,10 +155,13 @@ class MaskedAutoencoderViT(nn.Module):
             mask: visible and predicted patches, in place of the three arguments above.
             predict: "masked": return predictions of the predicted patches; "all": of all patches, in grid order.
 
+        Returns:
+            An `MAEOutput`, which unpacks to loss, pred and mask.
+
         Raises:
             TypeError: images, noise, mask or a ratio of a wrong type or dtype.
-            ValueError: images of another size, a ratio out of range, both noise and mask, or predict="all" while not
-                all removed patches are predicted.
+            ValueError: images of another size, a ratio out of range, both noise and mask, a ragged mask, or
+                predict="all" while not all removed patches are predicted.
         """
         self._check_images(images)
         if predict not in ("masked", "all"):
@@ -187,7 +190,7 @@ class MaskedAutoencoderViT(nn.Module):
         else:
             pred = scored = self._decode(latent, mask)
         removed = mask.mask.float()
-        # the user's mask may predict visible patches too, which have no loss
+        # a mask passed by the user may predict visible patches too, which have no loss
         weight = removed.gather(1, mask.ids_predict) if given else None
         loss = self._loss(scored, images, mask.ids_predict, weight)
         return MAEOutput(loss, pred, removed, mask.ids_keep, mask.ids_predict, mask.ids_restore)
@@ -272,6 +275,11 @@ class MaskedAutoencoderViT(nn.Module):
             raise ValueError(
                 f"mask must be of {images.shape[0]} images of {self.patch_embed.num_patches} patches; "
                 f"got {mask.ids_keep.shape[0]} of {mask.num_patches}"
+            )
+        if mask.valid_keep is not None:
+            raise ValueError(
+                "mask must have as many visible and predicted patches in each row, got a ragged mask (valid_keep and "
+                "valid_predict are given), which this model does not support"
             )
         check_same("device", images=images, mask=mask.ids_keep)
 

@@ -31,9 +31,9 @@ class MAEOutput:
     ids_restore: Tensor
 
     def __new__(cls, *values: Any, **named: Any) -> Any:
-        """Make a `GatheredOutput` from one argument, an iterable: `torch.nn.parallel.gather` calls the class so.
+        """Make a `GatheredOutput` if the only argument is an iterable, as in calls from `torch.nn.parallel.gather`.
 
-        Its items are the values that the outputs of all devices unpack to, gathered.
+        Its items are loss, pred and mask, each gathered from the outputs of all devices.
         """
         if len(values) == 1 and not named:
             return GatheredOutput(*values[0])

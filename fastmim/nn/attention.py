@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .fused import NarrowWeights, is_stock, linear, queries_linear
+from .fused import NarrowWeights, attend, attention_gives_bias_grad, is_stock, linear, linear_of, queries_linear
 
 
 class Attention(nn.Module):
@@ -36,6 +36,9 @@ class Attention(nn.Module):
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
         """Return what the output projection is given, of the last `num_queries` tokens of x (B, S, D)."""
         if num_queries is None:
+            if attention_gives_bias_grad(x, self.qkv):
+                qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
+                return self._attend_packed(qkv, self.qkv.bias)
             return self._attend_packed(linear(x, self.qkv, narrow))
         heads = (self.num_heads, self.head_dim)
         if is_stock(self.qkv, nn.Linear):
@@ -46,6 +49,7 @@ class Attention(nn.Module):
             q = q[:, x.shape[1] - num_queries :]
         return ops.attention(q, k, v).flatten(2)
 
-    def _attend_packed(self, qkv: Tensor) -> Tensor:
-        """Return what the output projection is given, of qkv (B, S, 3D): (B, S, D)."""
-        return ops.attention_qkvpacked(qkv.unflatten(-1, (3, self.num_heads, self.head_dim))).flatten(2)
+    def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return what the output projection is given, of qkv (B, S, 3D): (B, S, D); `bias` as in `attend`."""
+        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        return (ops.attention_qkvpacked(qkv) if bias is None else attend(qkv, bias)).flatten(2)

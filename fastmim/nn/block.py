@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.norm import _add_layer_norm
 from .attention import Attention
 from .fused import (
     NarrowWeights,
+    add_layer_norm,
+    attention_gives_bias_grad,
     gelu_linear,
     is_stock,
     linear,
@@ -160,9 +161,7 @@ class Block(nn.Module):
 def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return norm(x), in `dtype` where both are computed in one pass, and x."""
     if x.branch is not None and stock_norm(norm):
-        branch, bias, residual = x.parts()
-        normed, total, *_ = _add_layer_norm(branch, residual, norm.weight, norm.bias, norm.eps, dtype, bias)
-        return normed, total
+        return add_layer_norm(*x.parts(), norm, dtype)
     total = x.sum()
     return norm(total), total
 
@@ -173,18 +172,21 @@ def norm_attend(
     """Return what the output projection of `attn` is given, of norm(x), and x."""
     stock = is_stock(attn.qkv, nn.Linear)
     if num_queries is None and stock and stock_norm(norm):
-        qkv, total = norm_linear(*x.parts(), norm, attn.qkv.weight, attn.qkv.bias, narrow)
-        return attn._attend_packed(qkv), total
+        sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        qkv, total = norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=not sums_bias)
+        return attn._attend_packed(qkv, bias if sums_bias else None), total
     normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
     return attn._attend(normed, num_queries, narrow), total
 
 
 def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:
     """Return attn(x) of the last `num_queries` tokens; a module of another kind computes all tokens."""
-    if type(attn).forward is Attention.forward:
+    if type(attn).forward is Attention.forward and "forward" not in attn.__dict__:
         out: Tensor = attn(x, num_queries)
         return out
-    return last_tokens(attn(x), num_queries)
+    # it may return one row for all tokens, or a scalar
+    return attn(x) if num_queries is None else last_tokens(attn(x).expand_as(x), num_queries)
 
 
 def last_tokens(x: Tensor, count: int | None) -> Tensor:
@@ -207,7 +209,8 @@ def takes_stream(block: nn.Module) -> bool:
         type(block).forward is Block.forward
         and "forward" not in block.__dict__
         and not watched()
-        and all(hook.__module__.startswith("torch.distributed.fsdp.") for hook in hooks)
+        # some callables that are not functions have no module
+        and all(str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.") for hook in hooks)
     )
 
 

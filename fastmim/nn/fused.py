@@ -23,6 +23,7 @@ from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
 from ..ops._define import transformed
+from ..ops.attention import _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 
@@ -64,7 +65,7 @@ def watched() -> bool:
             modules._global_backward_hooks.values(),
             modules._global_backward_pre_hooks.values(),
         )
-        if any(hook.__module__ != "torch.utils.module_tracker" for hook in hooks):
+        if any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks):
             return True
     return transformed()
 
@@ -137,18 +138,26 @@ def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> 
     return out
 
 
-def linear_of(x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's."""
-    return linears_of(x, (weight, bias), narrow=narrow)[0]
+def linear_of(
+    x: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None, *, bias_grad: bool = True
+) -> Tensor:
+    """Return x (..., D) times `weight` (E, D), plus `bias` (E,); both may be parts of a layer's.
+
+    Without `bias_grad` the bias gets no gradient from here.
+    """
+    return linears_of(x, (weight, bias), narrow=narrow, bias_grad=bias_grad)[0]
 
 
 def linears_of(
-    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None
+    x: Tensor, *layers: tuple[Tensor, Tensor | None], narrow: NarrowWeights | None = None, bias_grad: bool = True
 ) -> tuple[Tensor, ...]:
     """Return `linear_of` for several weights and biases, such as those of query, key and value; x is kept once."""
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
-        return tuple(F.linear(x, weight, bias) for weight, bias in layers)
+        biases = [bias if bias is None or bias_grad else bias.detach() for _, bias in layers]
+        return tuple(F.linear(x, weight, bias) for (weight, _), bias in zip(layers, biases))
     operands = chain(*(_operands(narrow, weight, bias) for weight, bias in layers))
+    if not bias_grad:
+        layers = tuple((weight, None) for weight, _ in layers)
     out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
     return out
 
@@ -161,7 +170,7 @@ def queries_linear(
     `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
     """
     if torch.compiler.is_compiling():
-        width = [x.shape[-1]]
+        width = [weight.shape[0] // 3]
         weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
         last = x[:, x.shape[1] - num_queries :]
         return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
@@ -179,6 +188,32 @@ def linear_and_bias(
     return linear(x, layer, narrow), None
 
 
+def add_layer_norm(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Return norm(t) in `dtype` (None: that of t), and t = residual + (x + x_bias), as in `norm_linear`."""
+    x, x_bias, residual = _as_op_takes(x, x_bias, residual, norm)
+    normed, total, *_ = _add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dtype, x_bias)
+    return normed, total
+
+
+def _as_op_takes(
+    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return x and residual in one shape (..., D), and `x_bias` (D,): the op does not broadcast, and checks nothing.
+
+    A module in the place of an attention or MLP may return one row for all tokens, or a scalar.
+    """
+    if x_bias is not None and x_bias.shape != residual.shape[-1:]:
+        x, x_bias = x + x_bias, None
+    if x.shape != residual.shape:
+        x, residual = torch.broadcast_tensors(x, residual)
+    width = residual.shape[-1:]
+    if norm.weight.shape != width or norm.bias.shape != width:
+        raise ValueError(f"a norm of width {norm.weight.shape[0]} was given tokens of width {width[0]}")
+    return x, x_bias, residual
+
+
 def norm_linear(
     x: Tensor,
     x_bias: Tensor | None,
@@ -187,14 +222,18 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     narrow: NarrowWeights | None = None,
+    *,
+    bias_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
     `x_bias` (D,) is that of the layer that made x, where its product was taken without.
     """
     operands = _operands(narrow, weight, bias)
+    addends = _as_op_takes(x, x_bias, residual, norm)
+    bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        x, x_bias, residual, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands
     )
     return out
 
@@ -205,6 +244,25 @@ def gelu_linear(
     """Return `linear_of` GELU(x + first_bias); x (..., D)."""
     operands = _operands(narrow, weight, bias)
     out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
+    return out
+
+
+def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
+    """Return whether `attend` gives the gradient of the bias of `layer`, which makes qkv of x (B, S, D)."""
+    return (
+        not torch.compiler.is_compiling()
+        and is_stock(layer, nn.Linear)
+        and layer.bias is not None
+        and not _is_long(x.shape[1], x.device.type, autocast_dtype(x) or x.dtype)
+    )
+
+
+def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+    """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
+
+    The gradient of the bias comes with that of qkv, from the same kernels.
+    """
+    out: Tensor = _Attend.apply(qkv.to(autocast_dtype(qkv) or qkv.dtype), bias)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -303,7 +361,7 @@ class _QueriesLinear(torch.autograd.Function):
         bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
-        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, x.shape[-1]
+        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, weight.shape[0] // 3
         x = ctx.products.operand(x)
         ctx.save_for_backward(x, weight_operand)
         biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
@@ -316,10 +374,10 @@ class _QueriesLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with without_autocast(x.device.type):
             dqueries, dothers = map(ctx.products.operand, grads)
-            weight, width, last = ctx.products.operand(weight), x.shape[-1], x[:, ctx.skipped :]
+            weight, width, last = ctx.products.operand(weight), weight.shape[0] // 3, x[:, ctx.skipped :]
             dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
             if dx is not None:
-                dx[:, ctx.skipped :].baddbmm_(dqueries, weight[:width].expand(x.shape[0], -1, -1))
+                dx[:, ctx.skipped :] += dqueries @ weight[:width]
             wanted = ctx.needs_input_grad[2:4]
             of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
             of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
@@ -399,3 +457,19 @@ class _GeluLinear(torch.autograd.Function):
             dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
             linear = _parameter_gradients(grad, operand(hidden), ctx.dtypes, ctx.needs_input_grad[2:])
         return dx, dbias.to(first_bias.dtype), *linear, None, None
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+        ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
+        ctx.save_for_backward(qkv)
+        out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        (qkv,), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
+        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, None, ctx.scale, sum_dqkv)
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None

@@ -25,10 +25,18 @@ def define(
     twice: bool = False,
     internal: bool = False,
 ) -> Callable[..., Any]:
-    """Define `fastmim::name` and return it; `_dispatch` says which kernel serves it.
+    """Define the op `fastmim::name` and return it; `_dispatch` describes which kernel serves it.
 
-    `backward` is a formula over ops; its own derivative raises unless `twice`. An `internal` op is a step of others:
-    the reference serves it where a forced backend does not.
+    Args:
+        name: name of the op.
+        schema: its arguments and results, "(...) -> ...", as `torch.library.define` takes them.
+        reference: function that computes the op where no kernel serves it.
+        fake: function that returns results without values, for tracing.
+        backward: gradient, a formula over ops. None: the op is not differentiable.
+        setup_context: stores what `backward` needs, as in `torch.library.register_autograd`.
+        twice: allow the gradient to be differentiated again; otherwise that raises an error.
+        internal: the op is a gradient, or a step of other ops, and falls back to the reference where a forced backend
+            does not serve it.
     """
     qualified = f"fastmim::{name}"
     torch.library.define(qualified, schema, tags=torch.Tag.pt2_compliant_tag)
@@ -37,7 +45,8 @@ def define(
     kernel = _dispatch.device_kernel(name, fallback)
     if kernel is not None:
         torch.library.impl(qualified, _dispatch.devices(name), _in_own_precision(kernel))
-    # the C++ kernels of the CPU call the fallback by this name, with all arguments: without defaults, before the reason
+    # The C++ kernels of the CPU call the fallback by this name. The schema has no defaults, because the last argument,
+    # the reason, has none.
     arguments, _, results = re.sub(r"=[^,)]+", "", schema).rpartition(") ->")
     torch.library.define(f"fastmim_fallback::{name}", f"{arguments}, str reason) ->{results}")
     torch.library.impl(
@@ -57,7 +66,7 @@ def transformed() -> bool:
 
 
 def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callable[..., Any]:
-    """Return `op` with an error for derivatives that `backward` does not give.
+    """Return `op` with an error for derivatives that `backward` does not compute.
 
     PyTorch would drop the tangents of forward-mode AD silently.
     """
@@ -75,7 +84,7 @@ def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callab
 
 
 def _followed(x: Tensor) -> bool:
-    """Return whether torch.func differentiates by `x` at some level, or `x` has a tangent; vmap alone is no reason."""
+    """Return whether torch.func differentiates by `x` at some level, or `x` has a tangent; False under vmap alone."""
     functorch = torch._C._functorch
     while functorch.is_batchedtensor(x):
         x = functorch.get_unwrapped(x)

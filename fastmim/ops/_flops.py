@@ -1,4 +1,4 @@
-"""FLOPs of the ops that multiply matrices, for `torch.utils.flop_counter`; the others' products are torch's own.
+"""FLOPs of attention and `embed_patches` for `torch.utils.flop_counter`, which sees the products of other ops itself.
 
 Attention is counted as torch counts its own: two products forward; five backward, which computes the scores again.
 """
@@ -41,7 +41,7 @@ def _embed(images: Shape, ids: Shape, weight: Shape, *args: Any, **kwargs: Any) 
     return 2 * torch.Size(ids).numel() * width * torch.Size(patch).numel()
 
 
-# by shapes; a gradient that is not listed is made of products that torch counts
+# formulas of shapes; the gradients that are not listed consist of products that torch counts
 FORMULAS = {
     "attention": lambda q, k, *args, **kwargs: _attention(2, q, k),
     "attention_backward": lambda grad, q, k, *args, **kwargs: _attention(5, q, k),
@@ -49,7 +49,7 @@ FORMULAS = {
     "attention_qkvpacked_backward": lambda grad, qkv, *args, **kwargs: _packed(5, qkv),
     "embed_patches": _embed,
 }
-# by tensors
+# formulas of tensors
 RAGGED_FORMULAS = {
     "attention_varlen": lambda q, k, v, *args, **kwargs: _ragged(2, q, *args[:4]),
     "attention_varlen_backward": lambda grad, q, k, v, *args, **kwargs: _ragged(5, q, *args[:4]),

@@ -8,6 +8,7 @@ every length, and the call raises where it does not serve one.
 """
 
 import math
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -44,7 +45,7 @@ def attention_qkvpacked(qkv: Tensor, *, key_mask: Tensor | None = None, scale: f
     check_same("device", qkv=qkv, key_mask=key_mask)
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = _scale(scale, qkv.shape[4])
-    if _is_long(qkv.shape[1], qkv):
+    if _is_long(qkv.shape[1], qkv.device.type, qkv.dtype):
         q, k, v = qkv.unbind(2)
         return _by_torch(q, k, v, key_mask, None, scale)
     out: Tensor = _attention_qkvpacked(qkv, key_mask, scale)
@@ -96,7 +97,7 @@ def attention(
         bias = bias.reshape(1)
     q, k, v = _one_dtype(q, k, v)
     scale = _scale(scale, dim)
-    if _is_long(k.shape[1], q):
+    if _is_long(k.shape[1], q.device.type, q.dtype):
         return _by_torch(q, k, v, key_mask, bias, scale)
     out: Tensor = _attention(q, k, v, key_mask, bias, scale)
     return out
@@ -152,7 +153,7 @@ def attention_varlen(
     check_same("device", q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     q, k, v = _one_dtype(q, k, v)
     sizes = max_seqlen_q, max_seqlen_k, _scale(scale, q.shape[2])
-    if _is_long(max_seqlen_k, q):
+    if _is_long(max_seqlen_k, q.device.type, q.dtype):
         return _varlen_by_torch(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes)
     out: Tensor = _attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, *sizes)
     return out
@@ -188,8 +189,8 @@ def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]
 # ---- torch's attention, for long rows --------------------------------------------------------------------------------
 
 
-def _is_long(keys: int, q: Tensor) -> bool:
-    most = _dispatch.most_keys(q.device.type, q.dtype)
+def _is_long(keys: int, device: str, dtype: torch.dtype) -> bool:
+    most = _dispatch.most_keys(device, dtype)
     return most is not None and keys > most
 
 
@@ -245,14 +246,15 @@ def _varlen_by_torch(
     reference.check_cu_seqlens("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
     reference.check_cu_seqlens("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist()
+    is_long = partial(_is_long, device=q.device.type, dtype=q.dtype)
     # each long sequence alone, short ones that follow each other together
-    together = groupby(range(len(lengths_k)), lambda i: i if _is_long(lengths_k[i], q) else -1)
+    together = groupby(range(len(lengths_k)), lambda i: i if is_long(lengths_k[i]) else -1)
     groups = [list(group) for _, group in together]
     rows_q, rows_k = ([sum(lengths[i] for i in group) for group in groups] for lengths in (lengths_q, lengths_k))
     attended: list[Tensor] = []
     for group, *part in zip(groups, q.split(rows_q), k.split(rows_k), v.split(rows_k)):
         first, last = group[0], group[-1]
-        if _is_long(lengths_k[first], q):
+        if is_long(lengths_k[first]):
             attended.append(attention(*(x[None] for x in part), scale=scale)[0])
         else:
             ends_q, ends_k = (cu[first : last + 2] - cu[first] for cu in (cu_seqlens_q, cu_seqlens_k))
@@ -270,7 +272,7 @@ def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return _attention_qkvpacked_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+    return _attention_qkvpacked_backward(grad, *ctx.saved_tensors, ctx.scale, False)[0], None, None
 
 
 _attention_qkvpacked = define(
@@ -282,11 +284,23 @@ _attention_qkvpacked = define(
     setup_context=_packed_setup,
 )
 
+# fastmim::attention_qkvpacked_backward(grad, qkv, key_mask, scale, sum_dqkv) -> dqkv, sums
+#
+# `sums` (3, H, D), in float32, is dqkv summed over batch and sequence: the gradient of the bias of the product that
+# made qkv. It is empty, and costs nothing, without `sum_dqkv`.
+
+
+def _packed_backward_fake(
+    grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), reference.upcast(qkv.new_empty(qkv.shape[2:] if sum_dqkv else 0))
+
+
 _attention_qkvpacked_backward = define(
     "attention_qkvpacked_backward",
-    "(Tensor grad, Tensor qkv, Tensor? key_mask, float scale) -> Tensor",
+    "(Tensor grad, Tensor qkv, Tensor? key_mask, float scale, bool sum_dqkv) -> (Tensor, Tensor)",
     reference.attention_qkvpacked_backward,
-    lambda grad, qkv, key_mask, scale: qkv.new_empty(qkv.shape),
+    _packed_backward_fake,
     internal=True,
 )
 

@@ -33,8 +33,8 @@ def pixel_loss(
 
     Args:
         pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. Where they require grad they get
-            theirs, by way of the target as in facebookresearch/mae; the target is then stored.
+        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. If they require grad, they get a
+            gradient through the target, as in facebookresearch/mae, and the target is stored.
         ids: (B, M) int64 patch of each prediction, distinct in a row.
         patch_size: one int, or one per axis.
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
@@ -66,7 +66,7 @@ def pixel_loss(
     norm = _NORMS[norm_pix]
     if wants_grad(images):
         # for saliency maps and the like; the kernels have no gradient of the images
-        cut = _gather_patches(images, ids, patch, mean, std, _upcast_dtype(pred, images))
+        cut = _gather_patches(images, ids, patch, mean, std, reference.upcast_dtype(pred.dtype, images.dtype))
         error, scale = reference.pixel_errors(pred, cut.unflatten(2, (images.shape[1], *patch)), norm, weight)
         return (error.square().mean(-1) * scale).sum()
     loss: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, wants_grad(pred))[0]
@@ -126,12 +126,8 @@ def _check_weight(weight: Tensor | None, shape: tuple[int, ...], letters: str) -
     return weight.detach()
 
 
-def _upcast_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scale the gradient made in the forward pass by the one that arrives, in place where nothing reads it again."""
+    """Multiply the gradient made in the forward pass by the upstream one, in place where nothing reads it again."""
     # a compiler traces tensors of another kind, vmap keeps several upstream gradients in one
     is_plain = type(grad) is Tensor and torch._C._dispatch_keys(grad) == torch._C._dispatch_keys(upstream)
     if not is_plain or grad.dtype != dtype or upstream.dim() or _graph_is_kept():
@@ -140,7 +136,7 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad
 
 
-# whether this backward pass leaves its graph for another one
+# returns whether the current backward pass retains its graph for another one
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
 
@@ -159,7 +155,7 @@ _scale_gradient_ = define(
 def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     need_grad = others[-1]
     grad = pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
-    return pred.new_empty((), dtype=_upcast_dtype(pred, images)), grad
+    return pred.new_empty((), dtype=reference.upcast_dtype(pred.dtype, images.dtype)), grad
 
 
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -197,7 +193,8 @@ def _cosine_fake(
     need_target_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss = pred.new_empty(
-        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (), dtype=_upcast_dtype(pred, target)
+        pred.shape[:-1] if reduction == reference.REDUCE_NONE else (),
+        dtype=reference.upcast_dtype(pred.dtype, target.dtype),
     )
     dpred, dtarget = (
         t.new_empty(t.shape if needed else 0, dtype=reference.gradient_dtype(t.dtype))

@@ -54,20 +54,33 @@ def random_masking(
         check_tensor("noise", noise, (batch, num_patches), letters="(batch, num_patches)")
         check_floating("noise", noise)
         noise = noise.detach()
-    elif seeds is None:
-        seeds = draw_seeds(batch, generator, device)
-    if seeds is not None:
-        check_tensor("seeds", seeds, (batch,), letters="(batch,)")
-        if seeds.dtype != torch.int64:
-            raise TypeError(f"seeds must be of dtype int64, got {seeds.dtype}")
-    source = noise if noise is not None else seeds
-    assert source is not None
-    if device is not None and torch.device(device).type != source.device.type:
-        raise ValueError(
-            f"device must be that of {'noise' if noise is not None else 'seeds'}, {source.device}; got {device}"
-        )
+        check_device(device, noise=noise)
+    else:
+        seeds = seeds_of(batch, seeds, generator, device)
     ids: tuple[Tensor, Tensor, Tensor] = _random_masking(batch, num_patches, len_keep, len_predict, noise, seeds)
     return ids
+
+
+def seeds_of(
+    batch: int, seeds: Tensor | None, generator: torch.Generator | None, device: torch.device | str | None
+) -> Tensor:
+    """Return `seeds` (B,) after checking them, drawn from `generator` where they are None."""
+    if seeds is None:
+        seeds = draw_seeds(batch, generator, device)
+    elif generator is not None:
+        raise ValueError("give one of noise, seeds and generator, got several")
+    check_tensor("seeds", seeds, (batch,), letters="(batch,)")
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"seeds must be of dtype int64, got {seeds.dtype}")
+    check_device(device, seeds=seeds)
+    return seeds
+
+
+def check_device(device: torch.device | str | None, **source: Tensor) -> None:
+    """Check that `device`, where one is given, is of the type of the one tensor in `source`."""
+    [(name, tensor)] = source.items()
+    if device is not None and torch.device(device).type != tensor.device.type:
+        raise ValueError(f"device must be that of {name}, {tensor.device}; got {device}")
 
 
 def draw_seeds(batch: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:

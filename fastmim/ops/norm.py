@@ -1,4 +1,4 @@
-"""Elementwise passes of a transformer block. Under torch.compile, models leave both to the compiler."""
+"""Elementwise passes of a transformer block. Under torch.compile, models use PyTorch's ops, which it fuses itself."""
 
 from typing import Any
 
@@ -81,11 +81,11 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 #     -> dtotal, dweight, dbias, normed, dx, dx_bias
 #
 # `grad_sum` None stands for zeros. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
-# dweight and dbias (D,) are in float32. The rest is empty, and costs nothing, unless it is asked for:
-#     normed   in grad_normed's dtype, computed again: given the norm's `bias`
-#     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass: where that is not total's dtype already; where
-#              it is, take dtotal
-#     dx_bias  (D,), the sum of dtotal over all rows before it is rounded, in float32: with `sum_dx`
+# dweight and dbias (D,) are in float32. The other results are empty, and cost nothing, unless they are requested:
+#     normed   recomputed in grad_normed's dtype, if the norm's `bias` is given
+#     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass, if `dx_dtype` is given and not total's dtype;
+#              otherwise dtotal is the gradient of x
+#     dx_bias  (D,), the sum over all rows of dtotal before it is rounded, in float32, with `sum_dx`
 
 
 def _norm_fake(
@@ -138,7 +138,7 @@ def _norm_backward(
 ) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight = ctx.saved_tensors
     (x_dtype, *dtypes), x_bias_dtype = ctx.dtypes, ctx.x_bias_dtype
-    # an argument that is not given has no place in needs_input_grad
+    # needs_input_grad has no entry for an argument that was not given
     wants_dx, sum_dx = ctx.needs_input_grad[0], x_bias_dtype is not None and ctx.needs_input_grad[6]
     if grad_normed is None:
         grad_normed = torch.zeros_like(total)

@@ -234,7 +234,7 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dpatches = _product(tokens.flatten(0, 1), weight.flatten(1).to(ctx.dtype)).unflatten(0, ids.shape)
         dimages = _gather_patches_backward(dpatches, ids, patch_size, std, images.shape, images.dtype)
     if ctx.needs_input_grad[2]:
-        # gathered again, so that the patch matrix need not be kept: the images are kept anyway
+        # gathered again instead of being saved: the images are saved anyway
         patches = _gather_patches(images.detach(), ids, patch_size, mean, std, ctx.dtype)
         dweight = _product(tokens.flatten(0, 1).T, patches.flatten(0, 1)).view_as(weight).to(weight.dtype)
     if ctx.needs_input_grad[3]:

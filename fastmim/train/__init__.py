@@ -1,20 +1,20 @@
-"""Pretraining runs on one CPU or many GPUs, resumed exactly after an interruption.
+"""Pretraining runs on one CPU or many GPUs, resumed exactly after an interruption."""
 
-Modules:
-
-    config         settings of a run, from TOML and the command line
-    loop           Trainer: the run itself
-    data           the loader of a run; digits: pictures that need no download
-    seeds          seeds of a sample's masks
-    schedule       AdamW and its learning rate
-    distributed    processes, DDP and FSDP2
-    signals        SIGTERM and SIGUSR1
-    checkpoint/    writing, verifying and restoring checkpoints
-    metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
-    meter          images per second and their share of the matrix product rate
-    flops/         kernels of a GPU step, counted without a GPU
-    load_run       the model of a run, for evaluate, export and reconstruct, which are commands of their own
-"""
+# Modules:
+#
+#     config         settings of a run, from TOML and the command line
+#     loop           Trainer: the run itself
+#     data           the loader of a run; digits: pictures that need no download
+#     seeds          seeds of a sample's masks
+#     schedule       AdamW and its learning rate
+#     distributed    processes, DDP and FSDP2
+#     signals        SIGTERM and SIGUSR1
+#     checkpoint/    writing, verifying and restoring checkpoints
+#     metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
+#     meter          images per second and their share of the matrix product rate
+#     flops/         kernels of a GPU step, counted without a GPU
+#     load_run       the model of a run
+#     evaluate, export, reconstruct    the `fastmim` commands of these names
 
 from .config import Config, ConfigError
 from .loop import Trainer

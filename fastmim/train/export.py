@@ -19,8 +19,8 @@ TARGETS = ("facebook", "huggingface", "timm")
 def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
-    The written model is read back and run on the same images; the reference serves what a forced backend does not.
-    After a failure to write, nothing is left behind.
+    The written model is read back and run on the same images. Calls that a forced
+    backend does not serve go to the reference. After a failure to write, nothing is left behind.
 
     Returns:
         The largest difference between the outputs of both models, as a share of the largest output.
@@ -67,8 +67,8 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             to_huggingface(model).save_pretrained(out)
             from transformers import ViTMAEForPreTraining
 
-            theirs = ViTMAEForPreTraining.from_pretrained(out).train(False)
-            difference = _difference(theirs(images, noise=noise).loss, loss)
+            exported = ViTMAEForPreTraining.from_pretrained(out).train(False)
+            difference = _difference(exported(images, noise=noise).loss, loss)
         else:
             from safetensors.torch import load_file, save_file
 
@@ -80,5 +80,6 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     return difference
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
+def _difference(output: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference as a share of the largest expected value."""
+    return ((output.double() - expected.double()).abs().max() / expected.double().abs().max()).item()

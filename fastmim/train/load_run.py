@@ -11,7 +11,7 @@ from .config import Config
 
 
 def load_model(path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()) -> MaskedAutoencoderViT:
-    """Load a model from a run's folder, one of its checkpoints, its final model, or what `fastmim.load` reads.
+    """Load a model from a run's folder, one of its checkpoints, its final model, or any that `fastmim.load` reads.
 
     From a run's folder it takes the final model, or without one the newest good checkpoint. Checkpoints with a manifest
     are verified. `key` and `allow_missing` are those of `fastmim.load`.

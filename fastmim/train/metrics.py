@@ -103,12 +103,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def forgiving(what: str) -> Iterator[None]:
-    """Print an OSError instead of raising it: a full disk costs metrics and pictures, but does not end the run."""
+def forgiving(consequence: str) -> Iterator[None]:
+    """Print an OSError after its `consequence` instead of raising it, so that a full disk does not end the run."""
     try:
         yield
     except OSError as error:
-        say(f"{what}: {error}")
+        say(f"{consequence}: {error}")
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

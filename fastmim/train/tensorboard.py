@@ -24,8 +24,8 @@ class TensorBoardWriter:
 
         self._event, self._summary = Event, Summary
         folder.mkdir(exist_ok=True)
-        # TensorBoard reads a folder's files in the order of their names: ours must be last even after the clock was set
-        # back
+        # TensorBoard reads a folder's files in the order of their names: this one must be the last, even if the clock
+        # was set back
         others = [
             (int(path.name.split(".")[3]), path.stat().st_mtime_ns) for path in folder.glob(f"{PREFIX}{'[0-9]' * 20}.*")
         ]

@@ -10,7 +10,7 @@ import pytest
 
 from fastmim import _backends
 
-INTEROP = Path(__file__).parents[1] / "interop"
+ACCELERATED = Path(__file__).parents[1] / "interop" / "accelerated"
 
 
 def python(code: str, *, check: bool = True, **settings: str) -> subprocess.CompletedProcess:
@@ -187,10 +187,10 @@ ITSELF = f"""
 import sys, tempfile, torch, fastmim
 from pathlib import Path
 from fastmim.train.export import export
-sys.path.insert(0, {str(INTEROP)!r})
-from forked_mae import PlainMAE
+sys.path.insert(0, {str(ACCELERATED)!r})
+from forked_mae import ForkedMAE
 torch.manual_seed(0)
-model = PlainMAE()
+model = ForkedMAE()
 report = fastmim.accelerate(model, predict="masked")
 assert len(report.accelerated) == 13, report
 model(torch.randn(2, 3, 32, 32))[0].backward()

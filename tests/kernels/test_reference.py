@@ -251,7 +251,9 @@ def test_attention_qkvpacked():
     qkv, key_mask = randn(3, 5, 3, 2, 7), torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [False] * 4 + [True]])
     value, grad, (expected,) = gradients(lambda qkv: sdpa(*qkv.unbind(2), key_mask, scale=0.4), qkv)
     check(reference.attention_qkvpacked(qkv, key_mask, 0.4), value)
-    check(reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4), expected)
+    dqkv, sums = reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4, True)
+    check(dqkv, expected)
+    check(sums, expected.sum((0, 1)))
 
 
 @pytest.mark.parametrize("spare", [0, 3])

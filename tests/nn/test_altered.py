@@ -313,6 +313,110 @@ def test_another_module_in_the_place_of_ours(what, num_queries, checkpointing):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
+class Constant(nn.Module):
+    """Returns a parameter of its own, of any shape, for whatever tokens."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("num_queries", [None, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (DIM,), (1, 1, DIM), (2, 1, DIM), (2, 7, 1)])
+@pytest.mark.parametrize("part", ["attn", "mlp"])
+def test_a_branch_is_broadcast(part, shape, num_queries):
+    if part == "mlp" and num_queries is not None and shape == (2, 7, 1):
+        pytest.skip("an MLP is given the last tokens alone")
+    torch.manual_seed(0)
+    blocks, norm, head = nn.ModuleList(Block(DIM, 3) for _ in range(2)), nn.LayerNorm(DIM), nn.Linear(DIM, 5)
+    for block in blocks:
+        setattr(block, part, Constant(*shape))
+    x = torch.randn(2, 7, DIM, requires_grad=True)
+
+    plain, state = copy.deepcopy(blocks).double(), x.double()
+    for block in plain:
+        state = state + block.attn(block.norm1(state))
+        state = state + block.mlp(block.norm2(state))
+    state = head.double()(norm.double()(state if num_queries is None else state[:, -num_queries:]))
+    expected = [
+        state,
+        *torch.autograd.grad(state.cos().sum(), [x, *(block.get_parameter(f"{part}.value") for block in plain)]),
+    ]
+
+    out = run_blocks(blocks, norm.float(), x, num_queries=num_queries, head=head.float())
+    found = [
+        out,
+        *torch.autograd.grad(out.cos().sum(), [x, *(block.get_parameter(f"{part}.value") for block in blocks)]),
+    ]
+    torch.testing.assert_close(found, [value.float() for value in expected], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["norm1", "norm2"])
+def test_a_norm_of_another_width_is_refused(part):
+    block = Block(DIM, 3)
+    setattr(block, part, nn.LayerNorm(2 * DIM))
+    with pytest.raises(ValueError, match="a norm of width 48 was given tokens of width 24"):
+        block(torch.randn(2, 7, DIM))
+
+
+@pytest.mark.parametrize("part", ["attn.proj", "mlp.fc2"])
+def test_a_product_of_width_one_is_broadcast(part):
+    torch.manual_seed(0)
+    blocks, x = nn.ModuleList(Block(DIM, 3) for _ in range(2)), torch.randn(2, 7, DIM)
+    parent, name = part.split(".")
+    for block in blocks:
+        layer = getattr(getattr(block, parent), name)
+        setattr(getattr(block, parent), name, nn.Linear(layer.in_features, 1))
+    found = run_blocks(blocks, nn.LayerNorm(DIM), x)
+    torch.testing.assert_close(found, run_blocks(blocks.double(), nn.LayerNorm(DIM).double(), x.double()).float())
+
+
+@pytest.mark.parametrize("num_queries", [None, 3])
+def test_an_attention_whose_forward_is_replaced(num_queries):
+    torch.manual_seed(0)
+    blocks, x = nn.ModuleList(Block(DIM, 3) for _ in range(2)).double(), torch.randn(2, 7, DIM).double()
+    expected, seen = run_blocks(blocks, nn.Identity(), x, num_queries=num_queries), []
+    for block in blocks:
+
+        def forward(x: Tensor, attn: Attention = block.attn) -> Tensor:
+            seen.append(x.shape)
+            return Attention.forward(attn, x)
+
+        block.attn.forward = forward
+    found = run_blocks(blocks, nn.Identity(), x, num_queries=num_queries)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert seen == [x.shape] * 2
+
+
+def test_pruned_heads():
+    torch.manual_seed(0)
+    block, x = Block(DIM, 3).double(), torch.randn(2, 7, DIM).double()
+    kept = torch.arange(16)
+    rows = torch.cat([kept, DIM + kept, 2 * DIM + kept])
+    attn = block.attn
+    qkv, proj = nn.Linear(DIM, 48).double(), nn.Linear(16, DIM).double()
+    qkv.load_state_dict({"weight": attn.qkv.weight[rows], "bias": attn.qkv.bias[rows]})
+    proj.load_state_dict({"weight": attn.proj.weight[:, kept], "bias": attn.proj.bias})
+    attn.qkv, attn.proj, attn.num_heads = qkv, proj, 2
+    parameters = [*block.parameters()]
+    expected, found = block(x)[:, -3:], block(x, 3)
+    gradients = (torch.autograd.grad(out.cos().sum(), parameters) for out in (found, expected))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_a_hook_without_a_module():
+    torch.manual_seed(0)
+    blocks, x, seen = nn.ModuleList(Block(DIM, 3) for _ in range(2)), torch.randn(2, 7, DIM), {}
+    expected = run_blocks(blocks, nn.Identity(), x)
+    blocks[1].register_forward_pre_hook(seen.__setitem__)
+    torch.testing.assert_close(run_blocks(blocks, nn.Identity(), x), expected)
+    assert list(seen) == [blocks[1]]
+
+
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from cases import Errors, check_draws
 from torch import Tensor, nn
 
-from fastmim.nn import Attention, Block, Mlp, PatchEmbed, run_blocks
+from fastmim import _dispatch
+from fastmim.nn import Attention, Block, Mlp, PatchEmbed, fused, run_blocks
 from fastmim.nn.block import Stream
 
 DIM, HEADS = 24, 3
@@ -196,6 +197,33 @@ def test_frozen_parameters_get_no_gradient(frozen):
     ours = torch.autograd.grad(out.square().sum(), [x, *leaves])
     plain = plain_block(block[1], plain_block(block[0], x))
     assert_exact(ours, torch.autograd.grad(plain.square().sum(), [x, *leaves]))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("altered_norm", [False, True])
+def test_attention_gives_the_gradient_of_the_qkv_bias(dtype, altered_norm, monkeypatch):
+    """dqkv is not read again to be summed."""
+    asked, summed = [], []
+    backward, sum_rows = fused._attention_qkvpacked_backward, fused.sum_rows
+    monkeypatch.setattr(fused, "_attention_qkvpacked_backward", lambda *args: asked.append(args[-1]) or backward(*args))
+    monkeypatch.setattr(fused, "sum_rows", lambda x, dtype: summed.append(x.shape[-1]) or sum_rows(x, dtype))
+    block, x = random_(Block(DIM, HEADS)).float(), torch.randn(2, 7, DIM)
+    if altered_norm:
+        block.norm1.register_forward_hook(lambda *_: None)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        block(x).sum().backward()
+    assert asked == [True] and 3 * DIM not in summed
+    block.attn.qkv.bias.requires_grad_(False).grad = None
+    block(x).sum().backward()
+    assert asked == [True, False] and block.attn.qkv.bias.grad is None
+
+
+@pytest.mark.parametrize("most", [None, 3])
+def test_gradient_of_the_qkv_bias_of_long_rows(most, monkeypatch):
+    """Beyond `most_keys` attention is torch's, and the product gives the gradient."""
+    monkeypatch.setattr(_dispatch, "most_keys", lambda device, dtype: most)
+    block, x = random_(Block(DIM, HEADS)), tokens()
+    assert_same(block(x), plain_block(block, x), block, x)
 
 
 def test_gradients_under_autocast_are_as_close_as_pytorchs():

@@ -20,6 +20,7 @@ from cases import (
     prepare,
     randn,
     run,
+    widened,
 )
 from contract import ChecksValues, Differentiable, host
 from hypothesis import given
@@ -147,6 +148,75 @@ class TestAttentionQkvpacked(Differentiable):
         self.check(**case)
 
 
+class TestAttentionQkvpackedBackward:
+    """Sums of dqkv, which are the gradient of the bias in qkv."""
+
+    @staticmethod
+    def arguments(dtype, layout="contiguous", batch=3, length=5, heads=2, width=HEAD_WIDTH, mask="some"):
+        given = dict(grad=randn(batch, length, heads, width), qkv=randn(batch, length, 3, heads, width))
+        given |= dict(key_mask=None) | draw_key_mask(mask, batch, length)
+        return prepare(given, dtype, layout, ()) | dict(scale=0.3)
+
+    @staticmethod
+    def call(arguments, sum_dqkv=True):
+        return torch.ops.fastmim.attention_qkvpacked_backward(*arguments.values(), sum_dqkv)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("mask", KEY_MASKS)
+    @pytest.mark.parametrize(
+        # several sequences in a tile, one, blocks, and as many blocks of queries as of keys or fewer
+        "length, width",
+        [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (130, 32), (197, 32), (257, 64)],
+    )
+    def test_sums(self, dtype, mask, length, width):
+        arguments = self.arguments(dtype, length=length, width=width, mask=mask)
+        dqkv, sums = self.call(arguments)
+        exact, _ = self.call({name: x.double() if name in ("grad", "qkv") else x for name, x in arguments.items()})
+        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert sums.shape == dqkv.shape[2:]
+        allowed = 2 * torch.finfo(dtype).eps * exact.abs().sum((0, 1)).max().item()
+        torch.testing.assert_close(sums.double(), exact.sum((0, 1)), rtol=0, atol=allowed)
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_sums_change_nothing_else(self, dtype, layout):
+        arguments = self.arguments(dtype, layout)
+        with_sums, without = self.call(arguments), self.call(arguments, False)
+        assert without[1].shape == (0,) and without[1].dtype == with_sums[1].dtype
+        assert torch.equal(bits(with_sums[0]), bits(without[0]))
+        torch.testing.assert_close(
+            with_sums[1], with_sums[0].sum((0, 1), dtype=with_sums[1].dtype), rtol=0.02, atol=0.02
+        )
+
+    def test_sums_repeat_bit_for_bit(self):
+        arguments, before = self.arguments(torch.float32, batch=70, length=17), torch.get_num_threads()
+        try:
+            found = []
+            for threads in (1, 2, 2):
+                torch.set_num_threads(threads)
+                found.append(self.call(arguments)[1])
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
+
+    @pytest.mark.parametrize("length", [17, 70])
+    def test_masked_keys_do_not_leak(self, length):
+        arguments = self.arguments(torch.float32, length=length, width=32)
+        clean, hidden = self.call(arguments)[1], ~arguments["key_mask"]
+        arguments["qkv"][:, :, 1:].transpose(1, 2)[hidden[:, None].expand(-1, 2, -1)] = math.nan
+        assert torch.equal(self.call(arguments)[1], clean)
+
+    @pytest.mark.parametrize("shape", [dict(batch=0), dict(length=0), dict(heads=0)])
+    def test_empty(self, shape):
+        dqkv, sums = self.call(self.arguments(torch.float32, **shape))
+        assert sums.shape == dqkv.shape[2:] and (sums == 0).all()
+
+    @pytest.mark.parametrize("sum_dqkv", [False, True])
+    def test_opcheck(self, sum_dqkv):
+        arguments = (*self.arguments(torch.float32).values(), sum_dqkv)
+        torch.library.opcheck(torch.ops.fastmim.attention_qkvpacked_backward, arguments)
+
+
 class TestAttention(Differentiable):
     op = staticmethod(ops.attention)
     lists = dict(batch=BATCHES, length=LENGTHS, width=HEAD_WIDTHS)
@@ -253,6 +323,19 @@ class TestAttention(Differentiable):
         )
         arguments = self.sample(dtype, mask="none") | {how: hidden[how]}
         assert all((value == 0).all() for value in run(self.op, arguments).values())
+
+    @pytest.mark.fault
+    @pytest.mark.parametrize("keys", [4, 50, 197])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_bias_of_the_lowest_number(self, dtype, keys):
+        """It hides a key beside others; where all keys have it, they count alike, as in a plain softmax."""
+        arguments = self.arguments(keys=keys, mask="none")
+        arguments["bias"][0], arguments["bias"][1, ..., 1:] = torch.finfo(dtype).min, torch.finfo(dtype).min
+        arguments = prepare(arguments, dtype, "contiguous", self.leaves)
+        ours, exact = run(self.op, arguments), run(self.eager, widened(arguments))
+        for name in ours:
+            for found, value in zip(ours[name], exact[name]):
+                torch.testing.assert_close(found.double(), value, rtol=0, atol=0.02 * float(value.abs().max()))
 
     def test_bias_of_minus_infinity_hides(self):
         """A bias of minus infinity hides keys as key_mask does."""

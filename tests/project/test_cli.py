@@ -33,7 +33,7 @@ def test_help_describes_the_commands(capsys):
         "pack",
         "check-data",
         "Decode all images once",
-        "which can't be read",
+        "that can't be read",
         "--short-side",
         "default: all CPUs",
     ):

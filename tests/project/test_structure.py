@@ -160,7 +160,18 @@ def test_public_names_are_documented(name):
 
 
 OPS = [getattr(ops, name) for name in ops.__all__]
-MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, masking.running_cell]
+MASKS = [
+    masking.uniform,
+    masking.random,
+    masking.from_scores,
+    masking.weighted,
+    masking.hardest,
+    masking.cells,
+    masking.blocks,
+    masking.from_bool,
+    masking.tube,
+    masking.running_cell,
+]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +187,7 @@ MASKS = [masking.random, masking.from_scores, masking.from_bool, masking.tube, m
 )
 def test_docstrings_have_arguments_results_and_errors(function):
     docstring = inspect.getdoc(function)
-    sections = ["Args:", "Returns:", "Raises:"] if function in OPS else ["Args:", "Raises:"]
+    sections = ["Args:", "Returns:", "Raises:"] if function in [*OPS, *MASKS] else ["Args:", "Raises:"]
     assert all(section in docstring for section in sections)
     arguments = docstring.partition("Args:")[2].partition("Raises:")[0]
     missing = [name for name in inspect.signature(function).parameters if name != "self" and name not in arguments]

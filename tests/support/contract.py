@@ -332,7 +332,10 @@ def set_first(value: int) -> Callable[[Tensor], Tensor]:
 
 
 class Indexed(ChecksValues, Differentiable):
-    """Tests of an op that chooses tokens or patches by id."""
+    """Tests of an op that reads tokens or patches by id.
+
+    An op that writes at ids has no NaN for an unchecked one: it overrides `test_unchecked_ids_stay_in_their_sample`.
+    """
 
     # for each argument of ids, how many the sample has to choose from
     limits: ClassVar[dict[str, int]]

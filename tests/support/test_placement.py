@@ -1,5 +1,7 @@
 """Faults that the op suite finds on "meta" tensors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from cases import take
@@ -56,3 +58,13 @@ def test_a_test_runs_on_where_it_reads_values_and_ends_where_it_can_not():
     assert seen == [1.0]
     with pytest.raises(RuntimeError, match="wrong"), placement(), values_are_unknown():
         raise RuntimeError("wrong")
+
+
+def test_a_test_ends_quietly_at_an_unexpected_value(tmp_path):
+    def fail_in(path):
+        exec(compile("assert False", str(path), "exec"))
+
+    with values_are_unknown():
+        fail_in(Path(__file__).parents[1] / "ops" / "test_loss.py")
+    with pytest.raises(AssertionError), values_are_unknown():
+        fail_in(tmp_path / "elsewhere.py")

@@ -49,7 +49,7 @@ def labelled(tmp_path):
 def test_evaluate(straight, labelled, capsys):
     assert cli.main(["evaluate", str(straight), str(labelled), "--labels-per-class", "5"]) == 0
     output = capsys.readouterr().out.splitlines()
-    assert output[0] == "2 classes, 5 a class to learn from, 8 to judge by"
+    assert output[0] == "2 classes, 5 a class for training, 8 for testing"
     assert [line.split()[0] for line in output[1:]] == ["features", "checkpoint", "random", "raw"]
     assert output[-1].split()[-1] == "100.0%"
 
@@ -184,7 +184,7 @@ def test_an_encoder_alone_is_evaluated(several, labelled, tmp_path, capsys):
     assert cli.main(["evaluate", several, str(labelled), "--key", "encoder"]) == 0
     # a decoder drawn anew is neither drawn from nor given away
     assert cli.main(["export", several, "--key", "encoder", "--to", "facebook", str(tmp_path / "model.pth")]) == 1
-    assert "an encoder only?" in capsys.readouterr().err
+    assert "for an encoder alone" in capsys.readouterr().err
 
 
 @pytest.mark.fault

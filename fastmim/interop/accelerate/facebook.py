@@ -1,7 +1,7 @@
 """Masked autoencoders with the methods of facebookresearch/mae (He et al., CVPR 2022), forks included.
 
-They come from no package, so that their classes can't be identified by name. A method is replaced where it has no side
-effects and gives the same results as its replacement (`recognise.py`). Others are kept, and so are the methods whose
+Their classes are copied into user code, so they can't be identified by name. A method is replaced where it has no side
+effects and gives the same results as its replacement (`recognise.py`). Others are kept, and so is a method if its
 replacement would bypass one that is kept.
 """
 
@@ -264,7 +264,7 @@ def _parameters(module: Any, method: str) -> list[str]:
 
 
 def _differs(module: Any, mixins: tuple[type[Fast], ...], run: Callable[[nn.Module], Any], method: str) -> str | None:
-    """Compare results (`recognise.differs`) with `_Mark` in the place of blocks."""
+    """Compare results by `recognise.differs`, with `_Mark` in place of the blocks."""
     stacks = {name: _marks(getattr(module, name)) for name in ("blocks", "decoder_blocks")}
     reason = differs(module, mixins, run, **stacks)
     return reason and f"{method}: {reason}"

@@ -31,7 +31,7 @@ from .recognise import overridden, replaced, unknown
 from .stock import fuses_with_gelu, is_layer_norm
 from .swap import Choice, Fast, is_fast
 
-# attention implementations with the same results as ours; others are kept, as the user's choice
+# attention implementations that are replaced, because `ops.attention` gives the same results; others are kept
 IMPLEMENTATIONS = (None, "eager", "sdpa")
 # fingerprints of the methods that are replaced, in transformers 5.15 to 5.24
 KNOWN = frozenset(

@@ -12,7 +12,7 @@ from ...nn.patch_embed import cuts_patches
 from ...ops._define import transformed
 
 MAX_HEAD_DIM, MAX_LENGTH = 128, 1024
-# device types with a kernel in this installation; on others PyTorch's own attention is faster than our reference
+# device types with a kernel in this installation; on others PyTorch's own attention is faster than the reference
 SERVED = frozenset(
     key.lower() for key in ("CPU", "CUDA") if torch._C._dispatch_has_kernel_for_dispatch_key("fastmim::attention", key)
 )

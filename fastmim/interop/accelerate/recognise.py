@@ -1,9 +1,9 @@
 """Checks that a method computes exactly what its replacement does: its class, its source, its names, its results.
 
 A method that a subclass overrides is never replaced. A method of a library's class must be the library's own, with a
-source that has been read (`fingerprint`). The classes that forks of facebookresearch/mae copy cannot be identified by
-name. Their methods may use known names only (`side_effects`), so that they have no side effects, and must give the same
-results as the replacement in float64, up to rounding (`differs`).
+known source (`fingerprint`). Forks of facebookresearch/mae copy its classes, which therefore cannot be identified by
+name. Their methods must use known names only (`side_effects`), so that they have no side effects, and must give the
+same results as the replacement in float64, up to rounding (`differs`).
 
 Functions that check return the reason for a refusal, or None.
 """
@@ -76,10 +76,10 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def unknown(library: type[nn.Module], methods: Collection[str], known: Collection[str]) -> str | None:
-    """Reason why `methods` of the class `library` may compute something else, or None: a fingerprint not in `known`."""
+def unknown(library: type[nn.Module], methods: Collection[str], fingerprints: Collection[str]) -> str | None:
+    """Reason why `methods` of the class `library` may compute something else (no fingerprint matches), or None."""
     for method in methods:
-        if fingerprint(getattr(library, method)) not in known:
+        if fingerprint(getattr(library, method)) not in fingerprints:
             package = library.__module__.partition(".")[0]
             return f"{library.__name__}.{method} of this version of {package} is not known to fastmim"
     return None

@@ -1,8 +1,7 @@
 """Change the class of one instance, and nothing else in the process.
 
-The new class derives from mixins of ours and from the instance's own class. It keeps the name and module of that class,
-so that code that finds classes by name (sharding policies, `save_pretrained`) still does. No attribute of the instance
-changes.
+The new class derives from mixins and from the instance's own class. It keeps the name and module of that class, so that
+code that finds classes by name (sharding policies, `save_pretrained`) still works. The instance's attributes stay.
 """
 
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Choice:
     """Decision about one module.
 
     Attributes:
-        mixins: what to accelerate it with; empty to keep it.
+        mixins: base classes that accelerate it; empty to keep it.
         kept: reasons why it, or a part of what it does, is kept.
         error: the import that failed, where that is the reason.
     """

@@ -226,7 +226,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
 
 
 def _new_name(key: str) -> tuple[str, str | None]:
-    """Return our name for Hugging Face's `key`, and which of q, k and v it is, or None."""
+    """Return fastmim's name for Hugging Face's `key`, and which of q, k and v it is, or None."""
     block = _BLOCK.fullmatch(key)
     if block is not None:
         prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
@@ -243,6 +243,6 @@ def _new_name(key: str) -> tuple[str, str | None]:
 
 
 def _tensor(key: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return the tensor in our `weights` for Hugging Face's `key`."""
+    """Return the tensor for Hugging Face's `key` from `weights`, which have fastmim's names."""
     name, letter = _new_name(key)
     return weights[name] if letter is None else weights[name].chunk(3)["qkv".index(letter)]

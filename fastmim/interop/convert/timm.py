@@ -1,4 +1,4 @@
-"""Export to timm's VisionTransformer, whose parameter names are those of our encoder."""
+"""Export to timm's VisionTransformer, which has the parameter names of fastmim's encoder."""
 
 from functools import partial
 from typing import Any

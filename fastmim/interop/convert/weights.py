@@ -17,7 +17,7 @@ from .files import GATHER_ZERO
 
 Weights = dict[str, Tensor]
 
-# numbers of heads by width, of the published models and ours; they are in no tensor
+# numbers of heads by width, of the published models and fastmim's named sizes; no tensor holds them
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {192: 6, 256: 8, 512: 16}
 DECODER = ("decoder_*", "mask_token")

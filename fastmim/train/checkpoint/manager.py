@@ -82,7 +82,7 @@ class CheckpointManager:
         self.writer.submit(job)
 
     def _failed(self, error: OSError) -> None:
-        """Go on without this checkpoint if the disk is full; raise on other errors, which would recur."""
+        """Continue without this checkpoint if the disk is full; raise on other errors, which would recur."""
         if error.errno not in FULL:
             raise OSError(
                 f"{error}: nothing can be saved, so the run stops; once {self.run} is there and can be written, "

@@ -74,7 +74,7 @@ def _like(value: Tensor, target: Tensor) -> Tensor:
 
 # ---- generators ------------------------------------------------------------------------------------------------------
 
-# The loop itself draws from none of them; a model with dropout may.
+# The training loop itself uses none of these generators; a model with dropout may.
 
 
 def collect_generators(device: torch.device) -> Tensors:

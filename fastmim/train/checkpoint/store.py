@@ -26,7 +26,7 @@ ASIDE = (".tmp", ".old")
 
 
 class Damaged(ValueError):
-    """A checkpoint that differs from what was written; the message names the file and the difference."""
+    """Error for a checkpoint that is damaged; the message names the file and the fault."""
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
@@ -182,7 +182,7 @@ def naming_errors(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by the one that `write(path)` writes; on an error the old file stays, and nothing beside it."""
+    """Replace a file by the one that `write(path)` writes; after an error the old file stays, and no partial one."""
     aside = path.with_name(path.name + ASIDE[0])
     try:
         with naming_errors(aside):
@@ -219,6 +219,6 @@ def _remove(path: Path) -> None:
 
 
 def _unused(path: Path) -> Path:
-    """Delete what is at a path, and return the path."""
+    """Delete the file or folder at a path, if there is one, and return the path."""
     shutil.rmtree(path, ignore_errors=True)
     return path

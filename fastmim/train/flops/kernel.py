@@ -1,4 +1,4 @@
-"""A launch of a device kernel, as it is counted."""
+"""A launch of a device kernel, with its traffic and FLOPs."""
 
 from typing import NamedTuple
 

@@ -21,7 +21,7 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
 
 class Stage(NamedTuple):
-    """Part of a step: the calls of an object's attribute, without those of other stages inside."""
+    """Part of a step: the calls of one attribute of an object, without other stages that they contain."""
 
     name: str
     owner: Any
@@ -83,7 +83,7 @@ class Count:
 
     @property
     def milliseconds(self) -> float:
-        """Return the sum of each launch's least time: of its traffic, its products or the shortest launch."""
+        """Return the sum of the launches' least times, each the longest of traffic, products and an empty launch."""
         return sum(row.milliseconds for row in self.rows)
 
     def by(self, *names: str) -> list[dict[str, Any]]:

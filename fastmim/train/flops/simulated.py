@@ -50,7 +50,7 @@ See = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
 
 
 class _Ops(TorchDispatchMode):
-    """Mode that computes shapes and passes every op to `see`; fastmim's ops run as their CUDA kernels do."""
+    """Mode that computes shapes and passes every op to `see`; fastmim's ops call the kernels that CUDA tensors get."""
 
     def __init__(self, see: See, place: "_Place") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def _cuda_key(op: str) -> torch._C.DispatchKey:
 
 
 class _Place:
-    """The device on which Python code sees meta tensors: the simulated one, and within an op the meta device."""
+    """Value of `Tensor.device` for meta tensors: the simulated device, but inside an op the meta device."""
 
     def __init__(self) -> None:
         self.device = DEVICE

@@ -83,7 +83,7 @@ def kernels_of(op: Op) -> list[Kernel]:
         return []
     rule = RULES.get(op.name) if op.func.namespace == "aten" else None
     if rule is None:
-        raise UnknownOpError(f"{op.func}: {__name__} does not say what it launches on a CUDA device")
+        raise UnknownOpError(f"{op.func}: {__name__} has no rule for its kernels on a CUDA device")
     return list(rule(op))
 
 

@@ -53,15 +53,19 @@ RULES = {
     "tokens.unshuffle_kernel": Rule(GATHERS, "out"),
     "tokens.mask_token_kernel": Rule(GATHERS, "partials", {"grad": lambda a: 1 - a["len_keep"] / a["patches"]}),
     "attention_tile.tile_forward_kernel": Rule(ATTENTION, "out", products=2),
-    "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv score_grad", products=5),
+    "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv sums score_grad", products=5),
     "attention_loop.loop_forward_kernel": Rule(ATTENTION, "out", products=2),
+    # what it reads twice, and the statistics that it writes and reads, are in cache the second time
+    "attention_loop.loop_backward_kernel": Rule(
+        ATTENTION, "dq dk dv query_sums key_sums top_of inverse_of mean_of", products=8
+    ),
     "attention_loop.loop_backward_queries_kernel": Rule(
         ATTENTION,
-        "dq top_of inverse_of mean_of score_grad",
+        "dq sums top_of inverse_of mean_of score_grad",
         # a second pass over the keys writes the gradient of a bias
         products=lambda a: 4 if a["score_grad"] is None else 5,
     ),
-    "attention_loop.loop_backward_keys_kernel": Rule(ATTENTION, "dk dv", products=4),
+    "attention_loop.loop_backward_keys_kernel": Rule(ATTENTION, "dk dv sums", products=4),
     "loss.pixel_loss_kernel": Rule(LOSS, "losses grad", {"images": _patches_of("ids")}),
     "loss.scaled_cosine_loss_kernel": Rule(LOSS, "losses dpred dtarget"),
     # with a factor of 1, as in a step without accumulation, the factor alone is read
@@ -82,7 +86,7 @@ def kernel_of(name: str, arguments: Arguments) -> Kernel:
     """
     rule = RULES.get(name)
     if rule is None:
-        raise UnknownOpError(f"{name}: {__name__} does not say what it reads and writes")
+        raise UnknownOpError(f"{name}: {__name__} has no rule for its traffic")
     names = rule.written.split()
     tensors = {key: value for key, value in arguments.items() if isinstance(value, Tensor)}
     written = stored(*(arguments[key] for key in names))

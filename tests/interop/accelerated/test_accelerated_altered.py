@@ -64,6 +64,28 @@ def test_parts_that_were_idle(case, part):
     check_as_before(case, alter)
 
 
+class OneRow(nn.Module):
+    """A sum over tokens, to be added to each of them."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, *args, **named) -> Tensor:
+        out = self.attention(x, *args, **named)
+        return (out[0].sum(1, keepdim=True), *out[1:]) if isinstance(out, tuple) else out.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("case", ["ViTMAEForPreTraining", "ViTModel", "facebook", "timm"], indirect=True)
+def test_attention_with_one_row_for_all_tokens(case):
+    def alter(model):
+        for path, module in list(model.named_modules()):
+            if path.endswith((".attn", ".attention")) and path.count(".") < 4:
+                model.set_submodule(path, OneRow(module))
+
+    check_as_before(case, alter)
+
+
 def half_noise(model: nn.Module) -> None:
     owner = next(module for module in model.modules() if hasattr(module, "random_masking"))
     theirs = owner.random_masking

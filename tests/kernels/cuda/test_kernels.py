@@ -28,8 +28,11 @@ def test_attention(runner, length, dim, dtype):
     exact[:, :, 0] = qkv[:, :, 0]
     share = 2 * torch.finfo(dtype).eps
     close(runner.attention_qkvpacked(qkv, attends, scale), reference.attention_qkvpacked(exact, attends, scale), share)
-    ours = runner.attention_qkvpacked_backward(grad, qkv, attends, scale)
-    close(ours, reference.attention_qkvpacked_backward(grad.double(), exact, attends, scale), share)
+    ours = runner.attention_qkvpacked_backward(grad, qkv, attends, scale, True)
+    theirs = reference.attention_qkvpacked_backward(grad.double(), exact, attends, scale, True)
+    for found, expected in zip(ours, theirs):
+        close(found, expected, share)
+    assert runner.attention_qkvpacked_backward(grad, qkv, attends, scale, False)[1].shape == (0,)
 
 
 @pytest.mark.parametrize("queries, keys", [(5, 40), (40, 5), (70, 12), (12, 70), (1, 130), (130, 1)])
@@ -48,8 +51,8 @@ def test_cross_attention(runner, queries, keys):
 def test_float16_gradients_of_scores_do_not_overflow(runner, length):
     qkv = torch.randn(1, length, 3, 2, 32) * torch.tensor([0.01, 1e-3, 300.0])[:, None, None]
     grad = torch.full((1, length, 2, 32), 300.0) * torch.randn(1, length, 2, 32).sign()
-    ours = runner.attention_qkvpacked_backward(grad.half(), qkv.half(), None, 1.0)
-    exact = reference.attention_qkvpacked_backward(grad.half().double(), qkv.half().double(), None, 1.0)
+    ours, _ = runner.attention_qkvpacked_backward(grad.half(), qkv.half(), None, 1.0, False)
+    exact, _ = reference.attention_qkvpacked_backward(grad.half().double(), qkv.half().double(), None, 1.0, False)
     for part in range(3):
         close(ours[:, :, part], exact[:, :, part], 0.01)
 
@@ -88,7 +91,7 @@ def test_patches(runner, patch, dtype, memory):
         (lambda ops: ops.attention_qkvpacked(torch.zeros(1, 2000, 3, 1, 64).half(), None, 1.0), "shared memory"),
         (
             lambda ops: ops.attention_qkvpacked_backward(
-                torch.zeros(1, 257, 1, 8).half(), torch.zeros(1, 257, 3, 1, 8).half(), None, 1.0
+                torch.zeros(1, 257, 1, 8).half(), torch.zeros(1, 257, 3, 1, 8).half(), None, 1.0, False
             ),
             "up to 256",
         ),
@@ -101,10 +104,10 @@ def test_what_is_not_served_says_why(runner, call, words):
 
 def test_smaller_devices_are_asked_for_no_more_than_they_have(runner):
     qkv, grad = torch.zeros(1, 256, 3, 1, 64).half(), torch.zeros(1, 256, 1, 64).half()
-    runner.attention_qkvpacked_backward(grad, qkv, None, 1.0)
+    runner.attention_qkvpacked_backward(grad, qkv, None, 1.0, False)
     runner.set_shared_limit(163 * 1024)
     try:
         with pytest.raises(kernels.Unserved, match="shared memory"):
-            runner.attention_qkvpacked_backward(grad, qkv, None, 1.0)
+            runner.attention_qkvpacked_backward(grad, qkv, None, 1.0, False)
     finally:
         runner.set_shared_limit(227 * 1024)

@@ -86,8 +86,20 @@ def test_masks_are_those_of_the_cpu():
     def drawn(seeds):
         predict = masking.running_cell(64, (8, 14, 14), 0.5, seeds=seeds)
         tube = masking.tube(64, (8, 14, 14), 0.9, seeds=seeds)
-        sources = masking.random(64, 196, 0.75, decode_ratio=0.5, seeds=seeds), tube
-        return predict, *(ids for mask in sources for ids in (mask.ids_keep, mask.ids_predict, mask.ids_restore))
+        scores = torch.arange(1.0, 197, device=seeds.device).expand(64, -1)
+        valid = torch.arange(196, device=seeds.device) % 3 > 0
+        sources = (
+            masking.random(64, 196, 0.75, decode_ratio=0.5, seeds=seeds),
+            masking.random(64, 196, 0.75, valid=valid.expand(64, -1), seeds=seeds),
+            masking.weighted(scores, 0.75, seeds=seeds),
+            masking.hardest(scores, 0.75, 0.5, seeds=seeds),
+            masking.cells(64, (14, 14), 2, 0.75, seeds=seeds),
+            masking.blocks(64, (14, 14), 75, seeds=seeds),
+            masking.tube(64, (8, 14, 14), 0.9, decode="running_cell", seeds=seeds),
+            tube,
+        )
+        ids = (ids for mask in sources for ids in (mask.ids_keep, mask.ids_predict, mask.ids_restore))
+        return predict, masking.uniform(64, 14, 14, seeds=seeds), *ids
 
     assert all(torch.equal(a, b.cpu()) for a, b in zip(drawn(seeds), drawn(seeds.to(DEVICE))))
 

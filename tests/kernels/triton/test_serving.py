@@ -111,8 +111,8 @@ def alone_and_beside(length):
     qkv, grad = torch.randn(shape).half(), torch.randn(4, length, 2, 16).half()
     # their slopes are over 2^15 times 2^15, and set the scale of a tile that has one
     qkv[1:, :, 2], grad[1:] = 3e3 * qkv[1:, :, 2], 3e4 * grad[1:]
-    both = attention.attention_qkvpacked_backward(grad, qkv, None, 0.25)
-    one = attention.attention_qkvpacked_backward(grad[:1], qkv[:1], None, 0.25)
+    both = attention.attention_qkvpacked_backward(grad, qkv, None, 0.25, False)[0]
+    one = attention.attention_qkvpacked_backward(grad[:1], qkv[:1], None, 0.25, False)[0]
     assert both[0].isfinite().all() and torch.equal(both[0].view(torch.int16), one[0].view(torch.int16)), length
     q, k, v = qkv.unbind(2)
     both = attention.attention_backward(grad, q, k, v, None, None, 0.25, False)
