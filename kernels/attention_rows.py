@@ -45,6 +45,17 @@ def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.const
 
 
 @triton.jit
+def store_sums(pointer, row, head, heads, low, high, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store `scale` times a head's sums over rows, those beyond a sequence zeros, in a row of sums (rows, heads, D)."""
+    pointer += (row * heads + head) * D
+    column = tl.arange(0, D0)
+    tl.store(pointer + column, tl.sum(low, 0) * scale, column < D)
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        tl.store(pointer + column, tl.sum(high, 0) * scale, column < D)
+
+
+@triton.jit
 def over_columns(a_low, a_high, b_low, b_high, D1: tl.constexpr):
     """Return a bᵀ."""
     product = tl.dot(a_low, tl.trans(b_low), input_precision="ieee")
