@@ -274,14 +274,16 @@ def _backward(
         query_sums, key_sums = (None, None) if partials is None else partials.tensor_split([1], dim=1)
         tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
         cached = (most_queries + most_keys) * dim * q.element_size() <= CACHED
-        if bias is None and cached and _capability(q) != 10:  # where it is not shown to compile well
+        # at these shapes it spills no registers on compute capability 8 and 9
+        small = dim <= 32 and queries == keys and ragged is None and bias is None
+        if cached and small and _capability(q) != 10:
             loop_backward_kernel[(batch * heads,)](
                 *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
                 *(cu_q, cu_k, tiles, key_tiles, heads, queries, keys, scale),
                 **columns,
                 **blocks,
                 **tails,
-                **_limit(q, 168, key_mask is None and ragged is None and dim == 32),
+                **_limit(q, 168, key_mask is None),
             )
             return _sum_of(partials, q)
         loop_backward_queries_kernel[(tiles * batch * heads,)](
