@@ -13,7 +13,7 @@ class Attention(nn.Module):
     Args:
         dim: width D.
         num_heads: heads H, a divisor of D.
-        qkv_bias: whether the projection has a bias.
+        qkv_bias: the projection has a bias.
     """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         return linear(self._attend(x, num_queries, narrow), self.proj, narrow)
 
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
-        """Return what the output projection is given, of the last `num_queries` tokens of x (B, S, D)."""
+        """Return the input of the output projection for the last `num_queries` tokens of x (B, S, D)."""
         if num_queries is None:
             if attention_gives_bias_grad(x, self.qkv):
                 qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
@@ -50,6 +50,6 @@ class Attention(nn.Module):
         return ops.attention(q, k, v).flatten(2)
 
     def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return what the output projection is given, of qkv (B, S, 3D): (B, S, D); `bias` as in `attend`."""
+        """Return the input (B, S, D) of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         return (ops.attention_qkvpacked(qkv) if bias is None else attend(qkv, bias)).flatten(2)

@@ -87,7 +87,7 @@ class Block(nn.Module):
         dim: width D.
         num_heads: heads H.
         mlp_ratio: hidden width of the MLP over D.
-        qkv_bias: whether the qkv projection has a bias.
+        qkv_bias: the qkv projection has a bias.
         norm_layer: makes a norm from a width.
     """
 
@@ -169,7 +169,7 @@ def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tu
 def norm_attend(
     norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what the output projection of `attn` is given, of norm(x), and x."""
+    """Return the input of the output projection of `attn`, from norm(x), and x."""
     stock = is_stock(attn.qkv, nn.Linear)
     if num_queries is None and stock and stock_norm(norm):
         sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
@@ -244,7 +244,8 @@ def run_blocks(
     """Return head(norm(blocks(x))), x (B, S, D); without `head`, norm(blocks(x)).
 
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
-    only: (B, num_queries, D). With `checkpointing`, each block's activations are recomputed in the backward pass.
+    only: (B, num_queries, D). An MLP or a norm there must not mix tokens. With `checkpointing`, each block's activations
+    are recomputed in the backward pass.
     """
     blocks = list(blocks)
     if not blocks:

@@ -48,7 +48,7 @@ def unaltered(module: nn.Module) -> bool:
     return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
 
 
-# quantised and sharded weights bring their own form of PyTorch's ops, and none of ours; export traces with fake ones
+# quantised and sharded weights implement PyTorch's ops, not those of fastmim; export traces with fake ones
 _WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
 
 
@@ -124,7 +124,7 @@ def narrow_operands(x: Tensor) -> torch.dtype | None:
 
 
 def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return what a product is taken with: narrow copies where there are any."""
+    """Return the operands of a product: the narrow copies of weight and bias where there are any."""
     if narrow is None:
         return weight, bias
     return narrow.of(weight), None if bias is None else narrow.of(bias)

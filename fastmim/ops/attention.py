@@ -218,7 +218,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Te
         # a softmax over nothing isn't 0 on every device: such a query attends to all keys, and its result is replaced
         q = torch.where(blind, 0, q)
     if scale <= 0:
-        # some kernels of torch don't find the largest score then
+        # some of torch's kernels assume a positive scale to find the largest score
         q, scale = q * scale, 1.0
     with without_autocast(q.device.type):
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
