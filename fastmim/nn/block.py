@@ -244,8 +244,8 @@ def run_blocks(
     """Return head(norm(blocks(x))), x (B, S, D); without `head`, norm(blocks(x)).
 
     With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
-    only: (B, num_queries, D). An MLP or a norm there must not mix tokens. With `checkpointing`, each block's activations
-    are recomputed in the backward pass.
+    only: (B, num_queries, D). Its MLP and the norms after its attention must not mix tokens. With `checkpointing`, the
+    activations of each block are recomputed in the backward pass.
     """
     blocks = list(blocks)
     if not blocks:
