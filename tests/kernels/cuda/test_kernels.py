@@ -86,7 +86,7 @@ def test_patches(runner, patch, dtype, memory):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda ops: ops.attention_qkvpacked(torch.zeros(1, 3, 3, 2, 64), None, 1.0), "float32 is left"),
+        (lambda ops: ops.attention_qkvpacked(torch.zeros(1, 3, 3, 2, 64), None, 1.0), "float32 is not served"),
         (lambda ops: ops.attention_qkvpacked(torch.zeros(1, 3, 3, 2, 60).half(), None, 1.0), "multiples of 8"),
         (lambda ops: ops.attention_qkvpacked(torch.zeros(1, 2000, 3, 1, 64).half(), None, 1.0), "shared memory"),
         (
