@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor> attention_qkvpacked_backward(const Tensor& grad, cons
   Tensor dqkv = contiguous_like(qkv);
   backward(grad, qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), key_mask, scale, dqkv.select(2, 0),
            dqkv.select(2, 1), dqkv.select(2, 2));
-  return {dqkv, sum_dqkv ? at::sum(dqkv, {0, 1}, false, at::kFloat) : at::empty({0}, qkv.options().dtype(at::kFloat))};
+  const auto options = qkv.options().dtype(at::kFloat);
+  return {dqkv, sum_dqkv ? at::sum(dqkv, at::IntArrayRef{0, 1}, false, at::kFloat) : at::empty({0}, options)};
 }
 
 }  // namespace
