@@ -24,9 +24,9 @@ BOUNDS = {BF16: 1e-2, FP16: 2e-3, FP32: 5e-6}
 STEP_BOUNDS = {BF16: 4e-2, FP16: 8e-3, FP32: 2e-5}
 # ops whose results are copies
 EXACT = ("random_masking", "gather_tokens", "gather_tokens_backward")
-MASK_RATIOS = 0.75, 0.95
 # ops with float32 results of products in the dtype of the case
 NARROW_PRODUCTS = ("step", "attention_qkvpacked_backward")
+MASK_RATIOS = 0.75, 0.95
 # at the second mask ratio, the share of the removed patches that is decoded
 DECODED = 0.25
 
