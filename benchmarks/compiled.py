@@ -8,12 +8,11 @@ to it.
 """
 
 import argparse
-import importlib
 import itertools
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-import fastmim.kernels
+from fastmim import _dispatch, kernels
 from harness.ahead_of_time import ARCHITECTURES, Key, launches, machine, resources, tensor_cores, wide_share
 
 RESULTS = Path(__file__).parent / "results"
@@ -260,13 +259,6 @@ class Launch:
     calls: list[Call]
 
 
-def launcher(op: str) -> Callable[..., Any]:
-    """Return the Triton launcher of `op`."""
-    modules = {op: module for module, ops in fastmim.kernels.OPS.items() for op in ops}
-    found: Callable[..., Any] = getattr(importlib.import_module(f"fastmim.kernels.{modules[op]}"), op)
-    return found
-
-
 def captured(architecture: int) -> list[Launch]:
     """Return the launches of all calls; of those that share a compiled kernel, the first."""
     found: dict[Any, Launch] = {}
@@ -281,7 +273,7 @@ def captured(architecture: int) -> list[Launch]:
         for call in calls():
             current[:] = [call]
             before = sum(len(launch.calls) for launch in found.values())
-            launcher(call.op)(*call.args)
+            _dispatch.launcher("triton", call.op)(*call.args)
             assert sum(len(launch.calls) for launch in found.values()) > before, f"{call.op} launches no kernel"
     return list(found.values())
 
@@ -353,7 +345,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     grouped: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         grouped.setdefault((row["op"], row["kernel"], "; ".join(row["shapes"])), []).append(row)
-    order = {op: place for place, op in enumerate(itertools.chain(*fastmim.kernels.OPS.values()))}
+    order = {op: place for place, op in enumerate(itertools.chain(*kernels.OPS.values()))}
     for (op, kernel, shapes), group in sorted(grouped.items(), key=lambda item: order[item[0][0]]):
         cells = [agreed([row[column] or "–" for row in group]) for column in COLUMNS]
         cells += [agreed([f"{row[column]:.0%}" for row in group]) for column in ("wide_loads", "wide_stores")]

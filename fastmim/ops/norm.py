@@ -74,7 +74,8 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 # fastmim::add_layer_norm(x, residual, weight, bias, eps, dtype=None, x_bias=None) -> normed, total, mean, rstd
 #
 # total = residual + (x + x_bias) and its norm. `x_bias` (D,) is the bias of the product that made x, left out there and
-# added here in float32; `dtype` is that of normed (None: that of total). mean and rstd (..., 1) are kept for
+# added here in float32; `dtype` is that of normed (None: that of total). mean and rstd (..., 1) are saved
+# for the backward pass.
 #
 # fastmim::add_layer_norm_backward(grad_normed, grad_sum, total, mean, rstd, weight,
 #                                  bias=None, dx_dtype=None, sum_dx=False)

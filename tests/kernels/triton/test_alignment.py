@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 import compiled
+from fastmim import _dispatch
 from fastmim.kernels import _launch, attention
 
 WIDTH = 64
@@ -32,7 +33,7 @@ def widest_load(op, *args) -> int:
     """Return the bytes of the widest load of the first kernel that `op` launches."""
     found = []
     with compiled.launches(90, lambda *launch: found.append(launch)):
-        compiled.launcher(op)(*args)
+        _dispatch.launcher("triton", op)(*args)
     kernel, _, given, options = found[0]
     with compiled.machine(90):
         ptx = kernel.run(*given, grid=(1,), warmup=True, **options).asm["ptx"]

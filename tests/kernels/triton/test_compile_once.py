@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 import compiled
 import fastmim
+from fastmim import _dispatch
 
 BATCHES = 1, 2, 7, 15, 16, 17, 32, 100
 MASK_RATIOS = 0.75, 0.95
@@ -26,7 +27,7 @@ class Launchers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != "fastmim":
             return func(*args, **(kwargs or {}))
-        return compiled.launcher(func._opname)(*args, **(kwargs or {}))
+        return _dispatch.launcher("triton", func._opname)(*args, **(kwargs or {}))
 
 
 class Keys:
@@ -91,7 +92,7 @@ def test_every_op_compiles_its_kernels_once_for_all_batch_sizes():
             for batch in batches:
                 with mock.patch.object(compiled, "BATCH", batch):
                     for call in compiled.calls():
-                        compiled.launcher(call.op)(*call.args)
+                        _dispatch.launcher("triton", call.op)(*call.args)
         return keys.counts()
 
     assert counts(*BATCHES) == counts(256)
