@@ -168,7 +168,8 @@ def attention_calls() -> Iterator[Call]:
     # so few that several sequences share a tile
     for model in (B, H):
         yield from packed(model.name, 1 + model.keep(0.985), model.heads, model.width // model.heads)
-    yield from packed(B.name, 1 + B.keep(0.75), B.heads, 64, masked=True)
+    for model in (B, H):
+        yield from packed(model.name, 1 + model.keep(0.75), model.heads, model.width // model.heads, masked=True)
     for model in (B, H):
         dim = DECODER_WIDTH // DECODER_HEADS
         yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)

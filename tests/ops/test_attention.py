@@ -105,8 +105,9 @@ class TestAttentionQkvpacked(Differentiable):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_masked_keys_and_values_do_not_leak(self, value, dtype):
-        arguments = self.sample(dtype, length=17, width=32)
+    @pytest.mark.parametrize("length", [17, 65])
+    def test_masked_keys_and_values_do_not_leak(self, length, value, dtype):
+        arguments = self.sample(dtype, length=length, width=32)
         clean = run(self.op, arguments)
         hidden = ~arguments["key_mask"]
         with torch.no_grad():
@@ -164,7 +165,7 @@ class TestAttentionQkvpackedBackward:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("mask", KEY_MASKS)
     @pytest.mark.parametrize(
-        # several sequences in a tile, one, blocks, and as many blocks of queries as of keys or fewer
+        # several sequences in a tile, one, a block and an edge, blocks, and as many blocks of queries as of keys or fewer
         "length, width",
         [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (130, 32), (197, 32), (257, 64)],
     )
@@ -199,7 +200,7 @@ class TestAttentionQkvpackedBackward:
             torch.set_num_threads(before)
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
 
-    @pytest.mark.parametrize("length", [17, 70])
+    @pytest.mark.parametrize("length", [17, 65, 70])
     def test_masked_keys_do_not_leak(self, length):
         arguments = self.arguments(torch.float32, length=length, width=32)
         clean, hidden = self.call(arguments)[1], ~arguments["key_mask"]
