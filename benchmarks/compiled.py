@@ -42,7 +42,8 @@ class Call:
     op: str
     shape: str
     args: tuple[Any, ...]
-    # sequences over 256, heads over 88 and long rows with a bias and heads over 64 may spill, as much as the table says
+    # sequences over 256, heads over 88, and over 64 where rows have a key mask or are long and have a bias, may spill, as
+    # much as the table says
     may_spill: bool = False
     # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True
@@ -159,7 +160,7 @@ def attention_calls() -> Iterator[Call]:
         shape = f"{name}, S {length}, head {dim}" + ", key mask" * masked
         qkv, grad = empty(BATCH, length, 3, heads, dim), empty(BATCH, length, heads, dim)
         mask = empty(BATCH, length, dtype=torch.bool) if masked else None
-        large = length > 256 or dim > 88
+        large = length > 256 or dim > (64 if masked else 88)
         yield Call("attention_qkvpacked", shape, (qkv, mask, dim**-0.5), large)
         yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5, True), large)
 
