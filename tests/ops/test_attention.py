@@ -165,7 +165,7 @@ class TestAttentionQkvpackedBackward:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("mask", KEY_MASKS)
     @pytest.mark.parametrize(
-        # several sequences in a tile, one, a block and an edge, blocks, and as many blocks of queries as of keys or fewer
+        # several sequences in a tile, one, a block and its edge, blocks: as many of queries as of keys, or fewer
         "length, width",
         [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (130, 32), (197, 32), (257, 64)],
     )
