@@ -42,8 +42,8 @@ class Call:
     op: str
     shape: str
     args: tuple[Any, ...]
-    # sequences over 256 may spill, heads over 88, and over 64 with a key mask or in long rows with a bias: as much as the
-    # table says
+    # sequences over 256, heads over 88, heads over 64 with a key mask or in long rows with a bias may spill, as much as
+    # the table says
     may_spill: bool = False
     # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True

@@ -136,10 +136,10 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tu
     return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(max(warps, 8 * single), 8))
 
 
-def _has_edge(q: Tensor, queries: int, keys: int, masked_alone: bool, most_columns: int) -> bool:
-    """Return whether a sequence is a block and an edge, with heads of at most `most_columns`, which spill nothing."""
-    served = INTERPRETED or (q.dtype != torch.float32 and q.shape[-1] <= most_columns)
-    return masked_alone and queries == keys == BLOCK + 1 and served
+def _has_edge(q: Tensor, queries: int, keys: int, plain: bool, widest: int) -> bool:
+    """Return whether a sequence is a block and an edge: `plain` ones, with heads up to `widest`, which spill nothing."""
+    served = INTERPRETED or (q.dtype != torch.float32 and q.shape[-1] <= widest)
+    return plain and queries == keys == BLOCK + 1 and served
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
