@@ -137,7 +137,7 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tu
 
 
 def _has_edge(q: Tensor, queries: int, keys: int, plain: bool, widest: int) -> bool:
-    """Return whether a sequence is a block and an edge: `plain` ones, with heads up to `widest`, which spill nothing."""
+    """Return whether a sequence is a block and an edge; `plain` ones are, with heads up to `widest`: none spills."""
     served = INTERPRETED or (q.dtype != torch.float32 and q.shape[-1] <= widest)
     return plain and queries == keys == BLOCK + 1 and served
 
