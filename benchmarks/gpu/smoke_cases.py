@@ -207,6 +207,14 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         images = randn(batch, 3, encoder.image, encoder.image, dtype=dtype, device=device)
         return images, draw_ids(batch, n, k, device), [p, p], None, None, dtype
 
+    def gather_integers(device: str) -> Args:
+        images = torch.randint(65536, (batch, 3, encoder.image, encoder.image), device=device).to(torch.uint16)
+        return images, draw_ids(batch, n, k, device), [p, p], *draw_stats(device), dtype
+
+    def gather_signals(device: str) -> Args:
+        signals = randn(batch, 12, n * p, dtype=dtype, device=device)
+        return signals, draw_ids(batch, n, k, device), [p], None, None, dtype
+
     def scatter(device: str) -> Args:
         grad, shape = randn(batch, k, 3 * p * p, dtype=dtype, device=device), [batch, 3, encoder.image, encoder.image]
         return grad, draw_ids(batch, n, k, device), [p, p], draw_stats(device)[1], shape, dtype
@@ -216,13 +224,16 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         weight = randn(width, 3, p, p, device=device) / (3 * p * p) ** 0.5
         table = randn(1 + n, width, device=device)
         prefix = table[:1] if prefixed else None
-        return images, chosen, weight, randn(width, device=device), table[1:], prefix, *draw_stats(device), dtype
+        bias = randn(width, device=device)
+        return images, chosen, weight, bias, table[1:], prefix, *draw_stats(device), dtype, None
 
     shape = f"patch {p}"
     if encoder.name != "ViT-L":  # its patches are those of ViT-B
         yield op_case("gather_patches", shape, dtype, partial(gather, channels_last=False))
         yield op_case("gather_patches", f"{shape}, channels last", dtype, partial(gather, channels_last=True))
         yield op_case("gather_patches", f"{shape}, floats", dtype, gather_floats)
+        yield op_case("gather_patches", f"{shape}, uint16", dtype, gather_integers)
+        yield op_case("gather_patches", f"{shape}, one axis", dtype, gather_signals)
         yield op_case("gather_patches_backward", shape, dtype, scatter)
     for ratio in MASK_RATIOS:
         name = f"{encoder.name}, {encoder.keep(ratio)} of {n}"
@@ -239,6 +250,9 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
         def gather(device: str, k: int = k) -> Args:
             return randn(batch, n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
 
+        def gather_table(device: str, k: int = k) -> Args:
+            return randn(n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
+
         def scatter(device: str, k: int = k) -> Args:
             return randn(batch, k, width, dtype=dtype, device=device), draw_ids(batch, n, k, device), n
 
@@ -248,6 +262,11 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
             table = randn(1 + n, decoder_width, device=device)
             token = randn(decoder_width, device=device)
             return visible, chosen[:, :k].contiguous(), chosen[:, k:].contiguous(), token, table, 1
+
+        def decoder_by_sample(device: str, k: int = k, m: int = m) -> Args:
+            *shared, _, _, prefix = decoder(device, k, m)
+            tables = (randn(batch, *rows, decoder_width, device=device) for rows in ((), (1 + n,)))
+            return *shared, *tables, prefix
 
         def unshuffle(device: str, k: int = k) -> Args:
             visible = randn(batch, 1 + k, decoder_width, dtype=dtype, device=device)
@@ -260,6 +279,10 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
 
         shape = f"{encoder.name}, {k} of {n}"
         yield op_case("gather_tokens", shape, dtype, gather)
+        if ratio == MASK_RATIOS[0]:
+            yield op_case("gather_tokens", f"{shape}, one table", dtype, gather_table)
+            if encoder.name == "ViT-B":
+                yield op_case("decoder_tokens", f"{shape}, of each sample", dtype, decoder_by_sample)
         yield op_case("gather_tokens_backward", shape, dtype, scatter)
         yield op_case("sum_by_position", shape, dtype, scatter)
         if encoder.name != "ViT-L":  # its decoder is that of ViT-B
@@ -351,11 +374,21 @@ def loss_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[C
     n, p, batch = encoder.patches, encoder.patch, sizes.many
     m = n - encoder.keep(0.75)
 
-    def pixels(device: str, norm: int, weighted: bool, channels_last: bool) -> Args:
+    def pixels(
+        device: str,
+        norm: int,
+        weighted: bool,
+        channels_last: bool = False,
+        loss: int = reference.LOSS_SQUARED,
+        reduction: int = reference.REDUCE_MEAN,
+    ) -> Args:
         pred = randn(batch, m, 3 * p * p, dtype=dtype, device=device)
+        if loss == reference.LOSS_ABSOLUTE:
+            pred += 40 * pred.sign()  # no error near 0, where the gradient jumps
         images = draw_images(batch, encoder.image, device, channels_last)
         weight = torch.rand(batch, m, device=device) if weighted else None
-        return pred, images, draw_ids(batch, n, m, device), [p, p], norm, weight, *draw_stats(device), True
+        chosen = draw_ids(batch, n, m, device)
+        return pred, images, chosen, [p, p], norm, weight, *draw_stats(device), loss, reduction, True
 
     def cosine(device: str, weighted: bool) -> Args:
         pred, target = (randn(batch, m, encoder.width, dtype=dtype, device=device) for _ in range(2))
@@ -370,6 +403,12 @@ def loss_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[C
             shape = f"patch {p}, norm {norm}" + ", weights" * weighted + ", channels last" * channels_last
             make = partial(pixels, norm=norm, weighted=weighted, channels_last=channels_last)
             yield op_case("pixel_loss", shape, dtype, make)
+        for name, loss, reduction in (
+            ("absolute", reference.LOSS_ABSOLUTE, reference.REDUCE_SUM),
+            ("huber, of each patch", reference.LOSS_HUBER, reference.REDUCE_NONE),
+        ):
+            make = partial(pixels, norm=0, weighted=True, loss=loss, reduction=reduction)
+            yield op_case("pixel_loss", f"patch {p}, norm 0, weights, {name}", dtype, make)
         yield op_case("scale_gradient_", f"{m} patches of {3 * p * p}", dtype, upstream)
     for weighted in (False, True):
         shape = f"{encoder.name}, width {encoder.width}" + ", weights" * weighted
@@ -430,7 +469,8 @@ def other_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     def pixels(device: str) -> Args:
         pred = randn(batch, m, 6 * p * p, dtype=dtype, device=device)
         chosen, weight = draw_ids(batch, n, m, device), torch.rand(batch, m, device=device)
-        return pred, clips(device), chosen, patch, 2, weight, *draw_stats(device), True
+        plain = reference.LOSS_SQUARED, reference.REDUCE_MEAN, True
+        return pred, clips(device), chosen, patch, 2, weight, *draw_stats(device), *plain
 
     yield op_case("gather_patches", f"patch 2x{p}x{p}", dtype, gather)
     yield op_case("pixel_loss", f"patch 2x{p}x{p}, norm 2", dtype, pixels)
