@@ -317,9 +317,14 @@ def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> T
 def attention_qkvpacked_backward(
     grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty)."""
+    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty).
+
+    `grad` (B, Q, H, D) is that of the last Q queries; dq of the others is 0.
+    """
+    skipped = qkv.shape[1] - grad.shape[1]
     q, k, v = qkv.unbind(2)
-    dqkv = torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    dq, dk, dv, _ = attention_backward(grad, q[:, skipped:], k, v, key_mask, None, scale, False)
+    dqkv = torch.stack([F.pad(dq, (0, 0, 0, 0, skipped, 0)), dk, dv], dim=2)
     return dqkv, upcast(dqkv).sum((0, 1)) if sum_dqkv else upcast(dqkv.new_empty(0))
 
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import check_count
-from .fused import NarrowWeights, attend, attention_gives_bias_grad, is_stock, linear, linear_of, queries_linear
+from .fused import NarrowWeights, attend, attention_gives_bias_grad, linear, linear_of
 
 
 class Attention(nn.Module):
@@ -35,21 +35,17 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None) -> Tensor:
         """Return the input of the output projection for the last `num_queries` tokens of x (B, S, D)."""
-        if num_queries is None:
-            if attention_gives_bias_grad(x, self.qkv):
-                qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
-                return self._attend_packed(qkv, self.qkv.bias)
-            return self._attend_packed(linear(x, self.qkv, narrow))
-        heads = (self.num_heads, self.head_dim)
-        if is_stock(self.qkv, nn.Linear):
-            queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
-            q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
-        else:
-            q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-            q = q[:, x.shape[1] - num_queries :]
-        return ops.attention(q, k, v).flatten(2)
+        if attention_gives_bias_grad(x, self.qkv):
+            qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
+            return self._attend_packed(qkv, num_queries, self.qkv.bias)
+        return self._attend_packed(linear(x, self.qkv, narrow), num_queries)
 
-    def _attend_packed(self, qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return the input (B, S, D) of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
+    def _attend_packed(self, qkv: Tensor, num_queries: int | None, bias: Tensor | None = None) -> Tensor:
+        """Return the input of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
-        return (ops.attention_qkvpacked(qkv) if bias is None else attend(qkv, bias)).flatten(2)
+        if bias is not None:
+            return attend(qkv, bias, num_queries).flatten(2)
+        if num_queries is None:
+            return ops.attention_qkvpacked(qkv).flatten(2)
+        q, k, v = qkv.unbind(2)
+        return ops.attention(q[:, q.shape[1] - num_queries :], k, v).flatten(2)

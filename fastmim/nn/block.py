@@ -171,11 +171,11 @@ def norm_attend(
 ) -> tuple[Tensor, Tensor]:
     """Return the input of the output projection of `attn`, from norm(x), and x."""
     stock = is_stock(attn.qkv, nn.Linear)
-    if num_queries is None and stock and stock_norm(norm):
+    if stock and stock_norm(norm):
         sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
         weight, bias = attn.qkv.weight, attn.qkv.bias
         qkv, total = norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=not sums_bias)
-        return attn._attend_packed(qkv, bias if sums_bias else None), total
+        return attn._attend_packed(qkv, num_queries, bias if sums_bias else None), total
     normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
     return attn._attend(normed, num_queries, narrow), total
 

@@ -23,7 +23,7 @@ from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
 from ..ops._define import transformed
-from ..ops.attention import _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
+from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 
@@ -162,23 +162,6 @@ def linears_of(
     return out
 
 
-def queries_linear(
-    x: Tensor, num_queries: int, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return queries (B, num_queries, D) of the last tokens, and keys and values (B, S, 2D) of all tokens x (B, S, D).
-
-    `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
-    """
-    if torch.compiler.is_compiling():
-        width = [weight.shape[0] // 3]
-        weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
-        last = x[:, x.shape[1] - num_queries :]
-        return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
-    operands = _operands(narrow, weight, bias)
-    out: tuple[Tensor, Tensor] = _QueriesLinear.apply(x, num_queries, weight, bias, *operands)  # type: ignore[no-untyped-call]
-    return out
-
-
 def linear_and_bias(
     x: Tensor, layer: nn.Module, narrow: NarrowWeights | None, *, apart: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -257,12 +240,14 @@ def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
     )
 
 
-def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, num_queries: int | None = None) -> Tensor:
     """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
 
-    The gradient of the bias comes with that of qkv, from the same kernels.
+    With `num_queries`, attend from the last tokens alone. The gradient of the bias comes with that of qkv, from the
+    same kernels.
     """
-    out: Tensor = _Attend.apply(qkv.to(autocast_dtype(qkv) or qkv.dtype), bias)  # type: ignore[no-untyped-call]
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
+    out: Tensor = _Attend.apply(qkv, bias, num_queries)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -349,43 +334,6 @@ class _Linears(torch.autograd.Function):
         return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
 
 
-class _QueriesLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        num_queries: int,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_operand: Tensor,
-        bias_operand: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
-        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, weight.shape[0] // 3
-        x = ctx.products.operand(x)
-        ctx.save_for_backward(x, weight_operand)
-        biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
-        queries = ctx.products.linear(x[:, ctx.skipped :], weight_operand[:width], biases[0])
-        return queries, ctx.products.linear(x, weight_operand[width:], biases[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        with without_autocast(x.device.type):
-            dqueries, dothers = map(ctx.products.operand, grads)
-            weight, width, last = ctx.products.operand(weight), weight.shape[0] // 3, x[:, ctx.skipped :]
-            dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
-            if dx is not None:
-                dx[:, ctx.skipped :] += dqueries @ weight[:width]
-            wanted = ctx.needs_input_grad[2:4]
-            of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
-            of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
-            found = ([part for part in parts if part is not None] for parts in zip(of_queries, of_others))
-            joined = [torch.cat(parts) if parts else None for parts in found]
-        return None if dx is None else dx.to(ctx.dtype), None, *joined, None, None
-
-
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -461,15 +409,19 @@ class _GeluLinear(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, num_queries: int | None) -> Tensor:
         ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
         ctx.save_for_backward(qkv)
-        out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+        if num_queries is None:
+            out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+            return out
+        q, k, v = qkv.unbind(2)
+        out = _attention(q[:, q.shape[1] - num_queries :], k, v, None, None, ctx.scale)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (qkv,), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
         dqkv, sums = _attention_qkvpacked_backward(grad, qkv, None, ctx.scale, sum_dqkv)
-        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None

@@ -161,6 +161,7 @@ def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Ten
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
