@@ -546,7 +546,8 @@ def add_layer_norm_backward(
     slope = (weighted * normed).mean(-1, keepdim=True)
     grad = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
     if grad_sum is not None:
-        grad = grad + upcast(grad_sum)
+        skipped = total.shape[-2] - grad_sum.shape[-2] if total.dim() > 1 else 0
+        grad = grad + F.pad(upcast(grad_sum), (0, 0, skipped, 0)[: 2 * total.dim()])
     rows = upcast(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     nothing = normed.new_empty(0)

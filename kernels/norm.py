@@ -192,11 +192,12 @@ def _add_layer_norm_backward_kernel(
     weight, weight_value,
     bias, bias_value,
     dtotal, recomputed, dx, partials,
-    rows, count, width,
+    rows, count, skipped, width,
     SUM_DX: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of every n-th block of rows, n the number of programs; given `bias`, also the normed rows.
 
+    The first `skipped` of `count` rows have no `grad_sum`.
     Each program writes its sums for the gradients of weight and bias, and with SUM_DX of x_bias, to `partials`.
     """
     column = tl.arange(0, BLOCK_WIDTH)
@@ -229,8 +230,8 @@ def _add_layer_norm_backward_kernel(
         slope = tl.sum(weighted * normed, axis=1) / width
         out = (weighted - shift[:, None] - normed * slope[:, None]) * scale[:, None]
         if grad_sum is not None:
-            source = tile_pointers(grad_sum, b, k, column, sum_batch, sum_row, sum_value, UNIT)
-            out += tl.load(source, mask=valid, other=0.0).to(tl.float32)
+            source = tile_pointers(grad_sum, b, k - skipped, column, sum_batch, sum_row, sum_value, UNIT)
+            out += tl.load(source, mask=valid & (k >= skipped)[:, None], other=0.0).to(tl.float32)
         target = dense_offsets(row, column, width)
         tl.store(dtotal + target, out.to(dtotal.dtype.element_ty), mask=valid)
         if dx is not None:
@@ -288,7 +289,7 @@ def add_layer_norm_backward(
             weight, weight.stride(0),
             bias, *strides_of(bias, 1),
             dtotal, None if bias is None else normed, None if narrow is None else dx, partials,
-            rows, total.shape[1], width,
+            rows, total.shape[1], 0 if grad_sum is None else total.shape[1] - grad_sum.shape[1], width,
             SUM_DX=sum_dx, UNIT=unit_of(grad_normed, grad_sum, total), **blocks,
         )  # fmt: skip
         dweight, dbias, *summed = _sum_partials(partials)

@@ -57,12 +57,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
   return {normed, sum, mean, rstd};
 }
 
+// Returns x, the last rows (..., Q, D) of the shape of `whole`, with zeros for the others.
+Tensor as_long(const Tensor& x, const Tensor& whole) {
+  const int64_t skipped = x.dim() > 1 ? whole.size(-2) - x.size(-2) : 0;
+  return skipped == 0 ? x : at::constant_pad_nd(x, {0, 0, skipped, 0});
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
     const Tensor& grad_normed, const OptionalTensor& grad_sum, const Tensor& total, const Tensor& mean,
     const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias, std::optional<at::ScalarType> dx_dtype,
     bool sum_dx) {
   check_dtypes(total, grad_normed, grad_sum, dx_dtype);
-  const Tensor g = grad_normed.contiguous(), through = grad_sum ? grad_sum->contiguous() : Tensor(),
+  const Tensor g = grad_normed.contiguous(), through = grad_sum ? as_long(*grad_sum, total).contiguous() : Tensor(),
                sum = total.contiguous(), w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
   const int64_t width = total.size(-1);

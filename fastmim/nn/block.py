@@ -136,7 +136,7 @@ class Block(nn.Module):
         if is_stock(attn, Attention):
             out, residual = norm_attend(self.norm1, attn, x, num_queries, narrow)
             branch, bias = linear_and_bias(out, attn.proj, narrow, apart=stock_norm(self.norm2))
-            return Stream(last_tokens(residual, num_queries), branch, bias)
+            return Stream(residual, branch, bias)
         normed, residual = add_norm(self.norm1, x)
         return Stream(last_tokens(residual, num_queries), call_attention(attn, normed, num_queries))
 
@@ -169,15 +169,16 @@ def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tu
 def norm_attend(
     norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the input of the output projection of `attn`, from norm(x), and x."""
+    """Return the input of the output projection of `attn`, from norm(x), and x; both of the last `num_queries` tokens."""
     stock = is_stock(attn.qkv, nn.Linear)
     if stock and stock_norm(norm):
         sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
         weight, bias = attn.qkv.weight, attn.qkv.bias
-        qkv, total = norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=not sums_bias)
+        parts = x.parts()
+        qkv, total = norm_linear(*parts, norm, weight, bias, narrow, bias_grad=not sums_bias, num_last=num_queries)
         return attn._attend_packed(qkv, num_queries, bias if sums_bias else None), total
     normed, total = add_norm(norm, x, narrow_operands(x.residual) if stock else None)
-    return attn._attend(normed, num_queries, narrow), total
+    return attn._attend(normed, num_queries, narrow), last_tokens(total, num_queries)
 
 
 def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None) -> Tensor:

@@ -207,16 +207,18 @@ def norm_linear(
     narrow: NarrowWeights | None = None,
     *,
     bias_grad: bool = True,
+    num_last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
-    `x_bias` (D,) is that of the layer that made x, where its product was taken without.
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without. With `num_last`, return the
+    last rows (..., num_last, D) of t only.
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
     bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+        *addends, norm.weight, norm.bias, norm.eps, num_last, weight, bias, *operands
     )
     return out
 
@@ -344,6 +346,7 @@ class _NormLinear(torch.autograd.Function):
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
+        num_last: int | None,
         weight: Tensor,
         bias: Tensor | None,
         weight_operand: Tensor,
@@ -357,7 +360,8 @@ class _NormLinear(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
-        return ctx.products.linear(normed, weight_operand, bias_operand), total
+        last = total if num_last is None else total[..., total.shape[-2] - num_last :, :]
+        return ctx.products.linear(normed, weight_operand, bias_operand), last
 
     @staticmethod
     @once_differentiable
@@ -373,10 +377,10 @@ class _NormLinear(torch.autograd.Function):
             dtotal, dweight, dbias, normed, dx, dx_bias = _add_layer_norm_backward(
                 grad @ operand(weight), grad_total, total, *norm, dx_dtype, sum_dx
             )
-            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[6:])
+            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[7:])
         dx = dtotal if x_dtype == total.dtype else dx
         others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
-        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None
+        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, None, *linear, None, None
 
 
 class _GeluLinear(torch.autograd.Function):

@@ -81,7 +81,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 #                                  bias=None, dx_dtype=None, sum_dx=False)
 #     -> dtotal, dweight, dbias, normed, dx, dx_bias
 #
-# `grad_sum` None stands for zeros. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
+# `grad_sum` None stands for zeros; it may be that of the last rows (..., Q, D) alone. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
 # dweight and dbias (D,) are in float32. The other results are empty, and cost nothing, unless they are requested:
 #     normed   recomputed in grad_normed's dtype, if the norm's `bias` is given
 #     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass, if `dx_dtype` is given and not total's dtype;
