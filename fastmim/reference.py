@@ -512,7 +512,7 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -520,13 +520,19 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum."""
-    branch = upcast(x) if x_bias is None else upcast(x) + upcast(x_bias)
-    total = (branch + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum.
+
+    Without x, residual is the sum, and an empty tensor is returned in its place.
+    """
+    total = residual
+    if x is not None:
+        branch = upcast(x) if x_bias is None else upcast(x) + upcast(x_bias)
+        total = (branch + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
     rows = upcast(total)
-    width = [x.shape[-1]]
+    width = [residual.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
-    return normed.to(dtype or total.dtype), total, mean, rstd
+    normed = normed.to(dtype or total.dtype)
+    return normed, residual.new_empty(0) if x is None else total, mean, rstd
 
 
 def add_layer_norm_backward(

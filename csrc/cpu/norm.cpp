@@ -28,32 +28,36 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const OptionalTensor& x, const Tensor& residual, const Tensor& weight,
                                                           const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype,
                                                           const OptionalTensor& x_bias) {
-  check_dtypes(x, residual, weight, bias, x_bias, dtype);
-  const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias),
-               branch_bias = x_bias ? as_float(*x_bias) : Tensor();
-  const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
-  Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),
-         sum = at::empty(x.sizes(), options);
-  auto per_row = x.sizes().vec();
+  check_dtypes(residual, x, weight, bias, x_bias, dtype);
+  const Tensor a = x ? x->contiguous() : Tensor(), b = residual.contiguous(), w = as_float(weight),
+               shift = as_float(bias), branch_bias = x_bias ? as_float(*x_bias) : Tensor();
+  const at::ScalarType wider =
+      x ? at::promote_types(x->scalar_type(), residual.scalar_type()) : residual.scalar_type();
+  const auto options = b.options().dtype(wider);
+  // without x the sum is the residual, and is not written
+  Tensor normed = at::empty(residual.sizes(), options.dtype(dtype.value_or(wider))),
+         sum = at::empty(x ? residual.sizes() : at::IntArrayRef({0}), options);
+  auto per_row = residual.sizes().vec();
   per_row.back() = 1;
   Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
   const int64_t bytes = normed.nbytes() + sum.nbytes();
-  const AddLayerNorm args{x.size(-1),
+  const AddLayerNorm args{residual.size(-1),
                           static_cast<float>(eps),
-                          rows_of(a),
+                          x ? rows_of(a) : View{},
                           rows_of(b),
                           x_bias ? branch_bias.const_data_ptr<float>() : nullptr,
                           w.const_data_ptr<float>(),
                           shift.const_data_ptr<float>(),
                           output_rows_of(normed, bytes),
-                          output_rows_of(sum, bytes),
+                          x ? output_rows_of(sum, bytes) : View{},
                           mean.mutable_data_ptr<float>(),
                           rstd.mutable_data_ptr<float>()};
-  for_rows(rows_in(x), 4 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
+  for_rows(rows_in(residual), 4 * residual.size(-1),
+           [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
   return {normed, sum, mean, rstd};
 }
 

@@ -49,13 +49,9 @@ class Stream(NamedTuple):
             return self.residual
         return self.residual + (self.branch if self.bias is None else self.branch + self.bias)
 
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return branch, bias and residual for a norm that adds them; zeros where there is no branch yet."""
-        if self.branch is not None:
-            return self.branch, self.bias, self.residual
-        # with a bias of zeros too, the first norm is served by the same kernel as the others
-        zeros = self.residual.new_zeros(self.residual.shape[-1])
-        return zeros.expand_as(self.residual), zeros, self.residual
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return branch, bias and residual, in the order of the addends of `norm_linear`."""
+        return self.branch, self.bias, self.residual
 
 
 class Mlp(nn.Module):

@@ -172,24 +172,24 @@ def linear_and_bias(
 
 
 def add_layer_norm(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
+    x: Tensor | None, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Return norm(t) in `dtype` (None: that of t), and t = residual + (x + x_bias), as in `norm_linear`."""
     x, x_bias, residual = _as_op_takes(x, x_bias, residual, norm)
     normed, total, *_ = _add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dtype, x_bias)
-    return normed, total
+    return normed, residual if x is None else total
 
 
 def _as_op_takes(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    x: Tensor | None, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return x and residual in one shape (..., D), and `x_bias` (D,): the op does not broadcast, and checks nothing.
 
     A module in the place of an attention or MLP may return one row for all tokens, or a scalar.
     """
-    if x_bias is not None and x_bias.shape != residual.shape[-1:]:
+    if x is not None and x_bias is not None and x_bias.shape != residual.shape[-1:]:
         x, x_bias = x + x_bias, None
-    if x.shape != residual.shape:
+    if x is not None and x.shape != residual.shape:
         x, residual = torch.broadcast_tensors(x, residual)
     width = residual.shape[-1:]
     if norm.weight.shape != width or norm.bias.shape != width:
@@ -198,7 +198,7 @@ def _as_op_takes(
 
 
 def norm_linear(
-    x: Tensor,
+    x: Tensor | None,
     x_bias: Tensor | None,
     residual: Tensor,
     norm: nn.LayerNorm,
@@ -211,8 +211,8 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
-    `x_bias` (D,) is that of the layer that made x, where its product was taken without. With `num_last`, return the
-    last rows (..., num_last, D) of t only.
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without. x None stands for zeros, without
+    a bias. With `num_last`, return the last rows (..., num_last, D) of t only.
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
@@ -340,7 +340,7 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor | None,
         x_bias: Tensor | None,
         residual: Tensor,
         norm_weight: Tensor,
@@ -352,12 +352,14 @@ class _NormLinear(torch.autograd.Function):
         weight_operand: Tensor,
         bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
-        ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
+        ctx.products = _Products(residual, *([] if x is None else [x]))
+        ctx.dtypes, x_dtype = _dtypes(weight, bias), None if x is None else x.dtype
+        ctx.input_dtypes = x_dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
         ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
         normed, total, *statistics = _add_layer_norm(
             x, residual, norm_weight, norm_bias, eps, ctx.products.operands, x_bias
         )
+        total = residual if x is None else total
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
         last = total if num_last is None else total[..., total.shape[-2] - num_last :, :]
@@ -378,7 +380,7 @@ class _NormLinear(torch.autograd.Function):
                 grad @ operand(weight), grad_total, total, *norm, dx_dtype, sum_dx
             )
             linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[7:])
-        dx = dtotal if x_dtype == total.dtype else dx
+        dx = None if x_dtype is None else dtotal if x_dtype == total.dtype else dx
         others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
         return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, None, *linear, None, None
 
