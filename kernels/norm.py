@@ -281,7 +281,7 @@ def add_layer_norm_backward(
         sums = [weight.new_zeros(width, dtype=torch.float32) for _ in range(3)]
         return dtotal, *sums[:2], normed, dx, sums[2] if sum_dx else dx_bias
     grad_normed, total = as_rows(grad_normed), as_rows(total)
-    grad_sum = None if grad_sum is None else as_rows(grad_sum)
+    grad_sum = as_rows(grad_sum) if grad_sum is not None and grad_sum.numel() else None
     blocks = _sum_blocks(width, _NORM_REGISTERS)
     grid = _sum_grid(rows, width, blocks, total.device)
     partials = total.new_empty(grid[0], 3 if sum_dx else 2, width, dtype=torch.float32)

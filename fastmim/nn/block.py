@@ -165,7 +165,7 @@ def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tu
 def norm_attend(
     norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the input of the output projection of `attn`, from norm(x), and x; both of the last `num_queries` tokens."""
+    """Return the input of the output projection of `attn`, from norm(x), and x; of the last `num_queries` tokens."""
     stock = is_stock(attn.qkv, nn.Linear)
     if stock and stock_norm(norm):
         sums_bias = attention_gives_bias_grad(x.residual, attn.qkv)
@@ -240,7 +240,7 @@ def run_blocks(
 ) -> Tensor:
     """Return head(norm(blocks(x))), x (B, S, D); without `head`, norm(blocks(x)).
 
-    With `num_queries`, what follows the last block's keys and values is computed for the last `num_queries` tokens
+    With `num_queries`, what follows the last block's qkv projection is computed for the last `num_queries` tokens
     only: (B, num_queries, D). Its MLP and the norms after its attention must not mix tokens. With `checkpointing`, the
     activations of each block are recomputed in the backward pass.
     """

@@ -211,8 +211,8 @@ def norm_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
-    `x_bias` (D,) is that of the layer that made x, where its product was taken without. x None stands for zeros, without
-    a bias. With `num_last`, return the last rows (..., num_last, D) of t only.
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without. x None stands for zeros; it has
+    no bias. With `num_last`, return the last rows (..., num_last, D) of t only.
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)

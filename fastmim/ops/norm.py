@@ -81,8 +81,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 #                                  bias=None, dx_dtype=None, sum_dx=False)
 #     -> dtotal, dweight, dbias, normed, dx, dx_bias
 #
-# `grad_sum` None stands for zeros; it may be that of the last rows (..., Q, D) alone. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
-# dweight and dbias (D,) are in float32. The other results are empty, and cost nothing, unless they are requested:
+# `grad_sum` None stands for zeros; it may be that of the last rows (..., Q, D) alone. dtotal (..., D) is in total's
+# dtype and is the gradient of residual and of x; dweight and dbias (D,) are in float32. The other results are empty,
+# and cost nothing, unless they are requested:
 #     normed   recomputed in grad_normed's dtype, if the norm's `bias` is given
 #     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass, if `dx_dtype` is given and not total's dtype;
 #              otherwise dtotal is the gradient of x
@@ -134,7 +135,7 @@ def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     x, residual, weight, bias, _, _, x_bias = inputs
     ctx.dtypes = None if x is None else x.dtype, residual.dtype, weight.dtype, bias.dtype
     ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
-    normed, total, *statistics = output
+    _, total, *statistics = output
     ctx.mark_non_differentiable(*statistics, *([total] if x is None else []))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(residual if x is None else total, *statistics, weight)
