@@ -28,15 +28,14 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const OptionalTensor& x, const Tensor& residual, const Tensor& weight,
-                                                          const Tensor& bias, double eps,
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const OptionalTensor& x, const Tensor& residual,
+                                                          const Tensor& weight, const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype,
                                                           const OptionalTensor& x_bias) {
   check_dtypes(residual, x, weight, bias, x_bias, dtype);
   const Tensor a = x ? x->contiguous() : Tensor(), b = residual.contiguous(), w = as_float(weight),
                shift = as_float(bias), branch_bias = x_bias ? as_float(*x_bias) : Tensor();
-  const at::ScalarType wider =
-      x ? at::promote_types(x->scalar_type(), residual.scalar_type()) : residual.scalar_type();
+  const at::ScalarType wider = x ? at::promote_types(x->scalar_type(), residual.scalar_type()) : residual.scalar_type();
   const auto options = b.options().dtype(wider);
   // without x the sum is the residual, and is not written
   Tensor normed = at::empty(residual.sizes(), options.dtype(dtype.value_or(wider))),
