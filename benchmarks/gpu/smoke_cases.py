@@ -297,7 +297,7 @@ def last_cases(
         q, k, v = backward(device)[1].unbind(2)
         return q[:, keys - queries :], k, v, None, None, dim**-0.5
 
-    shape = f"{name}, S {queries} to {keys}, D {dim}"
+    shape = f"{name}, last {queries} of S {keys}, D {dim}"
     yield op_case("attention", shape, dtype, forward)
     yield op_case("attention_qkvpacked_backward", shape, dtype, backward)
 
@@ -360,6 +360,7 @@ def decoder_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         n, k, least = encoder.patches, *(encoder.keep(ratio) for ratio in MASK_RATIOS)
         some = round((n - least) * DECODED)
         for queries, keys in ((n - k, 1 + n), (n - least, 1 + n), (some, 1 + least + some)):
+            yield from separate_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
             yield from last_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
         for length in (1 + n, 1 + least + some):
             yield from packed_cases(name, sizes.few, length, decoder.heads, decoder.dim, dtype)
