@@ -81,7 +81,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., D)."""
+        """Compute fc2(GELU(fc1(x))).
+
+        Args:
+            x: (..., D).
+
+        Returns:
+            (..., D), in autocast's dtype where that is on.
+        """
         if self.fuses():
             hidden = linear_of(x, self.fc1.weight, None)
             return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -96,6 +103,9 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, attention to a memory, MLP; names are those of timm's `Block`.
+
+    x + ls1(attn(norm1(x))), then x + ls_cross(cross_attn(norm_cross(x), norm_memory(memory))) where there is a memory,
+    then x + ls2(mlp(norm2(x))). Norms may be replaced: `norm_memory` by an `nn.Identity` where the memory is normed.
 
     Drop path (Huang et al., "Deep networks with stochastic depth", 2016) leaves out, in training, each of the two or
     three branches for some rows of the batch, which are not computed: of B rows, B (1 - drop_path), rounded up, are
