@@ -594,7 +594,7 @@ def test_one_cast_a_weight(dtype, monkeypatch):
 
 
 def test_what_is_kept_for_the_backward_pass():
-    """Of the memory, keys and values alone: neither its normed form, nor a copy of it for each block."""
+    """Keys and values of the memory are: neither its normed form, nor a copy of it for each block."""
     chain = nn.ModuleList(Block(DIM, HEADS, 2, self_attention=False, kv_dim=WIDTH) for _ in range(2))
     x, memory, kept = torch.randn(2, TOKENS, DIM), torch.randn(2, 50, WIDTH, requires_grad=True), {}
 
