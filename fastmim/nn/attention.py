@@ -101,12 +101,17 @@ class Attention(nn.Module):
             (B, S, D) or (B, num_queries, D).
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype; a memory without `kv_dim`, or none with it.
+            TypeError, ValueError: wrong shape or dtype, or more queries than tokens; a memory without `kv_dim`, or none
+                with it.
         """
         check_memory(memory, x, self.kv_dim)
+        if num_queries is not None:
+            check_count("num_queries", num_queries, 0, x.shape[1])
         scoring = Scoring(key_mask, bias, rope, rope if memory is None else memory_rope)
-        if (scoring.rope is None) != (scoring.key_rope is None) or (memory is None and memory_rope is not None):
-            raise ValueError("rope and memory_rope must be given together with a memory, and memory_rope not without")
+        if memory is None and memory_rope is not None:
+            raise ValueError("memory_rope must be None without a memory")
+        if (scoring.rope is None) != (scoring.key_rope is None):
+            raise ValueError("rope and memory_rope must be given together with a memory: one of them is None")
         keys = x.shape[1] if memory is None else memory.shape[1]
         names = "key_mask", "bias", "rope", "memory_rope"
         scoring.check(names, x.shape[0], x.shape[1], keys, self.num_heads, self.head_dim)

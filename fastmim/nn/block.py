@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_number
+from .._checks import check_count, check_number
 from .attention import Attention, Scoring, check_memory
 from .fused import (
     NarrowWeights,
@@ -195,11 +195,12 @@ class Block(nn.Module):
             (B, S, D) or (B, num_queries, D); under autocast in float32, whatever x is.
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype; an option of an attention that the block does not have.
+            TypeError, ValueError: wrong shape or dtype, or more queries than tokens; an option of an attention that the
+                block does not have.
         """
         options = Options(memory, key_mask, memory_mask, bias, memory_bias, rope, memory_rope)
         stream = Stream(x) if isinstance(x, Tensor) else x
-        self._check(stream.residual, options)
+        self._check(stream.residual, num_queries, options)
         if stream.branch is None:
             stream = Stream(residual_stream(stream.residual))
         if self.attn is not None:
@@ -217,8 +218,10 @@ class Block(nn.Module):
             stream = stream._replace(bias=stream.bias.clone())
         return stream.sum() if isinstance(x, Tensor) else stream
 
-    def _check(self, x: Tensor, options: Options) -> None:
+    def _check(self, x: Tensor, num_queries: int | None, options: Options) -> None:
         """Check that `options` are those of the attentions that the block has, and their shapes; x (B, S, D)."""
+        if num_queries is not None:
+            check_count("num_queries", num_queries, 0, x.shape[1])
         check_memory(options.memory, x, self.kv_dim)
         given = options.given()
         if not given:

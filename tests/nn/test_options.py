@@ -305,6 +305,22 @@ def test_attention_to_a_memory(num_queries):
     assert_same(found, expected[:, -(num_queries or TOKENS) :], [x, memory, *attn.parameters()])
 
 
+@pytest.mark.parametrize(
+    "kv_dim, wrong, message",
+    [
+        (WIDTH, dict(num_queries=8), "num_queries must be in 0..7, got 8"),
+        (WIDTH, dict(rope=torch.randn(1, TOKENS, 1, 4)), "rope and memory_rope must be given together"),
+        (WIDTH, dict(memory=None), "memory must be given where kv_dim is"),
+        (None, dict(), "memory must be None without kv_dim"),
+        (None, dict(memory=None, memory_rope=torch.randn(1, KEYS, 1, 4)), "memory_rope must be None without a memory"),
+    ],
+)
+def test_wrong_attention(kv_dim, wrong, message):
+    attn, x = Attention(DIM, HEADS, kv_dim=kv_dim), torch.randn(BATCH, TOKENS, DIM)
+    with pytest.raises(ValueError, match=message):
+        attn(x, **(dict(memory=torch.randn(BATCH, KEYS, WIDTH)) | wrong))
+
+
 # ---- taps ------------------------------------------------------------------------------------------------------------
 
 
@@ -341,6 +357,8 @@ def test_taps(taps, num_queries, hooked):
 @pytest.mark.parametrize(
     "wrong, error, message",
     [
+        (dict(num_queries=8), ValueError, r"num_queries must be in 0..7, got 8"),
+        (dict(num_queries=-1), ValueError, r"num_queries must be in 0..7, got -1"),
         (dict(taps=[2]), ValueError, r"taps must be in 0..1, got 2"),
         (dict(taps=[-1]), ValueError, r"taps must be in 0..1, got -1"),
         (dict(taps=[0.5]), TypeError, r"taps must be an int, got float 0.5"),
