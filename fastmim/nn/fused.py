@@ -131,7 +131,16 @@ def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None)
 
 
 def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
+    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast.
+
+    Args:
+        x: (..., D).
+        layer: an `nn.Linear`, or a module in its place, which is called.
+        narrow: copies of the layer's weight and bias in autocast's dtype, made ahead. None: they are cast here.
+
+    Returns:
+        (..., E), in autocast's dtype where that is on.
+    """
     if is_stock(layer, nn.Linear):
         return linear_of(x, layer.weight, layer.bias, narrow)
     out: Tensor = layer(x)
@@ -242,14 +251,14 @@ def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
     )
 
 
-def attend(qkv: Tensor, bias: Tensor, num_queries: int | None = None) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None, num_queries: int | None = None) -> Tensor:
     """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
 
     With `num_queries`, attend from the last tokens alone. The gradient of the bias comes with that of qkv, from the
     same kernels.
     """
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
-    out: Tensor = _Attend.apply(qkv, bias, num_queries)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attend.apply(qkv, bias, key_mask, num_queries)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -415,19 +424,19 @@ class _GeluLinear(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, num_queries: int | None) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, key_mask: Tensor | None, num_queries: int | None) -> Tensor:
         ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
-        ctx.save_for_backward(qkv)
+        ctx.save_for_backward(qkv, key_mask)
         if num_queries is None:
-            out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+            out: Tensor = _attention_qkvpacked(qkv, key_mask, ctx.scale)
             return out
         q, k, v = qkv.unbind(2)
-        out = _attention(q[:, q.shape[1] - num_queries :], k, v, None, None, ctx.scale)
+        out = _attention(q[:, q.shape[1] - num_queries :], k, v, key_mask, None, ctx.scale)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (qkv,), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
-        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, None, ctx.scale, sum_dqkv)
-        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None
+        (qkv, key_mask), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
+        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, key_mask, ctx.scale, sum_dqkv)
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None, None
