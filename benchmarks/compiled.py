@@ -180,8 +180,16 @@ def attention_calls() -> Iterator[Call]:
         dim = DECODER_WIDTH // DECODER_HEADS
         yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)
 
-    # a decoder whose masked tokens attend to the visible ones
+    # the last block of a decoder, whose predicted tokens attend to all
     heads, dim = DECODER_HEADS, DECODER_WIDTH // DECODER_HEADS
+    for model in (B, H):
+        qkv = empty(BATCH, 1 + model.patches, 3, heads, dim)
+        grad = empty(BATCH, model.patches - model.keep(0.75), heads, dim)
+        shape = f"decoder of {model.name}, S {grad.shape[1]} to {qkv.shape[1]}, head {dim}"
+        q, k, v = qkv.unbind(2)
+        yield Call("attention", shape, (q[:, -grad.shape[1] :], k, v, None, None, dim**-0.5))
+        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, None, dim**-0.5, True))
+    # a decoder whose masked tokens attend to the visible ones
     for queries, keys in ((147, 50), (187, 10)):
         q, grad = empty(BATCH, queries, heads, dim), empty(BATCH, queries, heads, dim)
         k, v = empty(BATCH, keys, 2, heads, dim).unbind(2)
@@ -249,6 +257,10 @@ def norm_calls() -> Iterator[Call]:
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6, dtype, weight))
         saved = stream, stream, row, row, weight
         yield Call("add_layer_norm_backward", shape, (rows, *saved, weight, dtype, True))
+        # as the first of a chain
+        first = f"{shape}, first"
+        yield Call("add_layer_norm", first, (None, stream, weight, weight, 1e-6, dtype))
+        yield Call("add_layer_norm_backward", first, (rows, *saved, weight))
         # by itself
         shape += ", alone"
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6))

@@ -297,7 +297,7 @@ def _backward(
         tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
         cached = (most_queries + most_keys) * dim * q.element_size() <= CACHED
         # at these shapes it spills no registers on compute capability 8 and 9
-        small = dim <= 32 and queries == keys and ragged is None and bias is None
+        small = dim <= 32 and (sum_rows or queries == keys) and ragged is None and bias is None
         if cached and small and _capability(q) != 10:
             loop_backward_kernel[(batch * heads,)](
                 *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
@@ -361,6 +361,10 @@ def attention_qkvpacked_backward(
     dqkv = _empty(qkv)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
+    skipped = qkv.shape[1] - grad.shape[1]
+    if skipped:
+        dq[:, :skipped].zero_()
+        q, dq = q[:, skipped:], dq[:, skipped:]
     return dqkv, _backward(grad, q, k, v, dq, dk, dv, key_mask, None, scale, sum_rows=sum_dqkv)
 
 

@@ -183,12 +183,12 @@ class MaskedAutoencoderViT(nn.Module):
                 'predict="all" needs decode_ratio 1 (every removed patch predicted); '
                 f"got {mask.ids_predict.shape[1]} of {mask.num_patches - mask.len_keep}"
             )
-        latent = self._encode(images, mask.ids_keep)
+        visible = self._encode(images, mask.ids_keep, head=self.decoder_embed)
         if predict == "all":
-            pred = self.forward_decoder(latent, mask.ids_restore)
+            pred = self._decode_all(visible, mask.ids_restore)
             scored = ops.gather_tokens(pred, mask.ids_predict)
         else:
-            pred = scored = self._decode(latent, mask)
+            pred = scored = self._decode(visible, mask)
         removed = mask.mask.float()
         # a mask passed by the user may predict visible patches too, which have no loss
         weight = removed.gather(1, mask.ids_predict) if given else None
@@ -200,8 +200,8 @@ class MaskedAutoencoderViT(nn.Module):
         self._check_images(images)
         return self._encode(images, None)
 
-    def _encode(self, images: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """Encode the patches `ids_keep` of images, None for all: (B, 1+K, D), class token first."""
+    def _encode(self, images: Tensor, ids_keep: Tensor | None, head: nn.Module | None = None) -> Tensor:
+        """Encode the patches `ids_keep` of images, None for all: (B, 1+K, D), class token first; then apply `head`."""
         mean, std = self._stats(images)
         tokens = self.patch_embed(
             images,
@@ -211,12 +211,12 @@ class MaskedAutoencoderViT(nn.Module):
             mean=mean,
             std=std,
         )
-        return run_blocks(self.blocks, self.norm, tokens, checkpointing=self._checkpointing())
+        return run_blocks(self.blocks, self.norm, tokens, checkpointing=self._checkpointing(), head=head)
 
-    def _decode(self, latent: Tensor, mask: Mask) -> Tensor:
-        """Decode latent (B, 1+K, D) to predictions (B, M, P) of the predicted patches."""
+    def _decode(self, visible: Tensor, mask: Mask) -> Tensor:
+        """Decode tokens (B, 1+K, D) in the decoder's width to predictions (B, M, P) of the predicted patches."""
         tokens = ops.decoder_tokens(
-            self._decoder_embed(latent),
+            visible.to(self.mask_token.dtype),
             mask.ids_keep,
             mask.ids_predict,
             self.mask_token.flatten(),
@@ -232,8 +232,17 @@ class MaskedAutoencoderViT(nn.Module):
             head=self.decoder_pred,
         )
 
-    def _decoder_embed(self, latent: Tensor) -> Tensor:
-        return linear(latent, self.decoder_embed).to(self.mask_token.dtype)
+    def _decode_all(self, visible: Tensor, ids_restore: Tensor) -> Tensor:
+        """Decode tokens (B, 1+K, D) in the decoder's width to predictions (B, L, P) of all patches, in grid order."""
+        tokens = ops.unshuffle(
+            visible.to(self.mask_token.dtype),
+            ids_restore,
+            self.mask_token.flatten(),
+            self.decoder_pos_embed[0],
+            num_prefix_tokens=1,
+        )
+        out = run_blocks(self.decoder_blocks, self.decoder_norm, tokens, checkpointing=self._checkpointing())
+        return linear(out[:, 1:], self.decoder_pred)
 
     def _loss(self, pred: Tensor, images: Tensor, ids: Tensor, weight: Tensor | None) -> Tensor:
         mean, std = self._stats(images)
@@ -311,15 +320,7 @@ class MaskedAutoencoderViT(nn.Module):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Decode latent x (B, 1+K, D) to predictions (B, L, P) of all patches, in grid order."""
-        tokens = ops.unshuffle(
-            self._decoder_embed(x),
-            ids_restore,
-            self.mask_token.flatten(),
-            self.decoder_pos_embed[0],
-            num_prefix_tokens=1,
-        )
-        out = run_blocks(self.decoder_blocks, self.decoder_norm, tokens, checkpointing=self._checkpointing())
-        return linear(out[:, 1:], self.decoder_pred)
+        return self._decode_all(linear(x, self.decoder_embed), ids_restore)
 
     def forward_loss(self, imgs: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the scalar loss of pred (B, L, P) for imgs (B, C, H, W) and mask (B, L), 1 = removed."""
