@@ -234,14 +234,13 @@ class Block(nn.Module):
             raise ValueError("memory_rope must be given with rope, the angles of the queries; got memory_rope alone")
         if options.rope is not None and options.memory_rope is None and self.attn is None:
             raise ValueError("rope must be given with memory_rope in a block without self-attention; got rope alone")
-        batch, tokens = x.shape[:2]
         if isinstance(self.attn, Attention):
             names = "key_mask", "bias", "rope", "rope"
-            options.own().check(names, batch, tokens, tokens, self.attn.num_heads, self.attn.head_dim)
+            options.own().check(names, x, x.shape[1], self.attn.num_heads, self.attn.head_dim)
         if isinstance(self.cross_attn, Attention) and options.memory is not None:
             names = "memory_mask", "memory_bias", "rope", "memory_rope"
             heads = self.cross_attn.num_heads, self.cross_attn.head_dim
-            options.cross().check(names, batch, tokens, options.memory.shape[1], *heads)
+            options.cross().check(names, x, options.memory.shape[1], *heads)
 
     def _add(
         self,

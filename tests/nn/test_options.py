@@ -401,6 +401,13 @@ def test_wrong_chain(wrong, error, message):
         ("memory", dict(rope=torch.randn(1, 5, 1, 4)), ValueError, r"rope must have shape \(any, 7, any, any\)"),
         ("memory rope", dict(memory_rope=torch.randn(1, 7, 1, 4)), ValueError, r"memory_rope must have shape \(any, 5"),
         ("memory memory_rope", {}, ValueError, "memory_rope must be given with rope"),
+        (
+            "memory",
+            dict(key_mask=torch.ones(3, 7, device="meta").bool()),
+            ValueError,
+            "key_mask .*same device.* on meta",
+        ),
+        ("memory", dict(memory=torch.ones(3, 5, 20, device="meta")), ValueError, "memory must .*same device.* on meta"),
     ],
 )
 def test_wrong_options(names, changed, error, message):
