@@ -8,6 +8,7 @@ from .interop.convert.huggingface import from_huggingface, to_huggingface
 from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .masking import Mask
+from .models.inputs import Patches
 from .models.mae import (
     MaskedAutoencoderViT,
     mae_vit_base_patch16,
@@ -22,6 +23,7 @@ __all__ = [
     "MAEOutput",
     "Mask",
     "MaskedAutoencoderViT",
+    "Patches",
     "UnsupportedModelError",
     "__version__",
     "accelerate",

@@ -83,9 +83,11 @@ def gather_patches(
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gather patches (B, K, P) as rows in the order (c, *patch): (x - mean) / std, uint8 first divided by 255."""
+    """Gather patches (B, K, P) as rows in the order (c, *patch): (x - mean) / std, uint8 first divided by 255, uint16 by
+    65535.
+    """
     if dtype is None:
-        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     patch, grid = patch_grid(images.shape, patch_size)
     out = images.new_empty(*ids.shape, images.shape[1] * math.prod(patch), dtype=dtype)
     refuse_float64(images, out)

@@ -2,13 +2,22 @@
 
 namespace fastmim::cuda {
 
+namespace {
+
+Pixels pixels_of(const Tensor& images) {
+  if (images.scalar_type() == at::kByte) return Pixels::uint8;
+  return images.scalar_type() == at::kUInt16 ? Pixels::uint16 : Pixels::floating;
+}
+
+}  // namespace
+
 PatchTensors::PatchTensors(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size,
                            const OptionalTensor& mean_of, const OptionalTensor& std_of)
     : mean(as_float(mean_of)), std(as_float(std_of)) {
   check_std(std);
   Patches& patches = rows.patches;
-  patches.is_uint8 = images.scalar_type() == at::kByte;
-  patches.type = patches.is_uint8 ? Type::f32 : type_of(images);
+  patches.pixels = pixels_of(images);
+  patches.type = patches.pixels == Pixels::floating ? type_of(images) : Type::f32;
   patches.images = address(images);
   patches.mean = address_of<float>(mean), patches.std = address_of<float>(std);
   patches.axes = static_cast<int>(patch_size.size());

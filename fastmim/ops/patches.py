@@ -30,15 +30,16 @@ def gather_patches(
     """Gather the chosen patches of each image as rows, normalised.
 
     Args:
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, read in place. uint8 is divided by
-            255 first.
+        images: (B, C, T), (B, C, H, W) or (B, C, T, H, W), uint8, uint16 or floating, any strides, read in place.
+            uint8 is divided by 255 first, uint16 by 65535.
         ids: (B, K) int64 patches in row-major grid order, distinct in a row.
         patch_size: one int, or one per axis.
         mean, std: per channel, a sequence or 1-D tensor of C; (x - mean) / std. Default 0 and 1.
-        dtype: of the result; default the images', for uint8 torch's default dtype.
+        dtype: of the result; default the images', for integers torch's default dtype.
 
     Returns:
-        (B, K, P), P = C·p·p in the order (c, p, p) of convolution weights. Floating images that require grad get one.
+        (B, K, P), P = C·p·p in the order (c, p, p) of convolution weights, or (c, *patch) for other numbers of axes.
+        Floating images that require grad get one.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device; images not divisible by the patch; mean or std of another
@@ -48,7 +49,7 @@ def gather_patches(
     patch, _ = patch_grid(images, patch_size)
     ids = check_ids("ids", ids, images.shape[0])
     if dtype is None:
-        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16; got {dtype}")
     mean, std = channel_stats(images, mean, std)
@@ -74,7 +75,7 @@ def embed_patches(
 
     Args:
         images, ids, mean, std: as in `gather_patches`.
-        weight: (D, C, p, p) or (D, C, pt, p, p); its last axes are the patch size.
+        weight: (D, C, p), (D, C, p, p) or (D, C, pt, p, p), as images; its last axes are the patch size.
         bias: (D,).
         pos_embed: (L, D), one row per patch, without the prefix.
         prefix: (N, D) rows written before the patches (a class token with its position).
@@ -89,7 +90,7 @@ def embed_patches(
     check_images(images)
     check_tensor("weight", weight)
     check_floating("weight", weight)
-    if weight.dim() not in (4, 5) or weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
+    if weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
         raise ValueError(
             "weight must have shape (width, channels, *patch) with the channels and axes of images "
             f"{tuple(images.shape)}; got {tuple(weight.shape)}"

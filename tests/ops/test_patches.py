@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from fastmim import ops
 
 BAD_IMAGES = (
-    (dict(images=lambda x: x[0]), ValueError, r"images must be \(B, C, H, W\) or .*got shape \(3, 6, 9\)"),
+    (dict(images=lambda x: x[0, 0]), ValueError, r"images must be \(B, C, T\), .*got shape \(6, 9\)"),
     (dict(images=lambda x: x[..., :-1]), ValueError, r"images of size \(6, 8\).*multiple of patch_size \(2, 3\)"),
     (dict(mean=[0.0, 1.0]), ValueError, r"mean must have one value for each of the 3 channels, got 2: \[0.0, 1.0\]"),
     (dict(std=[1.0] * 4), ValueError, "std must have one value for each of the 3 channels, got 4"),
@@ -68,7 +68,7 @@ BAD_PATCHES = (
 class TestGatherPatches(Indexed):
     op = staticmethod(ops.gather_patches)
     lists = dict(picture=PICTURES, keep=KEEPS, batch=BATCHES)
-    options = dict(pixels=("uint8", "float"), stats=("none", "list", "tensor", "only mean", "only std"))
+    options = dict(pixels=("uint8", "uint16", "float"), stats=("none", "list", "tensor", "only mean", "only std"))
     layouts = (*LAYOUTS, "channels last")
     leaves = batched = ("images",)
     large = dict(picture=(3, (16, 16), (14, 14)), keep="all", batch=5)
@@ -100,12 +100,14 @@ class TestGatherPatches(Indexed):
         expected = lambda images, ids, patch_size, dtype: take(cut(images, patch_size).flatten(2), ids)  # noqa: E731
         check_same_bits(run(self.op, arguments, layout), run(expected, arguments, layout))
 
-    def test_uint8_is_divided_by_255_exactly(self):
-        """The nearest number to v / 255 for each v, in torch's default dtype."""
-        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).to(DEVICE)
-        patch = ops.gather_patches(images, torch.tensor([[0]], device=DEVICE), 16)
+    @pytest.mark.parametrize("dtype, side", [(torch.uint8, 16), (torch.uint16, 256)], ids=str)
+    def test_integers_are_divided_exactly(self, dtype, side):
+        """The nearest number to v / 255 or v / 65535 for each v, in torch's default dtype."""
+        values = torch.arange(side**2)
+        images = values.to(dtype).view(1, 1, side, side).to(DEVICE)
+        patch = ops.gather_patches(images, torch.tensor([[0]], device=DEVICE), side)
         # divided on the CPU: on a GPU PyTorch multiplies by the rounded 1 / 255
-        nearest = (torch.arange(256) / 255).to(DEVICE)
+        nearest = (values / (side**2 - 1)).to(DEVICE)
         assert torch.equal(patch.flatten(), nearest) and patch.dtype == torch.float32
 
     def test_no_ids(self):
@@ -151,10 +153,10 @@ class TestGatherPatches(Indexed):
         dtype=st.sampled_from(DTYPES),
         layout=st.sampled_from((*LAYOUTS, "channels last")),
         batch=st.integers(0, 3),
-        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=3),
+        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=3),
         channels=st.integers(1, 14),
         keep=st.integers(0, 30),
-        pixels=st.sampled_from(("uint8", "float")),
+        pixels=st.sampled_from(("uint8", "uint16", "float")),
         stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
     )
     def test_fuzz(self, axes, channels, **case):
@@ -191,7 +193,7 @@ class TestEmbedPatches(Indexed):
     @staticmethod
     def eager(images, ids, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None):
         """Embed the whole image, then gather."""
-        convolve = F.conv2d if images.dim() == 4 else F.conv3d
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[images.dim()]
         grid = convolve(normalized(images, mean, std, weight.dtype), weight, bias, stride=weight.shape[2:])
         tokens = grid.flatten(2).transpose(1, 2)
         tokens = take(tokens if pos_embed is None else tokens + pos_embed, ids)
@@ -221,11 +223,12 @@ class TestEmbedPatches(Indexed):
         del arguments[absent]
         check_op(self.op, self.eager, arguments)
 
-    def test_uint8_computes_in_the_dtype_of_the_weight(self):
-        arguments = self.sample(torch.bfloat16, pixels="uint8")
+    @pytest.mark.parametrize("pixels", ["uint8", "uint16"])
+    def test_integers_compute_in_the_dtype_of_the_weight(self, pixels):
+        arguments = self.sample(torch.bfloat16, pixels=pixels)
         assert self.op(**arguments).dtype == torch.bfloat16
         with autocast():
-            assert self.op(**self.sample(pixels="uint8")).dtype == torch.bfloat16
+            assert self.op(**self.sample(pixels=pixels)).dtype == torch.bfloat16
 
     def test_over_2_31_elements(self):
         images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=torch.uint8)

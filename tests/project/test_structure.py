@@ -116,6 +116,7 @@ def test_public_names():
         "MAEOutput",
         "Mask",
         "MaskedAutoencoderViT",
+        "Patches",
         "UnsupportedModelError",
         "__version__",
         "accelerate",
