@@ -15,9 +15,10 @@ from .._checks import check_count, check_floating, check_number, check_same, che
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
 from ..nn.fused import residual_stream
+from ..nn.patch_embed import add_positions
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, channel_constants, check_sizes
 from .inputs import Patches, first_tensor
-from .positions import add_positions, learned, rope_table, rows_of, sincos
+from .positions import learned, rope_table, rows_of, sincos
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 POSITIONS = ("sincos", "learned", "rope", "none")
@@ -239,12 +240,13 @@ class Encoder(nn.Module):
         """Return whether `embed` is the one of this class, so that positions are added in the same pass."""
         return getattr(self.embed, "__func__", None) is Encoder.embed
 
-    def _angles(self, head_dim: int, tokens: Tensor, *ids: Tensor) -> Tensor | None:
+    def _angles(self, head_dim: int, tokens: Tensor, *ids: Tensor, prefix: bool = True) -> Tensor | None:
         """Return the rotary angles (B, N+K, A, n) of prefix tokens and patches `ids`, by default all; None without."""
         if self.position != "rope":
             return None
-        table = rope_table(head_dim, self.grid_size, self.num_prefix_tokens, tokens.device)
-        return rows_of(table, self.num_prefix_tokens, ids) if ids else table[None]
+        count = self.num_prefix_tokens if prefix else 0
+        table = rope_table(head_dim, self.grid_size, count, tokens)
+        return rows_of(table, count, ids) if ids else table[None]
 
     def _keys(self, *valid: Tensor | None) -> Tensor | None:
         """Return the key mask (B, N+K) of prefix tokens and a ragged mask's patches; None for other masks."""

@@ -16,6 +16,7 @@ from ..masking import Mask
 from ..nn import Block, linear, run_blocks
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
+from ..nn.patch_embed import add_positions, normalized, patches_as_image
 from .inputs import Patches, first_tensor, patchify, unpatchify
 from .output import MAEOutput
 
@@ -235,7 +236,7 @@ class MaskedAutoencoder(Encoder):
         mean, std = self._stats(images)
         patch_size = self.patch_size
         if isinstance(images, Patches):
-            images, ids, patch_size = images.as_image("predicted", self.in_chans)
+            images, ids, patch_size = patches_as_image(images.predicted, self.in_chans)
         return ops.pixel_loss(
             pred,
             images,
@@ -390,6 +391,29 @@ class MaskedAutoencoder(Encoder):
         if self.norm_pix_loss:
             mean, deviation = self._scales(ops.gather_tokens(target, out.ids_predict))
             pred = pred * deviation + mean
-        shape = (1, 1, -1, self.in_chans)
-        std, mean = (images.new_tensor(stat or [default] * self.in_chans, dtype=torch.float32) for stat, default in ((self.std, 1.0), (self.mean, 0.0)))
-        canvas = torch.full_like(target, 0.5)
+        scale = torch.tensor(self.std or [1.0] * self.in_chans, device=images.device)
+        shift = torch.tensor(self.mean or [0.0] * self.in_chans, device=images.device)
+
+        def picture(values: Tensor) -> Tensor:
+            shown: Tensor = values.unflatten(-1, (-1, self.in_chans)) * scale + shift
+            return shown.flatten(-2)
+
+        # the padding of a ragged mask goes to a column of its own, which is cut off
+        keep, predict = (
+            ids if valid is None else ids.where(valid, self.num_patches)
+            for ids, valid in ((out.ids_keep, out.valid_keep), (out.ids_predict, out.valid_predict))
+        )
+        canvas = target.new_full((images.shape[0], self.num_patches + 1, target.shape[2]), 0.5)
+        row = torch.arange(images.shape[0], device=images.device)[:, None]
+        canvas[row, predict] = picture(pred)
+        canvas[row, keep] = picture(ops.gather_tokens(target, out.ids_keep))
+        return self.unpatchify(canvas[:, :-1]).clamp(0, 1)
+
+    def _scales(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and deviation by which `norm_pix_loss` normalises target (B, M, P), to broadcast with it."""
+        if self.norm_pix_loss == "channel":
+            var, mean = torch.var_mean(target.unflatten(2, (-1, self.in_chans)), dim=2)
+            values = target.shape[2] // self.in_chans
+            return mean.repeat(1, 1, values), (var.sqrt() + 1e-6).repeat(1, 1, values)
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        return mean, (var + 1e-6).sqrt()

@@ -113,8 +113,10 @@ def test_forbidden_imports_are_found(part, source):
 
 def test_public_names():
     assert fastmim.__all__ == sorted(fastmim.__all__) == [
+        "Encoder",
         "MAEOutput",
         "Mask",
+        "MaskedAutoencoder",
         "MaskedAutoencoderViT",
         "Patches",
         "UnsupportedModelError",
@@ -180,6 +182,10 @@ MASKS = [
     [
         *OPS,
         *MASKS,
+        fastmim.Encoder.encode,
+        fastmim.MaskedAutoencoder.forward,
+        fastmim.MaskedAutoencoder.decode,
+        fastmim.MaskedAutoencoder.loss,
         fastmim.MaskedAutoencoderViT.forward,
         fastmim.load,
         fastmim.interop.xformers.memory_efficient_attention,
