@@ -109,7 +109,7 @@ class Encoder(nn.Module):
                 f"{side}embed_dim must be at least {2 * num_axes} times {side}num_heads {num_heads} for rotary positions "
                 f"on {num_axes} axes, got {width}"
             )
-        if self.position == "sincos" and width % 4:
+        if self.position == "sincos" and num_axes == 2 and width % 4:
             raise ValueError(f"{side}embed_dim must be a multiple of 4 for the sine-cosine position table, got {width}")
         if self.position in ("rope", "none"):
             return None
