@@ -92,7 +92,7 @@ def test_checkpointing_is_bit_equal():
 def test_taps(kind):
     model = encoder(depth=3)
     images, mask = draw(model), None if kind is None else masks(model)[kind]
-    latent, (first, last) = model.encode(images, mask, taps=(2, 0))
+    latent, (last, first) = model.encode(images, mask, taps=(2, 0))
     assert torch.equal(latent, model.encode(images, mask))
     for row, image in enumerate(images):
         keep = None if mask is None else rows(mask)[row][0]
@@ -241,7 +241,6 @@ def test_bad_arguments_are_refused(changes, error, message):
     [
         (dict(taps=(2,)), ValueError, r"taps must be in 0..1, got 2"),
         (dict(taps=(-1,)), ValueError, r"taps must be in 0..1, got -1"),
-        (dict(taps=(0, 0)), ValueError, r"taps must be distinct, got \(0, 0\)"),
         (dict(taps=("0",)), TypeError, "taps must be an int, got str"),
         (dict(stop=True), ValueError, "stop=True needs taps"),
         (dict(mask=masking.random(BATCH, 9, 0.5)), ValueError, "mask must be of 3 images of 8 patches; got 3 of 9"),
