@@ -14,11 +14,12 @@ from .. import masking, ops
 from .._checks import check_count, check_tensor
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
+from ..nn.patch_embed import add_positions, normalized, patches_as_image
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
 from .inputs import Patches, first_tensor, patchify, unpatchify
 from .output import MAEOutput
+from .pictures import paste
 
 DECODERS = ("self", "cross", "both", None)
 
@@ -103,8 +104,8 @@ class MaskedAutoencoder(Encoder):
 
         width = embed_dim if decoder is None else decoder_embed_dim
         if decoder is not None:
-            decoder_mlp_ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
-            check_sizes("decoder_", width, decoder_depth, decoder_num_heads, decoder_mlp_ratio)
+            ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
+            check_sizes("decoder_", width, decoder_depth, decoder_num_heads, ratio)
             if decoder != "cross":
                 self.decoder_embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -115,7 +116,7 @@ class MaskedAutoencoder(Encoder):
                 Block(
                     width,
                     decoder_num_heads,
-                    decoder_mlp_ratio,
+                    ratio,
                     qkv_bias,
                     norm_layer,
                     self_attention=decoder != "cross",
@@ -183,7 +184,7 @@ class MaskedAutoencoder(Encoder):
         if self.decoder is None:
             return linear(latent, self.decoder_pred)  # type: ignore[arg-type]
         tokens, options = self._decoder_input(latent, mask, context)
-        return run_blocks(
+        pred: Tensor = run_blocks(
             self.decoder_blocks,
             self.decoder_norm,
             tokens,
@@ -192,6 +193,7 @@ class MaskedAutoencoder(Encoder):
             head=self.decoder_pred,
             **options,
         )
+        return pred
 
     def loss(
         self,
@@ -384,36 +386,6 @@ class MaskedAutoencoder(Encoder):
             out: output of the model.
         """
         self._check_images(images)
-        target = self.patchify(normalized(images, *self._stats(images)).float())
-        pred = out.pred.float()
-        if pred.shape[1] != out.ids_predict.shape[1]:
-            pred = ops.gather_tokens(pred, out.ids_predict)
-        if self.norm_pix_loss:
-            mean, deviation = self._scales(ops.gather_tokens(target, out.ids_predict))
-            pred = pred * deviation + mean
-        scale = torch.tensor(self.std or [1.0] * self.in_chans, device=images.device)
-        shift = torch.tensor(self.mean or [0.0] * self.in_chans, device=images.device)
-
-        def picture(values: Tensor) -> Tensor:
-            shown: Tensor = values.unflatten(-1, (-1, self.in_chans)) * scale + shift
-            return shown.flatten(-2)
-
-        # the padding of a ragged mask goes to a column of its own, which is cut off
-        keep, predict = (
-            ids if valid is None else ids.where(valid, self.num_patches)
-            for ids, valid in ((out.ids_keep, out.valid_keep), (out.ids_predict, out.valid_predict))
-        )
-        canvas = target.new_full((images.shape[0], self.num_patches + 1, target.shape[2]), 0.5)
-        row = torch.arange(images.shape[0], device=images.device)[:, None]
-        canvas[row, predict] = picture(pred)
-        canvas[row, keep] = picture(ops.gather_tokens(target, out.ids_keep))
-        return self.unpatchify(canvas[:, :-1]).clamp(0, 1)
-
-    def _scales(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and deviation by which `norm_pix_loss` normalises target (B, M, P), to broadcast with it."""
-        if self.norm_pix_loss == "channel":
-            var, mean = torch.var_mean(target.unflatten(2, (-1, self.in_chans)), dim=2)
-            values = target.shape[2] // self.in_chans
-            return mean.repeat(1, 1, values), (var.sqrt() + 1e-6).repeat(1, 1, values)
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return mean, (var + 1e-6).sqrt()
+        target = self.patchify(normalized(images, *self._stats(images), None).float())
+        mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
+        return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)

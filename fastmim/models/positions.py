@@ -131,7 +131,8 @@ def rows_of(table: Tensor, num_prefix_tokens: int, ids: Sequence[Tensor]) -> Ten
     batch = ids[0].shape[0]
     flat = table.flatten(1).expand(batch, -1, -1)
     parts = [flat[:, :num_prefix_tokens], *(ops.gather_tokens(flat[:, num_prefix_tokens:], part) for part in ids)]
-    return torch.cat(parts, 1).unflatten(2, table.shape[1:])
+    rows: Tensor = torch.cat(parts, 1).unflatten(2, table.shape[1:])
+    return rows
 
 
 def _frequencies(name: str, width: int, grid_size: Sequence[int]) -> int:
