@@ -14,6 +14,8 @@ from torch import Tensor
 
 NORM_NONE, NORM_PATCH, NORM_CHANNEL = 0, 1, 2
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
+# by which images of integers are divided first
+LARGEST_PIXEL = {torch.uint8: 255, torch.uint16: 65535}
 
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 
@@ -189,12 +191,17 @@ def _cut(
     grid = view.shape[1 : 1 + len(patch_size)]
     limit = grid.numel()
     check_id_values("ids", ids, limit)
-    patches = view[(_batch(ids), *torch.unravel_index(ids.clamp(0, limit - 1), grid))].to(dtype)
+    if images.dtype == torch.uint16:  # whose values PyTorch does not index on each device
+        view = view.view(torch.int16)
+    patches = view[(_batch(ids), *torch.unravel_index(ids.clamp(0, limit - 1), grid))]
+    if images.dtype == torch.uint16:
+        patches = patches.int() & 0xFFFF
+    patches = patches.to(dtype)
     if not _checked(ids):
         valid = ((ids >= 0) & (ids < limit)).reshape(*ids.shape, *[1] * (patches.dim() - 2))
         patches = torch.where(valid, patches, float("nan"))
-    if images.dtype == torch.uint8:
-        patches = patches / 255
+    if images.dtype in LARGEST_PIXEL:
+        patches = patches / LARGEST_PIXEL[images.dtype]
     if mean is not None:
         patches = patches - _channels(mean, patches)
     if std is not None:
@@ -240,13 +247,14 @@ def embed_patches(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    pos_ids: Tensor | None = None,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
     # contiguous, so that the bits of sums do not depend on the layout of the weight
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids if pos_ids is None else pos_ids, "pos_ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)

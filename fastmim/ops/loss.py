@@ -33,8 +33,8 @@ def pixel_loss(
 
     Args:
         pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. If they require grad, they get a
-            gradient through the target, as in facebookresearch/mae, and the target is stored.
+        images: (B, C, T), (B, C, H, W) or (B, C, T, H, W), uint8, uint16 or floating, any strides. If they require
+            grad, they get a gradient through the target, as in facebookresearch/mae, and the target is stored.
         ids: (B, M) int64 patch of each prediction, distinct in a row.
         patch_size: one int, or one per axis.
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all

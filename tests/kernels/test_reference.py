@@ -155,6 +155,8 @@ def test_unshuffle(prefix, len_keep):
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 PICTURES = [((6, 9), (2, 3)), ((4, 4), (4, 4)), ((5, 7), (1, 1)), ((4, 6, 9), (2, 2, 3)), ((3, 2, 2), (1, 2, 1))]
+PICTURES += [((12,), (3,)), ((4,), (1,))]
+INTEGERS = {torch.uint8: 255, torch.uint16: 65535}
 MEAN, STD = torch.tensor([0.5, -0.25, 0.125]).double(), torch.tensor([0.5, 2.0, 0.3]).double()
 
 
@@ -168,14 +170,14 @@ def slices(sizes, patch):
 
 def normalized(images, mean, std):
     """Normalise images as torchvision's ToTensor and Normalize do."""
-    pixels = images.double() / 255 if images.dtype == torch.uint8 else images
+    pixels = images.double() / INTEGERS.get(images.dtype, 1)
     per_channel = (3, *[1] * (images.dim() - 2))
     pixels = pixels if mean is None else pixels - mean.view(per_channel)
     return pixels if std is None else pixels / std.view(per_channel)
 
 
 @pytest.mark.parametrize("mean, std", [(None, None), (MEAN, STD), (MEAN, None), (None, STD)])
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("sizes, patch", PICTURES)
 def test_gather_patches(sizes, patch, pixels, mean, std):
     images, where = draw_images(2, 3, sizes, pixels), slices(sizes, patch)
@@ -187,7 +189,7 @@ def test_gather_patches(sizes, patch, pixels, mean, std):
         return torch.stack([torch.stack(row) for row in rows])
 
     found = reference.gather_patches(images, ids, list(patch), mean, std, torch.float64)
-    if pixels == "uint8":
+    if pixels != "float":
         check(found, formula(images))
         return
     value, grad, (dimages,) = gradients(formula, images)
@@ -196,14 +198,14 @@ def test_gather_patches(sizes, patch, pixels, mean, std):
     check(backward, dimages)
 
 
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("sizes, patch", PICTURES)
 def test_embed_patches(sizes, patch, pixels):
     """The result is the convolution over the whole image, plus position, then the chosen tokens."""
     images, length = draw_images(2, 3, sizes, pixels), len(slices(sizes, patch))
     ids = draw_ids(2, length, max(1, length // 2))
     weight, bias, pos, prefix = randn(5, 3, *patch), randn(5), randn(length, 5), randn(2, 5)
-    convolve = F.conv2d if len(patch) == 2 else F.conv3d
+    convolve = [F.conv1d, F.conv2d, F.conv3d][len(patch) - 1]
     tokens = convolve(normalized(images, MEAN, STD), weight, bias, stride=patch).flatten(2).transpose(1, 2) + pos
     expected = torch.stack([torch.cat([prefix, tokens[b, ids[b]]]) for b in range(2)])
     check(reference.embed_patches(images, ids, weight, bias, pos, prefix, MEAN, STD, torch.float64), expected)
@@ -321,7 +323,7 @@ def check_pixel_loss(target, images, patch, norm, mean=None, std=None):
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("size, p", [((6, 9), 3), ((8, 4), 4), ((2, 6), 2)])
 def test_pixel_loss_of_mae(size, p, pixels, norm_pix):
     images = draw_images(2, 3, size, pixels)

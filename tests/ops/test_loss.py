@@ -56,7 +56,7 @@ class TestPixelLoss(Indexed):
     options = dict(
         norm_pix=(True, "channel", False),
         weighted=(False, True),
-        pixels=("uint8", "float"),
+        pixels=("uint8", "uint16", "float"),
         stats=("none", "list", "tensor", "only mean", "only std"),
     )
     layouts = (*LAYOUTS, "channels last")
@@ -262,7 +262,7 @@ class TestPixelLoss(Indexed):
         keep=st.integers(0, 30),
         norm_pix=st.sampled_from((True, "channel", False)),
         weighted=st.booleans(),
-        pixels=st.sampled_from(("uint8", "float")),
+        pixels=st.sampled_from(("uint8", "uint16", "float")),
         stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
     )
     def test_fuzz(self, axes, channels, norm_pix, **case):
