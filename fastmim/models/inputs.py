@@ -107,6 +107,16 @@ class Patches:
         return Patches(self.visible.to(device), self.predicted.to(device))
 
 
+def first_tensor(inputs: Any) -> Tensor:
+    """Return the first tensor in inputs, which has their batch size and device."""
+    if isinstance(inputs, Tensor):
+        return inputs
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            return leaf
+    raise TypeError(f"images must be a torch.Tensor or hold tensors, got {type(inputs).__name__}")
+
+
 def _unflatten(values: Any, _: Any) -> Patches:
     """Return patches of values that need not be tensors: a tree may hold anything in their place."""
     patches = object.__new__(Patches)

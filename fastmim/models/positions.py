@@ -6,10 +6,13 @@ rows come first.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .. import ops
 
 
 def sincos(embed_dim: int, grid_size: Sequence[int], *, num_prefix_tokens: int = 0) -> Tensor:
@@ -77,17 +80,25 @@ def learned(embed_dim: int, grid_size: Sequence[int], *, num_prefix_tokens: int 
     return nn.init.trunc_normal_(torch.empty(num_prefix_tokens + math.prod(grid_size), embed_dim), std=0.02)
 
 
-def rope_angles(head_dim: int, grid_size: Sequence[int], *, base: float = 100.0, num_prefix_tokens: int = 0) -> Tensor:
+def rope_angles(
+    head_dim: int,
+    grid_size: Sequence[int],
+    *,
+    base: float = 100.0,
+    num_prefix_tokens: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Return the angles of rotary positions, (N+L, A, n) float32 for A axes; prefix rows are zero, not rotated.
 
     Angle i of an axis is its coordinate times base^(-i / n), with n = head_dim // 2A (Su et al., RoFormer, 2021; on two
-    axes CroCo v2's, whose base is 100). The last head_dim − 2An values of a head are not rotated.
+    axes CroCo v2's, whose base is 100). The last head_dim − 2An values of a head are not rotated. Computed in float64.
 
     Args:
         head_dim: width of a head.
         grid_size: patches along each of the A axes.
         base: ratio of the largest frequency, 1, to the one that would follow the smallest.
         num_prefix_tokens: N.
+        device: of the result, where it is computed too, so that nothing is copied to it.
 
     Raises:
         ValueError: head_dim is less than 2A, or base is not positive.
@@ -95,9 +106,33 @@ def rope_angles(head_dim: int, grid_size: Sequence[int], *, base: float = 100.0,
     count = _frequencies("head_dim", head_dim, grid_size)
     if not base > 0:
         raise ValueError(f"base must be positive, got {base}")
-    frequency = float(base) ** -(np.arange(count, dtype=np.float64) / count)
-    angles = np.stack([axis[:, None] * frequency for axis in _coordinates(grid_size)], axis=1)
-    return torch.from_numpy(np.pad(angles, ((num_prefix_tokens, 0), (0, 0), (0, 0))).astype(np.float32))
+    frequencies = torch.exp(torch.arange(count, dtype=torch.float64, device=device) * (-math.log(base) / count))
+    axes = [torch.arange(size, dtype=torch.float64, device=device) for size in grid_size]
+    coordinates = torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], 1)
+    angles = (coordinates[..., None] * frequencies).float()
+    return torch.cat([angles.new_zeros(num_prefix_tokens, *angles.shape[1:]), angles])
+
+
+def rope_table(head_dim: int, grid_size: Sequence[int], num_prefix_tokens: int, tokens: Tensor) -> Tensor:
+    """Return `rope_angles` on the device of tokens, the same tensor at each call in eager mode."""
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor:
+        return rope_angles(head_dim, grid_size, num_prefix_tokens=num_prefix_tokens, device=tokens.device)
+    return _rope_table(head_dim, tuple(grid_size), num_prefix_tokens, tokens.device)
+
+
+@lru_cache(maxsize=32)
+def _rope_table(head_dim: int, grid_size: tuple[int, ...], num_prefix_tokens: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return rope_angles(head_dim, grid_size, num_prefix_tokens=num_prefix_tokens, device=device)
+
+
+def rows_of(table: Tensor, num_prefix_tokens: int, ids: Sequence[Tensor]) -> Tensor:
+    """Return the prefix rows and the rows `ids` of patches, (B, N+K, ...), of a table (N+L, ...)."""
+    batch = ids[0].shape[0]
+    flat = table.flatten(1).expand(batch, -1, -1)
+    parts = [flat[:, :num_prefix_tokens], *(ops.gather_tokens(flat[:, num_prefix_tokens:], part) for part in ids)]
+    rows: Tensor = torch.cat(parts, 1).unflatten(2, table.shape[1:])
+    return rows
 
 
 def _frequencies(name: str, width: int, grid_size: Sequence[int]) -> int:
