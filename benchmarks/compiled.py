@@ -134,7 +134,7 @@ def patches_calls() -> Iterator[Call]:
         weight = single(model.width, 3, model.patch, model.patch)
         pos, prefix = single(model.patches, model.width), single(1, model.width)
         chosen = ids(model.keep(0.75))
-        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16)
+        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16, None)
         yield Call("embed_patches", model.name, args, wide=False)
 
 

@@ -248,13 +248,14 @@ def embed_patches(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    pos_ids: Tensor | None = None,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
     # contiguous, so that the bits of sums do not depend on the layout of the weight
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids if pos_ids is None else pos_ids, "pos_ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)

@@ -216,7 +216,8 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         weight = randn(width, 3, p, p, device=device) / (3 * p * p) ** 0.5
         table = randn(1 + n, width, device=device)
         prefix = table[:1] if prefixed else None
-        return images, chosen, weight, randn(width, device=device), table[1:], prefix, *draw_stats(device), dtype
+        bias = randn(width, device=device)
+        return images, chosen, weight, bias, table[1:], prefix, *draw_stats(device), dtype, None
 
     shape = f"patch {p}"
     if encoder.name != "ViT-L":  # its patches are those of ViT-B

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import axes, check_tensor
 from ..ops.patches import Stat, channel_stats
+from ..reference import LARGEST_PIXEL
 from .fused import residual_stream, unaltered, watched
 
-# the value that becomes 1
-LARGEST = {torch.uint8: 255, torch.uint16: 65535}
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -168,7 +167,7 @@ def normalized(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> 
     """Return images with the mean and std that `ops.gather_patches` applies, in the dtype of `weight`."""
     mean, std = channel_stats(images, mean, std)
     dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
-    x = images.to(dtype) / LARGEST[images.dtype] if images.dtype in LARGEST else images
+    x = images.to(dtype) / LARGEST_PIXEL[images.dtype] if images.dtype in LARGEST_PIXEL else images
     per_channel = (-1, *[1] * (images.dim() - 2))
     x = x if mean is None else x - mean.view(per_channel)
     x = x if std is None else x / std.view(per_channel)

@@ -214,7 +214,7 @@ def test_ops_take_options_by_keyword():
         "attention_varlen": ["scale"],
         "bias_gelu": [],
         "decoder_tokens": ["num_prefix_tokens"],
-        "embed_patches": ["pos_embed", "prefix", "mean", "std"],
+        "embed_patches": ["pos_embed", "pos_ids", "prefix", "mean", "std"],
         "gather_patches": ["mean", "std", "dtype"],
         "gather_tokens": [],
         "pixel_loss": ["norm_pix", "weight", "mean", "std", "loss", "reduction"],
