@@ -152,6 +152,9 @@ def tokens_calls() -> Iterator[Call]:
         visible, pos = empty(BATCH, 1 + k, DECODER_WIDTH), single(1 + n, DECODER_WIDTH)
         grad = empty(BATCH, 1 + n, DECODER_WIDTH)
         yield Call("decoder_tokens", shape, (visible, ids(k), ids(n // 10), mask_token, pos, 1))
+        if model is B:
+            tables = single(BATCH, DECODER_WIDTH), single(BATCH, 1 + n, DECODER_WIDTH)
+            yield Call("decoder_tokens", f"{shape}, of each sample", (visible, ids(k), ids(n // 10), *tables, 1))
         yield Call("unshuffle", shape, (visible, ids(n), mask_token, pos, 1))
         yield Call("unshuffle_backward", shape, (grad, ids(n), k, 1))
 
