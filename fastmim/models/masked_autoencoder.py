@@ -14,7 +14,8 @@ from .. import masking, ops
 from .._checks import check_count, check_tensor
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
+from ..nn.patch_embed import normalized
+from ..ops.patches import as_images
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
 from .inputs import Patches, first_tensor, patchify, unpatchify
@@ -222,9 +223,11 @@ class MaskedAutoencoder(Encoder):
         """
         self._check_inputs(images, mask)
         if weight is None:
-            weight = mask.mask.gather(1, mask.ids_predict)
+            weight = mask.mask.gather(1, mask.ids_predict.long())
+        else:
+            check_tensor("weight", weight, tuple(mask.ids_predict.shape), letters="(batch, predicted patches)")
         if mask.valid_predict is not None:
-            weight = weight * mask.valid_predict
+            weight = weight.masked_fill(~mask.valid_predict, 0)
         return self._pixel_loss(pred, images, mask.ids_predict, weight, reduction)
 
     def _pixel_loss(
@@ -236,9 +239,9 @@ class MaskedAutoencoder(Encoder):
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         mean, std = self._stats(images)
-        patch_size = self.patch_size
+        patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
-            images, ids, patch_size = patches_as_image(images.predicted, self.in_chans)
+            images, ids, patch_size = as_images(images.predicted, self.in_chans)
         return ops.pixel_loss(
             pred,
             images,
@@ -317,23 +320,20 @@ class MaskedAutoencoder(Encoder):
 
     def _with_mask_tokens(self, visible: Tensor, mask: Mask, table: Tensor | None) -> Tensor:
         """Return [prefix; visible; a mask token for each predicted patch], with the positions of `table` if given."""
-        if table is None:
-            return torch.cat([visible, self.mask_token.expand(*mask.ids_predict.shape, -1)], 1)
         return ops.decoder_tokens(
             visible,
             mask.ids_keep,
             mask.ids_predict,
             self.mask_token.flatten(),
-            table[0],
+            None if table is None else table[0],
             num_prefix_tokens=self.num_prefix_tokens,
         )
 
     def _mask_tokens(self, mask: Mask) -> Tensor:
         """Return mask tokens with the positions of the predicted patches, (B, M, D)."""
-        tokens = self.mask_token.expand(*mask.ids_predict.shape, -1)
-        if self.decoder_pos_embed is None:
-            return tokens
-        return add_positions(tokens, mask.ids_predict, self.decoder_pos_embed[0, self.num_prefix_tokens :], None)
+        none = self.mask_token.new_empty(mask.ids_keep.shape[0], 0, self.mask_token.shape[2])
+        table = None if self.decoder_pos_embed is None else self.decoder_pos_embed[0, self.num_prefix_tokens :]
+        return ops.decoder_tokens(none, mask.ids_keep[:, :0], mask.ids_predict, self.mask_token.flatten(), table)
 
     def _narrowed(self, latent: Tensor) -> Tensor:
         """Return latent in the decoder's width, as a residual stream."""
