@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_floating, check_number, check_same, check_tensor
+from .._checks import check_count, check_images, check_number, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
 from ..nn.fused import residual_stream
@@ -282,8 +282,7 @@ class Encoder(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         check_tensor("images", images, (None, self.in_chans, *self.img_size), letters="(batch, in_chans, *img_size)")
-        if images.dtype != torch.uint16:
-            check_floating("images", images, also_uint8=True)
+        check_images(images)
         check_same("device", images=images, model=self.cls_token)
 
     def _check_patches(self, patches: Patches, mask: Mask | None) -> None:

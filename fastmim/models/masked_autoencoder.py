@@ -32,14 +32,15 @@ class MaskedAutoencoder(Encoder):
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, num_prefix_tokens,
             pos_embed, drop_path, mean, std: as in `Encoder`. The decoder has positions of the same kind, and no drop
             path.
-        decoder: what the decoder's tokens attend to. All give the results of computing every patch.
+        decoder: what the decoder's tokens attend to.
             "self": each other; visible and predicted patches are decoded (MAE, He et al., CVPR 2022; with fewer
             predicted patches VideoMAE V2, Wang et al., CVPR 2023).
             "cross": the visible patches; only predicted ones are decoded, each by itself (CrossMAE, Fu et al., 2024).
             "both": each other, and a second view, `context` (CroCo, Weinzaepfel et al., NeurIPS 2022).
             None: there is no decoder; mask tokens go through the encoder (SimMIM, Xie et al., CVPR 2022; BEiT, Bao et
             al., ICLR 2022).
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder, if there
+            is one.
         decoder_mlp_ratio: `mlp_ratio` of the decoder; default that of the encoder.
         out_dim: values predicted for a patch; default P, its pixels, in the order (*patch, c).
         norm_pix_loss: normalise each target patch by its own mean and deviation; "channel": each channel of it.

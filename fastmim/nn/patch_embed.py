@@ -81,8 +81,8 @@ class PatchEmbed(nn.Module):
             images: (B, C, *img_size); with `cut` the patches `ids_keep` alone, (B, K, P), in the order (c, *patch).
             ids_keep: (B, K), by default all L in order.
             cut: images are patches.
-            valid: (B, K) bool, False for patches to embed as if they were zero. What they hold, NaN for one, changes
-                neither the result nor a gradient.
+            valid: (B, K) bool, False for patches whose tokens are to be ignored. What floating ones hold, NaN for one,
+                is embedded as zeros, so that it can't get into a gradient.
             pos_embed: (L, D).
             prefix: (N, D), put before the patches.
             mean, std: as in `fastmim.ops.gather_patches`.
@@ -98,12 +98,9 @@ class PatchEmbed(nn.Module):
         proj = self.proj
         cuts = cuts_patches(proj) and proj.kernel_size == self.patch_size
         if cuts:
-            if valid is not None and not cut:
-                images = ops.gather_patches(
-                    images, ids_keep, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype
-                )
-                cut, mean, std = True, None, None
-            if valid is not None:
+            if valid is not None and images.is_floating_point():
+                if not cut:
+                    images, cut = ops.gather_patches(images, ids_keep, self.patch_size), True
                 images = images.where(valid[..., None], 0)
             tokens = self._embed(images, ids_keep, cut, mean, std, pos_embed, prefix)
             return residual_stream(tokens)

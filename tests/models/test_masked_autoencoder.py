@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from mae_from_paper import assert_exact, gradients
 from plain_autoencoder import BATCH, SHAPES, build, draw, masks, plain_forward, plain_targets, ragged, rows
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmim
 from fastmim import MaskedAutoencoder, Patches, masking, ops
@@ -237,6 +237,23 @@ def test_patches_equal_their_images_bit_for_bit(how, axes, position):
 def wide_patches(model: MaskedAutoencoder, images: Tensor, mask: fastmim.Mask) -> Patches:
     patches = patches_of(model, images.int().double(), mask)
     return Patches(*(x.round().int().to(torch.uint16) for x in (patches.visible, patches.predicted)))
+
+
+def test_a_hooked_projection_is_called():
+    """It computes ragged rows too; patches without their image are not for it."""
+    model = build(norm_pix_loss=True)
+    images, mask = draw(model), ragged(model)
+    expected, patches = model(images, mask=mask).loss, patches_of(model, images, mask)
+    calls = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module)):
+        assert_exact(model(images, mask=mask).loss, expected)
+        assert_exact(model(patches, mask=mask).loss, expected)
+    assert calls.count(model.patch_embed.proj) == 2
+    model.patch_embed.proj.register_forward_hook(lambda *_: calls.clear())
+    assert_exact(model(images, mask=mask).loss, expected)
+    assert not calls
+    with pytest.raises(ValueError, match="patch_embed.proj must be an unaltered convolution to embed patches without"):
+        model(patches, mask=mask)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
