@@ -252,7 +252,7 @@ def test_a_hooked_projection_is_called():
     model.patch_embed.proj.register_forward_hook(lambda *_: calls.clear())
     assert_exact(model(images, mask=mask).loss, expected)
     assert not calls
-    with pytest.raises(ValueError, match="patch_embed.proj must be an unaltered convolution to embed patches without"):
+    with pytest.raises(ValueError, match=r"patch_embed.proj must be an unaltered convolution to embed patches without"):
         model(patches, mask=mask)
 
 
