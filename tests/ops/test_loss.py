@@ -188,7 +188,7 @@ class TestPixelLoss(Indexed):
     @pytest.mark.parametrize("loss", ["squared", "absolute", "huber"])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_errors_of_zero_and_one(self, dtype, loss):
-        """Where the derivatives of the absolute error and of Huber's jump or bend."""
+        """The derivative of the absolute error jumps, that of Huber's bends."""
         errors = torch.tensor([0, 0.5, 1, 2, -0.5, -1, -2, -0.0], dtype=dtype)
         pred = errors.view(1, 1, 8).to(DEVICE).requires_grad_()
         images, ids = torch.zeros(1, 2, 2, 2, device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
