@@ -126,14 +126,15 @@ class PatchEmbed(nn.Module):
         prefix: Tensor | None,
     ) -> Tensor:
         """Embed patches by the weights of `proj`, an unaltered convolution of patches."""
-        proj, ids, patch, pos_ids = self.proj, ids_keep, self.patch_size, None
+        proj, ids, pos_ids = self.proj, ids_keep, None
+        patch: Sequence[int] = self.patch_size
         if cut:
             images, ids, patch = as_images(images, proj.in_channels)
             pos_ids = ids_keep
         if watched():
             # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
             patches = ops.gather_patches(images, ids, patch, mean=mean, std=std, dtype=proj.weight.dtype)
-            tokens = proj(patches.view(-1, proj.in_channels, *self.patch_size)).view(*ids.shape, -1)
+            tokens: Tensor = proj(patches.view(-1, proj.in_channels, *self.patch_size)).view(*ids.shape, -1)
             return add_positions(tokens, ids_keep, pos_embed, prefix)
         return ops.embed_patches(
             images,
