@@ -58,13 +58,13 @@ def info_nce(
     scale = _check_temperature(temperature)
     check_same("device", queries=queries, keys=keys, temperature=scale if isinstance(scale, Tensor) else None)
     dtype = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
-    with without_autocast(queries.device.type):
-        views = [x.to(dtype) for x in (queries, keys)]
-        q, k = [F.normalize(x, dim=-1) for x in views] if normalize else views
-        if isinstance(scale, Tensor):
-            scale = scale.to(dtype)
-        loss = _cross_entropy(q, k, scale, gather)
-        return (loss + _cross_entropy(k, q, scale, gather)) / 2 if symmetric else loss
+    q, k = queries.to(dtype), keys.to(dtype)
+    if normalize:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if isinstance(scale, Tensor):
+        scale = scale.to(dtype)
+    loss = _cross_entropy(q, k, scale, gather)
+    return (loss + _cross_entropy(k, q, scale, gather)) / 2 if symmetric else loss
 
 
 def _check_temperature(temperature: object) -> float | Tensor:
@@ -89,29 +89,45 @@ def _check_positive(temperature: float) -> None:
 def _cross_entropy(rows: Tensor, columns: Tensor, temperature: float | Tensor, gather: bool) -> Tensor:
     """Return the mean cross-entropy of finding each row's column among the columns of all processes."""
     count, first = rows.shape[0], 0
-    if gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        columns, first = _gathered(columns), dist.get_rank() * count
+    gather = gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if gather:
+        first = dist.get_rank() * count
     own = torch.arange(first, first + count, device=rows.device)
-    return F.cross_entropy(rows @ columns.T / temperature, own, reduction="sum") / max(count, 1)
+    scores = _products(rows, columns, gather) / temperature
+    return F.cross_entropy(scores, own, reduction="sum") / max(count, 1)
 
 
-class _Gathered(torch.autograd.Function):
-    """Rows of all processes, in their order; the gradient of a row is the sum of those that all processes have for it.
+class _Products(torch.autograd.Function):
+    """Products of rows (B, D) with the columns (B, D) of this process or, gathered, of all in their order.
 
-    Not torch.distributed's own functions: those with a gradient are deprecated, or have other names in other versions.
+    A column's gradient is the sum of those of all processes. The products are out of autocast's reach, those of the
+    gradients too. torch.distributed's own functions with a gradient are deprecated.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, gather: bool) -> Tensor:
+        if gather:
+            parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, columns.contiguous())
+            columns = torch.cat(parts)
+        ctx.gather = gather
+        ctx.save_for_backward(rows, columns)
+        with without_autocast(rows.device.type):
+            return rows @ columns.T
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.chunk(dist.get_world_size())[dist.get_rank()]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, columns = ctx.saved_tensors
+        of_rows = of_columns = None
+        with without_autocast(grad.device.type):
+            if ctx.needs_input_grad[0]:
+                of_rows = grad @ columns
+            if ctx.needs_input_grad[1]:
+                of_columns = grad.T @ rows
+        if of_columns is not None and ctx.gather:
+            dist.all_reduce(of_columns)
+            of_columns = of_columns.chunk(dist.get_world_size())[dist.get_rank()]
+        return of_rows, of_columns, None
 
 
-_gathered: Callable[[Tensor], Tensor] = _Gathered.apply
+_products: Callable[[Tensor, Tensor, bool], Tensor] = _Products.apply

@@ -173,16 +173,16 @@ def _assemble(
     source = tile_pointers(visible, b, place, step, visible_batch, visible_row, visible_value, UNIT)
     value = tl.load(source, mask=valid & (is_visible & valid_ids)[:, None], other=0.0).to(tl.float32)
     if mask_batch is None:
-        token = tl.load(mask_token + step * mask_value, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
+        token = tl.load(mask_token + step * mask_value, mask=valid_columns, other=0.0).to(tl.float32)
     else:
-        source = mask_token + (b * mask_batch)[:, None] + (step * mask_value)[None, :]
+        source = table_pointers(mask_token, b, step, mask_batch, mask_value, UNIT)
         token = tl.load(source, mask=valid & ~is_visible[:, None], other=0.0).to(tl.float32)
     if pos_batch is None:
         source = table_pointers(pos_embed, position, step, pos_row, pos_value, UNIT)
     else:
         source = tile_pointers(pos_embed, b, position, step, pos_batch, pos_row, pos_value, UNIT)
     pos = tl.load(source, mask=valid & valid_ids[:, None], other=0.0).to(tl.float32)
-    value = tl.where(is_visible[:, None], value, token) + pos
+    value = tl.where(is_visible[:, None], value, token[None, :] if mask_batch is None else token) + pos
     value = tl.where(valid_ids[:, None], value, float("nan"))
     tl.store(out + dense_offsets(row, column, width), value.to(out.dtype.element_ty), mask=valid)
 
@@ -255,7 +255,7 @@ def decoder_tokens(
             pos_embed, *_shared(pos_embed, 2),
             out,
             rows, num_visible, num_predict, num_prefix_tokens, patches, width,
-            UNIT=unit_of(visible, pos_embed), **blocks,
+            UNIT=unit_of(visible, mask_token, pos_embed), **blocks,
         )  # fmt: skip
     return out
 

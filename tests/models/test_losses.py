@@ -139,11 +139,14 @@ class Model(nn.Module):
 
 for name, options in batch["options"].items():
     model = Model()
-    loss = DistributedDataParallel(model)(mine, options)
+    parallel = DistributedDataParallel(model)
+    loss = parallel(mine, options)
     loss.backward()
     found[name] = [loss.detach(), *(p.grad for p in model.parameters())]
 # collectives inside of one graph
-found["fullgraph"] = torch.compile(info_nce, fullgraph=True, backend="aot_eager")(*mine.unbind(1)).detach()
+mine.requires_grad_()
+loss = torch.compile(info_nce, fullgraph=True, backend="aot_eager")(*mine.unbind(1))
+found["compiled"] = [loss.detach(), *torch.autograd.grad(loss, mine)]
 torch.save(found, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -172,4 +175,7 @@ def test_two_processes_learn_as_one(tmp_path):
         torch.testing.assert_close((ranks[0][name][0] + ranks[1][name][0]) / 2, loss.detach())
         for rank in ranks:
             torch.testing.assert_close(rank[name][1:], list(gradients))
-    torch.testing.assert_close((ranks[0]["fullgraph"] + ranks[1]["fullgraph"]) / 2, formula(*images.unbind(1)))
+    # the sum of the processes' losses is twice that of the batch
+    sums = [ranks[0]["compiled"][0] + ranks[1]["compiled"][0], torch.cat([rank["compiled"][1] for rank in ranks])]
+    loss = 2 * formula(*images.requires_grad_().unbind(1))
+    torch.testing.assert_close(sums, [loss.detach(), *torch.autograd.grad(loss, images)])
