@@ -14,7 +14,8 @@ from .. import masking, ops
 from .._checks import check_count, check_tensor
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
+from ..nn.patch_embed import add_positions, normalized
+from ..ops.patches import as_images
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
 from .inputs import Patches, first_tensor, patchify, unpatchify
@@ -238,7 +239,7 @@ class MaskedAutoencoder(Encoder):
         mean, std = self._stats(images)
         patch_size = self.patch_size
         if isinstance(images, Patches):
-            images, ids, patch_size = patches_as_image(images.predicted, self.in_chans)
+            images, ids, patch_size = as_images(images.predicted, self.in_chans)
         return ops.pixel_loss(
             pred,
             images,
