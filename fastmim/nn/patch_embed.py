@@ -81,8 +81,8 @@ class PatchEmbed(nn.Module):
             images: (B, C, *img_size); with `cut` the patches `ids_keep` alone, (B, K, P), in the order (c, *patch).
             ids_keep: (B, K), by default all L in order.
             cut: images are patches.
-            valid: (B, K) bool, False for patches whose tokens are to be ignored. What floating ones hold, NaN for one,
-                is embedded as zeros, so that it can't get into a gradient.
+            valid: (B, K) bool, False for patches to embed as if they were zero. What they hold, NaN for one, changes
+                neither the result nor a gradient, unless an altered `proj` reads the whole images.
             pos_embed: (L, D).
             prefix: (N, D), put before the patches.
             mean, std: as in `fastmim.ops.gather_patches`.
@@ -96,63 +96,40 @@ class PatchEmbed(nn.Module):
         if ids_keep is None:
             ids_keep = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
         proj = self.proj
-        cuts = cuts_patches(proj) and proj.kernel_size == self.patch_size
-        if cuts:
-            if valid is not None and images.is_floating_point():
-                if not cut:
-                    images, cut = ops.gather_patches(images, ids_keep, self.patch_size), True
-                images = images.where(valid[..., None], 0)
-            tokens = self._embed(images, ids_keep, cut, mean, std, pos_embed, prefix)
-            return residual_stream(tokens)
-        if cut:
-            raise ValueError(
-                f"patch_embed.proj must be an unaltered convolution to embed patches without their image, got {proj}"
-            )
-        grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
-        whole = proj(normalized(images, mean, std, next(proj.parameters(), None)))
-        check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
-        tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
-        tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
-        return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
+        if not cuts_patches(proj) or proj.kernel_size != self.patch_size:
+            if cut:
+                raise ValueError(
+                    f"patch_embed.proj must be an unaltered convolution to embed patches without images, got {proj}"
+                )
+            grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
+            whole = proj(normalized(images, mean, std, next(proj.parameters(), None)))
+            check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
+            tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
+            tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
+            return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
 
-    def _embed(
-        self,
-        images: Tensor,
-        ids_keep: Tensor,
-        cut: bool,
-        mean: Stat,
-        std: Stat,
-        pos_embed: Tensor | None,
-        prefix: Tensor | None,
-    ) -> Tensor:
-        """Embed patches by the weights of `proj`, an unaltered convolution of patches."""
-        proj, ids, pos_ids = self.proj, ids_keep, None
-        patch: Sequence[int] = self.patch_size
+        weight, ids, pos_ids = proj.weight, ids_keep, None
+        if valid is not None or watched():
+            source = as_images(images, proj.in_channels) if cut else (images, ids_keep, self.patch_size)
+            images = ops.gather_patches(*source, mean=mean, std=std, dtype=weight.dtype)
+            cut, mean, std = True, None, None
+            if valid is not None:
+                images = images.where(valid[..., None], 0)
+            if watched():
+                # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
+                tokens = proj(images.reshape(-1, proj.in_channels, *self.patch_size)).view(*ids_keep.shape, -1)
+                return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
         if cut:
             images, ids, patch = as_images(images, proj.in_channels)
-            pos_ids = ids_keep
-        if watched():
-            # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
-            patches = ops.gather_patches(images, ids, patch, mean=mean, std=std, dtype=proj.weight.dtype)
-            tokens: Tensor = proj(patches.view(-1, proj.in_channels, *self.patch_size)).view(*ids.shape, -1)
-            return add_positions(tokens, ids_keep, pos_embed, prefix)
-        return ops.embed_patches(
-            images,
-            ids,
-            proj.weight.reshape(-1, proj.in_channels, *patch) if cut else proj.weight,
-            proj.bias,
-            pos_embed=pos_embed,
-            pos_ids=pos_ids,
-            prefix=prefix,
-            mean=mean,
-            std=std,
-        )
+            weight, pos_ids = weight.reshape(*weight.shape[:2], *patch), ids_keep
+        options = dict(pos_embed=pos_embed, pos_ids=pos_ids, prefix=prefix)
+        return residual_stream(ops.embed_patches(images, ids, weight, proj.bias, mean=mean, std=std, **options))
 
 
 def add_positions(tokens: Tensor, ids: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
     """Return [prefix; tokens + the rows `ids` of pos_embed], (B, N+K, D), for tokens (B, K, D)."""
     if pos_embed is not None:
-        tokens = tokens + ops.gather_tokens(pos_embed, ids)
+        tokens = tokens + ops.gather_tokens(pos_embed.expand(tokens.shape[0], -1, -1), ids)
     if prefix is not None:
         tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
     return tokens
