@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from cases import Errors, check_draws
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+import fastmim
 from fastmim import _dispatch
 from fastmim.nn import Attention, Block, Mlp, PatchEmbed, fused, run_blocks
 from fastmim.nn.block import Stream
@@ -306,22 +308,62 @@ def test_heads_divide_the_width(dim, heads):
 
 
 @pytest.mark.parametrize(
-    "img_size, patch_size, channels", [(12, 4, 3), ((6, 20), (3, 5), 1), ((4, 4), 4, 14), ([8, 2], (1, 2), 2)]
+    "img_size, patch_size, channels",
+    [
+        (12, 4, 3),
+        ((6, 20), (3, 5), 1),
+        ((4, 4), 4, 14),
+        ([8, 2], (1, 2), 2),
+        ((12,), (3,), 2),
+        ((4, 6, 6), (2, 3, 2), 2),
+        (4, (1, 2, 4), 1),
+    ],
 )
 def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
     embed = random_(PatchEmbed(img_size, patch_size, channels, DIM))
     images = torch.randn(3, channels, *embed.img_size, dtype=torch.float64, requires_grad=True)
-    rows, columns = embed.grid_size
     whole = embed.proj(images)
-    assert whole.shape[2:] == (rows, columns) and embed.num_patches == rows * columns
-    whole = whole.flatten(2).transpose(1, 2)
+    assert whole.shape[2:] == embed.grid_size and embed.num_patches == whole[0, 0].numel()
+    whole, patches = whole.flatten(2).transpose(1, 2), embed.num_patches
     assert_same(embed(images), whole, embed, images)
 
-    ids = torch.rand(3, rows * columns).argsort(1)[:, : (rows * columns + 1) // 2]
-    pos, prefix = torch.randn(rows * columns, DIM).double(), torch.randn(2, DIM).double()
+    ids = torch.rand(3, patches).argsort(1)[:, : (patches + 1) // 2]
+    pos, prefix = torch.randn(patches, DIM).double(), torch.randn(2, DIM).double()
     chosen = (whole + pos).gather(1, ids[..., None].expand(-1, -1, DIM))
     expected = torch.cat([prefix.expand(3, -1, -1), chosen], dim=1)
     assert_same(embed(images, ids, pos_embed=pos, prefix=prefix), expected, embed, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.uint16])
+@pytest.mark.parametrize("img_size, patch_size", [((12,), (3,)), ((6, 20), (3, 5)), ((4, 6, 6), (2, 3, 2))])
+def test_patch_embed_of_patches_without_images(img_size, patch_size, dtype):
+    """Equal bits, gradients included; hooks see `proj` called, on the same patches; padding has no influence."""
+    torch.manual_seed(0)
+    embed = PatchEmbed(img_size, patch_size, 2, DIM)
+    values = torch.rand(2, 2, *img_size) * {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}[dtype]
+    images, ids = values.to(dtype), torch.rand(2, embed.num_patches).argsort(1)[:, :3]
+    patches = fastmim.ops.gather_patches(images.float(), ids, patch_size).to(dtype)
+    table, prefix = torch.randn(embed.num_patches, DIM), torch.randn(1, DIM)
+    options = dict(pos_embed=table, prefix=prefix, mean=[0.1, 0.2], std=[0.5, 0.6])
+
+    def run(inputs, **more):
+        embed.zero_grad()
+        tokens = embed(inputs, ids, **options, **more)
+        tokens.square().sum().backward()
+        return [tokens.detach(), *(p.grad for p in embed.parameters())]
+
+    whole, valid = run(images), torch.tensor([[True, True, True], [True, False, True]])
+    assert all(map(torch.equal, run(patches, cut=True), whole))
+    padded = run(images, valid=valid)
+    patches[1, 1] = 7
+    assert all(map(torch.equal, run(patches, cut=True, valid=valid), padded))
+    assert torch.equal(padded[0][:, 1:][valid], whole[0][:, 1:][valid])
+    calls = []
+    handle = register_module_forward_hook(lambda module, args, out: calls.append(type(module)))
+    torch.testing.assert_close(run(images), whole)
+    torch.testing.assert_close(run(patches, cut=True, valid=valid), padded)
+    handle.remove()
+    assert calls == [type(embed.proj), PatchEmbed] * 2
 
 
 @pytest.mark.parametrize(
@@ -332,6 +374,10 @@ def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
         (0, 8, r"img_size must be at least 1, got 0"),
         (8, -8, r"patch_size must be at least 1, got -8"),
         ((8, 8, 8), 8, r"img_size must be an int or one int per axis \(2 of them\), got \(8, 8, 8\)"),
+        ((8, 8), (8,), r"img_size must be an int or one int per axis \(1 of them\), got \(8, 8\)"),
+        (8, (1, 2, 4, 8), r"patch_size must be an int, for two axes, or .* 1 to 3, got \(1, 2, 4, 8\)"),
+        (8, (), r"patch_size must be an int, .*, got \(\)"),
+        (8, "8", r"patch_size must be an int or one int per axis \(2 of them\), got '8'"),
     ],
 )
 def test_patch_embed_refuses_sizes(img_size, patch_size, message):

@@ -113,9 +113,12 @@ def test_forbidden_imports_are_found(part, source):
 
 def test_public_names():
     assert fastmim.__all__ == sorted(fastmim.__all__) == [
+        "Encoder",
         "MAEOutput",
         "Mask",
+        "MaskedAutoencoder",
         "MaskedAutoencoderViT",
+        "Patches",
         "UnsupportedModelError",
         "__version__",
         "accelerate",
@@ -181,6 +184,10 @@ MASKS = [
     [
         *OPS,
         *MASKS,
+        fastmim.Encoder.encode,
+        fastmim.MaskedAutoencoder.forward,
+        fastmim.MaskedAutoencoder.decode,
+        fastmim.MaskedAutoencoder.loss,
         *LOSSES,
         fastmim.MaskedAutoencoderViT.forward,
         fastmim.load,
