@@ -105,9 +105,7 @@ def check_images(images: object) -> None:
     check_tensor("images", images)
     assert isinstance(images, Tensor)
     if images.dim() not in (3, 4, 5):
-        raise ValueError(
-            f"images must be (B, C, T), (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}"
-        )
+        raise ValueError(f"images must be (B, C, T), (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
     if images.dtype not in (torch.uint8, torch.uint16, *FLOATING):
         raise TypeError(
             f"images must be of dtype uint8, uint16, float64, float32, bfloat16 or float16; got {images.dtype}"

@@ -14,9 +14,9 @@ from .. import masking, ops
 from .._checks import check_count, check_tensor
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
+from ..nn.patch_embed import add_positions, normalized, patches_as_image
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
 from .inputs import Patches, first_tensor, patchify, unpatchify
 from .output import MAEOutput
 

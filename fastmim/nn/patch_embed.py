@@ -118,9 +118,7 @@ class PatchEmbed(nn.Module):
         tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
         return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
 
-    def _embed_cut(
-        self, images: Tensor, ids: Tensor, cut: bool, valid: Tensor | None, mean: Stat, std: Stat
-    ) -> Tensor:
+    def _embed_cut(self, images: Tensor, ids: Tensor, cut: bool, valid: Tensor | None, mean: Stat, std: Stat) -> Tensor:
         """Embed the patches `ids` of images by themselves: (B, K, D), without positions."""
         proj = self.proj
         if not cut:
