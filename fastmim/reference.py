@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_NONE, NORM_PATCH, NORM_CHANNEL = 0, 1, 2
+LOSS_SQUARED, LOSS_ABSOLUTE, LOSS_HUBER = 0, 1, 2
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
 # by which images of integers are divided first
 LARGEST_PIXEL = {torch.uint8: 255, torch.uint16: 65535}
@@ -411,23 +412,43 @@ def pixel_loss(
     weight: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
+    loss: int,
+    reduction: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient by pred (else empty)."""
     dtype = upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
-    error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
-    loss = (error.square().mean(-1) * row_scale).sum()
-    grad = error * row_scale[..., None] * (2 / pred.shape[-1]) if need_grad else error.new_empty(0)
-    return loss, grad.to(gradient_dtype(pred.dtype))
+    error, row_scale = pixel_errors(pred, patches, norm_pix, weight, reduction)
+    value = reduced(error_loss(error, loss).mean(-1) * row_scale, reduction)
+    slope, factor = _error_slope(error, loss)
+    grad = slope * row_scale[..., None] * (factor / pred.shape[-1]) if need_grad else error.new_empty(0)
+    return value, grad.to(gradient_dtype(pred.dtype))
 
 
-def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def error_loss(error: Tensor, loss: int) -> Tensor:
+    """Return the loss of each error, as in torch.nn's MSELoss, L1Loss, or HuberLoss with delta 1."""
+    if loss == LOSS_SQUARED:
+        return error.square()
+    return error.abs() if loss == LOSS_ABSOLUTE else F.huber_loss(error, torch.zeros_like(error), reduction="none")
+
+
+def _error_slope(error: Tensor, loss: int) -> tuple[Tensor, int]:
+    """Return the derivative of `error_loss` as a tensor, NaN where the error is, times a factor."""
+    if loss == LOSS_SQUARED:
+        return error, 2
+    # torch's sign of NaN is 0
+    return (torch.where(error.isnan(), error, error.sign()) if loss == LOSS_ABSOLUTE else error.clamp(-1, 1)), 1
+
+
+def pixel_errors(
+    pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None, reduction: int
+) -> tuple[Tensor, Tensor]:
     """Return pred (B, M, P) minus its target, the normalised patches (B, M, C, *patch), and the scale of each row.
 
     Both are 0 for a row of weight 0, even where it holds NaN.
     """
-    row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), REDUCE_MEAN)
+    row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), reduction)
     if weight is not None:
         idle = row_scale == 0
         patches = patches.masked_fill(idle.reshape(*idle.shape, *[1] * (patches.dim() - 2)), 0)
@@ -463,6 +484,11 @@ def _row_scale(weight: Tensor | None, like: Tensor, reduction: int) -> Tensor:
     return torch.where(total != 0, rows / total, 0)
 
 
+def reduced(rows: Tensor, reduction: int) -> Tensor:
+    """Return the scaled losses of rows as they are for REDUCE_NONE, else their sum."""
+    return rows if reduction == REDUCE_NONE else rows.sum()
+
+
 def scaled_cosine_loss(
     pred: Tensor,
     target: Tensor,
@@ -496,7 +522,7 @@ def scaled_cosine_loss(
         return torch.where(size == 0, 0, grad).clamp(-largest, largest).to(gradient_dtype(like.dtype))
 
     return (
-        loss if reduction == REDUCE_NONE else loss.sum(),
+        reduced(loss, reduction),
         gradient(need_pred_grad, x, y, x_size, x_norm, pred),
         gradient(need_target_grad, y, x, y_size, y_norm, target),
     )

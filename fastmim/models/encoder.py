@@ -109,7 +109,7 @@ class Encoder(nn.Module):
                 f"{side}embed_dim must be at least {2 * num_axes} times {side}num_heads {num_heads} for rotary positions "
                 f"on {num_axes} axes, got {width}"
             )
-        if self.position == "sincos" and width % 4:
+        if self.position == "sincos" and num_axes == 2 and width % 4:
             raise ValueError(f"{side}embed_dim must be a multiple of 4 for the sine-cosine position table, got {width}")
         if self.position in ("rope", "none"):
             return None
@@ -164,19 +164,20 @@ class Encoder(nn.Module):
                 and `std`; or `Patches`. A subclass with an `embed` of its own may take other inputs.
             mask: visible patches; default all L, in order. Padding of a ragged mask is not attended to, and what it
                 holds (NaN, say) has no influence.
-            taps: distinct indices of blocks, in 0..depth-1, whose results are returned too.
+            taps: indices of blocks, in 0..depth-1, whose results are returned too.
             stop: compute nothing after the last tap.
 
         Returns:
             (B, N+K, D) after the final norm, prefix tokens first. With taps a pair of that and a list of the tokens
-            after those blocks, in the order of the blocks, without the norm; with `stop` too, of None and the list.
+            after those blocks, in the order of `taps`, without the norm; with `stop` too, of None and the list.
 
         Raises:
             TypeError: images or mask of a wrong type or dtype.
             ValueError: images of another size, a mask of another grid or batch, taps out of range, stop without taps.
         """
+        if stop and not taps:
+            raise ValueError("stop=True needs taps, the last of which is where to stop; got none")
         self._check_inputs(images, mask)
-        taps = self._check_taps(taps, stop)
         tokens, options = self._encoder_input(images, mask)
         return run_blocks(
             self.blocks,
@@ -307,11 +308,3 @@ class Encoder(nn.Module):
                 f"got {mask.ids_keep.shape[0]} of {mask.num_patches}"
             )
         check_same("device", images=first, mask=mask.ids_keep)
-
-    def _check_taps(self, taps: Sequence[int], stop: bool) -> tuple[int, ...]:
-        chosen = tuple(check_count("taps", tap, 0, len(self.blocks) - 1) for tap in taps)
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"taps must be distinct, got {chosen}")
-        if stop and not chosen:
-            raise ValueError("stop=True needs taps, the last of which is where to stop; got none")
-        return tuple(sorted(chosen))

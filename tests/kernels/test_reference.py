@@ -298,28 +298,38 @@ def videomae_target(videos, patch):
     return cubes.flatten(2)
 
 
-def check_pixel_loss(target, images, patch, norm, mean=None, std=None):
+def error_loss(error, loss):
+    """Compute the formulas of MSELoss, L1Loss and HuberLoss with delta 1, from torch's documentation."""
+    size = error.abs()
+    return {"squared": error**2, "absolute": size, "huber": torch.where(size < 1, 0.5 * error**2, size - 0.5)}[loss]
+
+
+LOSSES = dict(squared=reference.LOSS_SQUARED, absolute=reference.LOSS_ABSOLUTE, huber=reference.LOSS_HUBER)
+
+
+def check_pixel_loss(target, images, patch, norm, mean=None, std=None, loss="squared"):
     """Compare with MAE's loss over all patches and a mask, and with weights that depend on the patch."""
     batch, length, values = target.shape
     pred, ids = randn(*target.shape), draw_ids(batch, length, max(1, length // 2))
     mask = torch.zeros(batch, length, dtype=torch.float64).scatter(1, ids, 1)
     weight = torch.rand(batch, length, dtype=torch.float64)
-    chosen = torch.gather(pred, 1, ids[..., None].expand(-1, -1, values))
+    each = ids[..., None].expand(-1, -1, values)
+    chosen = torch.gather(pred, 1, each)
     for w in (None, weight):
         rows = mask if w is None else mask * w
-
-        def formula(pred, rows=rows):
-            return (((pred - target) ** 2).mean(-1) * rows).sum() / rows.sum()
-
-        leaf = pred.clone().requires_grad_()
-        expected = formula(leaf)
-        (gradient,) = torch.autograd.grad(expected, leaf)
         given = None if w is None else w.gather(1, ids)
-        loss, grad = reference.pixel_loss(chosen, images, ids, list(patch), norm, given, mean, std, True)
-        check(loss, expected.detach())
-        check(grad, torch.gather(gradient, 1, ids[..., None].expand(-1, -1, values)))
-        alone, nothing = reference.pixel_loss(chosen, images, ids, list(patch), norm, given, mean, std, False)
-        assert torch.equal(alone, loss) and nothing.numel() == 0
+        for reduction in (reference.REDUCE_NONE, reference.REDUCE_MEAN, reference.REDUCE_SUM):
+            leaf = pred.clone().requires_grad_()
+            losses = error_loss(leaf - target, loss).mean(-1) * rows
+            total = losses.sum() / (rows.sum() if reduction == reference.REDUCE_MEAN else 1)
+            (gradient,) = torch.autograd.grad(total, leaf)
+            expected = losses.gather(1, ids) if reduction == reference.REDUCE_NONE else total
+            arguments = chosen, images, ids, list(patch), norm, given, mean, std, LOSSES[loss], reduction
+            found, grad = reference.pixel_loss(*arguments, True)
+            check(found, expected.detach())
+            check(grad, torch.gather(gradient, 1, each))
+            alone, nothing = reference.pixel_loss(*arguments, False)
+            assert torch.equal(alone, found) and nothing.numel() == 0
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
@@ -329,6 +339,13 @@ def test_pixel_loss_of_mae(size, p, pixels, norm_pix):
     images = draw_images(2, 3, size, pixels)
     target = mae_target(normalized(images, MEAN, STD), p, norm_pix)
     check_pixel_loss(target, images, (p, p), reference.NORM_PATCH if norm_pix else reference.NORM_NONE, MEAN, STD)
+
+
+@pytest.mark.parametrize("loss", ["absolute", "huber"])
+def test_pixel_loss_of_other_errors(loss):
+    images = draw_images(2, 3, (6, 9), "uint8")
+    target = mae_target(normalized(images, MEAN, STD), 3, False)
+    check_pixel_loss(target, images, (3, 3), reference.NORM_NONE, MEAN, STD, loss)
 
 
 @pytest.mark.parametrize("sizes, patch", [((4, 6, 9), (2, 2, 3)), ((2, 4, 4), (2, 4, 4)), ((1, 4, 6), (1, 2, 2))])
@@ -421,7 +438,9 @@ def test_arithmetic_is_in_float32(dtype):
         "gather_patches": lambda x: reference.gather_patches(x(images), ids, [2, 2], MEAN, STD, x(row).dtype),
         "attention": lambda x: reference.attention(x(q), x(k), x(v), None, None, 0.3),
         "attention_backward": lambda x: reference.attention_backward(x(q), x(q), x(k), x(v), None, None, 0.3, False)[1],
-        "pixel_loss": lambda x: reference.pixel_loss(x(patches), x(images), ids, [2, 2], 1, None, MEAN, STD, False)[0],
+        "pixel_loss": lambda x: reference.pixel_loss(
+            x(patches), x(images), ids, [2, 2], 1, None, MEAN, STD, 0, 1, False
+        )[0],
         "scaled_cosine_loss": lambda x: reference.scaled_cosine_loss(x(k), x(v), 2.0, None, 0, False, False)[0],
         "add_layer_norm": lambda x: reference.add_layer_norm(x(tokens), 0 * x(tokens), x(row), x(row), 1e-6)[0],
         "bias_gelu": lambda x: reference.bias_gelu(x(tokens), x(row)),
@@ -450,7 +469,7 @@ def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
     only_that_row_is_nan(reference.decoder_tokens(tokens[:, :4], ids, ids[:, :0], row, table, 0))
     only_that_row_is_nan(reference.gather_patches(images, ids, [2, 2], MEAN, STD, torch.float64))
     only_that_row_is_nan(reference.embed_patches(images, ids, randn(5, 3, 2, 2), *[None] * 5, torch.float64))
-    loss, grad = reference.pixel_loss(randn(2, 4, 12), images, ids, [2, 2], 1, None, None, None, True)
+    loss, grad = reference.pixel_loss(randn(2, 4, 12), images, ids, [2, 2], 1, None, None, None, 0, 1, True)
     only_that_row_is_nan(grad)
     assert loss.isnan()
     ranks = draw_ids(2, 7, "all")

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim
 from fastmim.nn import Attention, Block, PatchEmbed, run_blocks
-from fastmim.nn.block import takes_stream
+from fastmim.nn.chain import takes_stream
 
 pytestmark = pytest.mark.fault
 DIM, SIZE, PATCH, KEPT = 24, 16, 4, 5

@@ -217,7 +217,7 @@ def test_ops_take_options_by_keyword():
         "embed_patches": ["pos_embed", "prefix", "mean", "std"],
         "gather_patches": ["mean", "std", "dtype"],
         "gather_tokens": [],
-        "pixel_loss": ["norm_pix", "weight", "mean", "std"],
+        "pixel_loss": ["norm_pix", "weight", "mean", "std", "loss", "reduction"],
         "random_masking": ["len_predict", "noise", "seeds", "generator", "device"],
         "scaled_cosine_loss": ["gamma", "weight", "reduction"],
         "unshuffle": ["num_prefix_tokens"],
