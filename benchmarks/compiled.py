@@ -134,7 +134,7 @@ def patches_calls() -> Iterator[Call]:
         weight = single(model.width, 3, model.patch, model.patch)
         pos, prefix = single(model.patches, model.width), single(1, model.width)
         chosen = ids(model.keep(0.75))
-        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16)
+        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16, None)
         yield Call("embed_patches", model.name, args, wide=False)
 
 
@@ -152,6 +152,9 @@ def tokens_calls() -> Iterator[Call]:
         visible, pos = empty(BATCH, 1 + k, DECODER_WIDTH), single(1 + n, DECODER_WIDTH)
         grad = empty(BATCH, 1 + n, DECODER_WIDTH)
         yield Call("decoder_tokens", shape, (visible, ids(k), ids(n // 10), mask_token, pos, 1))
+        if model is B:
+            tables = single(BATCH, DECODER_WIDTH), single(BATCH, 1 + n, DECODER_WIDTH)
+            yield Call("decoder_tokens", f"{shape}, of each sample", (visible, ids(k), ids(n // 10), *tables, 1))
         yield Call("unshuffle", shape, (visible, ids(n), mask_token, pos, 1))
         yield Call("unshuffle_backward", shape, (grad, ids(n), k, 1))
 
@@ -207,19 +210,19 @@ def attention_calls() -> Iterator[Call]:
 
 def loss_calls() -> Iterator[Call]:
     stats = single(3), single(3)
+    mean = reference.REDUCE_MEAN, True
     for model in (B, H):
         removed, values = model.patches - model.keep(0.75), 3 * model.patch**2
         for channels_last in (False, True):
             images = pictures(channels_last=channels_last)
             args = (empty(BATCH, removed, values), images, ids(removed), [model.patch] * 2, 1, None, *stats)
-            mean = reference.REDUCE_MEAN, True
             shape = f"patch {model.patch}" + ", channels last" * channels_last
             yield Call("pixel_loss", shape, (*args, reference.LOSS_SQUARED, *mean), wide=False)
-            if model is B and not channels_last:
-                for name, loss in (("absolute", reference.LOSS_ABSOLUTE), ("huber", reference.LOSS_HUBER)):
-                    yield Call("pixel_loss", f"{shape}, {name}", (*args, loss, *mean), wide=False)
-    args = (empty(BATCH, 147, 768), pictures(dtype=torch.uint16), ids(147), [16, 16], 1, None, *stats)
-    yield Call("pixel_loss", "patch 16, uint16", (*args, reference.LOSS_SQUARED, *mean), wide=False)
+    args = (empty(BATCH, 147, 768), pictures(), ids(147), [16, 16], reference.NORM_PATCH, None, *stats)
+    for name, loss in (("absolute", reference.LOSS_ABSOLUTE), ("huber", reference.LOSS_HUBER)):
+        yield Call("pixel_loss", f"patch 16, {name}", (*args, loss, *mean), wide=False)
+    args = (args[0], pictures(dtype=torch.uint16), *args[2:], reference.LOSS_SQUARED, *mean)
+    yield Call("pixel_loss", "patch 16, uint16", args, wide=False)
     clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
     pred, chosen, weight = empty(16, 1412, 1536), empty(16, 1412, dtype=torch.int64), single(16, 1412)
     args = (pred, clips, chosen, [2, 16, 16], reference.NORM_CHANNEL, weight, *stats, reference.LOSS_SQUARED, *mean)

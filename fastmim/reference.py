@@ -115,7 +115,7 @@ def random_masking(
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    return _take(tokens, ids)
+    return _take(tokens.expand(ids.shape[0], *tokens.shape[-2:]), ids)
 
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
@@ -139,10 +139,10 @@ def decoder_tokens(
     pos_embed: Tensor,
     num_prefix_tokens: int,
 ) -> Tensor:
-    prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens])
+    prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens], dim=-2)
     prefix = upcast(visible[:, :num_prefix_tokens]) + upcast(prefix_pos)
     kept = upcast(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
-    predicted = upcast(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
+    predicted = upcast(mask_token)[..., None, :] + _positions(patch_pos, ids_predict, "ids_predict")
     return torch.cat([prefix, kept, predicted], dim=1).to(visible.dtype)
 
 
@@ -248,13 +248,14 @@ def embed_patches(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    pos_ids: Tensor | None = None,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
     # contiguous, so that the bits of sums do not depend on the layout of the weight
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids if pos_ids is None else pos_ids, "pos_ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)

@@ -207,6 +207,14 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         images = randn(batch, 3, encoder.image, encoder.image, dtype=dtype, device=device)
         return images, draw_ids(batch, n, k, device), [p, p], None, None, dtype
 
+    def gather_integers(device: str) -> Args:
+        images = torch.randint(65536, (batch, 3, encoder.image, encoder.image), device=device).to(torch.uint16)
+        return images, draw_ids(batch, n, k, device), [p, p], *draw_stats(device), dtype
+
+    def gather_signals(device: str) -> Args:
+        signals = randn(batch, 12, n * p, dtype=dtype, device=device)
+        return signals, draw_ids(batch, n, k, device), [p], None, None, dtype
+
     def scatter(device: str) -> Args:
         grad, shape = randn(batch, k, 3 * p * p, dtype=dtype, device=device), [batch, 3, encoder.image, encoder.image]
         return grad, draw_ids(batch, n, k, device), [p, p], draw_stats(device)[1], shape, dtype
@@ -216,13 +224,16 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         weight = randn(width, 3, p, p, device=device) / (3 * p * p) ** 0.5
         table = randn(1 + n, width, device=device)
         prefix = table[:1] if prefixed else None
-        return images, chosen, weight, randn(width, device=device), table[1:], prefix, *draw_stats(device), dtype
+        bias = randn(width, device=device)
+        return images, chosen, weight, bias, table[1:], prefix, *draw_stats(device), dtype, None
 
     shape = f"patch {p}"
     if encoder.name != "ViT-L":  # its patches are those of ViT-B
         yield op_case("gather_patches", shape, dtype, partial(gather, channels_last=False))
         yield op_case("gather_patches", f"{shape}, channels last", dtype, partial(gather, channels_last=True))
         yield op_case("gather_patches", f"{shape}, floats", dtype, gather_floats)
+        yield op_case("gather_patches", f"{shape}, uint16", dtype, gather_integers)
+        yield op_case("gather_patches", f"{shape}, one axis", dtype, gather_signals)
         yield op_case("gather_patches_backward", shape, dtype, scatter)
     for ratio in MASK_RATIOS:
         name = f"{encoder.name}, {encoder.keep(ratio)} of {n}"
@@ -239,6 +250,9 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
         def gather(device: str, k: int = k) -> Args:
             return randn(batch, n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
 
+        def gather_table(device: str, k: int = k) -> Args:
+            return randn(n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
+
         def scatter(device: str, k: int = k) -> Args:
             return randn(batch, k, width, dtype=dtype, device=device), draw_ids(batch, n, k, device), n
 
@@ -248,6 +262,11 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
             table = randn(1 + n, decoder_width, device=device)
             token = randn(decoder_width, device=device)
             return visible, chosen[:, :k].contiguous(), chosen[:, k:].contiguous(), token, table, 1
+
+        def decoder_by_sample(device: str, k: int = k, m: int = m) -> Args:
+            *shared, _, _, prefix = decoder(device, k, m)
+            tables = (randn(batch, *rows, decoder_width, device=device) for rows in ((), (1 + n,)))
+            return *shared, *tables, prefix
 
         def unshuffle(device: str, k: int = k) -> Args:
             visible = randn(batch, 1 + k, decoder_width, dtype=dtype, device=device)
@@ -260,6 +279,10 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
 
         shape = f"{encoder.name}, {k} of {n}"
         yield op_case("gather_tokens", shape, dtype, gather)
+        if ratio == MASK_RATIOS[0]:
+            yield op_case("gather_tokens", f"{shape}, one table", dtype, gather_table)
+            if encoder.name == "ViT-B":
+                yield op_case("decoder_tokens", f"{shape}, of each sample", dtype, decoder_by_sample)
         yield op_case("gather_tokens_backward", shape, dtype, scatter)
         yield op_case("sum_by_position", shape, dtype, scatter)
         if encoder.name != "ViT-L":  # its decoder is that of ViT-B

@@ -79,7 +79,7 @@ Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArr
 
 Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
-                     const OptionalTensor& std, at::ScalarType dtype) {
+                     const OptionalTensor& std, at::ScalarType dtype, const OptionalTensor& pos_ids) {
   check_pixels(images, mean, std);
   check_dtypes(weight, bias, pos_embed, prefix, dtype);
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
@@ -89,7 +89,8 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   const int64_t K = ids.size(1), N = prefix.has_value() ? prefix->size(0) : 0, width = weight.size(0);
   const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(),
                pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
-  const Tensor rows = ids.contiguous();
+  const Tensor rows =
+      pos.defined() && pos_ids.has_value() ? checked_ids("pos_ids", *pos_ids, pos.size(0)) : ids.contiguous();
   // without a prefix the positions are added in place
   Tensor out = N == 0 ? tokens : at::empty({ids.size(0), N + K, width}, tokens.options());
   const Type type = type_of(dtype);

@@ -68,7 +68,7 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
 
 Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
-                     const OptionalTensor& std, at::ScalarType dtype) {
+                     const OptionalTensor& std, at::ScalarType dtype, const OptionalTensor& pos_ids) {
   PlaceTokens args{};
   args.type = type_of(dtype);
   type_of(weight);
@@ -84,8 +84,10 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   args.per_image = ids.size(1), args.width = weight.size(0);
   args.rows = ids.size(0) * (args.prefixes + args.per_image);
   args.num_patches = pos_embed.has_value() ? pos_embed->size(0) : 0;
-  args.ids = static_cast<const int64_t*>(address(ids));
-  args.ids_stride[0] = ids.stride(0), args.ids_stride[1] = ids.stride(1);
+  const Tensor& rows = pos_ids.has_value() ? *pos_ids : ids;
+  if (pos_embed.has_value() && pos_ids.has_value()) check_ids("pos_ids", rows, args.num_patches);
+  args.ids = static_cast<const int64_t*>(address(rows));
+  args.ids_stride[0] = rows.stride(0), args.ids_stride[1] = rows.stride(1);
   const Tensor out = at::empty({ids.size(0), args.prefixes + args.per_image, args.width}, tokens.options());
   if (out.numel() == 0) return out;
   args.tokens = address(tokens), args.out = address(out);

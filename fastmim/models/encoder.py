@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_floating, check_number, check_same, check_tensor
+from .._checks import check_count, check_images, check_number, check_same, check_tensor
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
 from ..nn.fused import residual_stream
@@ -106,8 +106,8 @@ class Encoder(nn.Module):
         num_axes = len(self.grid_size)
         if self.position == "rope" and width // num_heads < 2 * num_axes:
             raise ValueError(
-                f"{side}embed_dim must be at least {2 * num_axes} times {side}num_heads {num_heads} for rotary positions "
-                f"on {num_axes} axes, got {width}"
+                f"{side}embed_dim must be at least {2 * num_axes} times {side}num_heads {num_heads} for rotary "
+                f"positions on {num_axes} axes, got {width}"
             )
         if self.position == "sincos" and num_axes == 2 and width % 4:
             raise ValueError(f"{side}embed_dim must be a multiple of 4 for the sine-cosine position table, got {width}")
@@ -239,7 +239,7 @@ class Encoder(nn.Module):
 
     def _embeds_patches(self) -> bool:
         """Return whether `embed` is the one of this class, so that positions are added in the same pass."""
-        return getattr(self.embed, "__func__", None) is Encoder.embed
+        return type(self).embed is Encoder.embed and "embed" not in self.__dict__
 
     def _angles(self, head_dim: int, tokens: Tensor, *ids: Tensor, prefix: bool = True) -> Tensor | None:
         """Return the rotary angles (B, N+K, A, n) of prefix tokens and patches `ids`, by default all; None without."""
@@ -282,8 +282,7 @@ class Encoder(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         check_tensor("images", images, (None, self.in_chans, *self.img_size), letters="(batch, in_chans, *img_size)")
-        if images.dtype != torch.uint16:
-            check_floating("images", images, also_uint8=True)
+        check_images(images)
         check_same("device", images=images, model=self.cls_token)
 
     def _check_patches(self, patches: Patches, mask: Mask | None) -> None:

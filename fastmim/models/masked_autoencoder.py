@@ -14,11 +14,13 @@ from .. import masking, ops
 from .._checks import check_count, check_tensor
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
+from ..nn.patch_embed import normalized
+from ..ops.patches import as_images
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
 from .inputs import Patches, first_tensor, patchify, unpatchify
 from .output import MAEOutput
+from .pictures import paste
 
 DECODERS = ("self", "cross", "both", None)
 
@@ -30,14 +32,15 @@ class MaskedAutoencoder(Encoder):
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, num_prefix_tokens,
             pos_embed, drop_path, mean, std: as in `Encoder`. The decoder has positions of the same kind, and no drop
             path.
-        decoder: what the decoder's tokens attend to. All give the results of computing every patch.
+        decoder: what the decoder's tokens attend to.
             "self": each other; visible and predicted patches are decoded (MAE, He et al., CVPR 2022; with fewer
             predicted patches VideoMAE V2, Wang et al., CVPR 2023).
             "cross": the visible patches; only predicted ones are decoded, each by itself (CrossMAE, Fu et al., 2024).
             "both": each other, and a second view, `context` (CroCo, Weinzaepfel et al., NeurIPS 2022).
             None: there is no decoder; mask tokens go through the encoder (SimMIM, Xie et al., CVPR 2022; BEiT, Bao et
             al., ICLR 2022).
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder, if there
+            is one.
         decoder_mlp_ratio: `mlp_ratio` of the decoder; default that of the encoder.
         out_dim: values predicted for a patch; default P, its pixels, in the order (*patch, c).
         norm_pix_loss: normalise each target patch by its own mean and deviation; "channel": each channel of it.
@@ -103,8 +106,8 @@ class MaskedAutoencoder(Encoder):
 
         width = embed_dim if decoder is None else decoder_embed_dim
         if decoder is not None:
-            decoder_mlp_ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
-            check_sizes("decoder_", width, decoder_depth, decoder_num_heads, decoder_mlp_ratio)
+            ratio = mlp_ratio if decoder_mlp_ratio is None else decoder_mlp_ratio
+            check_sizes("decoder_", width, decoder_depth, decoder_num_heads, ratio)
             if decoder != "cross":
                 self.decoder_embed = nn.Linear(embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -115,7 +118,7 @@ class MaskedAutoencoder(Encoder):
                 Block(
                     width,
                     decoder_num_heads,
-                    decoder_mlp_ratio,
+                    ratio,
                     qkv_bias,
                     norm_layer,
                     self_attention=decoder != "cross",
@@ -183,7 +186,7 @@ class MaskedAutoencoder(Encoder):
         if self.decoder is None:
             return linear(latent, self.decoder_pred)  # type: ignore[arg-type]
         tokens, options = self._decoder_input(latent, mask, context)
-        return run_blocks(
+        pred: Tensor = run_blocks(
             self.decoder_blocks,
             self.decoder_norm,
             tokens,
@@ -192,6 +195,7 @@ class MaskedAutoencoder(Encoder):
             head=self.decoder_pred,
             **options,
         )
+        return pred
 
     def loss(
         self,
@@ -220,9 +224,11 @@ class MaskedAutoencoder(Encoder):
         """
         self._check_inputs(images, mask)
         if weight is None:
-            weight = mask.mask.gather(1, mask.ids_predict)
+            weight = mask.mask.gather(1, mask.ids_predict.long())
+        else:
+            check_tensor("weight", weight, tuple(mask.ids_predict.shape), letters="(batch, predicted patches)")
         if mask.valid_predict is not None:
-            weight = weight * mask.valid_predict
+            weight = weight.masked_fill(~mask.valid_predict, 0)
         return self._pixel_loss(pred, images, mask.ids_predict, weight, reduction)
 
     def _pixel_loss(
@@ -234,9 +240,9 @@ class MaskedAutoencoder(Encoder):
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         mean, std = self._stats(images)
-        patch_size = self.patch_size
+        patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
-            images, ids, patch_size = patches_as_image(images.predicted, self.in_chans)
+            images, ids, patch_size = as_images(images.predicted, self.in_chans)
         return ops.pixel_loss(
             pred,
             images,
@@ -315,23 +321,20 @@ class MaskedAutoencoder(Encoder):
 
     def _with_mask_tokens(self, visible: Tensor, mask: Mask, table: Tensor | None) -> Tensor:
         """Return [prefix; visible; a mask token for each predicted patch], with the positions of `table` if given."""
-        if table is None:
-            return torch.cat([visible, self.mask_token.expand(*mask.ids_predict.shape, -1)], 1)
         return ops.decoder_tokens(
             visible,
             mask.ids_keep,
             mask.ids_predict,
             self.mask_token.flatten(),
-            table[0],
+            None if table is None else table[0],
             num_prefix_tokens=self.num_prefix_tokens,
         )
 
     def _mask_tokens(self, mask: Mask) -> Tensor:
         """Return mask tokens with the positions of the predicted patches, (B, M, D)."""
-        tokens = self.mask_token.expand(*mask.ids_predict.shape, -1)
-        if self.decoder_pos_embed is None:
-            return tokens
-        return add_positions(tokens, mask.ids_predict, self.decoder_pos_embed[0, self.num_prefix_tokens :], None)
+        none = self.mask_token.new_empty(mask.ids_keep.shape[0], 0, self.mask_token.shape[2])
+        table = None if self.decoder_pos_embed is None else self.decoder_pos_embed[0, self.num_prefix_tokens :]
+        return ops.decoder_tokens(none, mask.ids_keep[:, :0], mask.ids_predict, self.mask_token.flatten(), table)
 
     def _narrowed(self, latent: Tensor) -> Tensor:
         """Return latent in the decoder's width, as a residual stream."""
@@ -384,36 +387,6 @@ class MaskedAutoencoder(Encoder):
             out: output of the model.
         """
         self._check_images(images)
-        target = self.patchify(normalized(images, *self._stats(images)).float())
-        pred = out.pred.float()
-        if pred.shape[1] != out.ids_predict.shape[1]:
-            pred = ops.gather_tokens(pred, out.ids_predict)
-        if self.norm_pix_loss:
-            mean, deviation = self._scales(ops.gather_tokens(target, out.ids_predict))
-            pred = pred * deviation + mean
-        scale = torch.tensor(self.std or [1.0] * self.in_chans, device=images.device)
-        shift = torch.tensor(self.mean or [0.0] * self.in_chans, device=images.device)
-
-        def picture(values: Tensor) -> Tensor:
-            shown: Tensor = values.unflatten(-1, (-1, self.in_chans)) * scale + shift
-            return shown.flatten(-2)
-
-        # the padding of a ragged mask goes to a column of its own, which is cut off
-        keep, predict = (
-            ids if valid is None else ids.where(valid, self.num_patches)
-            for ids, valid in ((out.ids_keep, out.valid_keep), (out.ids_predict, out.valid_predict))
-        )
-        canvas = target.new_full((images.shape[0], self.num_patches + 1, target.shape[2]), 0.5)
-        row = torch.arange(images.shape[0], device=images.device)[:, None]
-        canvas[row, predict] = picture(pred)
-        canvas[row, keep] = picture(ops.gather_tokens(target, out.ids_keep))
-        return self.unpatchify(canvas[:, :-1]).clamp(0, 1)
-
-    def _scales(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and deviation by which `norm_pix_loss` normalises target (B, M, P), to broadcast with it."""
-        if self.norm_pix_loss == "channel":
-            var, mean = torch.var_mean(target.unflatten(2, (-1, self.in_chans)), dim=2)
-            values = target.shape[2] // self.in_chans
-            return mean.repeat(1, 1, values), (var.sqrt() + 1e-6).repeat(1, 1, values)
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return mean, (var + 1e-6).sqrt()
+        target = self.patchify(normalized(images, *self._stats(images), None).float())
+        mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
+        return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)

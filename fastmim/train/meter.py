@@ -43,6 +43,7 @@ class Meter:
 def flops_per_image(model: MaskedAutoencoderViT, masks: Masks) -> int:
     """Return the FLOPs of one image's forward and backward pass, the products that a masked autoencoder needs."""
     kept, predicted = masks.counts
+    visible = model.num_prefix_tokens + kept
     return step_flops(
         model.decoder_pred.out_features,
         model.cls_token.shape[-1],
@@ -50,8 +51,8 @@ def flops_per_image(model: MaskedAutoencoderViT, masks: Masks) -> int:
         model.mask_token.shape[-1],
         len(model.decoder_blocks),
         embedded=kept,
-        visible=1 + kept,
-        decoded=1 + kept + predicted,
+        visible=visible,
+        decoded=visible + predicted,
         queries=predicted,
         scored=predicted,
     )

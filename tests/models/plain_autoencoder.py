@@ -103,7 +103,12 @@ def plain_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def plain_block(
-    block: nn.Module, x: Tensor, memory: Tensor | None, angles: Tensor | None, memory_angles: Tensor | None, seen: Tensor
+    block: nn.Module,
+    x: Tensor,
+    memory: Tensor | None,
+    angles: Tensor | None,
+    memory_angles: Tensor | None,
+    seen: Tensor,
 ) -> Tensor:
     if block.attn is not None:
         q, k, v = block.attn.qkv(plain_norm(block.norm1, x)).chunk(3, -1)
@@ -185,7 +190,12 @@ def plain_predict(model: MaskedAutoencoder, image: Tensor, keep: Tensor, predict
     x = torch.cat([narrow[:n], hidden.index_copy(0, keep, narrow[n:])]) + table
     memory = None if context is None else model.decoder_embed(context) + table
     states = plain_blocks(
-        model.decoder_blocks, x, memory=memory, angles=angles, memory_angles=None if memory is None else angles, seen=seen
+        model.decoder_blocks,
+        x,
+        memory=memory,
+        angles=angles,
+        memory_angles=None if memory is None else angles,
+        seen=seen,
     )
     return model.decoder_pred(plain_norm(model.decoder_norm, states[-1])[n:])[predict]
 

@@ -41,7 +41,7 @@ def test_names_of_parameters_are_those_of_mae():
     expected = [name for name in build().state_dict() if not name.startswith(("decoder", "mask_token"))]
     assert list(state) == expected == [*dict.fromkeys(expected)]
     assert "mask_token" not in state and tuple(state["pos_embed"].shape) == (1, 9, 24)
-    assert list(encoder(pos_embed="rope", num_prefix_tokens=0).state_dict())[0] == "patch_embed.proj.weight"
+    assert next(iter(encoder(pos_embed="rope", num_prefix_tokens=0).state_dict())) == "patch_embed.proj.weight"
 
 
 def test_an_encoder_has_the_weights_of_a_model():
@@ -166,7 +166,7 @@ def test_several_tensors_as_input():
     inputs = dict(codes=torch.randint(0, 7, (BATCH, 6)), shift=torch.randn(BATCH, 24))
     assert model(inputs).shape == (BATCH, 7, 24)
     assert model(inputs, masking.random(BATCH, 6, 0.5)).shape == (BATCH, 4, 24)
-    with pytest.raises(TypeError, match="images must be a torch.Tensor or hold tensors, got dict"):
+    with pytest.raises(TypeError, match=r"images must be a torch.Tensor or hold tensors, got dict"):
         model(dict(codes=None))
 
 
@@ -203,6 +203,19 @@ def test_compiled_once_for_all_masks():
     with torch._dynamo.config.patch(error_on_recompile=True):
         images, mask = draw(model), masks(model)["ragged"]
         assert_exact(compiled(images, mask), model(images, mask))
+
+
+def test_positions_are_added_in_the_pass_that_embeds():
+    """Compiled too."""
+    model, graphs = encoder(), []
+
+    def backend(module, inputs):
+        graphs.append(module.graph)
+        return module
+
+    torch.compile(model, fullgraph=True, backend=backend)(draw(model), masks(model)["some"])
+    (node,) = (n for n in graphs[0].nodes if "embed_patches" in str(n.target))
+    assert node.args[4] is not None and node.args[5] is not None
 
 
 def test_angles_stay_float32_in_a_narrow_model():

@@ -19,9 +19,8 @@ def test_patchify(size, patch_size):
     patches = patchify(images, patch_size)
     grid = [side // patch for side, patch in zip(size, patch_size)]
     ids = torch.arange(patches.shape[1]).expand(2, -1)
-    if len(size) > 1:
-        channels_first = ops.gather_patches(images, ids, patch_size)
-        assert torch.equal(patches, channels_first.unflatten(2, (3, -1)).transpose(2, 3).flatten(2))
+    channels_first = ops.gather_patches(images, ids, patch_size)
+    assert torch.equal(patches, channels_first.unflatten(2, (3, -1)).transpose(2, 3).flatten(2))
     assert torch.equal(unpatchify(patches, grid, patch_size), images)
 
 

@@ -181,7 +181,7 @@ def test_a_checkpoint_is_a_teacher(config, tmp_path):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_distil_as_one_does(config, photos, tmp_path, parallel):
-    settings = {**DISTILL, "dtype": "float64", "ema": 0.8}
+    settings = {**DISTILL, "dtype": "float64", "reconstruct_every": 12}
     Trainer(config("one", **settings)).run()
     launch(config("two", parallel=parallel, **settings), processes=2)
     for ours, theirs in zip(curve(tmp_path / "two"), curve(tmp_path / "one")):
