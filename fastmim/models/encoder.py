@@ -32,8 +32,8 @@ class Encoder(nn.Module):
     parameters have a gradient, so that it trains alone under DDP.
 
     Args:
-        img_size, patch_size: one int per axis, (length,), (height, width) or (frames, height, width); an int stands
-            for two equal axes, or for the axes of the other. The size must be a multiple of the patch size.
+        img_size, patch_size: one int per axis, (length,), (height, width) or (frames, height, width). An int img_size
+            stands for all axes, an int patch_size for two. The size must be a multiple of the patch size.
         in_chans: number of channels C.
         embed_dim, depth, num_heads: width, number of blocks and heads.
         mlp_ratio: hidden width of the MLPs, as a multiple of the width.

@@ -297,7 +297,7 @@ class MaskedAutoencoder(Encoder):
         self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the decoder's tokens before its first block, and the options of `run_blocks`."""
-        head_dim = self.decoder_pred.in_features // self.decoder_num_heads
+        head_dim = self.mask_token.shape[2] // self.decoder_num_heads
         if self.decoder == "cross":
             tokens = self._mask_tokens(mask)
             return tokens, dict(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_same, check_tensor
 from ..ops.attention import _check_bias, _check_key_mask
 from .fused import NarrowWeights, attend, attention_gives_bias_grad, is_stock, linear, linear_of, queries_linear
 from .rope import check_angles, rotate, rotate_packed
@@ -28,14 +28,16 @@ class Scoring(NamedTuple):
     rope: Tensor | None = None
     key_rope: Tensor | None = None
 
-    def check(self, names: Sequence[str], batch: int, queries: int, keys: int, num_heads: int, head_dim: int) -> None:
-        """Check shapes and dtypes; `names` are those of the four options in errors."""
+    def check(self, names: Sequence[str], x: Tensor, keys: int, num_heads: int, head_dim: int) -> None:
+        """Check shapes, dtypes and devices for queries x (B, Sq, any); `names` are those of the options in errors."""
+        batch, queries = x.shape[:2]
         _check_key_mask(self.key_mask, (batch, keys), names[0])
         _check_bias(self.bias, (batch, num_heads, queries, keys), names[1])
         if self.rope is not None:
             check_angles(names[2], self.rope, batch, queries, head_dim)
         if self.key_rope is not None and self.key_rope is not self.rope:
             check_angles(names[3], self.key_rope, batch, keys, head_dim)
+        check_same("device", x=x, **dict(zip(names, self)))
 
     def of_last(self, count: int) -> "Scoring":
         """Return the options of the last `count` queries."""
@@ -101,15 +103,20 @@ class Attention(nn.Module):
             (B, S, D) or (B, num_queries, D).
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype; a memory without `kv_dim`, or none with it.
+            TypeError, ValueError: wrong shape or dtype, or more queries than tokens; a memory without `kv_dim`, or none
+                with it.
         """
         check_memory(memory, x, self.kv_dim)
+        if num_queries is not None:
+            check_count("num_queries", num_queries, 0, x.shape[1])
         scoring = Scoring(key_mask, bias, rope, rope if memory is None else memory_rope)
-        if (scoring.rope is None) != (scoring.key_rope is None) or (memory is None and memory_rope is not None):
-            raise ValueError("rope and memory_rope must be given together with a memory, and memory_rope not without")
+        if memory is None and memory_rope is not None:
+            raise ValueError("memory_rope must be None without a memory")
+        if (scoring.rope is None) != (scoring.key_rope is None):
+            raise ValueError("rope and memory_rope must be given together with a memory: one of them is None")
         keys = x.shape[1] if memory is None else memory.shape[1]
         names = "key_mask", "bias", "rope", "memory_rope"
-        scoring.check(names, x.shape[0], x.shape[1], keys, self.num_heads, self.head_dim)
+        scoring.check(names, x, keys, self.num_heads, self.head_dim)
         if memory is None:
             out = self._attend(x, num_queries, narrow, scoring)
         else:
@@ -169,3 +176,4 @@ def check_memory(memory: Tensor | None, x: Tensor, kv_dim: int | None) -> None:
     if memory is None:
         raise ValueError(f"memory must be given where kv_dim is: a tensor of width {kv_dim}; got None")
     check_tensor("memory", memory, (x.shape[0], None, kv_dim), letters="(batch, memory tokens, kv_dim)")
+    check_same("device", x=x, memory=memory)

@@ -131,7 +131,16 @@ def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None)
 
 
 def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
+    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast.
+
+    Args:
+        x: (..., D).
+        layer: an `nn.Linear`, or a module in its place, which is called.
+        narrow: copies of the layer's weight and bias in autocast's dtype, made ahead. None: they are cast here.
+
+    Returns:
+        (..., E), in autocast's dtype where that is on.
+    """
     if is_stock(layer, nn.Linear):
         return linear_of(x, layer.weight, layer.bias, narrow)
     out: Tensor = layer(x)

@@ -135,22 +135,27 @@ def _check_decoder(
     check_tensor("visible", visible, (None, None, None), letters="(batch, tokens, width)")
     check_floating("visible", visible)
     batch, most, width = visible.shape
+    own = batch if by_sample else None
+    _check_shared("mask_token", mask_token, (width,), "width", own)
     given = [visible, mask_token]
-    shared = {"mask_token": (mask_token, (width,), "width,")}
     if pos_embed is not None or not by_sample:
-        shared["pos_embed"] = pos_embed, (None, width), "prefix + patches, width"
-    for name, (value, shape, letters) in shared.items():
-        if by_sample and isinstance(value, Tensor) and value.dim() == len(shape) + 1:
-            shape, letters = (batch, *shape), f"batch, {letters}".removesuffix(",")
-        check_tensor(name, value, shape, letters=f"({letters})")
-        check_floating(name, value)
-    if pos_embed is not None:
+        _check_shared("pos_embed", pos_embed, (None, width), "prefix + patches, width", own)
+        assert pos_embed is not None
         given.append(pos_embed)
         most = min(most, pos_embed.shape[-2])
     check_count("num_prefix_tokens", num_prefix_tokens, 0, most)
     if autocast_dtype(*given) is None:
         return visible
     return visible.to(functools.reduce(torch.promote_types, [tensor.dtype for tensor in given]))
+
+
+def _check_shared(name: str, value: object, shape: tuple[int | None, ...], letters: str, batch: int | None) -> None:
+    """Check a floating tensor of `shape` or, where `batch` is given, of (batch, *shape)."""
+    if batch is not None and isinstance(value, Tensor) and value.dim() == len(shape) + 1:
+        shape, letters = (batch, *shape), f"batch, {letters}"
+    check_tensor(name, value, shape, letters=f"({letters})")
+    assert isinstance(value, Tensor)
+    check_floating(name, value)
 
 
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------
