@@ -42,7 +42,8 @@ class Call:
     op: str
     shape: str
     args: tuple[Any, ...]
-    # sequences over 256, heads over 88 and long rows with a bias and heads over 64 may spill, as much as the table says
+    # sequences over 256, heads over 88, heads over 64 with a key mask or in long rows with a bias may spill, as much as
+    # the table says
     may_spill: bool = False
     # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True
@@ -164,7 +165,7 @@ def attention_calls() -> Iterator[Call]:
         shape = f"{name}, S {length}, head {dim}" + ", key mask" * masked
         qkv, grad = empty(BATCH, length, 3, heads, dim), empty(BATCH, length, heads, dim)
         mask = empty(BATCH, length, dtype=torch.bool) if masked else None
-        large = length > 256 or dim > 88
+        large = length > 256 or dim > (64 if masked else 88)
         yield Call("attention_qkvpacked", shape, (qkv, mask, dim**-0.5), large)
         yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5, True), large)
 
@@ -173,13 +174,22 @@ def attention_calls() -> Iterator[Call]:
     # so few that several sequences share a tile
     for model in (B, H):
         yield from packed(model.name, 1 + model.keep(0.985), model.heads, model.width // model.heads)
-    yield from packed(B.name, 1 + B.keep(0.75), B.heads, 64, masked=True)
+    for model in (B, H):
+        yield from packed(model.name, 1 + model.keep(0.75), model.heads, model.width // model.heads, masked=True)
     for model in (B, H):
         dim = DECODER_WIDTH // DECODER_HEADS
         yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)
 
-    # a decoder whose masked tokens attend to the visible ones
+    # the last block of a decoder, whose predicted tokens attend to all
     heads, dim = DECODER_HEADS, DECODER_WIDTH // DECODER_HEADS
+    for model in (B, H):
+        qkv = empty(BATCH, 1 + model.patches, 3, heads, dim)
+        grad = empty(BATCH, model.patches - model.keep(0.75), heads, dim)
+        shape = f"decoder of {model.name}, S {grad.shape[1]} to {qkv.shape[1]}, head {dim}"
+        q, k, v = qkv.unbind(2)
+        yield Call("attention", shape, (q[:, -grad.shape[1] :], k, v, None, None, dim**-0.5))
+        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, None, dim**-0.5, True))
+    # a decoder whose masked tokens attend to the visible ones
     for queries, keys in ((147, 50), (187, 10)):
         q, grad = empty(BATCH, queries, heads, dim), empty(BATCH, queries, heads, dim)
         k, v = empty(BATCH, keys, 2, heads, dim).unbind(2)
@@ -247,6 +257,10 @@ def norm_calls() -> Iterator[Call]:
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6, dtype, weight))
         saved = stream, stream, row, row, weight
         yield Call("add_layer_norm_backward", shape, (rows, *saved, weight, dtype, True))
+        # as the first of a chain
+        first = f"{shape}, first"
+        yield Call("add_layer_norm", first, (None, stream, weight, weight, 1e-6, dtype))
+        yield Call("add_layer_norm_backward", first, (rows, *saved, weight))
         # by itself
         shape += ", alone"
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6))

@@ -306,10 +306,29 @@ def packed_cases(
     yield op_case("attention_qkvpacked_backward", shape, dtype, backward)
 
 
+def last_cases(
+    name: str, batch: int, lengths: tuple[int, int], heads: int, dim: int, dtype: torch.dtype
+) -> Iterator[Case]:
+    """Yield the attention of the last queries to all keys, as the last block of a decoder has it."""
+    queries, keys = lengths
+
+    def backward(device: str) -> Args:
+        qkv = randn(batch, keys, 3, heads, dim, dtype=dtype, device=device)
+        return randn(batch, queries, heads, dim, dtype=dtype, device=device), qkv, None, dim**-0.5, True
+
+    def forward(device: str) -> Args:
+        q, k, v = backward(device)[1].unbind(2)
+        return q[:, keys - queries :], k, v, None, None, dim**-0.5
+
+    shape = f"{name}, last {queries} of S {keys}, D {dim}"
+    yield op_case("attention", shape, dtype, forward)
+    yield op_case("attention_qkvpacked_backward", shape, dtype, backward)
+
+
 def separate_cases(
     name: str, batch: int, lengths: tuple[int, int], heads: int, dim: int, dtype: torch.dtype, biased: bool = False
 ) -> Iterator[Case]:
-    """Yield the attention of queries to keys that lie beside their values, as the last block of a decoder has it."""
+    """Yield the attention of queries to keys that lie beside their values."""
     queries, keys = lengths
 
     def forward(device: str) -> Args:
@@ -365,6 +384,7 @@ def decoder_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         some = round((n - least) * DECODED)
         for queries, keys in ((n - k, 1 + n), (n - least, 1 + n), (some, 1 + least + some)):
             yield from separate_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
+            yield from last_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
         for length in (1 + n, 1 + least + some):
             yield from packed_cases(name, sizes.few, length, decoder.heads, decoder.dim, dtype)
     yield from norm_cases(sizes, decoder, dtype, length=1 + decoder.patches)
@@ -438,6 +458,11 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
         grad, _, *saved, _, _, _ = backward(device)
         return grad.float(), None, *saved
 
+    def backward_last(device: str) -> Args:
+        """Return the arguments of a norm of whose sum only the last rows are used."""
+        grad, grad_sum, *others = backward(device)
+        return grad, grad_sum[:, length // 4 :], *others
+
     def gelu(device: str) -> Args:
         return narrow(device, 4 * width), randn(4 * width, device=device)
 
@@ -447,9 +472,12 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
     shape = f"{encoder.name}, width {width}"
     yield op_case("add_layer_norm", shape, dtype, forward)
     yield op_case("add_layer_norm", f"{shape}, alone", dtype, lambda device: forward(device)[:-2])
+    yield op_case("add_layer_norm", f"{shape}, first", dtype, lambda device: (None, *forward(device)[1:-1]))
     op = "add_layer_norm_backward"
     yield Case(op, shape, dtype, backward, partial(launched, op), referred_norm_backward)
     yield op_case(op, f"{shape}, alone", dtype, backward_alone)
+    yield op_case(op, f"{shape}, first", dtype, lambda device: backward(device)[:-2])
+    yield Case(op, f"{shape}, last", dtype, backward_last, partial(launched, op), referred_norm_backward)
     yield op_case("bias_gelu", f"{encoder.name}, width {4 * width}", dtype, gelu)
     yield op_case("bias_gelu_backward", f"{encoder.name}, width {4 * width}", dtype, gelu_backward)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_count, check_same, check_tensor
 from ..ops.attention import _check_bias, _check_key_mask
-from .fused import NarrowWeights, attend, attention_gives_bias_grad, is_stock, linear, linear_of, queries_linear
+from .fused import NarrowWeights, attend, attention_gives_bias_grad, linear, linear_of
 from .rope import check_angles, rotate, rotate_packed
 from .stream import last_tokens
 
@@ -127,41 +127,35 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None, scoring: Scoring) -> Tensor:
         """Return the input of the output projection for the last `num_queries` tokens of x (B, S, D)."""
-        if num_queries is None:
-            if self._gives_bias_grad(x, scoring):
-                qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
-                return self._attend_packed(qkv, scoring, self.qkv.bias)
-            return self._attend_packed(linear(x, self.qkv, narrow), scoring)
-        heads = (self.num_heads, self.head_dim)
-        if is_stock(self.qkv, nn.Linear):
-            queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
-            return self._attend_memory(queries, others, scoring.of_last(num_queries))
-        q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-        return self._attend_separate(last_tokens(q, num_queries), k, v, scoring.of_last(num_queries))
+        if self._gives_bias_grad(x, scoring):
+            qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
+            return self._attend_packed(qkv, num_queries, scoring, self.qkv.bias)
+        return self._attend_packed(linear(x, self.qkv, narrow), num_queries, scoring)
 
     def _gives_bias_grad(self, x: Tensor, scoring: Scoring) -> bool:
         """Return whether attention gives the gradient of the bias of `qkv`, which makes qkv of x (B, S, D)."""
         return scoring.bias is None and scoring.rope is None and attention_gives_bias_grad(x, self.qkv)
 
-    def _attend_packed(self, qkv: Tensor, scoring: Scoring, bias: Tensor | None = None) -> Tensor:
-        """Return the input (B, S, D) of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
+    def _attend_packed(
+        self, qkv: Tensor, num_queries: int | None, scoring: Scoring, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return the input of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if bias is not None:
-            return attend(qkv, bias, scoring.key_mask).flatten(2)
+            return attend(qkv, bias, scoring.key_mask, num_queries).flatten(2)
         if scoring.rope is not None:
             qkv = rotate_packed(qkv, scoring.rope)
-        if scoring.bias is None:
+        if num_queries is None and scoring.bias is None:
             return ops.attention_qkvpacked(qkv, key_mask=scoring.key_mask).flatten(2)
-        return ops.attention(*qkv.unbind(2), key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)
+        q, k, v = qkv.unbind(2)
+        if num_queries is not None:
+            q, scoring = last_tokens(q, num_queries), scoring.of_last(num_queries)
+        return ops.attention(q, k, v, key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)
 
     def _attend_memory(self, queries: Tensor, others: Tensor, scoring: Scoring) -> Tensor:
         """Return the input (B, Sq, D) of the output projection; queries (B, Sq, D), keys and values (B, Sk, 2D)."""
         heads = (self.num_heads, self.head_dim)
-        k, v = others.unflatten(-1, (2, *heads)).unbind(2)
-        return self._attend_separate(queries.unflatten(-1, heads), k, v, scoring)
-
-    def _attend_separate(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        """Return the input (B, Sq, D) of the output projection, from q (B, Sq, H, D), k and v (B, Sk, H, D)."""
+        q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
         if scoring.rope is not None and scoring.key_rope is not None:
             q, k = rotate(q, scoring.rope), rotate(k, scoring.key_rope)
         return ops.attention(q, k, v, key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)

@@ -17,7 +17,6 @@ from .fused import (
     gelu_linear,
     is_stock,
     linear_of,
-    narrow_operands,
     norm_linear,
     residual_stream,
     stock_norm,
@@ -274,7 +273,7 @@ class Block(nn.Module):
         assert norm is not None and attn is not None
         if is_stock(attn, Attention):
             out, residual = norm_attend(norm, attn, x, num_queries, narrow, scoring)
-            return Stream(last_tokens(residual, num_queries), *scaled_linear(out, attn.proj, self.ls1, narrow, apart))
+            return Stream(residual, *scaled_linear(out, attn.proj, self.ls1, narrow, apart))
         normed, residual = add_norm(norm, x)
         given = Options(key_mask=options.key_mask, bias=options.bias, rope=options.rope).given()
         branch = call_attention(attn, normed, num_queries, given)
@@ -287,7 +286,7 @@ class Block(nn.Module):
         if is_stock(attn, Attention):
             memory = Stream(options.memory.contiguous())
             queries, residual = norm_project(norm, attn.q, x, narrow)
-            others, _ = norm_project(norm_memory, attn.kv, memory, narrow, shared=True)
+            others, _ = norm_project(norm_memory, attn.kv, memory, narrow)
             out = attn._attend_memory(queries, others, scoring)
             return Stream(residual, *scaled_linear(out, attn.proj, self.ls_cross, narrow, apart))
         normed, residual = add_norm(norm, x)
@@ -333,13 +332,10 @@ def count_kept(batch: int, drop_path: float) -> int:
 def norm_attend(
     norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """Return the input of the output projection of `attn`, from norm(x), and x."""
-    if num_queries is None:
-        sums_bias = attn._gives_bias_grad(x.residual, scoring)
-        qkv, total = norm_project(norm, attn.qkv, x, narrow, bias_grad=not sums_bias)
-        return attn._attend_packed(qkv, scoring, attn.qkv.bias if sums_bias else None), total
-    normed, total = add_norm(norm, x, narrow_operands(x.residual) if is_stock(attn.qkv, nn.Linear) else None)
-    return attn._attend(normed, num_queries, narrow, scoring), total
+    """Return the input of the output projection of `attn`, from norm(x), and x; of the last `num_queries` tokens."""
+    sums_bias = attn._gives_bias_grad(x.residual, scoring)
+    qkv, total = norm_project(norm, attn.qkv, x, narrow, bias_grad=not sums_bias, num_last=num_queries)
+    return attn._attend_packed(qkv, num_queries, scoring, attn.qkv.bias if sums_bias else None), total
 
 
 def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, given: dict[str, Tensor]) -> Tensor:

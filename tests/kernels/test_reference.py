@@ -266,6 +266,8 @@ def test_attention_qkvpacked():
     dqkv, sums = reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4, True)
     check(dqkv, expected)
     check(sums, expected.sum((0, 1)))
+    _, grad, (expected,) = gradients(lambda qkv: sdpa(*qkv.unbind(2), key_mask, scale=0.4)[:, 2:], qkv)
+    check(reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4, False)[0], expected)
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -413,6 +415,12 @@ def test_add_layer_norm(shape):
     check(dbias, expected[2])
     assert torch.equal(dx, dtotal.float())
     check(dx_bias, dtotal.reshape(rows).sum(0))
+    if len(shape) > 1:
+        last = reference.add_layer_norm_backward(grad, grad_sum[..., 2:, :], total, mean, rstd, weight)[0]
+        check(last[..., :2, :], expected[0][..., :2, :])
+        assert torch.equal(last[..., 2:, :], dtotal[..., 2:, :])
+    alone, nothing, *_ = reference.add_layer_norm(None, total, weight, bias, 1e-3)
+    assert torch.equal(alone, normed) and nothing.numel() == 0
     dtotal, *_, recomputed, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
     check(dtotal, expected[0])
     assert recomputed.numel() == dx.numel() == dx_bias.numel() == 0
