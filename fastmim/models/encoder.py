@@ -178,15 +178,15 @@ class Encoder(nn.Module):
         if stop and not taps:
             raise ValueError("stop=True needs taps, the last of which is where to stop; got none")
         self._check_inputs(images, mask)
-        tokens, options = self._encoder_input(images, mask)
-        return run_blocks(
-            self.blocks,
-            None if stop else self.norm,
-            tokens,
-            checkpointing=self._checkpointing(),
-            taps=taps,
-            **options,
-        )
+        return self._encode(images, mask, None if stop else self.norm, taps=taps)
+
+    def _encode(
+        self, inputs: Any, mask: Mask | None, norm: nn.Module | None, **options: Any
+    ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
+        """Return `run_blocks` of the tokens of checked inputs."""
+        tokens, attention = self._encoder_input(inputs, mask)
+        checkpointing = self._checkpointing()
+        return run_blocks(self.blocks, norm, tokens, checkpointing=checkpointing, **attention, **options)
 
     def forward(
         self, images: Any, mask: Mask | None = None, *, taps: Sequence[int] = (), stop: bool = False

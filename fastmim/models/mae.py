@@ -125,9 +125,8 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
                 'predict="all" needs decode_ratio 1 (every removed patch predicted); '
                 f"got {mask.ids_predict.shape[1]} of {mask.num_patches - mask.len_keep}"
             )
-        pred = self.forward_decoder(self.encode(images, mask), mask.ids_restore)
-        loss = self.loss(ops.gather_tokens(pred, mask.ids_predict), images, mask)
-        return self._output(loss, pred, mask)
+        pred = self._decode_all(self._visible(images, mask), mask.ids_restore)
+        return self._scored(ops.gather_tokens(pred, mask.ids_predict), images, mask, returned=pred)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Encode whole images: (B, C, H, W) to (B, 1+L, D), class token first, after the final norm."""
@@ -142,9 +141,13 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
 
     def forward_decoder(self, x: Tensor, ids_restore: Tensor) -> Tensor:
         """Decode latent x (B, 1+K, D) to predictions (B, L, P) of all patches, in grid order."""
+        return self._decode_all(linear(x, self.decoder_embed), ids_restore)
+
+    def _decode_all(self, visible: Tensor, ids_restore: Tensor) -> Tensor:
+        """Return `forward_decoder` of a latent in the decoder's width."""
         assert self.decoder_pos_embed is not None
         tokens = ops.unshuffle(
-            self._narrowed(x),
+            visible.to(self.mask_token.dtype),
             ids_restore,
             self.mask_token.flatten(),
             self.decoder_pos_embed[0],

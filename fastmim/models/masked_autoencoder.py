@@ -161,12 +161,27 @@ class MaskedAutoencoder(Encoder):
             ValueError: images of another size, a ratio out of range, both noise and mask, a missing context.
         """
         mask = self._mask(images, mask_ratio, decode_ratio, noise, mask)
-        pred = self.predict(images, mask, context)
-        return self._output(self.loss(pred, images, mask), pred, mask)
+        return self._scored(self.predict(images, mask, context), images, mask)
 
     def predict(self, images: Any, mask: Mask, context: Tensor | None = None) -> Tensor:
         """Return `decode` of `encode`: predictions (B, M, out_dim)."""
-        return self.decode(self.encode(images, mask), mask, context)
+        if self.decoder in (None, "cross") or not self._owns("decode"):
+            return self.decode(self.encode(images, mask), mask, context)
+        self._check_context(context)
+        return self._decode(self._visible(images, mask), mask, context)
+
+    def _visible(self, images: Any, mask: Mask) -> Tensor:
+        """Return `encode` in the decoder's width, from the final norm and `decoder_embed` in one pass."""
+        if not self._owns("encode"):
+            return linear(self.encode(images, mask), self.decoder_embed)
+        self._check_inputs(images, mask)
+        visible = self._encode(images, mask, self.norm, head=self.decoder_embed)
+        assert isinstance(visible, Tensor)
+        return visible
+
+    def _owns(self, verb: str) -> bool:
+        """Return whether a verb is the one of this class, not of a subclass or an instance."""
+        return getattr(getattr(self, verb), "__func__", None) is getattr(MaskedAutoencoder, verb)
 
     def decode(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None = None) -> Tensor:
         """Predict the patches `mask.ids_predict` from what `encode` returned.
@@ -183,9 +198,16 @@ class MaskedAutoencoder(Encoder):
             TypeError, ValueError: a latent or context of another shape, a missing context.
         """
         self._check_decoded(latent, mask, context)
-        if self.decoder is None:
-            return linear(latent, self.decoder_pred)  # type: ignore[arg-type]
-        tokens, options = self._decoder_input(latent, mask, context)
+        if isinstance(latent, Tensor):
+            if self.decoder is None:
+                return linear(latent, self.decoder_pred)
+            if self.decoder != "cross":
+                latent = linear(latent, self.decoder_embed)
+        return self._decode(latent, mask, context)
+
+    def _decode(self, visible: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> Tensor:
+        """Return `decode` of a latent in the decoder's width; for "cross" of the latent itself."""
+        tokens, options = self._decoder_input(visible, mask, context)
         pred: Tensor = run_blocks(
             self.decoder_blocks,
             self.decoder_norm,
@@ -275,9 +297,13 @@ class MaskedAutoencoder(Encoder):
             device=first.device,
         )
 
-    def _output(self, loss: Tensor, pred: Tensor, mask: Mask) -> MAEOutput:
+    def _scored(self, pred: Tensor, images: Any, mask: Mask, returned: Tensor | None = None) -> MAEOutput:
+        """Return the output of a step with the loss of predictions (B, M, P); `returned` is its `pred` if another."""
+        removed = mask.mask.float()
+        loss = self.loss(pred, images, mask, weight=removed.gather(1, mask.ids_predict.long()))
         ids = mask.ids_keep, mask.ids_predict, mask.ids_restore
-        return MAEOutput(loss, pred, mask.mask.float(), *ids, mask.valid_keep, mask.valid_predict)
+        returned = pred if returned is None else returned
+        return MAEOutput(loss, returned, removed, *ids, mask.valid_keep, mask.valid_predict)
 
     # ---- tokens of encoder and decoder -------------------------------------------------------------------------------
 
@@ -294,27 +320,27 @@ class MaskedAutoencoder(Encoder):
         )
 
     def _decoder_input(
-        self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None
+        self, visible: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Return the decoder's tokens before its first block, and the options of `run_blocks`."""
+        """Return the decoder's tokens before its first block, and the options of `run_blocks`, as in `_decode`."""
         head_dim = self.mask_token.shape[2] // self.decoder_num_heads
         if self.decoder == "cross":
             tokens = self._mask_tokens(mask)
             return tokens, dict(
-                memory=latent,
+                memory=visible,
                 memory_mask=self._keys(mask.valid_keep),
                 rope=self._angles(head_dim, tokens, mask.ids_predict, prefix=False),
                 memory_rope=self._angles(head_dim, tokens, mask.ids_keep),
             )
-        assert isinstance(latent, Tensor)
-        tokens = self._with_mask_tokens(self._narrowed(latent), mask, self.decoder_pos_embed)
+        assert isinstance(visible, Tensor)
+        tokens = self._with_mask_tokens(visible.to(self.mask_token.dtype), mask, self.decoder_pos_embed)
         options = dict(
             key_mask=self._keys(mask.valid_keep, mask.valid_predict),
             rope=self._angles(head_dim, tokens, mask.ids_keep, mask.ids_predict),
         )
         if context is None:
             return tokens, options
-        memory = self._narrowed(context)
+        memory = linear(context, self.decoder_embed).to(self.mask_token.dtype)
         if self.decoder_pos_embed is not None:
             memory = memory + self.decoder_pos_embed
         return tokens, dict(memory=memory, memory_rope=self._angles(head_dim, tokens), **options)
@@ -336,10 +362,6 @@ class MaskedAutoencoder(Encoder):
         table = None if self.decoder_pos_embed is None else self.decoder_pos_embed[0, self.num_prefix_tokens :]
         return ops.decoder_tokens(none, mask.ids_keep[:, :0], mask.ids_predict, self.mask_token.flatten(), table)
 
-    def _narrowed(self, latent: Tensor) -> Tensor:
-        """Return latent in the decoder's width, as a residual stream."""
-        return linear(latent, self.decoder_embed).to(self.mask_token.dtype)
-
     def _check_decoded(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> None:
         """Check the arguments of `decode`."""
         if not isinstance(mask, Mask):
@@ -354,13 +376,17 @@ class MaskedAutoencoder(Encoder):
         tokens = mask.ids_predict.shape[1] if self.decoder is None else self.num_prefix_tokens + visible
         for part in latent if several else [latent]:
             check_tensor("latent", part, (batch, tokens, self.embed_dim), letters="what encode returns for this mask")
+        self._check_context(context)
+
+    def _check_context(self, context: Tensor | None) -> None:
+        """Check the latent of a second view."""
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
             return
         if context is None:
             raise ValueError('context must be given to the decoder "both": encode(other), of a second view; got None')
-        whole = batch, self.num_prefix_tokens + self.num_patches, self.embed_dim
+        whole = None, self.num_prefix_tokens + self.num_patches, self.embed_dim
         check_tensor("context", context, whole, letters="what encode returns for whole images")
 
     # ---- patches and pictures ----------------------------------------------------------------------------------------

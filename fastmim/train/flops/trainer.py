@@ -46,9 +46,9 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     batch = Batch(images, None, torch.arange(config.batch_size))
     stages = [
         Stage("masking", masking, "random"),
-        Stage("encoder", model, "encode"),
+        Stage("encoder", model, "_encode"),
         Stage("embedding", model.patch_embed, "forward"),
-        Stage("decoder", model, "decode"),
+        Stage("decoder", model, "_decode"),
         Stage("loss", model, "loss"),
         Stage("clipping", trainer.update, "_clip", UPDATE),
         Stage("optimiser", optimizer, "step", UPDATE),
