@@ -107,6 +107,28 @@ struct RowSum {
   const void *value, *table;
 };
 
+// Crops of RGB bytes, resampled. A crop is cut into patches, or is one patch itself.
+struct Resample {
+  const uint8_t *source, *end;  // the crop's first byte; the end of the memory that it lies in
+  int64_t row;                  // bytes from a row of the source to the next
+  int64_t width, height;        // of the crop
+  int64_t out_width, out_height;
+  bool flip;  // mirror the result
+  int64_t patch_width, patch_height, count;
+  const int64_t* ids;  // (count,) patches, null: all of them
+  bool planar;         // a patch is (3, height, width), otherwise (height, width, 3)
+  uint8_t* out;        // (count, a patch)
+  char* scratch;       // of resample_scratch() bytes
+};
+
+// the next `count` values of memory whose start is moved past them
+template <typename T>
+T* scratch_of(char*& memory, int64_t count) {
+  T* start = reinterpret_cast<T*>(memory);
+  memory += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+  return start;
+}
+
 struct Kernels {
   const char* name;
   // whether no noise was NaN
@@ -126,6 +148,8 @@ struct Kernels {
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
   void (*add_rows)(const RowSum* sums, int64_t count, Type table_type, const View& out, int64_t first, int64_t width);
   void (*copy_row)(Type a_type, const void* a, Type out_type, void* out, int64_t width);
+  // the number of pixels that its two passes made
+  int64_t (*resample)(const Resample&);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
