@@ -188,7 +188,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from . import masking
     from .train.load_run import load_model
     from .train.reconstruct import draw_grid, find_images, read_images
-    from .train.seeds import mask_seeds
+    from .data.seeds import mask_seeds
 
     model = load_model(args.checkpoint, key=args.key).eval()
     images = read_images(find_images(args.images, args.count), model.patch_embed.img_size)

@@ -1,6 +1,7 @@
 // The kernels that each instruction set has, and their arguments. No torch here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/loss.h"
@@ -127,6 +128,24 @@ T* scratch_of(char*& memory, int64_t count) {
   T* start = reinterpret_cast<T*>(memory);
   memory += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
   return start;
+}
+
+// pixels past the end of a line that vectors may compute, and lines that are resampled at a time
+constexpr int64_t kResampleMargin = 6, kResampleLines = 16;
+
+// bytes of a line in scratch memory; vectors write up to 16 past it
+inline int64_t resample_stride(int64_t width) {
+  return (3 * width + 16 + 63) / 64 * 64;
+}
+
+// largest number of input pixels for one output pixel
+inline int64_t resample_taps(int64_t in, int64_t out) {
+  return 2 * ((2 * std::max(in, out) + out - 1) / out) + 1;
+}
+
+// rows of the input that are read for kResampleLines of the output, with weight 0 too
+inline int64_t resample_rows_held(int64_t in, int64_t out) {
+  return kResampleLines * in / out + resample_taps(in, out) + 4;
 }
 
 struct Kernels {

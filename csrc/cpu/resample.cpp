@@ -24,17 +24,17 @@ py::buffer_info contiguous(const char* name, const py::buffer& buffer, int64_t i
   return info;
 }
 
-int64_t weights_bytes(int64_t in, int64_t out, int64_t size, int64_t copies) {
-  const int64_t taps = 2 * int64_t(std::ceil(2 * std::max(double(in) / double(out), 1.0))) + 2;
-  return 8 * size + 16 * out + 8 * taps * out + 2 * taps * size * copies + 6 * 64;
-}
-
+// bytes of scratch, rounded up generously
 int64_t scratch_bytes(const Resample& args) {
-  const auto taps = [](int64_t in, int64_t out) { return 4 * std::max(in, out) / out + 8; };
-  const int64_t down = taps(args.height, args.out_height), across = taps(args.width, args.out_width);
-  return weights_bytes(args.width, args.out_width, args.out_width + 4, 4) +
-         weights_bytes(args.height, args.out_height, args.out_height, 1) +
-         (2 * down + 1) * (3 * args.patch_width + 128) + 3 * args.width + 6 * across + 8 * down + 8 * 64;
+  const auto weights = [](int64_t in, int64_t out, int64_t copies) {
+    const int64_t taps = resample_taps(in, out), size = out + kResampleMargin;
+    return 24 * size + 8 * taps * size + 2 * (taps + 1) * size * copies;
+  };
+  const int64_t rows = resample_rows_held(args.height, args.out_height);
+  const int64_t taps = resample_taps(args.width, args.out_width);
+  return weights(args.width, args.out_width, 4) + weights(args.height, args.out_height, 1) +
+         12 * (args.out_width + kResampleMargin) + (rows + kResampleLines) * resample_stride(args.patch_width) +
+         3 * args.width + 3 * taps + 20 * 64;
 }
 
 struct Threads {

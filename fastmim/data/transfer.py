@@ -4,42 +4,42 @@ The thread that makes batches queues copies and does not wait for them, unless i
 copy again. The thread that takes a batch doesn't wait either: its current CUDA stream waits for the event of the batch.
 """
 
+import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Pixels
+from .resample import Cut, Pixels
 
-# the crops of a sample: each (H, W, 3) in host memory, or all on the device as (repeats, H, W, 3)
-Row = list[Pixels] | Tensor
+# crops of samples: (n, H, W, 3) in host memory or on the device, or n that are to be resampled; or patches (n, k, P)
+Row = Pixels | Cut | Tensor
 # pinned buffers, used in turn: one is filled while another is copied
 BUFFERS = 2
 
 
 class Sent(NamedTuple):
-    """A batch on its device; a copy to it is complete at `event`, or already if that is None."""
+    """A batch on its device, with its mask; copies to it are complete at `event`, or already if that is None."""
 
     images: Tensor
+    mask: Any = None
     event: Any = None
 
 
 class Host:
     """Maker of batches in host memory."""
 
-    def send(self, rows: Sequence[Row]) -> Sent:
-        """Stack the crops of all samples into a batch (n * repeats, H, W, 3)."""
-        crops = _crops(rows)
-        batch = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)
-        np.stack(crops, out=batch.numpy())
-        return Sent(batch)
+    def send(self, rows: Sequence[Row], mask: Any = None) -> Sent:
+        """Join the crops of all samples in a batch (B, H, W, 3), or their patches in one (B, k, P)."""
+        rows = _on_host(rows)
+        batch = torch.empty(sum(map(len, rows)), *rows[0].shape[1:], dtype=torch.uint8)
+        _write(rows, batch)
+        return Sent(batch, mask)
 
-    def receive(self, sent: Sent) -> Tensor:
-        """Return the batch to the thread that consumes it."""
-        return sent.images
+    def receive(self, sent: Sent) -> None:
+        """Make a batch available to the thread that consumes it."""
 
 
 class Link(Protocol):
@@ -111,26 +111,28 @@ class Transfer(Host):
         # each buffer, and the event after which it may be overwritten
         self._buffers: list[tuple[Tensor | None, Any]] = [(None, None)] * BUFFERS
 
-    def send(self, rows: Sequence[Row]) -> Sent:
-        on_host = [row for row in rows if not isinstance(row, Tensor)]
-        sent = self._copied(_crops(on_host)) if on_host else None
+    def send(self, rows: Sequence[Row], mask: Any = None) -> Sent:
+        on_host = _on_host(rows)
+        sent = self._copied(on_host) if on_host else None
         if sent is None or len(on_host) < len(rows):
             sent = self._in_order(rows, sent)
-        return Sent(sent, self.link.mark())
+        return Sent(sent, _with_tensors(mask, self.link.copied), self.link.mark())
 
-    def receive(self, sent: Sent) -> Tensor:
+    def receive(self, sent: Sent) -> None:
         self.link.hand_over(sent.images, sent.event)
-        return sent.images
+        for tensor in _tensors(sent.mask).values():
+            self.link.hand_over(tensor, sent.event)
 
-    def _copied(self, crops: list[Pixels]) -> Tensor:
-        """Stack crops in pinned memory and queue the copy to the device."""
+    def _copied(self, rows: list[Pixels | Cut]) -> Tensor:
+        """Join rows in pinned memory and queue the copy to the device."""
         buffer, event = self._buffers.pop(0)
         if event is not None:
             self.link.wait(event)
-        if buffer is None or len(buffer) < len(crops):
-            buffer = self.link.pinned((len(crops), *crops[0].shape))
-        part = buffer[: len(crops)]
-        np.stack(crops, out=part.numpy())
+        count = sum(map(len, rows))
+        if buffer is None or len(buffer) < count:
+            buffer = self.link.pinned((count, *rows[0].shape[1:]))
+        part = buffer[:count]
+        _write(rows, part)
         copied = self.link.copied(part)
         self._buffers.append((buffer, self.link.mark()))
         return copied
@@ -148,8 +150,33 @@ class Transfer(Host):
         return self.link.joined(parts)
 
 
-def _crops(rows: Sequence[Row]) -> list[Pixels]:
-    return [crop for row in rows for crop in row]
+def _on_host(rows: Sequence[Row]) -> list[Pixels | Cut]:
+    return [row for row in rows if not isinstance(row, Tensor)]
+
+
+def _write(rows: Sequence[Pixels | Cut], batch: Tensor) -> None:
+    """Write rows into a batch one after the other."""
+    out, at = batch.numpy(), 0
+    for row in rows:
+        part = out[at : at + len(row)]
+        if isinstance(row, Cut):
+            row.write(part)
+        else:
+            part[...] = row
+        at += len(row)
+
+
+def _tensors(mask: Any) -> dict[str, Tensor]:
+    """Return the attributes of a mask that are tensors; none for None."""
+    return {name: value for name, value in getattr(mask, "__dict__", {}).items() if isinstance(value, Tensor)}
+
+
+def _with_tensors(mask: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a mask with function(tensor) for each tensor; its values were checked when it was made."""
+    changed = copy.copy(mask)
+    for name, tensor in _tensors(mask).items():
+        object.__setattr__(changed, name, function(tensor))
+    return changed
 
 
 def transfer_to(device: torch.device) -> Host:
