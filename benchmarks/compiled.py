@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fastmim import _dispatch, kernels
+from fastmim import _dispatch, kernels, reference
 from harness.ahead_of_time import ARCHITECTURES, Key, launches, machine, resources, tensor_cores, wide_share
 
 RESULTS = Path(__file__).parent / "results"
@@ -122,6 +122,8 @@ def patches_calls() -> Iterator[Call]:
         )
     chosen, floating = ids(49), pictures(dtype=torch.float32)
     yield Call("gather_patches", "patch 16, float32", (floating, chosen, [16, 16], None, None, torch.float32))
+    args = (pictures(dtype=torch.uint16), chosen, [16, 16], *stats, torch.bfloat16)
+    yield Call("gather_patches", "patch 16, uint16", args, wide=False)
     clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
     args = (empty(16, 156, dtype=torch.int64), [2, 16, 16], *stats, torch.bfloat16)
     yield Call("gather_patches", "patch 2x16x16", (clips, *args), wide=False)
@@ -132,7 +134,7 @@ def patches_calls() -> Iterator[Call]:
         weight = single(model.width, 3, model.patch, model.patch)
         pos, prefix = single(model.patches, model.width), single(1, model.width)
         chosen = ids(model.keep(0.75))
-        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16)
+        args = (pictures(), chosen, weight, single(model.width), pos, prefix, *stats, torch.bfloat16, None)
         yield Call("embed_patches", model.name, args, wide=False)
 
 
@@ -209,12 +211,18 @@ def loss_calls() -> Iterator[Call]:
         removed, values = model.patches - model.keep(0.75), 3 * model.patch**2
         for channels_last in (False, True):
             images = pictures(channels_last=channels_last)
-            args = (empty(BATCH, removed, values), images, ids(removed), [model.patch] * 2, 1, None, *stats, True)
+            args = (empty(BATCH, removed, values), images, ids(removed), [model.patch] * 2, 1, None, *stats)
+            mean = reference.REDUCE_MEAN, True
             shape = f"patch {model.patch}" + ", channels last" * channels_last
-            yield Call("pixel_loss", shape, args, wide=False)
+            yield Call("pixel_loss", shape, (*args, reference.LOSS_SQUARED, *mean), wide=False)
+            if model is B and not channels_last:
+                for name, loss in (("absolute", reference.LOSS_ABSOLUTE), ("huber", reference.LOSS_HUBER)):
+                    yield Call("pixel_loss", f"{shape}, {name}", (*args, loss, *mean), wide=False)
+    args = (empty(BATCH, 147, 768), pictures(dtype=torch.uint16), ids(147), [16, 16], 1, None, *stats)
+    yield Call("pixel_loss", "patch 16, uint16", (*args, reference.LOSS_SQUARED, *mean), wide=False)
     clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
     pred, chosen, weight = empty(16, 1412, 1536), empty(16, 1412, dtype=torch.int64), single(16, 1412)
-    args = (pred, clips, chosen, [2, 16, 16], 2, weight, *stats, True)
+    args = (pred, clips, chosen, [2, 16, 16], reference.NORM_CHANNEL, weight, *stats, reference.LOSS_SQUARED, *mean)
     yield Call("pixel_loss", "patch 2x16x16, per channel, weights", args, wide=False)
     for width in (768, 1024):
         pred, target, weight = empty(BATCH, 147, width), empty(BATCH, 147, width), single(BATCH, 147)

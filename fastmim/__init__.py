@@ -8,6 +8,8 @@ from .interop.convert.huggingface import from_huggingface, to_huggingface
 from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .masking import Mask
+from .models.encoder import Encoder
+from .models.inputs import Patches
 from .models.mae import (
     MaskedAutoencoderViT,
     mae_vit_base_patch16,
@@ -16,12 +18,16 @@ from .models.mae import (
     mae_vit_small_patch16,
     mae_vit_tiny_patch16,
 )
+from .models.masked_autoencoder import MaskedAutoencoder
 from .models.output import MAEOutput
 
 __all__ = [
+    "Encoder",
     "MAEOutput",
     "Mask",
+    "MaskedAutoencoder",
     "MaskedAutoencoderViT",
+    "Patches",
     "UnsupportedModelError",
     "__version__",
     "accelerate",

@@ -101,16 +101,19 @@ def axes(name: str, value: object, count: int) -> list[int]:
 
 
 def check_images(images: object) -> None:
-    """Check that `images` is (B, C, H, W) or (B, C, T, H, W), floating or uint8."""
+    """Check that `images` is (B, C, T), (B, C, H, W) or (B, C, T, H, W), uint8, uint16 or floating."""
     check_tensor("images", images)
     assert isinstance(images, Tensor)
-    if images.dim() not in (4, 5):
-        raise ValueError(f"images must be (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
-    check_floating("images", images, also_uint8=True)
+    if images.dim() not in (3, 4, 5):
+        raise ValueError(f"images must be (B, C, T), (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
+    if images.dtype not in (torch.uint8, torch.uint16, *FLOATING):
+        raise TypeError(
+            f"images must be of dtype uint8, uint16, float64, float32, bfloat16 or float16; got {images.dtype}"
+        )
 
 
 def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
-    """Return `patch_size` as a list, and the grid of patches on `images` (B, C, H, W) or (B, C, T, H, W)."""
+    """Return `patch_size` as a list, and the grid of patches on `images` (B, C, *sizes) of 1 to 3 axes."""
     check_images(images)
     patch = axes("patch_size", patch_size, images.dim() - 2)
     if any(size % p for size, p in zip(images.shape[2:], patch)):

@@ -191,7 +191,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .data.seeds import mask_seeds
 
     model = load_model(args.checkpoint, key=args.key).eval()
-    images = read_images(find_images(args.images, args.count), model.patch_embed.img_size)
+    height, width = model.patch_embed.img_size
+    images = read_images(find_images(args.images, args.count), (height, width))
     seeds = mask_seeds(args.seed, 0, torch.arange(len(images)))
     mask = masking.random(len(images), model.patch_embed.num_patches, args.mask_ratio, seeds=seeds)
     with torch.no_grad():
@@ -230,7 +231,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     # features need the encoder alone
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
-    split = read_split(args.data, model.patch_embed.img_size, args.threads)
+    height, width = model.patch_embed.img_size
+    split = read_split(args.data, (height, width), args.threads)
     torch.manual_seed(0)
     untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
     rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)

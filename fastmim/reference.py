@@ -13,7 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NORM_NONE, NORM_PATCH, NORM_CHANNEL = 0, 1, 2
+LOSS_SQUARED, LOSS_ABSOLUTE, LOSS_HUBER = 0, 1, 2
 REDUCE_NONE, REDUCE_MEAN, REDUCE_SUM = 0, 1, 2
+# by which images of integers are divided first
+LARGEST_PIXEL = {torch.uint8: 255, torch.uint16: 65535}
 
 _CHECK_ON_DEVICE = os.environ.get("FASTMIM_CHECK_IDS") == "1"
 
@@ -189,12 +192,17 @@ def _cut(
     grid = view.shape[1 : 1 + len(patch_size)]
     limit = grid.numel()
     check_id_values("ids", ids, limit)
-    patches = view[(_batch(ids), *torch.unravel_index(ids.clamp(0, limit - 1), grid))].to(dtype)
+    if images.dtype == torch.uint16:  # whose values PyTorch does not index on each device
+        view = view.view(torch.int16)
+    patches = view[(_batch(ids), *torch.unravel_index(ids.clamp(0, limit - 1), grid))]
+    if images.dtype == torch.uint16:
+        patches = patches.int() & 0xFFFF
+    patches = patches.to(dtype)
     if not _checked(ids):
         valid = ((ids >= 0) & (ids < limit)).reshape(*ids.shape, *[1] * (patches.dim() - 2))
         patches = torch.where(valid, patches, float("nan"))
-    if images.dtype == torch.uint8:
-        patches = patches / 255
+    if images.dtype in LARGEST_PIXEL:
+        patches = patches / LARGEST_PIXEL[images.dtype]
     if mean is not None:
         patches = patches - _channels(mean, patches)
     if std is not None:
@@ -240,13 +248,14 @@ def embed_patches(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    pos_ids: Tensor | None = None,
 ) -> Tensor:
     patches = gather_patches(images, ids, list(weight.shape[2:]), mean, std, dtype)
     # contiguous, so that the bits of sums do not depend on the layout of the weight
     weight = weight.flatten(1).to(dtype).contiguous()
     tokens = F.linear(patches, weight, None if bias is None else bias.to(dtype))
     if pos_embed is not None:
-        tokens = upcast(tokens) + _positions(pos_embed, ids, "ids")
+        tokens = upcast(tokens) + _positions(pos_embed, ids if pos_ids is None else pos_ids, "pos_ids")
     if prefix is not None:
         tokens = torch.cat([prefix.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
     return tokens.to(dtype)
@@ -404,23 +413,43 @@ def pixel_loss(
     weight: Tensor | None,
     mean: Tensor | None,
     std: Tensor | None,
+    loss: int,
+    reduction: int,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and, if needed, its gradient by pred (else empty)."""
     dtype = upcast_dtype(pred.dtype, images.dtype)
     patches = _cut(images, ids, patch_size, mean, std, dtype)
-    error, row_scale = pixel_errors(pred, patches, norm_pix, weight)
-    loss = (error.square().mean(-1) * row_scale).sum()
-    grad = error * row_scale[..., None] * (2 / pred.shape[-1]) if need_grad else error.new_empty(0)
-    return loss, grad.to(gradient_dtype(pred.dtype))
+    error, row_scale = pixel_errors(pred, patches, norm_pix, weight, reduction)
+    value = reduced(error_loss(error, loss).mean(-1) * row_scale, reduction)
+    slope, factor = _error_slope(error, loss)
+    grad = slope * row_scale[..., None] * (factor / pred.shape[-1]) if need_grad else error.new_empty(0)
+    return value, grad.to(gradient_dtype(pred.dtype))
 
 
-def pixel_errors(pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+def error_loss(error: Tensor, loss: int) -> Tensor:
+    """Return the loss of each error, as in torch.nn's MSELoss, L1Loss, or HuberLoss with delta 1."""
+    if loss == LOSS_SQUARED:
+        return error.square()
+    return error.abs() if loss == LOSS_ABSOLUTE else F.huber_loss(error, torch.zeros_like(error), reduction="none")
+
+
+def _error_slope(error: Tensor, loss: int) -> tuple[Tensor, int]:
+    """Return the derivative of `error_loss` as a tensor, NaN where the error is, times a factor."""
+    if loss == LOSS_SQUARED:
+        return error, 2
+    # torch's sign of NaN is 0
+    return (torch.where(error.isnan(), error, error.sign()) if loss == LOSS_ABSOLUTE else error.clamp(-1, 1)), 1
+
+
+def pixel_errors(
+    pred: Tensor, patches: Tensor, norm_pix: int, weight: Tensor | None, reduction: int
+) -> tuple[Tensor, Tensor]:
     """Return pred (B, M, P) minus its target, the normalised patches (B, M, C, *patch), and the scale of each row.
 
     Both are 0 for a row of weight 0, even where it holds NaN.
     """
-    row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), REDUCE_MEAN)
+    row_scale = _row_scale(weight, patches.new_empty(patches.shape[:2]), reduction)
     if weight is not None:
         idle = row_scale == 0
         patches = patches.masked_fill(idle.reshape(*idle.shape, *[1] * (patches.dim() - 2)), 0)
@@ -456,6 +485,11 @@ def _row_scale(weight: Tensor | None, like: Tensor, reduction: int) -> Tensor:
     return torch.where(total != 0, rows / total, 0)
 
 
+def reduced(rows: Tensor, reduction: int) -> Tensor:
+    """Return the scaled losses of rows as they are for REDUCE_NONE, else their sum."""
+    return rows if reduction == REDUCE_NONE else rows.sum()
+
+
 def scaled_cosine_loss(
     pred: Tensor,
     target: Tensor,
@@ -489,7 +523,7 @@ def scaled_cosine_loss(
         return torch.where(size == 0, 0, grad).clamp(-largest, largest).to(gradient_dtype(like.dtype))
 
     return (
-        loss if reduction == REDUCE_NONE else loss.sum(),
+        reduced(loss, reduction),
         gradient(need_pred_grad, x, y, x_size, x_norm, pred),
         gradient(need_target_grad, y, x, y_size, y_norm, target),
     )

@@ -155,11 +155,14 @@ def of_channel(table, stride, channel, CHANNELS: tl.constexpr, CHOOSE: tl.conste
 
 @triton.jit
 def subtract_mean(pixel, channel, mean, mean_stride, CHANNELS: tl.constexpr, CHOOSE: tl.constexpr):
-    """Return pixel - mean of each column's channel in float32, uint8 first divided by 255."""
+    """Return pixel - mean of each column's channel in float32, uint8 first divided by 255, uint16 by 65535."""
     value = pixel.to(tl.float32)
     if pixel.dtype == tl.uint8:
         # value / 255, rounded correctly for each of the 256 values: 1/255 is split into 257/65536 and a remainder
         value = value * (257 / 65536) + value * (1 / 255 - 257 / 65536)
+    elif pixel.dtype == tl.uint16:
+        # likewise for each of the 65536 values
+        value = value * (1 / 65536) + value * (1 / 65535 - 1 / 65536)
     if mean is not None:
         value -= of_channel(mean, mean_stride, channel, CHANNELS, CHOOSE)[None, :]
     return value

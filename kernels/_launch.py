@@ -118,9 +118,9 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def image_strides(images: Tensor) -> tuple[int, ...]:
-    """Return the strides (B, C, T, H, W) of clips, or of images as clips of one frame, whose stride T is never used."""
-    strides = images.stride()
-    return strides if len(strides) == 5 else (*strides[:2], 0, *strides[2:])
+    """Return the strides (B, C, T, H, W) of images; those of axes that they do not have are 0 and never used."""
+    batch, channel, *strides = images.stride()
+    return batch, channel, *[0] * (3 - len(strides)), *strides
 
 
 def patch_grid(shape: Sequence[int], patch_size: int | Sequence[int]) -> tuple[list[int], list[int]]:

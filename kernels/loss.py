@@ -41,6 +41,7 @@ from ._launch import (
 _SCALED = 65536 if INTERPRETED else 8192
 
 _NORM_PATCH, _NORM_CHANNEL = tl.constexpr(1), tl.constexpr(2)
+_ABSOLUTE, _HUBER = tl.constexpr(1), tl.constexpr(2)
 _REDUCE_NONE, _REDUCE_MEAN = 0, 1
 
 
@@ -48,6 +49,10 @@ def _gradient_for(x: Tensor, wanted: bool) -> Tensor:
     """Allocate the gradient by `x`, empty unless wanted: float32 for float16, in which a mean's gradient underflows."""
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     return x.new_empty(x.shape if wanted else 0, dtype=dtype)
+
+
+def _reduced(losses: Tensor, reduction: int) -> Tensor:
+    return losses if reduction == _REDUCE_NONE else losses.sum()
 
 
 @triton.jit
@@ -61,6 +66,21 @@ def _row_scale(weight, weight_offset, weight_total, valid_rows, share):
             total = tl.load(weight_total)
             scale = tl.where(total != 0.0, scale / total, 0.0)
     return scale
+
+
+@triton.jit
+def _error_loss(error, LOSS: tl.constexpr):
+    """Return the loss of each error, and its derivative as a tensor, NaN where the error is, and a factor."""
+    if LOSS == _ABSOLUTE:
+        sign = tl.where(error > 0.0, 1.0, tl.where(error < 0.0, -1.0, error))
+        result = tl.abs(error), sign, 1.0
+    elif LOSS == _HUBER:
+        size = tl.abs(error)
+        clamped = tl.where(error > 1.0, 1.0, tl.where(error < -1.0, -1.0, error))
+        result = tl.where(size > 1.0, size - 0.5, 0.5 * error * error), clamped, 1.0
+    else:
+        result = error * error, error, 2.0
+    return result
 
 
 # ---- pixel_loss ------------------------------------------------------------------------------------------------------
@@ -78,7 +98,7 @@ def _pixel_loss_kernel(
     losses, grad,
     rows, count, patches, grid_h, grid_w, share,
     NORM: tl.constexpr, CHANNELS: tl.constexpr, PT: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
-    DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr, NEED_GRAD: tl.constexpr,
+    DENSE: tl.constexpr, REORDER: tl.constexpr, LARGE: tl.constexpr, LOSS: tl.constexpr, NEED_GRAD: tl.constexpr,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the losses of a block of patches (rows of B·M), with values in channel-fastest order, and their gradients.
@@ -134,9 +154,10 @@ def _pixel_loss_kernel(
 
     error = output.to(tl.float32) - target
     error = tl.where(valid, error, 0.0)
-    tl.store(losses + row, tl.sum(error * error, axis=1) / VALUES * scale, mask=valid_rows)
+    loss, slope, factor = _error_loss(error, LOSS)
+    tl.store(losses + row, tl.sum(loss, axis=1) / VALUES * scale, mask=valid_rows)
     if NEED_GRAD:
-        out = (error * (scale * (2.0 / VALUES))[:, None]).to(grad.dtype.element_ty)
+        out = (slope * (scale * (factor / VALUES))[:, None]).to(grad.dtype.element_ty)
         tl.store(grad + dense_offsets(row, column, VALUES), out, mask=valid_rows[:, None] & valid_columns[None, :])
 
 
@@ -149,6 +170,8 @@ def pixel_loss(
     weight: Tensor | None = None,
     mean: Tensor | None = None,
     std: Tensor | None = None,
+    loss: int = 0,
+    reduction: int = _REDUCE_MEAN,
     need_grad: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and its gradient by pred, empty unless needed."""
@@ -163,10 +186,11 @@ def pixel_loss(
     grad = _gradient_for(pred, need_grad)
     rows = ids.numel()
     if rows == 0 or values == 0:
-        return pred.new_zeros((), dtype=torch.float32), grad
+        return _reduced(pred.new_zeros(ids.shape, dtype=torch.float32), reduction), grad
     refuse_rows(rows, patches)
     pred = as_rows(pred)
-    losses = pred.new_empty(rows, dtype=torch.float32)
+    losses = pred.new_empty(ids.shape, dtype=torch.float32)
+    mean_of_rows = reduction == _REDUCE_MEAN
     blocks = whole_rows(values)
     with on_device(pred):
         _pixel_loss_kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
@@ -174,15 +198,16 @@ def pixel_loss(
             images, *image_strides(images),
             ids, *ids.stride(),
             weight, *strides_of(weight, 2),
-            None if weight is None else weight.sum(dtype=torch.float32),
+            weight.sum(dtype=torch.float32) if weight is not None and mean_of_rows else None,
             mean, *strides_of(mean, 1),
             std, *strides_of(std, 1),
             losses, grad,
-            rows, ids.shape[1], patches, *grid[1:], 1 / rows,
+            rows, ids.shape[1], patches, *grid[1:], 1 / rows if mean_of_rows else 1.0,
             norm_pix, images.shape[1], *patch,
-            **patch_layout(images, patch, channels_last=True), NEED_GRAD=need_grad, UNIT=unit_of(pred), **blocks,
+            **patch_layout(images, patch, channels_last=True), LOSS=loss, NEED_GRAD=need_grad,
+            UNIT=unit_of(pred), **blocks,
         )  # fmt: skip
-    return losses.sum(), grad
+    return _reduced(losses, reduction), grad
 
 
 # ---- scaled_cosine_loss ----------------------------------------------------------------------------------------------
@@ -274,7 +299,7 @@ def scaled_cosine_loss(
     dpred, dtarget = _gradient_for(pred, need_pred_grad), _gradient_for(target, need_target_grad)
     if rows:
         x, y = as_rows(pred), as_rows(target)
-        mean = reduction == _REDUCE_MEAN
+        mean_of_rows = reduction == _REDUCE_MEAN
         weights = None if weight is None else weight.reshape(-1)
         blocks = whole_rows(width)
         with on_device(pred):
@@ -282,14 +307,14 @@ def scaled_cosine_loss(
                 x, *x.stride(),
                 y, *y.stride(),
                 weights, *strides_of(weights, 1),
-                weights.sum(dtype=torch.float32) if weights is not None and mean else None,
+                weights.sum(dtype=torch.float32) if weights is not None and mean_of_rows else None,
                 losses, dpred, dtarget,
-                rows, x.shape[1], width, float(gamma), 1 / rows if mean else 1.0,
+                rows, x.shape[1], width, float(gamma), 1 / rows if mean_of_rows else 1.0,
                 LARGEST_PRED=torch.finfo(pred.dtype).max, LARGEST_TARGET=torch.finfo(target.dtype).max,
                 NEED_PRED_GRAD=need_pred_grad, NEED_TARGET_GRAD=need_target_grad,
                 UNIT=unit_of(x, y), **blocks,
             )  # fmt: skip
-    return losses if reduction == _REDUCE_NONE else losses.sum(), dpred, dtarget
+    return _reduced(losses, reduction), dpred, dtarget
 
 
 # ---- scale_gradient_ -------------------------------------------------------------------------------------------------

@@ -83,9 +83,9 @@ def gather_patches(
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gather patches (B, K, P) as rows in the order (c, *patch): (x - mean) / std, uint8 first divided by 255."""
+    """Gather patches (B, K, P) as rows in the order (c, *patch): (x - mean) / std, integers scaled to 0..1."""
     if dtype is None:
-        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     patch, grid = patch_grid(images.shape, patch_size)
     out = images.new_empty(*ids.shape, images.shape[1] * math.prod(patch), dtype=dtype)
     refuse_float64(images, out)
@@ -179,12 +179,12 @@ def _place_kernel(
     pos_embed, pos_row, pos_value,
     head, head_row, head_value,
     out,
-    rows, count, prefix, patches, width,
+    rows, count, prefix, positions, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write some of the columns of a block of embedded tokens (rows of B·(N+K)).
 
-    A token gets the position of its patch; the first `prefix` rows of an image are copied from `head`.
+    A token gets the position of its id; the first `prefix` rows of an image are copied from `head`.
     """
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -196,9 +196,9 @@ def _place_kernel(
     is_token = valid & (k >= 0)[:, None]
     value = tl.load(tokens + dense_offsets(b * count + k, step, width), mask=is_token, other=0.0).to(tl.float32)
     if pos_embed is not None:
-        id, valid_ids = load_ids(ids, b, k, ids_batch, ids_value, valid_rows & (k >= 0), patches)
+        id, valid_ids = load_ids(ids, b, k, ids_batch, ids_value, valid_rows & (k >= 0), positions)
         source = table_pointers(pos_embed, id, step, pos_row, pos_value, UNIT)
-        value += tl.load(source, mask=is_token & valid_ids[:, None], other=0.0).to(tl.float32)
+        value += tl.load(source, mask=is_token & valid_ids[:, None], other=float("nan")).to(tl.float32)
     if head is not None:
         source = table_pointers(head, prefix + k, step, head_row, head_value, UNIT)
         first = tl.load(source, mask=valid & (k < 0)[:, None]).to(tl.float32)
@@ -216,6 +216,7 @@ def embed_patches(
     mean: Tensor | None = None,
     std: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    pos_ids: Tensor | None = None,
 ) -> Tensor:
     """Embed patches as (B, N+K, D): gather their rows, multiply by the weight once, add the positions."""
     dtype = weight.dtype if dtype is None else dtype
@@ -232,16 +233,21 @@ def embed_patches(
     out = tokens.new_empty(shape) if num_prefix else tokens.view(shape)
     if out.numel() == 0:
         return out
+    num_positions = 0 if pos_embed is None else pos_embed.shape[0]
+    if pos_ids is None:
+        pos_ids = ids
+    elif pos_embed is not None:
+        check_ids("pos_ids", pos_ids, num_positions)
     num_rows = batch * (num_prefix + count)
     grid, blocks = tiles(num_rows, width)
     with on_device(images):
         _place_kernel[grid](
             tokens,
-            ids, *ids.stride(),
+            pos_ids, *pos_ids.stride(),
             pos_embed, *strides_of(pos_embed, 2),
             prefix, *strides_of(prefix, 2),
             out,
-            num_rows, count, num_prefix, math.prod(patch_grid(images.shape, patch_size)[1]), width,
+            num_rows, count, num_prefix, num_positions, width,
             UNIT=unit_of(pos_embed, prefix), **blocks,
         )  # fmt: skip
     return out

@@ -73,9 +73,9 @@ class Calls:
         yield "gather_patches_backward", (grad, keep, patch, std, list(images.shape), dtype)
         weight, positions = self.randn(width, 3, 16, 16) / 28, self.randn(patches, width)
         bias, prefix = self.randn(width), self.randn(1, width)
-        yield "embed_patches", (images, keep, weight, bias, positions, prefix, mean, std, dtype)
+        yield "embed_patches", (images, keep, weight, bias, positions, prefix, mean, std, dtype, None)
         pred = self.randn(batch, removed.shape[1], 768, dtype=dtype)
-        yield "pixel_loss", (pred, images, removed, patch, 1, None, mean, std, True)
+        yield "pixel_loss", (pred, images, removed, patch, 1, None, mean, std, 0, 1, True)
         rows = self.randn(2, batch * patches, width, dtype=dtype)
         yield "scaled_cosine_loss", (rows[0], rows[1], 2.0, None, 1, True, False)
 

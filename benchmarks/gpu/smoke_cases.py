@@ -216,7 +216,8 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         weight = randn(width, 3, p, p, device=device) / (3 * p * p) ** 0.5
         table = randn(1 + n, width, device=device)
         prefix = table[:1] if prefixed else None
-        return images, chosen, weight, randn(width, device=device), table[1:], prefix, *draw_stats(device), dtype
+        bias = randn(width, device=device)
+        return images, chosen, weight, bias, table[1:], prefix, *draw_stats(device), dtype, None
 
     shape = f"patch {p}"
     if encoder.name != "ViT-L":  # its patches are those of ViT-B
@@ -351,11 +352,21 @@ def loss_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[C
     n, p, batch = encoder.patches, encoder.patch, sizes.many
     m = n - encoder.keep(0.75)
 
-    def pixels(device: str, norm: int, weighted: bool, channels_last: bool) -> Args:
+    def pixels(
+        device: str,
+        norm: int,
+        weighted: bool,
+        channels_last: bool = False,
+        loss: int = reference.LOSS_SQUARED,
+        reduction: int = reference.REDUCE_MEAN,
+    ) -> Args:
         pred = randn(batch, m, 3 * p * p, dtype=dtype, device=device)
+        if loss == reference.LOSS_ABSOLUTE:
+            pred += 40 * pred.sign()  # no error near 0, where the gradient jumps
         images = draw_images(batch, encoder.image, device, channels_last)
         weight = torch.rand(batch, m, device=device) if weighted else None
-        return pred, images, draw_ids(batch, n, m, device), [p, p], norm, weight, *draw_stats(device), True
+        chosen = draw_ids(batch, n, m, device)
+        return pred, images, chosen, [p, p], norm, weight, *draw_stats(device), loss, reduction, True
 
     def cosine(device: str, weighted: bool) -> Args:
         pred, target = (randn(batch, m, encoder.width, dtype=dtype, device=device) for _ in range(2))
@@ -370,6 +381,12 @@ def loss_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[C
             shape = f"patch {p}, norm {norm}" + ", weights" * weighted + ", channels last" * channels_last
             make = partial(pixels, norm=norm, weighted=weighted, channels_last=channels_last)
             yield op_case("pixel_loss", shape, dtype, make)
+        for name, loss, reduction in (
+            ("absolute", reference.LOSS_ABSOLUTE, reference.REDUCE_SUM),
+            ("huber, of each patch", reference.LOSS_HUBER, reference.REDUCE_NONE),
+        ):
+            make = partial(pixels, norm=0, weighted=True, loss=loss, reduction=reduction)
+            yield op_case("pixel_loss", f"patch {p}, norm 0, weights, {name}", dtype, make)
         yield op_case("scale_gradient_", f"{m} patches of {3 * p * p}", dtype, upstream)
     for weighted in (False, True):
         shape = f"{encoder.name}, width {encoder.width}" + ", weights" * weighted
@@ -430,7 +447,8 @@ def other_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
     def pixels(device: str) -> Args:
         pred = randn(batch, m, 6 * p * p, dtype=dtype, device=device)
         chosen, weight = draw_ids(batch, n, m, device), torch.rand(batch, m, device=device)
-        return pred, clips(device), chosen, patch, 2, weight, *draw_stats(device), True
+        plain = reference.LOSS_SQUARED, reference.REDUCE_MEAN, True
+        return pred, clips(device), chosen, patch, 2, weight, *draw_stats(device), *plain
 
     yield op_case("gather_patches", f"patch 2x{p}x{p}", dtype, gather)
     yield op_case("pixel_loss", f"patch 2x{p}x{p}, norm 2", dtype, pixels)

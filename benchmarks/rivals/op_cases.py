@@ -85,6 +85,14 @@ def eager_pixel_loss(pred: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
     return squared_error(pred, cut(images, chosen, "pqc")).mean()
 
 
+def eager_absolute_loss(pred: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
+    return F.l1_loss(pred.float(), cut(images, chosen, "pqc"))
+
+
+def eager_huber_losses(pred: Tensor, images: Tensor, chosen: Tensor) -> Tensor:
+    return F.huber_loss(pred.float(), cut(images, chosen, "pqc"), reduction="none").mean(-1)
+
+
 def eager_cosine(pred: Tensor, target: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(pred.float(), target.float(), dim=-1)).square().mean()
 
@@ -123,11 +131,11 @@ def embed(batch: int = B) -> Case:
     return Case({"fastmim": our_embed, "eager": eager_embed}, inputs, flops=4 * batch * K * D * 768)
 
 
-def pixels(batch: int = B) -> Case:
+def pixels(batch: int = B, eager: Callable[..., Tensor] = eager_pixel_loss, **options: Any) -> Case:
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     pred = randn(batch, L - K, 768)
-    ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3)
-    forms = {"fastmim": lambda p, i, c: ours(p, i, c), "eager": eager_pixel_loss}
+    ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3, **options)
+    forms = {"fastmim": lambda p, i, c: ours(p, i, c), "eager": eager}
     return Case(forms, [pred, images, ids(batch, L, L - K)], pred.numel() * (2 + 1 + 2))
 
 
@@ -190,6 +198,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention 1x12x1157x64 float32": lambda: attention(1, 12, 1157, 64, torch.float32),
     "embed_patches": embed,
     "pixel_loss": pixels,
+    "pixel_loss absolute": lambda: pixels(eager=eager_absolute_loss, norm_pix=False, loss="absolute"),
+    "pixel_loss huber none": lambda: pixels(eager=eager_huber_losses, norm_pix=False, loss="huber", reduction="none"),
     "decoder_tokens": assembly,
     "unshuffle": unshuffling,
     "scaled_cosine_loss": cosine,

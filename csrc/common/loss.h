@@ -14,6 +14,26 @@ FASTMIM_HD float deviation(NormPix norm, float var) {
   return norm == NormPix::patch ? sqrtf(var + 1e-6f) : sqrtf(var) + 1e-6f;
 }
 
+enum class ErrorLoss : int { squared, absolute, huber };
+
+// the loss of an error, and its derivative over slope_factor
+struct ErrorTerm {
+  float loss, slope;
+};
+
+FASTMIM_HD float slope_factor(ErrorLoss form) {
+  return form == ErrorLoss::squared ? 2.0f : 1.0f;
+}
+
+FASTMIM_HD ErrorTerm error_term(ErrorLoss form, float error) {
+  const float square = error * error;
+  if (form == ErrorLoss::squared) return {square, error};
+  const float size = fabsf(error);
+  // NaN stays in the last branch of each
+  if (form == ErrorLoss::absolute) return {size, error > 0 ? 1.0f : error < 0 ? -1.0f : error};
+  return {size > 1 ? size - 0.5f : 0.5f * square, error > 1 ? 1.0f : error < -1 ? -1.0f : error};
+}
+
 // (1 - cos)^gamma and its derivative by cos
 struct CosineError {
   float loss, slope;

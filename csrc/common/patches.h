@@ -8,19 +8,35 @@ namespace fastmim {
 
 constexpr int kMaxAxes = 3;
 
+enum class Pixels : int { floating, uint8, uint16 };
+
 // Patches of images (B, C, *sizes), read in place.
 struct Patches {
   const void* images;
-  bool is_uint8;
-  Type type;
+  Pixels pixels;
+  Type type;  // of floating pixels
   int axes;
   int64_t channels;
   int64_t batch_stride, channel_stride;
   int64_t stride[kMaxAxes], patch[kMaxAxes], grid[kMaxAxes];
-  const float* mean;   // (C,): a floating pixel x is read as (x - mean) / std
+  const float* mean;   // (C,): a pixel x is read as (pixel(x) - mean) / std
   const float* std;    // (C,)
   const float* table;  // (C, 256): normalised values of uint8 pixels
 };
+
+// a pixel before mean and deviation
+template <typename T>
+FASTMIM_HD float pixel(T value) {
+  return widen(value);
+}
+
+FASTMIM_HD float pixel(uint8_t value) {
+  return static_cast<float>(value) / 255.0f;
+}
+
+FASTMIM_HD float pixel(uint16_t value) {
+  return static_cast<float>(value) / 65535.0f;
+}
 
 // pixels of a patch in one channel
 FASTMIM_HD int64_t patch_area(const Patches& p) {

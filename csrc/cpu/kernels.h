@@ -47,6 +47,7 @@ struct PixelLoss {
   const int64_t* ids;  // (B, M)
   int64_t rows;        // M
   NormPix norm;
+  ErrorLoss form;
   View pred;               // (B, M, P)
   const float* row_scale;  // (B * M,)
   float* row_loss;         // (B * M,)

@@ -15,8 +15,9 @@ Tensor row_scale(const OptionalTensor& weight, int64_t rows, bool mean) {
   return as_float(total != 0 ? upcast / total : at::zeros_like(upcast));
 }
 
-// sum of the rows' losses by their scales, in row order
-Tensor total(const Tensor& losses, const Tensor& scale) {
+// the rows' losses times their scales: of the shape of the rows, or summed in their order
+Tensor reduced(const Tensor& losses, const Tensor& scale, int64_t reduction, at::IntArrayRef shape) {
+  if (reduction == kReduceNone) return (losses * scale).reshape(shape);
   double sum = 0;
   const float *loss = losses.const_data_ptr<float>(), *weight = scale.const_data_ptr<float>();
   for (int64_t i = 0; i < losses.numel(); ++i) sum += static_cast<double>(loss[i]) * weight[i];
@@ -35,24 +36,26 @@ Tensor gradient_for(const Tensor& of, bool wanted) {
 
 std::tuple<Tensor, Tensor> pixel_loss(const Tensor& pred, const Tensor& images, const Tensor& ids,
                                       at::IntArrayRef patch_size, int64_t norm_pix, const OptionalTensor& weight,
-                                      const OptionalTensor& mean, const OptionalTensor& std, bool need_grad) {
+                                      const OptionalTensor& mean, const OptionalTensor& std, int64_t loss,
+                                      int64_t reduction, bool need_grad) {
   check_pixels(images, mean, std);
   check_dtypes(pred);
   const PatchReader reader(images, patch_size, mean, std);
   const Tensor id = checked_ids("ids", ids, patch_count(reader.patches));
   const int64_t rows = id.numel();
-  const Tensor scale = row_scale(weight, rows, true);
+  const Tensor scale = row_scale(weight, rows, reduction == kReduceMean);
   Tensor losses = at::empty({rows}, at::kFloat), grad = gradient_for(pred, need_grad);
   const PixelLoss args{reader.patches,
                        id.const_data_ptr<int64_t>(),
                        ids.size(1),
                        static_cast<NormPix>(norm_pix),
+                       static_cast<ErrorLoss>(loss),
                        view_of(pred, {0, 1, 2}),
                        scale.const_data_ptr<float>(),
                        losses.mutable_data_ptr<float>(),
                        need_grad ? rows_of(grad) : View{}};
   for_rows(rows, 4 * pred.size(2), [&](int64_t begin, int64_t end) { kernels().pixel_loss(args, begin, end); });
-  return {total(losses, scale), grad};
+  return {reduced(losses, scale, reduction, ids.sizes()), grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const Tensor& target, double gamma,
@@ -77,9 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const 
                         type_of(pred.scalar_type()),
                         type_of(target.scalar_type())};
   for_rows(rows, 8 * width, [&](int64_t begin, int64_t end) { kernels().cosine_loss(args, begin, end); });
-  Tensor loss =
-      reduction == kReduceNone ? (losses * scale).reshape(pred.sizes().slice(0, pred.dim() - 1)) : total(losses, scale);
-  return {loss, dpred, dtarget};
+  return {reduced(losses, scale, reduction, pred.sizes().slice(0, pred.dim() - 1)), dpred, dtarget};
 }
 
 }  // namespace

@@ -18,6 +18,20 @@ static void write_zeros(const View& out, int64_t row, int64_t width, float* scra
   finish(out, row, width, scratch);
 }
 
+// Returns the sum of the losses of a row's errors, which become slopes.
+FASTMIM_HD float error_loss(ErrorLoss form, float* errors, float* scratch, int64_t count) {
+  if (form == ErrorLoss::squared) return dot(errors, errors, count);
+  const auto take = [&](auto known) {
+    for (int64_t i = 0; i < count; ++i) {
+      const ErrorTerm term = error_term(known(), errors[i]);
+      scratch[i] = term.loss, errors[i] = term.slope;
+    }
+  };
+  if (form == ErrorLoss::absolute) take(std::integral_constant<ErrorLoss, ErrorLoss::absolute>());
+  if (form == ErrorLoss::huber) take(std::integral_constant<ErrorLoss, ErrorLoss::huber>());
+  return total(scratch, count);
+}
+
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
   const int64_t values = patch_values(args.patches), channels = args.patches.channels, area = values / channels;
   Scratch memory;
@@ -45,9 +59,9 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
     load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2],
              pred, values);
     for (int64_t i = 0; i < values; ++i) pred[i] -= target[i];
-    args.row_loss[row] = dot(pred, pred, values) / static_cast<float>(values);
+    args.row_loss[row] = error_loss(args.form, pred, target, values) / static_cast<float>(values);
     if (args.grad.data != nullptr) {
-      const float scale = args.row_scale[row] * (2.0f / static_cast<float>(values));
+      const float scale = args.row_scale[row] * (slope_factor(args.form) / static_cast<float>(values));
       float* grad = target_of(args.grad, row, out);
       for (int64_t i = 0; i < values; ++i) grad[i] = pred[i] * scale;
       finish(args.grad, row, values, out);

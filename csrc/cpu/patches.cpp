@@ -2,34 +2,43 @@
 
 namespace fastmim::cpu {
 
+namespace {
+
+Pixels pixels_of(const Tensor& images) {
+  if (images.scalar_type() == at::kByte) return Pixels::uint8;
+  return images.scalar_type() == at::kUInt16 ? Pixels::uint16 : Pixels::floating;
+}
+
+}  // namespace
+
 void check_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std) {
-  if (images.scalar_type() != at::kByte) check_dtypes(images);
+  if (pixels_of(images) == Pixels::floating) check_dtypes(images);
   check_dtypes(mean, std);
 }
 
 PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
                          const OptionalTensor& std_of) {
   const int64_t channels = images.size(1);
-  const bool is_uint8 = images.scalar_type() == at::kByte;
+  const Pixels pixels = pixels_of(images);
   mean = mean_of.has_value() ? as_float(*mean_of) : at::zeros({channels}, at::kFloat);
   std = std_of.has_value() ? as_float(*std_of) : at::ones({channels}, at::kFloat);
   for (int64_t c = 0; c < channels; ++c) {
     const float deviation = std.const_data_ptr<float>()[c];
     TORCH_CHECK_VALUE(deviation > 0, "std must be positive, got ", deviation, " for channel ", c);
   }
-  if (is_uint8) {
+  if (pixels == Pixels::uint8) {
     table = at::empty({channels, 256}, at::kFloat);
     float* entry = table.mutable_data_ptr<float>();
     for (int64_t c = 0; c < channels; ++c) {
       const float shift = mean.const_data_ptr<float>()[c], deviation = std.const_data_ptr<float>()[c];
-      for (int value = 0; value < 256; ++value) *entry++ = (static_cast<float>(value) / 255 - shift) / deviation;
+      for (int value = 0; value < 256; ++value) *entry++ = (pixel(static_cast<uint8_t>(value)) - shift) / deviation;
     }
   }
-  patches.table = is_uint8 ? table.const_data_ptr<float>() : nullptr;
+  patches.table = pixels == Pixels::uint8 ? table.const_data_ptr<float>() : nullptr;
   patches.mean = mean.const_data_ptr<float>(), patches.std = std.const_data_ptr<float>();
   patches.images = images.const_data_ptr();
-  patches.is_uint8 = is_uint8;
-  patches.type = is_uint8 ? Type::f32 : type_of(images.scalar_type());
+  patches.pixels = pixels;
+  patches.type = pixels == Pixels::floating ? type_of(images.scalar_type()) : Type::f32;
   patches.axes = static_cast<int>(patch_size.size());
   patches.channels = channels;
   patches.batch_stride = images.stride(0), patches.channel_stride = images.stride(1);
@@ -70,7 +79,7 @@ Tensor gather_patches_backward(const Tensor& grad, const Tensor& ids, at::IntArr
 
 Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
-                     const OptionalTensor& std, at::ScalarType dtype) {
+                     const OptionalTensor& std, at::ScalarType dtype, const OptionalTensor& pos_ids) {
   check_pixels(images, mean, std);
   check_dtypes(weight, bias, pos_embed, prefix, dtype);
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
@@ -80,7 +89,8 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   const int64_t K = ids.size(1), N = prefix.has_value() ? prefix->size(0) : 0, width = weight.size(0);
   const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(),
                pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
-  const Tensor rows = ids.contiguous();
+  const Tensor rows =
+      pos.defined() && pos_ids.has_value() ? checked_ids("pos_ids", *pos_ids, pos.size(0)) : ids.contiguous();
   // without a prefix the positions are added in place
   Tensor out = N == 0 ? tokens : at::empty({ids.size(0), N + K, width}, tokens.options());
   const Type type = type_of(dtype);

@@ -14,14 +14,15 @@ FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64
         for (int64_t i = 0; i < width; ++i) target[i * value_step] = table[source[i * step]];
       } else {
         const float mean = p.mean[c], std = p.std[c];
-        for (int64_t i = 0; i < width; ++i) target[i * value_step] = (widen(source[i * step]) - mean) / std;
+        for (int64_t i = 0; i < width; ++i) target[i * value_step] = (pixel(source[i * step]) - mean) / std;
       }
     }
   }
 }
 
 static void read_patch(const Patches& p, int64_t start, float* out, int64_t channel_step, int64_t value_step) {
-  if (p.is_uint8) return read_patch_as<uint8_t>(p, start, out, channel_step, value_step);
+  if (p.pixels == Pixels::uint8) return read_patch_as<uint8_t>(p, start, out, channel_step, value_step);
+  if (p.pixels == Pixels::uint16) return read_patch_as<uint16_t>(p, start, out, channel_step, value_step);
   if (p.type == Type::f32) return read_patch_as<float>(p, start, out, channel_step, value_step);
   if (p.type == Type::bf16) return read_patch_as<Bf16>(p, start, out, channel_step, value_step);
   return read_patch_as<F16>(p, start, out, channel_step, value_step);
@@ -29,7 +30,7 @@ static void read_patch(const Patches& p, int64_t start, float* out, int64_t chan
 
 // Prefetches the lines of a patch: they are too far apart in the image for the hardware to do so.
 static void prefetch_patch(const Patches& p, int64_t start) {
-  const int64_t size = p.is_uint8 ? 1 : p.type == Type::f32 ? 4 : 2;
+  const int64_t size = p.pixels == Pixels::uint8 ? 1 : p.pixels == Pixels::floating && p.type == Type::f32 ? 4 : 2;
   const char* image = static_cast<const char*>(p.images) + start * size;
   const int64_t width = p.patch[p.axes - 1], lines = patch_area(p) / width;
   const int64_t last = (width - 1) * p.stride[p.axes - 1] * size;

@@ -28,9 +28,10 @@ void copy_rows(const Tensor& from, const Tensor& to, const int64_t* from_id, con
 }
 
 Tensor gather_tokens(const Tensor& tokens, const Tensor& ids) {
-  const Tensor rows = checked_ids("ids", ids, tokens.size(1));
-  Tensor out = at::empty({ids.size(0), ids.size(1), tokens.size(2)}, tokens.options());
-  copy_rows(tokens, out, rows.const_data_ptr<int64_t>(), nullptr, ids.size(1));
+  const Tensor from = tokens.dim() == 2 ? tokens.expand({ids.size(0), -1, -1}) : tokens;
+  const Tensor rows = checked_ids("ids", ids, from.size(1));
+  Tensor out = at::empty({ids.size(0), ids.size(1), from.size(2)}, tokens.options());
+  copy_rows(from, out, rows.const_data_ptr<int64_t>(), nullptr, ids.size(1));
   return out;
 }
 
@@ -66,17 +67,19 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   return out;
 }
 
-// out[b, row] = visible[b, from] (or the mask token, where `from` is past the visible tokens) + pos_embed[position]
+// out[b, row] = visible[b, from] (or the mask token, where `from` is past the visible tokens) + pos_embed[position];
+// mask token and positions may be of each sample
 template <typename Place>
 Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& pos_embed, int64_t rows,
                 const Place& place) {
   const Tensor tokens = visible.contiguous(), mask = mask_token.contiguous();
   // few rows of a long table are read: it is not copied where its rows are dense
-  const Tensor pos = pos_embed.stride(1) == 1 ? pos_embed : pos_embed.contiguous();
+  const Tensor pos = pos_embed.stride(-1) == 1 ? pos_embed : pos_embed.contiguous();
+  const int64_t mask_step = mask.dim() == 2 ? mask.stride(0) : 0, pos_step = pos.dim() == 3 ? pos.stride(0) : 0;
   const int64_t seen = visible.size(1), width = visible.size(2);
   Tensor out = at::empty({visible.size(0), rows, width}, visible.options());
-  const auto row_of = [](const Tensor& table, int64_t row, int64_t stride) {
-    return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * stride * table.element_size();
+  const auto row_at = [](const Tensor& table, int64_t offset) {
+    return static_cast<const char*>(table.const_data_ptr()) + offset * table.element_size();
   };
   const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()),
              pos_type = type_of(pos.scalar_type());
@@ -89,8 +92,8 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
       const auto [from, position] = place(b, row);
       const bool is_visible = from < seen;
       sums[count++] = {is_visible ? type : mask_type,
-                       is_visible ? row_of(tokens, b * seen + from, width) : mask.const_data_ptr(),
-                       row_of(pos, position, pos.stride(0))};
+                       is_visible ? row_at(tokens, (b * seen + from) * width) : row_at(mask, b * mask_step),
+                       row_at(pos, b * pos_step + position * pos.stride(-2))};
       if (count == kRows || i + 1 == end) {
         kernels().add_rows(sums, count, pos_type, target, i + 1 - count, width);
         count = 0;
@@ -106,7 +109,7 @@ using Place = std::pair<int64_t, int64_t>;
 Tensor decoder_tokens(const Tensor& visible, const Tensor& ids_keep, const Tensor& ids_predict,
                       const Tensor& mask_token, const Tensor& pos_embed, int64_t num_prefix_tokens) {
   check_dtypes(visible, mask_token, pos_embed);
-  const int64_t patches = pos_embed.size(0) - num_prefix_tokens, seen = visible.size(1);
+  const int64_t patches = pos_embed.size(-2) - num_prefix_tokens, seen = visible.size(1);
   const Tensor keep = checked_ids("ids_keep", ids_keep, patches),
                predict = checked_ids("ids_predict", ids_predict, patches);
   const int64_t *kept = keep.const_data_ptr<int64_t>(), *predicted = predict.const_data_ptr<int64_t>();

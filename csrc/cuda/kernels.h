@@ -56,11 +56,12 @@ struct PlaceTokens {
 struct PixelLoss {
   PatchRows target;
   NormPix norm;
+  ErrorLoss form;
   const void* pred;  // (B, M, P)
   Type type;
   int64_t pred_stride[3];
   const float* weight;        // (rows,) or null
-  const float* weight_total;  // one value
+  const float* weight_total;  // one value, or null: weights are used as they are
   float share;                // of each row where there is no weight
   float* losses;              // (rows,)
   void* grad;                 // (rows, P) or null

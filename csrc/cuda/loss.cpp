@@ -13,30 +13,37 @@ Tensor gradient_for(const Tensor& of, bool wanted) {
   return wanted ? at::empty(of.sizes(), options) : at::empty({0}, options);
 }
 
+Tensor reduced(const Tensor& losses, int64_t reduction) {
+  return reduction == kReduceNone ? losses : losses.sum();
+}
+
 std::tuple<Tensor, Tensor> pixel_loss(const Tensor& pred, const Tensor& images, const Tensor& ids,
                                       at::IntArrayRef patch_size, int64_t norm_pix, const OptionalTensor& weight,
-                                      const OptionalTensor& mean, const OptionalTensor& std, bool need_grad) {
+                                      const OptionalTensor& mean, const OptionalTensor& std, int64_t loss,
+                                      int64_t reduction, bool need_grad) {
   PixelLoss args{};
   args.type = type_of(pred);
   const Place place(pred);
   const PatchTensors target(images, ids, patch_size, mean, std);
   const int64_t rows = ids.numel();
-  const Tensor losses = at::empty({rows}, pred.options().dtype(at::kFloat)), grad = gradient_for(pred, need_grad);
+  const Tensor losses = at::empty(ids.sizes(), pred.options().dtype(at::kFloat)), grad = gradient_for(pred, need_grad);
   args.target = target.rows;
-  if (rows == 0 || pred.size(2) == 0) return {at::zeros({}, losses.options()), grad};
+  if (rows == 0 || pred.size(2) == 0) return {reduced(losses.zero_(), reduction), grad};
   check_served(refuses_pixel_loss(args));
   args.norm = static_cast<NormPix>(norm_pix);
+  args.form = static_cast<ErrorLoss>(loss);
   args.pred = address(pred);
   for (int axis = 0; axis < 3; ++axis) args.pred_stride[axis] = pred.stride(axis);
   const OptionalTensor weights = as_float(weight);
-  const OptionalTensor total = weights.has_value() ? OptionalTensor(weights->sum()) : OptionalTensor();
+  const bool mean_of_rows = reduction == kReduceMean;
+  const OptionalTensor total = weights.has_value() && mean_of_rows ? OptionalTensor(weights->sum()) : OptionalTensor();
   args.weight = address_of<float>(weights), args.weight_total = address_of<float>(total);
-  args.share = static_cast<float>(1.0 / static_cast<double>(rows));
+  args.share = mean_of_rows ? static_cast<float>(1.0 / static_cast<double>(rows)) : 1.0f;
   args.losses = static_cast<float*>(address(losses));
   args.grad = need_grad ? address(grad) : nullptr;
   args.grad_type = type_of(grad);
   launch_pixel_loss(args, place.stream);
-  return {losses.sum(), grad};
+  return {reduced(losses, reduction), grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const Tensor& target, double gamma,
@@ -65,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> scaled_cosine_loss(const Tensor& pred, const 
     args.dtarget = need_target_grad ? address(dtarget) : nullptr, args.dtarget_type = type_of(dtarget);
     launch_cosine_loss(args, place.stream);
   }
-  return {reduction == kReduceNone ? losses : losses.sum(), dpred, dtarget};
+  return {reduced(losses, reduction), dpred, dtarget};
 }
 
 }  // namespace

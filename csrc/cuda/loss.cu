@@ -1,7 +1,8 @@
 // Losses whose gradient is computed in the forward pass.
 //
-//   pixel:  t = the patch (x - mean) / std, normalised by its own mean and deviation; w = weight / total, or 1 / rows
-//           loss[row] = w sum((pred - t)^2) / P,  grad = w 2 (pred - t) / P
+//   pixel:  t = the patch (x - mean) / std, normalised by its own mean and deviation; w = weight / total, or 1 / rows;
+//           for a sum, or no reduction, w = weight, or 1
+//           e = pred - t, f(e) = e^2, |e| or Huber's;  loss[row] = w sum(f(e)) / P,  grad = w f'(e) / P
 //   cosine: x = pred / |pred|, y = target / |target|, c = x . y;  loss[row] = w (1 - c)^gamma
 //           dpred = -w gamma (1 - c)^(gamma - 1) (y - c x) / |pred|, and the same for target
 //   a row of w = 0 is not read: its loss and gradients are 0, whatever lies there
@@ -98,17 +99,18 @@ pixel_loss_kernel(PixelLoss args) {
     for (int c = 0; c < channels; ++c) normalize(target, c, channels, values, args.norm);
   }
 
-  const float slope = scale * (2.0f / static_cast<float>(values));
+  const float factor = scale * (slope_factor(args.form) / static_cast<float>(values));
   const int64_t from =
       row / args.target.per_image * args.pred_stride[0] + row % args.target.per_image * args.pred_stride[1];
-  float square = 0;
+  float sum = 0;
   for (int i = lane(); i < values; i += kLanes) {
     const float error = load_value(args.type, args.pred, from + i * args.pred_stride[2]) - load(target + i);
-    square += error * error;
-    if (args.grad != nullptr) store_value(args.grad_type, args.grad, row * values + i, error * slope);
+    const ErrorTerm term = error_term(args.form, error);
+    sum += term.loss;
+    if (args.grad != nullptr) store_value(args.grad_type, args.grad, row * values + i, term.slope * factor);
   }
-  square = sum_of_lanes(square);
-  if (lane() == 0) store(args.losses + row, square / static_cast<float>(values) * scale);
+  sum = sum_of_lanes(sum);
+  if (lane() == 0) store(args.losses + row, sum / static_cast<float>(values) * scale);
 }
 
 // x = direction * norm * size, with size the largest magnitude; a zero row has size 0

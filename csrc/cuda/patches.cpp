@@ -2,13 +2,22 @@
 
 namespace fastmim::cuda {
 
+namespace {
+
+Pixels pixels_of(const Tensor& images) {
+  if (images.scalar_type() == at::kByte) return Pixels::uint8;
+  return images.scalar_type() == at::kUInt16 ? Pixels::uint16 : Pixels::floating;
+}
+
+}  // namespace
+
 PatchTensors::PatchTensors(const Tensor& images, const Tensor& ids, at::IntArrayRef patch_size,
                            const OptionalTensor& mean_of, const OptionalTensor& std_of)
     : mean(as_float(mean_of)), std(as_float(std_of)) {
   check_std(std);
   Patches& patches = rows.patches;
-  patches.is_uint8 = images.scalar_type() == at::kByte;
-  patches.type = patches.is_uint8 ? Type::f32 : type_of(images);
+  patches.pixels = pixels_of(images);
+  patches.type = patches.pixels == Pixels::floating ? type_of(images) : Type::f32;
   patches.images = address(images);
   patches.mean = address_of<float>(mean), patches.std = address_of<float>(std);
   patches.axes = static_cast<int>(patch_size.size());
@@ -59,7 +68,7 @@ OptionalTensor contiguous(const OptionalTensor& tensor) {
 
 Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weight, const OptionalTensor& bias,
                      const OptionalTensor& pos_embed, const OptionalTensor& prefix, const OptionalTensor& mean,
-                     const OptionalTensor& std, at::ScalarType dtype) {
+                     const OptionalTensor& std, at::ScalarType dtype, const OptionalTensor& pos_ids) {
   PlaceTokens args{};
   args.type = type_of(dtype);
   type_of(weight);
@@ -75,8 +84,10 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   args.per_image = ids.size(1), args.width = weight.size(0);
   args.rows = ids.size(0) * (args.prefixes + args.per_image);
   args.num_patches = pos_embed.has_value() ? pos_embed->size(0) : 0;
-  args.ids = static_cast<const int64_t*>(address(ids));
-  args.ids_stride[0] = ids.stride(0), args.ids_stride[1] = ids.stride(1);
+  const Tensor& rows = pos_ids.has_value() ? *pos_ids : ids;
+  if (pos_embed.has_value() && pos_ids.has_value()) check_ids("pos_ids", rows, args.num_patches);
+  args.ids = static_cast<const int64_t*>(address(rows));
+  args.ids_stride[0] = rows.stride(0), args.ids_stride[1] = rows.stride(1);
   const Tensor out = at::empty({ids.size(0), args.prefixes + args.per_image, args.width}, tokens.options());
   if (out.numel() == 0) return out;
   args.tokens = address(tokens), args.out = address(out);

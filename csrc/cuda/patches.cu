@@ -1,6 +1,7 @@
 // The chosen patches of images as rows, normalised on the way; the reverse; and embeddings with their positions.
 //
-//   gather:  out[b, k, (c, y, x)] = (image[b, c, Y + y, X + x] - mean[c]) / std[c], uint8 first divided by 255
+//   gather:  out[b, k, (c, y, x)] = (image[b, c, Y + y, X + x] - mean[c]) / std[c], uint8 first divided by 255,
+//           uint16 by 65535
 //   scatter: image[b, c, Y + y, X + x] = grad[b, k, (c, y, x)] / std[c], with (Y, X) the corner of patch ids[b, k]
 //   place:   out[b, n] = prefix[n];  out[b, N + k] = tokens[b, k] + positions[ids[b, k]]
 //

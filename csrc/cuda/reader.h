@@ -28,22 +28,6 @@ FASTMIM_HD int64_t run_count(const Patches& p) {
   return patch_values(p) / (kRun<T, LAYOUT> * kChannelsOfRun<LAYOUT>);
 }
 
-FASTMIM_DEVICE float pixel(uint8_t value) {
-  return static_cast<float>(value) / 255.0f;
-}
-
-FASTMIM_DEVICE float pixel(float value) {
-  return value;
-}
-
-FASTMIM_DEVICE float pixel(Bf16 value) {
-  return widen(value);
-}
-
-FASTMIM_DEVICE float pixel(F16 value) {
-  return widen(value);
-}
-
 // as many values as 16 bytes hold
 template <typename T>
 FASTMIM_DEVICE void read_words(const T* from, float* value) {
@@ -119,7 +103,8 @@ void with_layout(const Patches& p, const Chosen& chosen) {
     if (layout == Layout::interleaved) return chosen(zero, std::integral_constant<Layout, Layout::interleaved>());
     return chosen(zero, std::integral_constant<Layout, Layout::scalar>());
   };
-  if (p.is_uint8) return typed(uint8_t{});
+  if (p.pixels == Pixels::uint8) return typed(uint8_t{});
+  if (p.pixels == Pixels::uint16) return typed(uint16_t{});
   if (p.type == Type::f32) return typed(float{});
   if (p.type == Type::bf16) return typed(Bf16{});
   return typed(F16{});

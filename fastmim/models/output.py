@@ -21,6 +21,8 @@ class MAEOutput:
         ids_keep: (B, K) int64 visible patches.
         ids_predict: (B, M) int64 predicted patches.
         ids_restore: (B, L) int64 rank of each patch.
+        valid_keep, valid_predict: (B, K) and (B, M) bool of a ragged mask, False for padding of ids_keep and
+            ids_predict; None of other masks.
     """
 
     loss: Tensor
@@ -29,6 +31,8 @@ class MAEOutput:
     ids_keep: Tensor
     ids_predict: Tensor
     ids_restore: Tensor
+    valid_keep: Tensor | None = None
+    valid_predict: Tensor | None = None
 
     def __new__(cls, *values: Any, **named: Any) -> Any:
         """Make a `GatheredOutput` if the only argument is an iterable, as in calls from `torch.nn.parallel.gather`.
@@ -62,9 +66,16 @@ class GatheredOutput(NamedTuple):
     mask: Tensor
 
 
+def _flatten(out: MAEOutput) -> tuple[list[Tensor], list[str]]:
+    """Return the tensors of `out`, and their names."""
+    given = {field.name: getattr(out, field.name) for field in fields(out)}
+    given = {name: value for name, value in given.items() if value is not None}
+    return list(given.values()), list(given)
+
+
 pytree.register_pytree_node(
     MAEOutput,
-    lambda out: ([getattr(out, field.name) for field in fields(out)], None),
-    lambda values, _: MAEOutput(*values),
+    _flatten,
+    lambda values, names: MAEOutput(**dict(zip(names, values))),
     serialized_type_name="fastmim.MAEOutput",
 )

@@ -1,7 +1,8 @@
 """Transformer modules over the ops; parameter names are timm's and facebookresearch/mae's."""
 
 from .attention import Attention
-from .block import Block, Mlp, run_blocks
+from .block import Block, Mlp
+from .chain import run_blocks
 from .fused import linear
 from .patch_embed import PatchEmbed
 

@@ -224,16 +224,18 @@ def norm_linear(
     narrow: NarrowWeights | None = None,
     *,
     bias_grad: bool = True,
+    shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
-    `x_bias` (D,) is that of the layer that made x, where its product was taken without.
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without. With `shared`, x is zero, and
+    residual itself is kept for the backward pass rather than t, so that several layers may share it.
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
     bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands
+        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands, shared
     )
     return out
 
@@ -257,12 +259,13 @@ def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
     )
 
 
-def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None) -> Tensor:
     """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
 
     The gradient of the bias comes with that of qkv, from the same kernels.
     """
-    out: Tensor = _Attend.apply(qkv.to(autocast_dtype(qkv) or qkv.dtype), bias)  # type: ignore[no-untyped-call]
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
+    out: Tensor = _Attend.apply(qkv, bias, key_mask)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -400,6 +403,7 @@ class _NormLinear(torch.autograd.Function):
         bias: Tensor | None,
         weight_operand: Tensor,
         bias_operand: Tensor | None,
+        shared: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
         ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
@@ -408,7 +412,7 @@ class _NormLinear(torch.autograd.Function):
             x, residual, norm_weight, norm_bias, eps, ctx.products.operands, x_bias
         )
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
+        ctx.save_for_backward(residual if shared else total, *statistics, norm_weight, norm_bias, weight_operand)
         return ctx.products.linear(normed, weight_operand, bias_operand), total
 
     @staticmethod
@@ -428,7 +432,7 @@ class _NormLinear(torch.autograd.Function):
             linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[6:])
         dx = dtotal if x_dtype == total.dtype else dx
         others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
-        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None
+        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -461,15 +465,15 @@ class _GeluLinear(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, key_mask: Tensor | None) -> Tensor:
         ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
-        ctx.save_for_backward(qkv)
-        out: Tensor = _attention_qkvpacked(qkv, None, ctx.scale)
+        ctx.save_for_backward(qkv, key_mask)
+        out: Tensor = _attention_qkvpacked(qkv, key_mask, ctx.scale)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        (qkv,), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
-        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, None, ctx.scale, sum_dqkv)
-        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (qkv, key_mask), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
+        dqkv, sums = _attention_qkvpacked_backward(grad, qkv, key_mask, ctx.scale, sum_dqkv)
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None

@@ -1,6 +1,8 @@
 """Patch embedding that reads visible patches only."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +10,20 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import axes, check_tensor
 from ..ops.patches import Stat, channel_stats
+from ..reference import LARGEST_PIXEL
 from .fused import residual_stream, unaltered, watched
 
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
-def cuts_patches(projection: nn.Module) -> bool:
-    """Return whether `projection` is an unaltered convolution whose windows are the patches."""
+
+def cuts_patches(projection: Any) -> bool:
+    """Return whether `projection` is an unaltered convolution of 1 to 3 axes whose windows are the patches."""
     return (
-        type(projection) is nn.Conv2d
+        type(projection) in CONVOLUTIONS.values()
         and unaltered(projection)
         and projection.stride == projection.kernel_size
-        and projection.padding == (0, 0)
-        and projection.dilation == (1, 1)
+        and not any(projection.padding)
+        and all(step == 1 for step in projection.dilation)
         and projection.groups == 1
     )
 
@@ -26,13 +31,19 @@ def cuts_patches(projection: nn.Module) -> bool:
 class PatchEmbed(nn.Module):
     """Embedding of chosen patches of images, equal to the convolution `proj` of whole images at those patches.
 
-    A `proj` that is hooked, wrapped, quantised or replaced (by LoRA, pruning, another stem) is called on the whole
-    images, and the patches are taken from its result.
+    Images have 1 to 3 axes, as many as patch_size: signals (T,), pictures (H, W), volumes or clips (T, H, W); `proj` is
+    an `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`. A `proj` that is hooked, wrapped, quantised or replaced (by LoRA,
+    pruning, another stem) is called on the whole images, and the patches are taken from its result.
 
     Args:
-        img_size, patch_size: int or (height, width).
+        img_size: int for all axes, or one for each.
+        patch_size: one int for each axis; an int is a square of two axes.
         in_chans: channels C.
         embed_dim: width D.
+
+    Raises:
+        TypeError: a size that is not an int.
+        ValueError: more than three axes, sizes below 1, or an img_size that is not a multiple of patch_size.
     """
 
     def __init__(
@@ -43,57 +54,121 @@ class PatchEmbed(nn.Module):
         embed_dim: int = 768,
     ) -> None:
         super().__init__()
-        (height, width), (p, q) = axes("img_size", img_size, 2), axes("patch_size", patch_size, 2)
-        self.img_size, self.patch_size = (height, width), (p, q)
-        if height % p or width % q:
+        count = _count_axes(patch_size)
+        self.img_size = tuple(axes("img_size", img_size, count))
+        self.patch_size = tuple(axes("patch_size", patch_size, count))
+        if any(size % patch for size, patch in zip(self.img_size, self.patch_size)):
             raise ValueError(f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}")
-        self.grid_size = (height // p, width // q)
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.patch_size)
+        self.grid_size = tuple(size // patch for size, patch in zip(self.img_size, self.patch_size))
+        self.num_patches = math.prod(self.grid_size)
+        self.proj = CONVOLUTIONS[count](in_chans, embed_dim, self.patch_size, self.patch_size)
 
     def forward(
         self,
         images: Tensor,
         ids_keep: Tensor | None = None,
         *,
+        cut: bool = False,
+        valid: Tensor | None = None,
         pos_embed: Tensor | None = None,
         prefix: Tensor | None = None,
         mean: Stat = None,
         std: Stat = None,
     ) -> Tensor:
-        """Embed the patches `ids_keep` (B, K) of images (B, C, H, W), by default all L in order: (B, N+K, D).
+        """Embed patches of images; under autocast the tokens, which begin a residual stream, are in float32.
 
-        The tokens begin a residual stream: under autocast they are in float32.
+        Args:
+            images: (B, C, *img_size); with `cut` the patches `ids_keep` alone, (B, K, P), in the order (c, *patch).
+            ids_keep: (B, K), by default all L in order.
+            cut: images are patches.
+            valid: (B, K) bool, False for patches to embed as if they were zero. What they hold, NaN for one, changes
+                neither the result nor a gradient.
+            pos_embed: (L, D).
+            prefix: (N, D), put before the patches.
+            mean, std: as in `fastmim.ops.gather_patches`.
+
+        Returns:
+            (B, N+K, D).
+
+        Raises:
+            ValueError: `cut` patches where `proj` is not the unaltered convolution.
         """
         if ids_keep is None:
             ids_keep = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
         proj = self.proj
-        if cuts_patches(proj) and not watched():
+        cuts = cuts_patches(proj) and proj.kernel_size == self.patch_size
+        if not cuts and cut:
+            raise ValueError(
+                f"patch_embed.proj must be an unaltered convolution to embed patches without their image, got {proj}"
+            )
+        if cuts and not cut and valid is None and not watched():
             tokens = ops.embed_patches(
                 images, ids_keep, proj.weight, proj.bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
             )
             return residual_stream(tokens)
-        if cuts_patches(proj):
+        if cuts:
+            tokens = self._embed_cut(images, ids_keep, cut, valid, mean, std)
+            # rounded where `ops.embed_patches` rounds
+            return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix).to(tokens.dtype))
+        grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
+        whole = proj(normalized(images, mean, std, next(proj.parameters(), None)))
+        check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
+        tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
+        tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
+        return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
+
+    def _embed_cut(self, images: Tensor, ids: Tensor, cut: bool, valid: Tensor | None, mean: Stat, std: Stat) -> Tensor:
+        """Embed the patches `ids` of images by themselves: (B, K, D), without positions."""
+        proj = self.proj
+        if not cut:
+            images = ops.gather_patches(images, ids, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype)
+            mean = std = None
+        if valid is not None:
+            images = images.where(valid[..., None], 0)
+        image, ids, _ = patches_as_image(images, proj.in_channels)
+        if watched():
             # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
-            patches = ops.gather_patches(images, ids_keep, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype)
-            tokens = proj(patches.view(-1, images.shape[1], *self.patch_size)).view(*ids_keep.shape, -1)
-        else:
-            grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
-            whole = proj(_normalized(images, mean, std, next(proj.parameters(), None)))
-            check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
-            tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
-        if pos_embed is not None:
-            tokens = tokens + ops.gather_tokens(pos_embed.expand(images.shape[0], -1, -1), ids_keep)
-        if prefix is not None:
-            tokens = torch.cat([prefix.expand(images.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
-        return residual_stream(tokens)
+            patches = normalized(image, mean, std, proj.weight).transpose(1, 2)
+            tokens: Tensor = proj(patches.reshape(-1, proj.in_channels, *self.patch_size)).view(*ids.shape, -1)
+            return tokens
+        return ops.embed_patches(image, ids, proj.weight.flatten(2)[:, :, None], proj.bias, mean=mean, std=std)
 
 
-def _normalized(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> Tensor:
-    """Return images (B, C, H, W) with the mean and std that `ops.gather_patches` applies, in the dtype of `weight`."""
+def patches_as_image(patches: Tensor, channels: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """Return patches (B, K, P), in the order (c, *patch), as an image that consists of them, in place.
+
+    Returns:
+        The image (B, C, K, P/C), the ids of its patches, 0..K-1, and its patch size (1, P/C).
+    """
+    image = patches.unflatten(2, (channels, -1)).transpose(1, 2)
+    ids = torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[0], -1)
+    return image, ids, (1, image.shape[3])
+
+
+def add_positions(tokens: Tensor, ids: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:
+    """Return [prefix; tokens + the rows `ids` of pos_embed], (B, N+K, D), for tokens (B, K, D)."""
+    if pos_embed is not None:
+        tokens = tokens + ops.gather_tokens(pos_embed.expand(tokens.shape[0], -1, -1), ids)
+    if prefix is not None:
+        tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
+    return tokens
+
+
+def _count_axes(patch_size: object) -> int:
+    """Return the number of axes of images with this patch_size."""
+    if not isinstance(patch_size, (tuple, list)):
+        return 2
+    if len(patch_size) not in CONVOLUTIONS:
+        raise ValueError(f"patch_size must be an int, for two axes, or one int for each of 1 to 3, got {patch_size!r}")
+    return len(patch_size)
+
+
+def normalized(images: Tensor, mean: Stat, std: Stat, weight: Tensor | None) -> Tensor:
+    """Return images with the mean and std that `ops.gather_patches` applies, in the dtype of `weight`."""
     mean, std = channel_stats(images, mean, std)
     dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
-    x = images / 255 if images.dtype == torch.uint8 else images
-    x = x if mean is None else x - mean[:, None, None]
-    x = x if std is None else x / std[:, None, None]
+    x = images.to(dtype) / LARGEST_PIXEL[images.dtype] if images.dtype in LARGEST_PIXEL else images
+    per_channel = (-1, *[1] * (images.dim() - 2))
+    x = x if mean is None else x - mean.view(per_channel)
+    x = x if std is None else x / std.view(per_channel)
     return x.to(weight.dtype if weight is not None and weight.is_floating_point() else dtype)

@@ -8,6 +8,7 @@ every length, and the call raises where it does not serve one.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -83,15 +84,7 @@ def attention(
     if k.shape != v.shape:
         raise ValueError(f"k and v must have the same shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     _check_key_mask(key_mask, k.shape[:2])
-    if bias is not None:
-        check_tensor("bias", bias)
-        check_floating("bias", bias)
-        full = (batch, heads, queries, k.shape[1])
-        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-        if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, full)):
-            raise ValueError(
-                f"bias must be broadcastable to (batch, heads, queries, keys) = {full}; got {tuple(bias.shape)}"
-            )
+    _check_bias(bias, (batch, heads, queries, k.shape[1]))
     check_same("device", q=q, k=k, v=v, key_mask=key_mask, bias=bias)
     if bias is not None and bias.dim() == 0:
         bias = bias.reshape(1)
@@ -168,11 +161,23 @@ def _scale(scale: float | None, dim: int) -> float:
     return scale
 
 
-def _check_key_mask(key_mask: Tensor | None, shape: torch.Size) -> None:
+def _check_key_mask(key_mask: Tensor | None, shape: Sequence[int], name: str = "key_mask") -> None:
     if key_mask is not None:
-        check_tensor("key_mask", key_mask, tuple(shape), letters="(batch, keys)")
+        check_tensor(name, key_mask, tuple(shape), letters="(batch, keys)")
         if key_mask.dtype != torch.bool:
-            raise TypeError(f"key_mask must be of dtype bool (True = attend), got {key_mask.dtype}")
+            raise TypeError(f"{name} must be of dtype bool (True = attend), got {key_mask.dtype}")
+
+
+def _check_bias(bias: Tensor | None, shape: Sequence[int], name: str = "bias") -> None:
+    if bias is not None:
+        check_tensor(name, bias)
+        check_floating(name, bias)
+        sizes = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        if len(sizes) != 4 or any(size not in (1, whole) for size, whole in zip(sizes, shape)):
+            raise ValueError(
+                f"{name} must be broadcastable to (batch, heads, queries, keys) = {tuple(shape)}; "
+                f"got {tuple(bias.shape)}"
+            )
 
 
 def _one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,7 +211,7 @@ def _by_torch(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, bias: Te
         k, v = (torch.where(seen.mT, x, 0) for x in (k, v))
     if bias is not None:
         # on the CPU a mask may be wider than q
-        bias = bias.to(torch.float32 if bias.device.type == "cpu" else q.dtype)
+        bias = bias.to(torch.promote_types(q.dtype, torch.float32) if bias.device.type == "cpu" else q.dtype)
         bias = bias[(None,) * (4 - bias.dim())].expand(-1, -1, q.shape[2], k.shape[2])
         if key_mask is not None:
             bias = torch.where(seen, bias, -math.inf)

@@ -13,6 +13,7 @@ from ._define import define, wants_grad
 from .patches import Stat, _gather_patches, channel_stats
 
 _NORMS = {False: reference.NORM_NONE, True: reference.NORM_PATCH, "channel": reference.NORM_CHANNEL}
+_LOSSES = {"squared": reference.LOSS_SQUARED, "absolute": reference.LOSS_ABSOLUTE, "huber": reference.LOSS_HUBER}
 _REDUCTIONS = {"none": reference.REDUCE_NONE, "mean": reference.REDUCE_MEAN, "sum": reference.REDUCE_SUM}
 
 
@@ -26,28 +27,34 @@ def pixel_loss(
     weight: Tensor | None = None,
     mean: Stat = None,
     std: Stat = None,
+    loss: Literal["squared", "absolute", "huber"] = "squared",
+    reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
-    """Compute the mean squared error of predicted patches; the target is read from the image and never stored.
+    """Compute the error of predicted patches; the target is read from the image and never stored.
 
-    The loss of MAE (He et al., CVPR 2022) and, with `norm_pix="channel"`, of VideoMAE (Tong et al., NeurIPS 2022).
+    By default the loss of MAE (He et al., CVPR 2022) and, with `norm_pix="channel"`, of VideoMAE (Tong et al.,
+    NeurIPS 2022). SimMIM (Xie et al., CVPR 2022) has the absolute error without `norm_pix`.
 
     Args:
         pred: (B, M, P) floating, in the value order (p, p, c), channel fastest.
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides. If they require grad, they get a
-            gradient through the target, as in facebookresearch/mae, and the target is stored.
+        images: (B, C, T), (B, C, H, W) or (B, C, T, H, W), uint8, uint16 or floating, any strides. If they require
+            grad, they get a gradient through the target, as in facebookresearch/mae, and the target is stored.
         ids: (B, M) int64 patch of each prediction, distinct in a row.
         patch_size: one int, or one per axis.
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
             P values. "channel": per channel, over sqrt(var) + 1e-6. False: none.
-        weight: (B, M) of each patch; the loss is sum(w·l) / sum(w), 0 where that sum is 0. No gradient. A patch of
-            weight 0 adds nothing to the loss nor to a gradient, even where it holds NaN.
+        weight: (B, M) of each patch, w below; 1 by default. No gradient. A patch of weight 0 adds nothing to the loss
+            nor to a gradient, even where it holds NaN.
         mean, std: as in `gather_patches`, applied before `norm_pix`.
+        loss: error of a value, as in torch.nn: "squared" (MSELoss), "absolute" (L1Loss) or "huber" (HuberLoss with
+            delta 1, which equals SmoothL1Loss with beta 1). The mean over a patch's values is its l.
+        reduction: "mean": sum(w·l) / sum(w), 0 where that sum is 0; "sum": sum(w·l); "none": w·l of each patch.
 
     Returns:
-        scalar float32 (float64 for float64 inputs): the mean over values, then over patches; 0 for an empty batch.
+        scalar, or (B, M) for "none"; float32 (float64 for float64 inputs). A mean over no patch is 0.
 
     Raises:
-        TypeError, ValueError: as `gather_patches`; a norm over fewer than two values.
+        TypeError, ValueError: as `gather_patches`; a norm over fewer than two values; unknown loss or reduction.
     """
     patch, _ = patch_grid(images, patch_size)
     ids = check_ids("ids", ids, images.shape[0])
@@ -60,6 +67,7 @@ def pixel_loss(
         raise ValueError(
             f"norm_pix={norm_pix!r} needs at least two values to take a deviation of, got patch_size {tuple(patch)}"
         )
+    form, reduced = _choice("loss", loss, _LOSSES), _choice("reduction", reduction, _REDUCTIONS)
     weight = _check_weight(weight, tuple(ids.shape), "(batch, predicted patches)")
     mean, std = channel_stats(images, mean, std)
     check_same("device", pred=pred, images=images, ids=ids, weight=weight, mean=mean, std=std)
@@ -67,10 +75,11 @@ def pixel_loss(
     if wants_grad(images):
         # for saliency maps and the like; the kernels have no gradient of the images
         cut = _gather_patches(images, ids, patch, mean, std, reference.upcast_dtype(pred.dtype, images.dtype))
-        error, scale = reference.pixel_errors(pred, cut.unflatten(2, (images.shape[1], *patch)), norm, weight)
-        return (error.square().mean(-1) * scale).sum()
-    loss: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, wants_grad(pred))[0]
-    return loss
+        patches = cut.unflatten(2, (images.shape[1], *patch))
+        error, scale = reference.pixel_errors(pred, patches, norm, weight, reduced)
+        return reference.reduced(reference.error_loss(error, form).mean(-1) * scale, reduced)
+    value: Tensor = _pixel_loss(pred, images, ids, patch, norm, weight, mean, std, form, reduced, wants_grad(pred))[0]
+    return value
 
 
 def scaled_cosine_loss(
@@ -107,14 +116,20 @@ def scaled_cosine_loss(
     gamma = check_number("gamma", gamma)
     if not (math.isfinite(gamma) and gamma >= 1):
         raise ValueError(f"gamma must be finite and at least 1, got {gamma}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}; got {reduction!r}")
+    reduced = _choice("reduction", reduction, _REDUCTIONS)
     weight = _check_weight(weight, tuple(pred.shape[:-1]), "one per row of pred")
     check_same("device", pred=pred, target=target, weight=weight)
     loss: Tensor = _scaled_cosine_loss(
-        pred, target, float(gamma), weight, _REDUCTIONS[reduction], wants_grad(pred), wants_grad(target)
+        pred, target, float(gamma), weight, reduced, wants_grad(pred), wants_grad(target)
     )[0]
     return loss
+
+
+def _choice(name: str, value: object, choices: dict[str, int]) -> int:
+    """Return the code of a choice, after checking that it is one."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+    return choices[value]
 
 
 def _check_weight(weight: Tensor | None, shape: tuple[int, ...], letters: str) -> Tensor | None:
@@ -136,6 +151,11 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     return grad
 
 
+def _of_rows(upstream: Tensor) -> Tensor:
+    """Return the upstream gradient, a scalar or one per row, as a factor of the rows' values."""
+    return upstream[..., None] if upstream.dim() else upstream
+
+
 # returns whether the current backward pass retains its graph for another one
 _graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 
@@ -152,10 +172,11 @@ _scale_gradient_ = define(
 # ---- pixel_loss ------------------------------------------------------------------------------------------------------
 
 
-def _pixel_fake(pred: Tensor, images: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    need_grad = others[-1]
-    grad = pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
-    return pred.new_empty((), dtype=reference.upcast_dtype(pred.dtype, images.dtype)), grad
+def _pixel_fake(pred: Tensor, images: Tensor, ids: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    *_, reduction, need_grad = others
+    dtype = reference.upcast_dtype(pred.dtype, images.dtype)
+    loss = pred.new_empty(ids.shape if reduction == reference.REDUCE_NONE else (), dtype=dtype)
+    return loss, pred.new_empty(pred.shape if need_grad else 0, dtype=reference.gradient_dtype(pred.dtype))
 
 
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -166,13 +187,13 @@ def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _pixel_backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     (grad,) = ctx.saved_tensors
-    return _scaled(grad, upstream, ctx.dtype), *[None] * 8
+    return _scaled(grad, _of_rows(upstream), ctx.dtype), *[None] * 10
 
 
 _pixel_loss = define(
     "pixel_loss",
     "(Tensor pred, Tensor images, Tensor ids, SymInt[] patch_size, int norm_pix, Tensor? weight, Tensor? mean,"
-    " Tensor? std, bool need_grad) -> (Tensor, Tensor)",
+    " Tensor? std, int loss, int reduction, bool need_grad) -> (Tensor, Tensor)",
     reference.pixel_loss,
     _pixel_fake,
     backward=_pixel_backward,
@@ -210,7 +231,7 @@ def _cosine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 
 def _cosine_backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    upstream = upstream[..., None] if upstream.dim() else upstream
+    upstream = _of_rows(upstream)
     grads = [
         _scaled(grad, upstream, dtype) if needed else None
         for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad)

@@ -30,15 +30,16 @@ def gather_patches(
     """Gather the chosen patches of each image as rows, normalised.
 
     Args:
-        images: (B, C, H, W) or (B, C, T, H, W), uint8 or floating, any strides, read in place. uint8 is divided by
-            255 first.
+        images: (B, C, T), (B, C, H, W) or (B, C, T, H, W), uint8, uint16 or floating, any strides, read in place.
+            uint8 is divided by 255 first, uint16 by 65535.
         ids: (B, K) int64 patches in row-major grid order, distinct in a row.
         patch_size: one int, or one per axis.
         mean, std: per channel, a sequence or 1-D tensor of C; (x - mean) / std. Default 0 and 1.
-        dtype: of the result; default the images', for uint8 torch's default dtype.
+        dtype: of the result; default the images', for integers torch's default dtype.
 
     Returns:
-        (B, K, P), P = C·p·p in the order (c, p, p) of convolution weights. Floating images that require grad get one.
+        (B, K, P), P = C·p·p in the order (c, p, p) of convolution weights, or (c, *patch) for other numbers of axes.
+        Floating images that require grad get one.
 
     Raises:
         TypeError, ValueError: wrong type, shape, device; images not divisible by the patch; mean or std of another
@@ -48,7 +49,7 @@ def gather_patches(
     patch, _ = patch_grid(images, patch_size)
     ids = check_ids("ids", ids, images.shape[0])
     if dtype is None:
-        dtype = torch.get_default_dtype() if images.dtype == torch.uint8 else images.dtype
+        dtype = images.dtype if images.is_floating_point() else torch.get_default_dtype()
     if dtype not in FLOATING:
         raise TypeError(f"dtype must be float64, float32, bfloat16 or float16; got {dtype}")
     mean, std = channel_stats(images, mean, std)
@@ -64,6 +65,7 @@ def embed_patches(
     bias: Tensor | None = None,
     *,
     pos_embed: Tensor | None = None,
+    pos_ids: Tensor | None = None,
     prefix: Tensor | None = None,
     mean: Stat = None,
     std: Stat = None,
@@ -74,9 +76,10 @@ def embed_patches(
 
     Args:
         images, ids, mean, std: as in `gather_patches`.
-        weight: (D, C, p, p) or (D, C, pt, p, p); its last axes are the patch size.
+        weight: (D, C, p), (D, C, p, p) or (D, C, pt, p, p), as images; its last axes are the patch size.
         bias: (D,).
-        pos_embed: (L, D), one row per patch, without the prefix.
+        pos_embed: (L, D), one row per patch, without the prefix; with `pos_ids` (any, D).
+        pos_ids: (B, K) int64 rows of `pos_embed` to add, distinct in a row. Default `ids`.
         prefix: (N, D) rows written before the patches (a class token with its position).
 
     Returns:
@@ -89,7 +92,7 @@ def embed_patches(
     check_images(images)
     check_tensor("weight", weight)
     check_floating("weight", weight)
-    if weight.dim() not in (4, 5) or weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
+    if weight.dim() != images.dim() or weight.shape[1] != images.shape[1]:
         raise ValueError(
             "weight must have shape (width, channels, *patch) with the channels and axes of images "
             f"{tuple(images.shape)}; got {tuple(weight.shape)}"
@@ -100,8 +103,12 @@ def embed_patches(
     if bias is not None:
         check_tensor("bias", bias, (width,), letters="(width,)")
         check_floating("bias", bias)
+    if pos_ids is not None:
+        check_tensor("pos_ids", pos_ids, tuple(ids.shape), letters="that of ids")
+        pos_ids = check_ids("pos_ids", pos_ids)
     if pos_embed is not None:
-        check_tensor("pos_embed", pos_embed, (math.prod(grid), width), letters="(patches, width)")
+        rows = math.prod(grid) if pos_ids is None else None
+        check_tensor("pos_embed", pos_embed, (rows, width), letters="(patches, width)")
         check_floating("pos_embed", pos_embed)
     if prefix is not None:
         check_tensor("prefix", prefix, (None, width), letters="(prefix tokens, width)")
@@ -114,13 +121,42 @@ def embed_patches(
         weight=weight,
         bias=bias,
         pos_embed=pos_embed,
+        pos_ids=pos_ids,
         prefix=prefix,
         mean=mean,
         std=std,
     )
     dtype = autocast_dtype(weight) or weight.dtype
-    out: Tensor = _embed_patches(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype)
+    out: Tensor = _embed_patches(images, ids, weight, bias, pos_embed, prefix, mean, std, dtype, pos_ids)
     return out
+
+
+def as_images(patches: Tensor, channels: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Return patches by themselves as images, ids and patch size, arguments with which the ops read each of them.
+
+    The ops then compute what they compute for whole images, bit for bit on the CPU:
+
+        gather_patches(*as_images(patches, channels))
+        pixel_loss(pred, *as_images(patches, channels))
+        images, rows, patch = as_images(patches, channels)
+        embed_patches(images, rows, weight.reshape(-1, channels, *patch), pos_embed=pos_embed, pos_ids=ids)
+
+    Args:
+        patches: (B, K, P) of a dtype of images, values in the order (c, *patch).
+        channels: of the images that they were cut from.
+
+    Returns:
+        images: (B, C, K, P/C), a view: each patch is a line of each channel.
+        ids: (B, K) int64, 0..K-1 in each row.
+        patch_size: [1, P/C].
+    """
+    check_tensor("patches", patches, (None, None, None), letters="(batch, patches, values of a patch)")
+    batch, count, values = patches.shape
+    if values % channels:
+        raise ValueError(f"patches must hold the same number of values of each of {channels} channels, got {values}")
+    patch = [1, values // channels]
+    images = patches.unflatten(2, (channels, patch[1])).transpose(1, 2)
+    return images, torch.arange(count, device=patches.device).expand(batch, -1), patch
 
 
 def channel_stats(images: Tensor, mean: Stat, std: Stat) -> tuple[Tensor | None, Tensor | None]:
@@ -212,21 +248,22 @@ def _embed_fake(
     mean: Tensor | None,
     std: Tensor | None,
     dtype: torch.dtype,
+    pos_ids: Tensor | None,
 ) -> Tensor:
     rows = ids.shape[1] + (0 if prefix is None else prefix.shape[0])
     return weight.new_empty(ids.shape[0], rows, weight.shape[0], dtype=dtype)
 
 
 def _embed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, ids, weight, bias, pos_embed, prefix, mean, std, ctx.dtype = inputs
+    images, ids, weight, bias, pos_embed, prefix, mean, std, ctx.dtype, pos_ids = inputs
     ctx.dtypes = [None if t is None else t.dtype for t in (bias, pos_embed, prefix)]
     ctx.num_positions = None if pos_embed is None else pos_embed.shape[0]
     ctx.num_prefix_tokens = 0 if prefix is None else prefix.shape[0]
-    ctx.save_for_backward(images, ids, weight, mean, std)
+    ctx.save_for_backward(images, ids, weight, mean, std, pos_ids)
 
 
 def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    images, ids, weight, mean, std = ctx.saved_tensors
+    images, ids, weight, mean, std, pos_ids = ctx.saved_tensors
     patch_size, (bias_dtype, pos_dtype, prefix_dtype) = list(weight.shape[2:]), ctx.dtypes
     prefix, tokens = grad.tensor_split([ctx.num_prefix_tokens], dim=1)
     dimages = dweight = dbias = dpos = dprefix = None
@@ -240,10 +277,10 @@ def _embed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[3]:
         dbias = sum_rows(tokens, bias_dtype)
     if ctx.needs_input_grad[4]:
-        dpos = sum_by_position(tokens, ids, ctx.num_positions).to(pos_dtype)
+        dpos = sum_by_position(tokens, ids if pos_ids is None else pos_ids, ctx.num_positions).to(pos_dtype)
     if ctx.needs_input_grad[5]:
         dprefix = reference.upcast(prefix).sum(0).to(prefix_dtype)
-    return dimages, None, dweight, dbias, dpos, dprefix, None, None, None
+    return dimages, None, dweight, dbias, dpos, dprefix, None, None, None, None
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -262,7 +299,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 _embed_patches = define(
     "embed_patches",
     "(Tensor images, Tensor ids, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? mean,"
-    " Tensor? std, ScalarType dtype) -> Tensor",
+    " Tensor? std, ScalarType dtype, Tensor? pos_ids) -> Tensor",
     reference.embed_patches,
     _embed_fake,
     backward=_embed_backward,

@@ -43,6 +43,7 @@ def flops_per_image(model: MaskedAutoencoderViT, config: Config) -> int:
     patches = model.patch_embed.num_patches
     kept = count_kept(patches, config.mask_ratio)
     predicted = count_predicted(patches - kept, config.decode_ratio)
+    visible = model.num_prefix_tokens + kept
     return step_flops(
         model.decoder_pred.out_features,
         model.cls_token.shape[-1],
@@ -50,8 +51,8 @@ def flops_per_image(model: MaskedAutoencoderViT, config: Config) -> int:
         model.mask_token.shape[-1],
         len(model.decoder_blocks),
         embedded=kept,
-        visible=1 + kept,
-        decoded=1 + kept + predicted,
+        visible=visible,
+        decoded=visible + predicted,
         queries=predicted,
         scored=predicted,
     )

@@ -155,6 +155,8 @@ def test_unshuffle(prefix, len_keep):
 # ---- patches ---------------------------------------------------------------------------------------------------------
 
 PICTURES = [((6, 9), (2, 3)), ((4, 4), (4, 4)), ((5, 7), (1, 1)), ((4, 6, 9), (2, 2, 3)), ((3, 2, 2), (1, 2, 1))]
+PICTURES += [((12,), (3,)), ((4,), (1,))]
+INTEGERS = {torch.uint8: 255, torch.uint16: 65535}
 MEAN, STD = torch.tensor([0.5, -0.25, 0.125]).double(), torch.tensor([0.5, 2.0, 0.3]).double()
 
 
@@ -168,14 +170,14 @@ def slices(sizes, patch):
 
 def normalized(images, mean, std):
     """Normalise images as torchvision's ToTensor and Normalize do."""
-    pixels = images.double() / 255 if images.dtype == torch.uint8 else images
+    pixels = images.double() / INTEGERS.get(images.dtype, 1)
     per_channel = (3, *[1] * (images.dim() - 2))
     pixels = pixels if mean is None else pixels - mean.view(per_channel)
     return pixels if std is None else pixels / std.view(per_channel)
 
 
 @pytest.mark.parametrize("mean, std", [(None, None), (MEAN, STD), (MEAN, None), (None, STD)])
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("sizes, patch", PICTURES)
 def test_gather_patches(sizes, patch, pixels, mean, std):
     images, where = draw_images(2, 3, sizes, pixels), slices(sizes, patch)
@@ -187,7 +189,7 @@ def test_gather_patches(sizes, patch, pixels, mean, std):
         return torch.stack([torch.stack(row) for row in rows])
 
     found = reference.gather_patches(images, ids, list(patch), mean, std, torch.float64)
-    if pixels == "uint8":
+    if pixels != "float":
         check(found, formula(images))
         return
     value, grad, (dimages,) = gradients(formula, images)
@@ -196,14 +198,14 @@ def test_gather_patches(sizes, patch, pixels, mean, std):
     check(backward, dimages)
 
 
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("sizes, patch", PICTURES)
 def test_embed_patches(sizes, patch, pixels):
     """The result is the convolution over the whole image, plus position, then the chosen tokens."""
     images, length = draw_images(2, 3, sizes, pixels), len(slices(sizes, patch))
     ids = draw_ids(2, length, max(1, length // 2))
     weight, bias, pos, prefix = randn(5, 3, *patch), randn(5), randn(length, 5), randn(2, 5)
-    convolve = F.conv2d if len(patch) == 2 else F.conv3d
+    convolve = [F.conv1d, F.conv2d, F.conv3d][len(patch) - 1]
     tokens = convolve(normalized(images, MEAN, STD), weight, bias, stride=patch).flatten(2).transpose(1, 2) + pos
     expected = torch.stack([torch.cat([prefix, tokens[b, ids[b]]]) for b in range(2)])
     check(reference.embed_patches(images, ids, weight, bias, pos, prefix, MEAN, STD, torch.float64), expected)
@@ -296,37 +298,54 @@ def videomae_target(videos, patch):
     return cubes.flatten(2)
 
 
-def check_pixel_loss(target, images, patch, norm, mean=None, std=None):
+def error_loss(error, loss):
+    """Compute the formulas of MSELoss, L1Loss and HuberLoss with delta 1, from torch's documentation."""
+    size = error.abs()
+    return {"squared": error**2, "absolute": size, "huber": torch.where(size < 1, 0.5 * error**2, size - 0.5)}[loss]
+
+
+LOSSES = dict(squared=reference.LOSS_SQUARED, absolute=reference.LOSS_ABSOLUTE, huber=reference.LOSS_HUBER)
+
+
+def check_pixel_loss(target, images, patch, norm, mean=None, std=None, loss="squared"):
     """Compare with MAE's loss over all patches and a mask, and with weights that depend on the patch."""
     batch, length, values = target.shape
     pred, ids = randn(*target.shape), draw_ids(batch, length, max(1, length // 2))
     mask = torch.zeros(batch, length, dtype=torch.float64).scatter(1, ids, 1)
     weight = torch.rand(batch, length, dtype=torch.float64)
-    chosen = torch.gather(pred, 1, ids[..., None].expand(-1, -1, values))
+    each = ids[..., None].expand(-1, -1, values)
+    chosen = torch.gather(pred, 1, each)
     for w in (None, weight):
         rows = mask if w is None else mask * w
-
-        def formula(pred, rows=rows):
-            return (((pred - target) ** 2).mean(-1) * rows).sum() / rows.sum()
-
-        leaf = pred.clone().requires_grad_()
-        expected = formula(leaf)
-        (gradient,) = torch.autograd.grad(expected, leaf)
         given = None if w is None else w.gather(1, ids)
-        loss, grad = reference.pixel_loss(chosen, images, ids, list(patch), norm, given, mean, std, True)
-        check(loss, expected.detach())
-        check(grad, torch.gather(gradient, 1, ids[..., None].expand(-1, -1, values)))
-        alone, nothing = reference.pixel_loss(chosen, images, ids, list(patch), norm, given, mean, std, False)
-        assert torch.equal(alone, loss) and nothing.numel() == 0
+        for reduction in (reference.REDUCE_NONE, reference.REDUCE_MEAN, reference.REDUCE_SUM):
+            leaf = pred.clone().requires_grad_()
+            losses = error_loss(leaf - target, loss).mean(-1) * rows
+            total = losses.sum() / (rows.sum() if reduction == reference.REDUCE_MEAN else 1)
+            (gradient,) = torch.autograd.grad(total, leaf)
+            expected = losses.gather(1, ids) if reduction == reference.REDUCE_NONE else total
+            arguments = chosen, images, ids, list(patch), norm, given, mean, std, LOSSES[loss], reduction
+            found, grad = reference.pixel_loss(*arguments, True)
+            check(found, expected.detach())
+            check(grad, torch.gather(gradient, 1, each))
+            alone, nothing = reference.pixel_loss(*arguments, False)
+            assert torch.equal(alone, found) and nothing.numel() == 0
 
 
 @pytest.mark.parametrize("norm_pix", [False, True])
-@pytest.mark.parametrize("pixels", ["uint8", "float"])
+@pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
 @pytest.mark.parametrize("size, p", [((6, 9), 3), ((8, 4), 4), ((2, 6), 2)])
 def test_pixel_loss_of_mae(size, p, pixels, norm_pix):
     images = draw_images(2, 3, size, pixels)
     target = mae_target(normalized(images, MEAN, STD), p, norm_pix)
     check_pixel_loss(target, images, (p, p), reference.NORM_PATCH if norm_pix else reference.NORM_NONE, MEAN, STD)
+
+
+@pytest.mark.parametrize("loss", ["absolute", "huber"])
+def test_pixel_loss_of_other_errors(loss):
+    images = draw_images(2, 3, (6, 9), "uint8")
+    target = mae_target(normalized(images, MEAN, STD), 3, False)
+    check_pixel_loss(target, images, (3, 3), reference.NORM_NONE, MEAN, STD, loss)
 
 
 @pytest.mark.parametrize("sizes, patch", [((4, 6, 9), (2, 2, 3)), ((2, 4, 4), (2, 4, 4)), ((1, 4, 6), (1, 2, 2))])
@@ -419,7 +438,9 @@ def test_arithmetic_is_in_float32(dtype):
         "gather_patches": lambda x: reference.gather_patches(x(images), ids, [2, 2], MEAN, STD, x(row).dtype),
         "attention": lambda x: reference.attention(x(q), x(k), x(v), None, None, 0.3),
         "attention_backward": lambda x: reference.attention_backward(x(q), x(q), x(k), x(v), None, None, 0.3, False)[1],
-        "pixel_loss": lambda x: reference.pixel_loss(x(patches), x(images), ids, [2, 2], 1, None, MEAN, STD, False)[0],
+        "pixel_loss": lambda x: reference.pixel_loss(
+            x(patches), x(images), ids, [2, 2], 1, None, MEAN, STD, 0, 1, False
+        )[0],
         "scaled_cosine_loss": lambda x: reference.scaled_cosine_loss(x(k), x(v), 2.0, None, 0, False, False)[0],
         "add_layer_norm": lambda x: reference.add_layer_norm(x(tokens), 0 * x(tokens), x(row), x(row), 1e-6)[0],
         "bias_gelu": lambda x: reference.bias_gelu(x(tokens), x(row)),
@@ -448,7 +469,7 @@ def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
     only_that_row_is_nan(reference.decoder_tokens(tokens[:, :4], ids, ids[:, :0], row, table, 0))
     only_that_row_is_nan(reference.gather_patches(images, ids, [2, 2], MEAN, STD, torch.float64))
     only_that_row_is_nan(reference.embed_patches(images, ids, randn(5, 3, 2, 2), *[None] * 5, torch.float64))
-    loss, grad = reference.pixel_loss(randn(2, 4, 12), images, ids, [2, 2], 1, None, None, None, True)
+    loss, grad = reference.pixel_loss(randn(2, 4, 12), images, ids, [2, 2], 1, None, None, None, 0, 1, True)
     only_that_row_is_nan(grad)
     assert loss.isnan()
     ranks = draw_ids(2, 7, "all")

@@ -1,6 +1,7 @@
 """Counts, contents and order of masks."""
 
 import dataclasses
+import pickle
 from fractions import Fraction
 
 import numpy as np
@@ -485,3 +486,10 @@ def test_values_are_not_read_where_they_are_traced_or_mapped():
     assert torch.equal(traced(noise + 0), masking.from_scores(noise, 0.75).mask)
     with torch.device("meta"):
         assert Mask(keep, predict, restore, 16).mask.device.type == "cpu"
+
+
+def test_a_mask_is_pickled_by_its_public_name():
+    mask = masking.random(2, 8, 0.5, valid=torch.arange(8).expand(2, -1) < 6)
+    written = pickle.dumps(mask, protocol=0)
+    assert b"cfastmim.masking\nMask\n" in written and b"fastmim.masking.mask" not in written
+    assert same(pickle.loads(written), mask)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim
 from fastmim.nn import Attention, Block, PatchEmbed, run_blocks
-from fastmim.nn.block import takes_stream
+from fastmim.nn.chain import takes_stream
 
 pytestmark = pytest.mark.fault
 DIM, SIZE, PATCH, KEPT = 24, 16, 4, 5
@@ -114,11 +114,30 @@ def test_an_altered_projection_is_called(how, uint8):
         assert (a - b).norm() <= 1e-6 * (1 + b.norm())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.uint16])
+@pytest.mark.parametrize("img_size, patch_size", [((12,), (4,)), ((4, 2, 6), (2, 1, 3))])
+def test_an_altered_projection_is_called_on_other_axes(img_size, patch_size, dtype):
+    torch.manual_seed(0)
+    embed = PatchEmbed(img_size, patch_size, 2, DIM)
+    embed.proj.register_forward_hook(lambda module, args, out: 0.5 * out)
+    largest = {torch.uint8: 255, torch.uint16: 65535}.get(dtype, 1)
+    images = (torch.rand(3, 2, *img_size) * largest).to(dtype)
+    ids = torch.rand(3, embed.num_patches).argsort(1)[:, :2]
+    mean, std = torch.tensor([0.1, 0.2]), torch.tensor([0.5, 0.6])
+    found = embed(images, ids, mean=mean, std=std)
+
+    x = (images.double() / largest).transpose(1, -1)
+    whole = embed.double().proj(((x - mean) / std).transpose(1, -1)).flatten(2).transpose(1, 2)
+    expected = whole.gather(1, ids[..., None].expand(-1, -1, DIM))
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "proj, got",
     [
         (nn.Identity(), r"\(2, 3, 16, 16\)"),
         (nn.Conv2d(3, DIM, PATCH, 2 * PATCH), r"\(2, 24, 2, 2\)"),
+        (nn.Conv2d(3, DIM, PATCH // 2, PATCH // 2), r"\(2, 24, 8, 8\)"),
         (nn.Flatten(), r"\(2, 768\)"),
     ],
 )

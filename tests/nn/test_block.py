@@ -306,19 +306,27 @@ def test_heads_divide_the_width(dim, heads):
 
 
 @pytest.mark.parametrize(
-    "img_size, patch_size, channels", [(12, 4, 3), ((6, 20), (3, 5), 1), ((4, 4), 4, 14), ([8, 2], (1, 2), 2)]
+    "img_size, patch_size, channels",
+    [
+        (12, 4, 3),
+        ((6, 20), (3, 5), 1),
+        ((4, 4), 4, 14),
+        ([8, 2], (1, 2), 2),
+        ((12,), (3,), 2),
+        ((4, 6, 6), (2, 3, 2), 2),
+        (4, (1, 2, 4), 1),
+    ],
 )
 def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
     embed = random_(PatchEmbed(img_size, patch_size, channels, DIM))
     images = torch.randn(3, channels, *embed.img_size, dtype=torch.float64, requires_grad=True)
-    rows, columns = embed.grid_size
     whole = embed.proj(images)
-    assert whole.shape[2:] == (rows, columns) and embed.num_patches == rows * columns
-    whole = whole.flatten(2).transpose(1, 2)
+    assert whole.shape[2:] == embed.grid_size and embed.num_patches == whole[0, 0].numel()
+    whole, patches = whole.flatten(2).transpose(1, 2), embed.num_patches
     assert_same(embed(images), whole, embed, images)
 
-    ids = torch.rand(3, rows * columns).argsort(1)[:, : (rows * columns + 1) // 2]
-    pos, prefix = torch.randn(rows * columns, DIM).double(), torch.randn(2, DIM).double()
+    ids = torch.rand(3, patches).argsort(1)[:, : (patches + 1) // 2]
+    pos, prefix = torch.randn(patches, DIM).double(), torch.randn(2, DIM).double()
     chosen = (whole + pos).gather(1, ids[..., None].expand(-1, -1, DIM))
     expected = torch.cat([prefix.expand(3, -1, -1), chosen], dim=1)
     assert_same(embed(images, ids, pos_embed=pos, prefix=prefix), expected, embed, images)
@@ -332,6 +340,10 @@ def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
         (0, 8, r"img_size must be at least 1, got 0"),
         (8, -8, r"patch_size must be at least 1, got -8"),
         ((8, 8, 8), 8, r"img_size must be an int or one int per axis \(2 of them\), got \(8, 8, 8\)"),
+        ((8, 8), (8,), r"img_size must be an int or one int per axis \(1 of them\), got \(8, 8\)"),
+        (8, (1, 2, 4, 8), r"patch_size must be an int, for two axes, or .* 1 to 3, got \(1, 2, 4, 8\)"),
+        (8, (), r"patch_size must be an int, .*, got \(\)"),
+        (8, "8", r"patch_size must be an int or one int per axis \(2 of them\), got '8'"),
     ],
 )
 def test_patch_embed_refuses_sizes(img_size, patch_size, message):

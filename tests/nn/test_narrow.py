@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastmim
 from fastmim.nn import fused
 
-# `fastmim.nn.block` is imported by its name, as in other tests of modules
-block = importlib.import_module("fastmim.nn.block")
+# `fastmim.nn.chain` is imported by its name, as in other tests of modules
+chain = importlib.import_module("fastmim.nn.chain")
 SIZE, PATCH = 16, 4
 NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
 IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4))
@@ -58,7 +58,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def without_copies():
     """Each layer casts its weight by itself, in the forward pass and again in the backward pass."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(block, "narrow_weights", lambda *_: None)
+        patched.setattr(chain, "narrow_weights", lambda *_: None)
         yield
 
 
@@ -73,7 +73,7 @@ def recorded():
             made.append(self)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(block, "NarrowWeights", Recorded)
+        patched.setattr(chain, "NarrowWeights", Recorded)
         yield made
 
 

@@ -46,8 +46,11 @@ def upcast_dtype(*tensors):
     return torch.float64 if torch.float64 in [t.dtype for t in tensors] else torch.float32
 
 
-def weighted_mean(rows, weight):
-    return rows.mean() if weight is None else (rows * weight).sum() / weight.sum()
+def reduced(rows, weight, reduction):
+    if reduction == "mean":
+        return rows.mean() if weight is None else (rows * weight).sum() / weight.sum()
+    rows = rows if weight is None else rows * weight
+    return rows.sum() if reduction == "sum" else rows
 
 
 class TestPixelLoss(Indexed):
@@ -56,8 +59,10 @@ class TestPixelLoss(Indexed):
     options = dict(
         norm_pix=(True, "channel", False),
         weighted=(False, True),
-        pixels=("uint8", "float"),
+        pixels=("uint8", "uint16", "float"),
         stats=("none", "list", "tensor", "only mean", "only std"),
+        loss=("squared", "absolute", "huber"),
+        reduction=("mean", "sum", "none"),
     )
     layouts = (*LAYOUTS, "channels last")
     leaves = ("pred",)
@@ -72,12 +77,17 @@ class TestPixelLoss(Indexed):
         (dict(norm_pix="patch"), ValueError, "norm_pix must be True, False or \"channel\", got 'patch'"),
         (dict(norm_pix=1), ValueError, 'norm_pix must be True, False or "channel", got 1'),
         (dict(norm_pix=None), ValueError, 'norm_pix must be True, False or "channel", got None'),
+        (dict(loss="mse"), ValueError, "loss must be one of squared, absolute, huber; got 'mse'"),
+        (dict(loss=0), ValueError, "loss must be one of squared, absolute, huber; got 0"),
+        (dict(reduction="avg"), ValueError, "reduction must be one of none, mean, sum; got 'avg'"),
         (dict(weight=lambda x: x[:1]), ValueError, r"weight must have shape \(2, 4\).*; got \(1, 4\)"),
         (dict(weight=lambda x: x[..., None]), ValueError, r"weight must have shape \(2, 4\).*; got \(2, 4, 1\)"),
     )
 
     @staticmethod
-    def eager(pred, images, ids, patch_size, norm_pix, weight=None, mean=None, std=None):
+    def eager(
+        pred, images, ids, patch_size, norm_pix, weight=None, mean=None, std=None, loss="squared", reduction="mean"
+    ):
         """Compute the losses of facebookresearch/mae and MCG-NJU/VideoMAE on images in float32."""
         patches = cut(normalized(images, mean, std, upcast_dtype(pred, images)), patch_size).transpose(2, 3)
         if norm_pix is True:
@@ -86,7 +96,9 @@ class TestPixelLoss(Indexed):
         elif norm_pix == "channel":
             mu, var = patches.mean(2, keepdim=True), patches.var(2, keepdim=True)
             patches = (patches - mu) / (var**0.5 + 1e-6)
-        return weighted_mean(((pred - take(patches.flatten(2), ids)) ** 2).mean(-1), weight)
+        form = {"squared": F.mse_loss, "absolute": F.l1_loss, "huber": F.huber_loss}[loss]
+        target = take(patches.flatten(2), ids)
+        return reduced(form(pred.to(target.dtype), target, reduction="none").mean(-1), weight, reduction)
 
     def arguments(
         self,
@@ -97,17 +109,24 @@ class TestPixelLoss(Indexed):
         stats="tensor",
         weighted=True,
         norm_pix=True,
+        loss="squared",
+        reduction="mean",
     ):
         channels, patch, grid = picture
         images = draw_images(batch, channels, [p * g for p, g in zip(patch, grid)], pixels)
         ids = draw_ids(batch, math.prod(grid), keep)
         weight = dict(weight=randn(*ids.shape).abs()) if weighted else {}
+        pred = randn(*ids.shape, channels * math.prod(patch))
+        if loss == "absolute":
+            pred += 40 * pred.sign()  # no error near 0, where the gradient jumps
         return dict(
-            pred=randn(*ids.shape, channels * math.prod(patch)),
+            pred=pred,
             images=images,
             ids=ids,
             patch_size=patch,
             norm_pix=norm_pix,
+            loss=loss,
+            reduction=reduction,
             **weight,
             **draw_stats(stats, channels),
         )
@@ -118,9 +137,10 @@ class TestPixelLoss(Indexed):
     def mixed(self):
         return ("pred", "images", "weight", "mean", "std")
 
-    def test_default_is_mae_normalisation(self):
+    def test_defaults_are_those_of_mae(self):
+        """The mean squared error of patches normalised by themselves."""
         arguments = self.sample()
-        default = {name: value for name, value in arguments.items() if name != "norm_pix"}
+        default = {name: arguments[name] for name in arguments.keys() - {"norm_pix", "loss", "reduction"}}
         assert torch.equal(self.op(**default), self.op(**arguments))
 
     @pytest.mark.parametrize("norm_pix", [True, "channel", False])
@@ -137,9 +157,10 @@ class TestPixelLoss(Indexed):
         arguments["images"] += 1000
         check_op(self.op, self.eager, arguments)
 
-    def test_nan_stays_in_its_patch(self):
+    @pytest.mark.parametrize("loss", ["squared", "absolute", "huber"])
+    def test_nan_stays_in_its_patch(self, loss):
         """The loss is NaN then, but the gradients of the other predictions are finite."""
-        arguments = self.sample()
+        arguments = self.sample(loss=loss)
         clean = run(self.op, arguments)["gradient of pred"]
         with torch.no_grad():
             arguments["pred"][1, 2] = float("nan")
@@ -163,6 +184,46 @@ class TestPixelLoss(Indexed):
         results = run(self.op, arguments)
         assert results["output 0"] == 0 and results["output 0"].dtype == torch.float32
         assert torch.equal(results["gradient of pred"], torch.zeros_like(arguments["pred"]))
+
+    @pytest.mark.parametrize("loss", ["squared", "absolute", "huber"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_errors_of_zero_and_one(self, dtype, loss):
+        """Where the derivatives of the absolute error and of Huber's jump or bend."""
+        errors = torch.tensor([0, 0.5, 1, 2, -0.5, -1, -2, -0.0], dtype=dtype)
+        pred = errors.view(1, 1, 8).to(DEVICE).requires_grad_()
+        images, ids = torch.zeros(1, 2, 2, 2, device=DEVICE), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+        found = ops.pixel_loss(pred, images, ids, 2, norm_pix=False, loss=loss, reduction="sum")
+        (grad,) = torch.autograd.grad(found, pred)
+        value, slope = {
+            "squared": (10.5, 2 * errors),
+            "absolute": (7, errors.sign()),
+            "huber": (4.25, errors.clamp(-1, 1)),
+        }[loss]
+        assert float(found.detach()) == value / 8 and torch.equal(grad.flatten().cpu(), slope / 8)
+
+    @pytest.mark.parametrize("reduction", ["sum", "none"])
+    @pytest.mark.parametrize("loss", ["absolute", "huber"])
+    def test_patches_without_weight_in_other_forms(self, loss, reduction):
+        arguments = self.sample(loss=loss, reduction=reduction)
+        arguments["weight"][0, 1] = 0
+        clean = run(self.op, arguments)
+        with torch.no_grad():
+            arguments["pred"][0, 1] = math.nan
+        found = run(self.op, arguments)
+        assert not found["gradient of pred"][0, 1].any() and clean["output 0"].isfinite().all()
+        assert reduction == "sum" or found["output 0"][0, 1] == 0
+        assert all(torch.equal(bits(found[name]), bits(clean[name])) for name in clean)
+
+    def test_each_patch_has_its_upstream_gradient(self):
+        arguments = self.sample(reduction="none")
+        losses = self.op(**arguments)
+        upstream = torch.randn(losses.shape).to(losses)
+        (found,) = torch.autograd.grad(losses, arguments["pred"], upstream, retain_graph=True)
+        (again,) = torch.autograd.grad((losses * upstream).sum(), arguments["pred"])
+        summed = {**arguments, "weight": arguments["weight"] * upstream, "reduction": "sum"}
+        (expected,) = torch.autograd.grad(self.op(**summed), arguments["pred"])
+        assert torch.equal(found, again)
+        torch.testing.assert_close(found, expected)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("norm_pix", [True, "channel", False])
@@ -195,7 +256,8 @@ class TestPixelLoss(Indexed):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_gradient_through_the_target(self, dtype, norm_pix):
         """Images that require a gradient get the one of facebookresearch/mae; the loss stays the same."""
-        arguments = self.sample(dtype, norm_pix=norm_pix)
+        form = {True: ("squared", "mean"), "channel": ("absolute", "none"), False: ("huber", "sum")}[norm_pix]
+        arguments = self.sample(dtype, norm_pix=norm_pix, loss=form[0], reduction=form[1])
         loss = self.op(**arguments).detach()
         arguments["images"] = arguments["images"].detach().requires_grad_()
         check_op(self.op, self.eager, arguments)
@@ -262,8 +324,10 @@ class TestPixelLoss(Indexed):
         keep=st.integers(0, 30),
         norm_pix=st.sampled_from((True, "channel", False)),
         weighted=st.booleans(),
-        pixels=st.sampled_from(("uint8", "float")),
+        pixels=st.sampled_from(("uint8", "uint16", "float")),
         stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
+        loss=st.sampled_from(("squared", "absolute", "huber")),
+        reduction=st.sampled_from(("mean", "sum", "none")),
     )
     def test_fuzz(self, axes, channels, norm_pix, **case):
         patch, grid = zip(*axes)
@@ -309,10 +373,7 @@ class TestScaledCosineLoss(Differentiable):
         dtype = upcast_dtype(pred, target)
         x, y = (F.normalize(t.to(dtype), dim=-1) for t in (pred, target))
         loss = (1 - (x * y).sum(-1)).clamp(min=0) ** gamma
-        if reduction == "mean":
-            return weighted_mean(loss, weight)
-        loss = loss if weight is None else loss * weight
-        return loss.sum() if reduction == "sum" else loss
+        return reduced(loss, weight, reduction)
 
     def arguments(self, batch=3, length=4, width=5, gamma=2.0, weighted=True, reduction="none"):
         rows = batch, length, width

@@ -30,9 +30,10 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from fastmim import ops
+from fastmim.ops.patches import as_images
 
 BAD_IMAGES = (
-    (dict(images=lambda x: x[0]), ValueError, r"images must be \(B, C, H, W\) or .*got shape \(3, 6, 9\)"),
+    (dict(images=lambda x: x[0, 0]), ValueError, r"images must be \(B, C, T\), .*got shape \(6, 9\)"),
     (dict(images=lambda x: x[..., :-1]), ValueError, r"images of size \(6, 8\).*multiple of patch_size \(2, 3\)"),
     (dict(mean=[0.0, 1.0]), ValueError, r"mean must have one value for each of the 3 channels, got 2: \[0.0, 1.0\]"),
     (dict(std=[1.0] * 4), ValueError, "std must have one value for each of the 3 channels, got 4"),
@@ -68,7 +69,7 @@ BAD_PATCHES = (
 class TestGatherPatches(Indexed):
     op = staticmethod(ops.gather_patches)
     lists = dict(picture=PICTURES, keep=KEEPS, batch=BATCHES)
-    options = dict(pixels=("uint8", "float"), stats=("none", "list", "tensor", "only mean", "only std"))
+    options = dict(pixels=("uint8", "uint16", "float"), stats=("none", "list", "tensor", "only mean", "only std"))
     layouts = (*LAYOUTS, "channels last")
     leaves = batched = ("images",)
     large = dict(picture=(3, (16, 16), (14, 14)), keep="all", batch=5)
@@ -100,12 +101,14 @@ class TestGatherPatches(Indexed):
         expected = lambda images, ids, patch_size, dtype: take(cut(images, patch_size).flatten(2), ids)  # noqa: E731
         check_same_bits(run(self.op, arguments, layout), run(expected, arguments, layout))
 
-    def test_uint8_is_divided_by_255_exactly(self):
-        """The nearest number to v / 255 for each v, in torch's default dtype."""
-        images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).to(DEVICE)
-        patch = ops.gather_patches(images, torch.tensor([[0]], device=DEVICE), 16)
+    @pytest.mark.parametrize("dtype, side", [(torch.uint8, 16), (torch.uint16, 256)], ids=str)
+    def test_integers_are_divided_exactly(self, dtype, side):
+        """The nearest number to v / 255 or v / 65535 for each v, in torch's default dtype."""
+        values = torch.arange(side**2)
+        images = values.to(dtype).view(1, 1, side, side).to(DEVICE)
+        patch = ops.gather_patches(images, torch.tensor([[0]], device=DEVICE), side)
         # divided on the CPU: on a GPU PyTorch multiplies by the rounded 1 / 255
-        nearest = (torch.arange(256) / 255).to(DEVICE)
+        nearest = (values / (side**2 - 1)).to(DEVICE)
         assert torch.equal(patch.flatten(), nearest) and patch.dtype == torch.float32
 
     def test_no_ids(self):
@@ -151,10 +154,10 @@ class TestGatherPatches(Indexed):
         dtype=st.sampled_from(DTYPES),
         layout=st.sampled_from((*LAYOUTS, "channels last")),
         batch=st.integers(0, 3),
-        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=2, max_size=3),
+        axes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=3),
         channels=st.integers(1, 14),
         keep=st.integers(0, 30),
-        pixels=st.sampled_from(("uint8", "float")),
+        pixels=st.sampled_from(("uint8", "uint16", "float")),
         stats=st.sampled_from(("none", "list", "tensor", "only mean", "only std")),
     )
     def test_fuzz(self, axes, channels, **case):
@@ -191,7 +194,7 @@ class TestEmbedPatches(Indexed):
     @staticmethod
     def eager(images, ids, weight, bias=None, pos_embed=None, prefix=None, mean=None, std=None):
         """Embed the whole image, then gather."""
-        convolve = F.conv2d if images.dim() == 4 else F.conv3d
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[images.dim()]
         grid = convolve(normalized(images, mean, std, weight.dtype), weight, bias, stride=weight.shape[2:])
         tokens = grid.flatten(2).transpose(1, 2)
         tokens = take(tokens if pos_embed is None else tokens + pos_embed, ids)
@@ -221,11 +224,40 @@ class TestEmbedPatches(Indexed):
         del arguments[absent]
         check_op(self.op, self.eager, arguments)
 
-    def test_uint8_computes_in_the_dtype_of_the_weight(self):
-        arguments = self.sample(torch.bfloat16, pixels="uint8")
+    @pytest.mark.parametrize("name", ["pos_embed", "prefix"])
+    def test_positions_by_other_ids(self, name):
+        """Each token gets the row of its own id of a table of any length; without `pos_ids` that of its patch."""
+        arguments = self.sample()
+        arguments["pos_embed"] = randn(12, 5).float().to(DEVICE).requires_grad_()
+        if name == "pos_embed":  # added in place
+            del arguments["prefix"]
+
+        def eager(pos_ids, pos_embed, prefix=None, **others):
+            tokens = self.eager(**others) + take(pos_embed.expand(2, -1, -1), pos_ids)
+            return tokens if prefix is None else torch.cat([prefix.expand(2, -1, -1), tokens], dim=1)
+
+        check_op(self.op, eager, arguments | dict(pos_ids=draw_ids(2, 12, 4).to(DEVICE)))
+
+    @host
+    @pytest.mark.parametrize(
+        "change, error, words",
+        [
+            (lambda ids: ids[:, 1:], ValueError, r"pos_ids must have shape \(2, 4\).*; got \(2, 3\)"),
+            (lambda ids: ids.float(), TypeError, "pos_ids must be of dtype int64 .*; got torch.float32"),
+            (lambda ids: ids.to("meta"), ValueError, "must have the same device; got .*pos_ids on meta"),
+            (lambda ids: ids + 9, ValueError, r"pos_ids must be in 0\.\.8; got 1\d"),
+            (lambda ids: ids * 0, ValueError, "pos_ids must not repeat an id"),
+        ],
+    )
+    def test_bad_pos_ids(self, change, error, words):
+        self.refuse(self.op, (dict(pos_ids=change(self.sample()["ids"])), error, words))
+
+    @pytest.mark.parametrize("pixels", ["uint8", "uint16"])
+    def test_integers_compute_in_the_dtype_of_the_weight(self, pixels):
+        arguments = self.sample(torch.bfloat16, pixels=pixels)
         assert self.op(**arguments).dtype == torch.bfloat16
         with autocast():
-            assert self.op(**self.sample(pixels="uint8")).dtype == torch.bfloat16
+            assert self.op(**self.sample(pixels=pixels)).dtype == torch.bfloat16
 
     def test_over_2_31_elements(self):
         images = lazy_zeros(2, 1, 2**15 + 16, 2**15 + 16, dtype=torch.uint8)
@@ -235,3 +267,49 @@ class TestEmbedPatches(Indexed):
         weight[0, 0, 0, 1], weight[1, 0, 15, 15] = 255, 1
         tokens = ops.embed_patches(images, torch.tensor([[0, 7], [last, 3]], device=DEVICE), weight)
         assert torch.equal(tokens, weight.new_tensor([[[0, 0], [0, 0]], [[1, 1], [0, 0]]]))
+
+
+class TestAsImages:
+    """Patches by themselves give what the whole image gives, bit for bit, gradients included."""
+
+    pictures = pytest.mark.parametrize("picture", [(3, (2, 3), (3, 3)), (2, (2, 4, 4), (2, 2, 3)), (12, (5,), (7,))])
+    pixels = pytest.mark.parametrize("pixels", ["uint8", "uint16", "float"])
+
+    @staticmethod
+    def alone(images, ids, patch):
+        """Return the patches as a reader of files would store them."""
+        rows = torch.arange(len(ids), device=DEVICE)[:, None]
+        signed = images.view(torch.int16) if images.dtype == torch.uint16 else images  # which PyTorch indexes
+        return cut(signed, patch).flatten(2)[rows, ids].view(images.dtype)
+
+    @pictures
+    @pixels
+    def test_embed_patches(self, picture, pixels):
+        arguments = TestEmbedPatches().sample(picture=picture, pixels=pixels)
+        arguments["images"].requires_grad_(False)
+
+        def of_patches(images, ids, weight, **others):
+            patches = self.alone(images, ids, weight.shape[2:])
+            alone, rows, patch = as_images(patches, images.shape[1])
+            return ops.embed_patches(alone, rows, weight.reshape(*weight.shape[:2], *patch), pos_ids=ids, **others)
+
+        check_same_bits(run(of_patches, arguments), run(ops.embed_patches, arguments))
+
+    @pictures
+    @pixels
+    @pytest.mark.parametrize("norm_pix", [True, "channel", False])
+    def test_pixel_loss(self, picture, pixels, norm_pix):
+        arguments = TestGatherPatches().sample(picture=picture, pixels=pixels)
+        arguments["images"].requires_grad_(False)
+        patches = self.alone(arguments["images"], arguments["ids"], arguments["patch_size"])
+        pred = torch.randn(patches.shape, device=DEVICE, requires_grad=True)
+        stats = dict(mean=arguments["mean"], std=arguments["std"], norm_pix=norm_pix)
+        whole = dict(pred=pred, **stats) | {name: arguments[name] for name in ("images", "ids", "patch_size")}
+        alone = dict(zip(("images", "ids", "patch_size"), as_images(patches, arguments["images"].shape[1])))
+        found, expected = (run(ops.pixel_loss, given) for given in (dict(pred=pred, **stats) | alone, whole))
+        check_same_bits(found, expected)
+
+    @host
+    def test_channels_of_unequal_size(self):
+        with pytest.raises(ValueError, match="same number of values of each of 3 channels, got 16"):
+            as_images(torch.zeros(2, 4, 16), 3)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmim import data, nn, ops, train
+from fastmim import data, masking, nn, ops, train
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -85,7 +85,7 @@ def test_the_readme_names_the_two_commands():
 
 def test_the_reference_names_what_a_submodule_hides():
     """Check names that mkdocstrings would take for the module of that name, as `fastmim.ops.attention`."""
-    for module in (ops, nn, data, train):
+    for module in (ops, masking, nn, data, train):
         page = (ROOT / "docs" / "api" / f"{module.__name__.rpartition('.')[2]}.md").read_text()
         assert f"::: {module.__name__}\n" in page
         for hidden in module.__all__:

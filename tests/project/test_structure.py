@@ -113,9 +113,12 @@ def test_forbidden_imports_are_found(part, source):
 
 def test_public_names():
     assert fastmim.__all__ == sorted(fastmim.__all__) == [
+        "Encoder",
         "MAEOutput",
         "Mask",
+        "MaskedAutoencoder",
         "MaskedAutoencoderViT",
+        "Patches",
         "UnsupportedModelError",
         "__version__",
         "accelerate",
@@ -179,6 +182,10 @@ MASKS = [
     [
         *OPS,
         *MASKS,
+        fastmim.Encoder.encode,
+        fastmim.MaskedAutoencoder.forward,
+        fastmim.MaskedAutoencoder.decode,
+        fastmim.MaskedAutoencoder.loss,
         fastmim.MaskedAutoencoderViT.forward,
         fastmim.load,
         fastmim.interop.xformers.memory_efficient_attention,
@@ -207,10 +214,10 @@ def test_ops_take_options_by_keyword():
         "attention_varlen": ["scale"],
         "bias_gelu": [],
         "decoder_tokens": ["num_prefix_tokens"],
-        "embed_patches": ["pos_embed", "prefix", "mean", "std"],
+        "embed_patches": ["pos_embed", "pos_ids", "prefix", "mean", "std"],
         "gather_patches": ["mean", "std", "dtype"],
         "gather_tokens": [],
-        "pixel_loss": ["norm_pix", "weight", "mean", "std"],
+        "pixel_loss": ["norm_pix", "weight", "mean", "std", "loss", "reduction"],
         "random_masking": ["len_predict", "noise", "seeds", "generator", "device"],
         "scaled_cosine_loss": ["gamma", "weight", "reduction"],
         "unshuffle": ["num_prefix_tokens"],

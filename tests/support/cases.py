@@ -34,7 +34,7 @@ HEAD_WIDTH = 8 if ON_DEVICE else 7
 LENGTHS = (1, 2, 3, 5, 17, 49, 50, 65, 196, 197, 257)
 KEEPS = (1, 2, "all")
 BATCHES = (1, 5)  # and 0, which has a test of its own: it would waste the case's dtype and layout
-# channels, patch size and grid of pictures and clips
+# channels, patch size and grid of pictures, clips and signals
 PICTURES = (
     (1, (1, 1), (1, 1)),
     (3, (16, 16), (2, 3)),
@@ -47,6 +47,8 @@ PICTURES = (
     (3, (2, 16, 16), (1, 1, 2)),
     (2, (1, 3, 2), (3, 1, 2)),
     (3, (2, 4, 4), (2, 2, 3)),
+    (1, (16,), (9,)),
+    (12, (5,), (7,)),
 )
 # the last two are layouts of the gradient that arrives; the inputs are contiguous then
 LAYOUTS = (
@@ -128,7 +130,11 @@ def cut(images: Tensor, patch: Sequence[int]) -> Tensor:
 
 def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tensor:
     """Return whole images as a data loader normalises them, computed in `dtype`."""
-    pixels = images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+    pixels = images.to(dtype)
+    if images.dtype == torch.uint8:
+        pixels = pixels / 255
+    elif images.dtype == torch.uint16:
+        pixels = (images.to(torch.promote_types(dtype, torch.float32)) / 65535).to(dtype)  # float16 ends at 65504
     channels = (-1, *[1] * (images.dim() - 2))
     mean, std = (None if stat is None else torch.as_tensor(stat, device=images.device) for stat in (mean, std))
     pixels = pixels if mean is None else pixels - mean.to(dtype).reshape(channels)
@@ -136,9 +142,11 @@ def normalized(images: Tensor, mean: Any, std: Any, dtype: torch.dtype) -> Tenso
 
 
 def draw_images(batch: int, channels: int, sizes: Sequence[int], pixels: str) -> Tensor:
-    """Draw images of uint8 or floating pixels."""
+    """Draw images of uint8, uint16 or floating pixels."""
     if pixels == "uint8":
         return torch.randint(0, 256, (batch, channels, *sizes), dtype=torch.uint8)
+    if pixels == "uint16":
+        return torch.randint(0, 65536, (batch, channels, *sizes)).to(torch.uint16)
     return randn(batch, channels, *sizes)
 
 

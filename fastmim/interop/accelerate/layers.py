@@ -73,7 +73,7 @@ def embeds(images: Tensor, projection: Any) -> bool:
     return (
         cuts_patches(projection)
         and not watched()
-        and images.dim() == 4
+        and images.dim() == 2 + len(projection.kernel_size)
         and images.shape[1] == projection.in_channels
         and all(side % patch == 0 for side, patch in zip(images.shape[2:], projection.kernel_size))
         and images.is_floating_point()

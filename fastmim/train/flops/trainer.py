@@ -42,10 +42,10 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
     batch = Batch(images, None, torch.arange(config.batch_size))
     stages = [
         Stage("masking", masking, "random"),
-        Stage("encoder", model, "_encode"),
+        Stage("encoder", model, "encode"),
         Stage("embedding", model.patch_embed, "forward"),
-        Stage("decoder", model, "_decode"),
-        Stage("loss", model, "_loss"),
+        Stage("decoder", model, "decode"),
+        Stage("loss", model, "loss"),
         Stage("clipping", trainer.update, "_clip", UPDATE),
         Stage("optimiser", optimizer, "step", UPDATE),
     ]

@@ -67,18 +67,21 @@ def test_masks_are_the_references(runner, rows, source):
 
 
 @pytest.mark.parametrize("patch", [16, 8, 4, 14])
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_patches(runner, patch, dtype, memory):
-    images = torch.randint(0, 256, (2, 3, 2 * patch, 3 * patch), dtype=torch.uint8).to(dtype)
+    largest = reference.LARGEST_PIXEL.get(dtype, 255)
+    images = torch.randint(0, largest + 1, (2, 3, 2 * patch, 3 * patch)).to(dtype)
     images = images.contiguous(memory_format=memory)
     ids, size = torch.rand(2, 6).argsort(1)[:, :4], [patch, patch]
     mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
     for out in (torch.float32, torch.bfloat16):
         arguments = images, ids, size, mean, std, out
         assert torch.equal(runner.gather_patches(*arguments), reference.gather_patches(*arguments))
-    for norm in (0, 1, 2):
-        arguments = torch.randn(2, 4, 3 * patch**2), images, ids, size, norm, torch.rand(2, 4), mean, std, True
+    for norm, loss, reduction in ((0, 1, 0), (1, 0, 1), (2, 2, 2)):
+        # no error near 0, where the gradient of the absolute error jumps
+        pred = torch.randn(2, 4, 3 * patch**2) + (600 if loss == 1 else 0)
+        arguments = pred, images, ids, size, norm, torch.rand(2, 4), mean, std, loss, reduction, True
         for ours, exact in zip(runner.pixel_loss(*arguments), reference.pixel_loss(*arguments)):
             close(ours, exact, 1e-5)
 
