@@ -58,7 +58,8 @@ class Crops:
         n, repeats = draws.shape[:2]
         numbers = draws.reshape(n * repeats, -1)
         full = np.empty((2, n * repeats), np.int64)
-        full[0], full[1] = np.repeat(width, n * repeats // np.size(width)), np.repeat(height, n * repeats // np.size(height))
+        for axis, size in enumerate((width, height)):
+            full[axis] = np.repeat(size, n * repeats // np.size(size))
         # of a shape that no attempt fits: the largest centred box of an allowed aspect ratio
         box = np.stack([np.rint(full[1] * self.ratio[1]), np.rint(full[0] / self.ratio[0])]).astype(np.int64)
         box = np.maximum(1, np.minimum(full, box))

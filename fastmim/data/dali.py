@@ -17,9 +17,9 @@ from torch.utils.dlpack import from_dlpack
 
 from . import images, jpeg
 from .crops import Crop, Crops
-from .images import Note, Pixels, Unreadable, ignore
+from .images import Note, Unreadable, ignore
 from .philox import Floats, Ints
-from .resample import cut
+from .resample import Pixels, cut
 from .transfer import Link, Row
 
 

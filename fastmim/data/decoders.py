@@ -13,9 +13,9 @@ import torch
 
 from . import dali_probe, images, jpeg
 from .crops import Crops
-from .images import Note, Pixels, ignore
+from .images import Note, ignore
 from .philox import Floats, Ints
-from .resample import cut
+from .resample import Pixels, cut
 from .transfer import Row, link_to
 
 BACKENDS = ("dali", "simplejpeg", "pillow")

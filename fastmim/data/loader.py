@@ -216,7 +216,7 @@ class ImageLoader:
         """Reasons why samples couldn't be read, by sample number; includes samples decoded ahead."""
         return dict(self.quarantine.reasons)
 
-    def __iter__(self) -> Iterator[Batch | PatchBatch]:
+    def __iter__(self) -> Iterator[Any]:
         """Return an iterator over the next epoch, or after load_state_dict over the rest of the interrupted one.
 
         Its threads end with it, also when a loop over it is left early.
@@ -238,21 +238,17 @@ class ImageLoader:
         if isinstance(source := self.source, Packed):
 
             def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
-                return Mapped(supply, source, crops, threads, order.seed)
+                return Mapped(supply, source, crops, threads, order.seed, masks)
         else:
             decoder = make(self.backend, crops, device, threads)
 
             def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
-                return Decoding(
-                    supply, source, decoder, notes, threads, order.seed, order.batch_size, masks, stopped
-                )
+                return Decoding(supply, source, decoder, notes, threads, order.seed, order.batch_size, masks, stopped)
 
         return Prefetcher(
             source,
             order,
             open_feed,
-            crops.repeats,
-            masks,
             transfer_to(device),
             self.quarantine,
             self.on_error == "raise",
@@ -329,7 +325,7 @@ class ImageLoader:
         self._newest += 1
 
 
-class _Iteration(Iterator[Batch | PatchBatch]):
+class _Iteration(Iterator[Any]):
     """Iterator over one epoch or the rest of one. Its threads start when the first batch is asked for."""
 
     def __init__(self, loader: ImageLoader, start: Position, number: int) -> None:

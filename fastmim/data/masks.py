@@ -1,6 +1,10 @@
-"""Masks of samples, by which a loader reads patches instead of images."""
+"""Masks of samples, by which a loader reads patches instead of images.
 
-from collections.abc import Callable
+The loader knows of a `fastmim.Mask` that it is a dataclass whose tensors have a row for each sample.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +26,20 @@ class Masks:
     def __init__(self, masking: Callable[[Tensor], Any], seed: int, num_patches: int) -> None:
         self.masking, self.seed, self.num_patches = masking, seed, num_patches
         self.counts: tuple[int, int] | None = None
-        _, ids = self.of(0, np.array([0, 1]))
-        if not np.array_equal(self.of(0, np.array([1]))[1], ids[1:]):
+        both, second = self.of(0, np.array([0, 1])), self.of(0, np.array([1]))
+        if not np.array_equal(ids_of(second), ids_of(both)[1:]):
             raise ValueError("masking must give masks whose rows depend on the seed of the row alone")
 
-    def of(self, epoch: int, samples: Ints) -> tuple[Any, Ints]:
-        """Return the mask of samples (B,), and the K visible and M predicted patches of each, (B, K + M)."""
+    def of(self, epoch: int, samples: Ints) -> Any:
+        """Return the mask of samples (B,)."""
         mask = self.masking(mask_seeds(self.seed, epoch, torch.from_numpy(samples)))
-        ids = [getattr(mask, name, None) for name in ("ids_keep", "ids_predict")]
-        if not all(isinstance(part, Tensor) and part.dim() == 2 and len(part) == len(samples) for part in ids):
+        ids: list[Any] = [getattr(mask, name, None) for name in ("ids_keep", "ids_predict")]
+        if not is_dataclass(mask) or not all(isinstance(part, Tensor) and len(part) == len(samples) for part in ids):
             raise TypeError(f"masking must return a fastmim.Mask of as many rows as seeds, got {type(mask).__name__}")
-        if mask.num_patches != self.num_patches:
+        found: Any = mask
+        if found.num_patches != self.num_patches:
             raise ValueError(
-                f"masking must give masks of the {self.num_patches} patches of an image, got {mask.num_patches}"
+                f"masking must give masks of the {self.num_patches} patches of an image, got {found.num_patches}"
             )
         counts = ids[0].shape[1], ids[1].shape[1]
         if self.counts not in (None, counts):
@@ -43,4 +48,35 @@ class Masks:
                 f"after {self.counts}: fix the numbers of a ragged mask"
             )
         self.counts = counts
-        return mask, torch.cat(ids, 1).long().numpy()
+        return found
+
+
+def ids_of(mask: Any) -> Ints:
+    """Return the K visible and M predicted patches of each row, (B, K + M)."""
+    ids: Ints = torch.cat([mask.ids_keep, mask.ids_predict], 1).long().numpy()
+    return ids
+
+
+def tensors(mask: Any) -> list[Tensor]:
+    """Return the tensors of a mask; none for None."""
+    values = [] if mask is None else [getattr(mask, field.name) for field in fields(mask)]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def joined(masks: Sequence[Any], function: Callable[..., Tensor]) -> Any:
+    """Return a mask whose tensors are function(*those of `masks`). Nothing is checked again."""
+    made = object.__new__(type(masks[0]))
+    for field in fields(masks[0]):
+        values = [getattr(mask, field.name) for mask in masks]
+        object.__setattr__(made, field.name, function(*values) if isinstance(values[0], Tensor) else values[0])
+    return made
+
+
+def rows_at(mask: Any, place: Any) -> Any:
+    """Return the mask of some rows, given as an index of tensors."""
+    return joined([mask], lambda values: values[place])
+
+
+def concatenated(masks: Sequence[Any]) -> Any:
+    """Return one mask of the rows of all."""
+    return masks[0] if len(masks) == 1 else joined(masks, lambda *values: torch.cat(values))

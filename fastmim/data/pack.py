@@ -14,12 +14,12 @@ import numpy as np
 from .._checks import check_count
 from . import images
 from .formats import first_names
-from .images import Note, Notes, Pixels, Unreadable
+from .images import Note, Notes, Unreadable
 from .lock import NAME as LOCK
 from .lock import Lock
 from .packed import FORMAT, INDEX, Packed, read_json, replaced, shard_files, write_json
 from .quarantine import NAME, Quarantine
-from .resample import resized
+from .resample import Pixels, resized
 from .sources import Source, open_source
 from .threads import map_ahead
 

@@ -157,7 +157,7 @@ class Packed:
         """Return the widths and the heights of images; 0 of those that couldn't be read."""
         return self._places[samples, 2], self._places[samples, 1]
 
-    def cut(self, samples: Ints, boxes: Ints, crops: Crops, threads: int) -> Cut:
+    def cut(self, samples: Ints, boxes: Ints, crops: Crops, ids: Ints | None, threads: int) -> Cut:
         """Return the crops `boxes` (n, repeats, 5) of images (n,), to be resampled from mapped memory."""
         shards, which = np.unique(samples // self._shard_size, return_inverse=True)
         repeats = boxes.shape[1]
@@ -165,7 +165,8 @@ class Packed:
         left, top, box_width, box_height, flip = boxes.reshape(-1, 5).T
         step = 3 * width
         rows = np.repeat(which, repeats), start + step * top + 3 * left, step, box_height, box_width, flip
-        return Cut([self._mapped(shard) for shard in shards.tolist()], np.stack(rows, 1), crops.size, crops.patch, threads=threads)
+        sources = [self._mapped(shard) for shard in shards.tolist()]
+        return Cut(sources, np.stack(rows, 1), crops.size, crops.patch, ids, threads)
 
     def checksum(self, sample: int) -> int:
         """Return the CRC-32 of an image's pixels, 0 where there are none."""

@@ -9,15 +9,12 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Any
 
 from .feeds import Feed, Supply
-from .masks import Masks
+from .masks import concatenated
 from .order import Order
-from .philox import Ints
 from .quarantine import Quarantine
-from .resample import Cut
 from .sources import Source
 from .transfer import Host, Row, Sent
 
@@ -47,15 +44,12 @@ class Prefetched:
 class Prefetcher:
     """Background threads that make the batches of one epoch from the position `start` on; they start at once.
 
-    With `raising`, an unreadable sample raises RuntimeError; otherwise it is skipped. With `masks`, batches are of
-    patches.
+    With `raising`, an unreadable sample raises RuntimeError; otherwise it is skipped.
     """
 
     source: Source
     order: Order
     open_feed: Callable[[Supply, threading.Event], Feed]
-    repeats: int
-    masks: Masks | None
     transfer: Host
     quarantine: Quarantine
     raising: bool
@@ -132,7 +126,7 @@ class Prefetcher:
         Where this shard's own part of the epoch has fewer left, samples of the epoch are repeated with `drop_last` or
         if none is left; otherwise the batch is short.
         """
-        consumed, samples, rows, made = before.consumed, list[int](), list[Row](), list[Ints]()
+        consumed, samples, rows, masks = before.consumed, list[int](), list[Row](), list[Any]()
         while len(samples) < size:
             missing = size - len(samples)
             left = self._own - consumed
@@ -147,14 +141,8 @@ class Prefetcher:
             consumed += missing
             samples += taken.good
             rows += taken.rows
-            made += taken.ids
-        mask = None
-        if self.masks is not None:
-            mask, ids = self.masks.of(before.epoch, np.repeat(np.array(samples, np.int64), self.repeats))
-            rows = _with_ids(rows, ids)
-            if made and not np.array_equal(np.concatenate(made), ids):
-                raise ValueError("masking must give masks whose rows depend on the seed of the row alone")
-        sent = self.transfer.send(rows, mask)
+            masks += taken.masks
+        sent = self.transfer.send(rows, concatenated(masks) if masks else None)
         return Prefetched(sent, samples, Position(before.epoch, before.batches + 1, consumed))
 
     def _record(self, tried: int, good: list[int], bad: list[tuple[int, str]]) -> None:
@@ -168,12 +156,3 @@ class Prefetcher:
         self._tried += tried
         self.quarantine.check(self._tried, self._failed)
         self.quarantine.remove_all(good, self.source.names)
-
-
-def _with_ids(rows: list[Row], ids: Ints) -> list[Row]:
-    """Return rows of which those still to be resampled have the patches to make; `ids` (B, k) are of all rows."""
-    found, at = list[Row](), 0
-    for row in rows:
-        found.append(row.only(ids[at : at + len(row)]) if isinstance(row, Cut) else row)
-        at += len(row)
-    return found

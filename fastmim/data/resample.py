@@ -6,7 +6,7 @@ than 2. (A Pillow that makes the vertical pass first is farther away.)
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,6 @@ from .crops import Crop, Crops
 from .philox import Ints
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-
-
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,6 @@ class Cut:
         out = np.empty(self.shape, np.uint8)
         self.write(out)
         return out
-
-    def only(self, ids: Ints) -> "Cut":
-        """Return these crops with the patches to make."""
-        return replace(self, ids=ids)
 
 
 def _resize(box: Pixels, size: tuple[int, int]) -> Pixels:

@@ -4,14 +4,14 @@ The thread that makes batches queues copies and does not wait for them, unless i
 copy again. The thread that takes a batch doesn't wait either: its current CUDA stream waits for the event of the batch.
 """
 
-import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .masks import joined, tensors
 from .resample import Cut, Pixels
 
 # crops of samples: (n, H, W, 3) in host memory or on the device, or n that are to be resampled; or patches (n, k, P)
@@ -116,11 +116,11 @@ class Transfer(Host):
         sent = self._copied(on_host) if on_host else None
         if sent is None or len(on_host) < len(rows):
             sent = self._in_order(rows, sent)
-        return Sent(sent, _with_tensors(mask, self.link.copied), self.link.mark())
+        return Sent(sent, None if mask is None else joined([mask], self.link.copied), self.link.mark())
 
     def receive(self, sent: Sent) -> None:
         self.link.hand_over(sent.images, sent.event)
-        for tensor in _tensors(sent.mask).values():
+        for tensor in tensors(sent.mask):
             self.link.hand_over(tensor, sent.event)
 
     def _copied(self, rows: list[Pixels | Cut]) -> Tensor:
@@ -164,19 +164,6 @@ def _write(rows: Sequence[Pixels | Cut], batch: Tensor) -> None:
         else:
             part[...] = row
         at += len(row)
-
-
-def _tensors(mask: Any) -> dict[str, Tensor]:
-    """Return the attributes of a mask that are tensors; none for None."""
-    return {name: value for name, value in getattr(mask, "__dict__", {}).items() if isinstance(value, Tensor)}
-
-
-def _with_tensors(mask: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a mask with function(tensor) for each tensor; its values were checked when it was made."""
-    changed = copy.copy(mask)
-    for name, tensor in _tensors(mask).items():
-        object.__setattr__(changed, name, function(tensor))
-    return changed
 
 
 def transfer_to(device: torch.device) -> Host:
