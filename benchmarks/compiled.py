@@ -42,7 +42,8 @@ class Call:
     op: str
     shape: str
     args: tuple[Any, ...]
-    # sequences over 256, heads over 88 and long rows with a bias and heads over 64 may spill, as much as the table says
+    # sequences over 256, heads over 88, heads over 64 with a key mask or in long rows with a bias may spill, as much as
+    # the table says
     may_spill: bool = False
     # most loads are of rows that can be read 16 bytes at a time, as pixels and ids can't
     wide: bool = True
@@ -152,6 +153,9 @@ def tokens_calls() -> Iterator[Call]:
         visible, pos = empty(BATCH, 1 + k, DECODER_WIDTH), single(1 + n, DECODER_WIDTH)
         grad = empty(BATCH, 1 + n, DECODER_WIDTH)
         yield Call("decoder_tokens", shape, (visible, ids(k), ids(n // 10), mask_token, pos, 1))
+        if model is B:
+            tables = single(BATCH, DECODER_WIDTH), single(BATCH, 1 + n, DECODER_WIDTH)
+            yield Call("decoder_tokens", f"{shape}, of each sample", (visible, ids(k), ids(n // 10), *tables, 1))
         yield Call("unshuffle", shape, (visible, ids(n), mask_token, pos, 1))
         yield Call("unshuffle_backward", shape, (grad, ids(n), k, 1))
 
@@ -161,7 +165,7 @@ def attention_calls() -> Iterator[Call]:
         shape = f"{name}, S {length}, head {dim}" + ", key mask" * masked
         qkv, grad = empty(BATCH, length, 3, heads, dim), empty(BATCH, length, heads, dim)
         mask = empty(BATCH, length, dtype=torch.bool) if masked else None
-        large = length > 256 or dim > 88
+        large = length > 256 or dim > (64 if masked else 88)
         yield Call("attention_qkvpacked", shape, (qkv, mask, dim**-0.5), large)
         yield Call("attention_qkvpacked_backward", shape, (grad, qkv, mask, dim**-0.5, True), large)
 
@@ -170,13 +174,22 @@ def attention_calls() -> Iterator[Call]:
     # so few that several sequences share a tile
     for model in (B, H):
         yield from packed(model.name, 1 + model.keep(0.985), model.heads, model.width // model.heads)
-    yield from packed(B.name, 1 + B.keep(0.75), B.heads, 64, masked=True)
+    for model in (B, H):
+        yield from packed(model.name, 1 + model.keep(0.75), model.heads, model.width // model.heads, masked=True)
     for model in (B, H):
         dim = DECODER_WIDTH // DECODER_HEADS
         yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)
 
-    # a decoder whose masked tokens attend to the visible ones
+    # the last block of a decoder, whose predicted tokens attend to all
     heads, dim = DECODER_HEADS, DECODER_WIDTH // DECODER_HEADS
+    for model in (B, H):
+        qkv = empty(BATCH, 1 + model.patches, 3, heads, dim)
+        grad = empty(BATCH, model.patches - model.keep(0.75), heads, dim)
+        shape = f"decoder of {model.name}, S {grad.shape[1]} to {qkv.shape[1]}, head {dim}"
+        q, k, v = qkv.unbind(2)
+        yield Call("attention", shape, (q[:, -grad.shape[1] :], k, v, None, None, dim**-0.5))
+        yield Call("attention_qkvpacked_backward", shape, (grad, qkv, None, dim**-0.5, True))
+    # a decoder whose masked tokens attend to the visible ones
     for queries, keys in ((147, 50), (187, 10)):
         q, grad = empty(BATCH, queries, heads, dim), empty(BATCH, queries, heads, dim)
         k, v = empty(BATCH, keys, 2, heads, dim).unbind(2)
@@ -207,19 +220,19 @@ def attention_calls() -> Iterator[Call]:
 
 def loss_calls() -> Iterator[Call]:
     stats = single(3), single(3)
+    mean = reference.REDUCE_MEAN, True
     for model in (B, H):
         removed, values = model.patches - model.keep(0.75), 3 * model.patch**2
         for channels_last in (False, True):
             images = pictures(channels_last=channels_last)
             args = (empty(BATCH, removed, values), images, ids(removed), [model.patch] * 2, 1, None, *stats)
-            mean = reference.REDUCE_MEAN, True
             shape = f"patch {model.patch}" + ", channels last" * channels_last
             yield Call("pixel_loss", shape, (*args, reference.LOSS_SQUARED, *mean), wide=False)
-            if model is B and not channels_last:
-                for name, loss in (("absolute", reference.LOSS_ABSOLUTE), ("huber", reference.LOSS_HUBER)):
-                    yield Call("pixel_loss", f"{shape}, {name}", (*args, loss, *mean), wide=False)
-    args = (empty(BATCH, 147, 768), pictures(dtype=torch.uint16), ids(147), [16, 16], 1, None, *stats)
-    yield Call("pixel_loss", "patch 16, uint16", (*args, reference.LOSS_SQUARED, *mean), wide=False)
+    args = (empty(BATCH, 147, 768), pictures(), ids(147), [16, 16], reference.NORM_PATCH, None, *stats)
+    for name, loss in (("absolute", reference.LOSS_ABSOLUTE), ("huber", reference.LOSS_HUBER)):
+        yield Call("pixel_loss", f"patch 16, {name}", (*args, loss, *mean), wide=False)
+    args = (args[0], pictures(dtype=torch.uint16), *args[2:], reference.LOSS_SQUARED, *mean)
+    yield Call("pixel_loss", "patch 16, uint16", args, wide=False)
     clips = empty(16, 3, 16, 224, 224, dtype=torch.uint8)
     pred, chosen, weight = empty(16, 1412, 1536), empty(16, 1412, dtype=torch.int64), single(16, 1412)
     args = (pred, clips, chosen, [2, 16, 16], reference.NORM_CHANNEL, weight, *stats, reference.LOSS_SQUARED, *mean)
@@ -244,6 +257,10 @@ def norm_calls() -> Iterator[Call]:
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6, dtype, weight))
         saved = stream, stream, row, row, weight
         yield Call("add_layer_norm_backward", shape, (rows, *saved, weight, dtype, True))
+        # as the first of a chain
+        first = f"{shape}, first"
+        yield Call("add_layer_norm", first, (None, stream, weight, weight, 1e-6, dtype))
+        yield Call("add_layer_norm_backward", first, (rows, *saved, weight))
         # by itself
         shape += ", alone"
         yield Call("add_layer_norm", shape, (rows, stream, weight, weight, 1e-6))

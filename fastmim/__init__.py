@@ -1,6 +1,6 @@
 """Masked autoencoders that compute only the patches they keep or predict."""
 
-from . import data, masking, ops
+from . import data, losses, masking, ops
 from ._patches import Patches
 from ._version import __version__
 from .interop.accelerate.api import UnsupportedModelError, accelerate, explain, restore
@@ -35,6 +35,7 @@ __all__ = [
     "explain",
     "from_huggingface",
     "load",
+    "losses",
     "mae_vit_base_patch16",
     "mae_vit_huge_patch14",
     "mae_vit_large_patch16",

@@ -110,8 +110,9 @@ def sizes_of(op: str, args: tuple[Any, ...]) -> list[int]:
     """Return the sizes by which CUDA_FIRST lists `op`: queries, keys and head dimension of attention, else none."""
     if not op.startswith("attention"):
         return []
+    # the gradient, the first argument of a backward pass, has as many rows as the queries
     q, k, *_ = args[1:] if op.endswith("_backward") else args
-    return [q.shape[1], (q if "qkvpacked" in op else k).shape[1], q.shape[-1]]
+    return [args[0].shape[1], (q if "qkvpacked" in op else k).shape[1], q.shape[-1]]
 
 
 def _cuda_first(op: str, args: tuple[Any, ...], device: torch.device) -> bool:

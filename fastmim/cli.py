@@ -158,6 +158,29 @@ def _pretrain(args: argparse.Namespace) -> int:
     return 0
 
 
+# ---- status ----------------------------------------------------------------------------------------------------------
+
+
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", metavar="RUN", type=_path, help="the output_dir of a run, also one on another machine"
+    )
+
+
+def _status(args: argparse.Namespace) -> int:
+    """Show how far a run is: step, speed, loss curve, checkpoint, skipped updates, estimated end, and if it is alive.
+
+    Reads the run's folder only, so it works from any machine that sees the folder. If the process that trains is not on
+    this machine, it waits up to 20 seconds for a sign of life.
+    """
+    import shutil
+
+    from .train.status import describe, read_status
+
+    print(describe(read_status(args.folder), width=shutil.get_terminal_size().columns))
+    return 0
+
+
 # ---- reconstruct -----------------------------------------------------------------------------------------------------
 
 CHECKPOINT = "the output_dir of a run, one of its checkpoints, or any checkpoint that fastmim.load reads"
@@ -278,6 +301,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[a
     "pack": (_add_pack, _pack),
     "check-data": (_add_check_data, _check_data),
     "pretrain": (_add_pretrain, _pretrain),
+    "status": (_add_status, _status),
     "reconstruct": (_add_reconstruct, _reconstruct),
     "evaluate": (_add_evaluate, _evaluate),
     "export": (_add_export, _export),

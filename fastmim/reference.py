@@ -115,7 +115,7 @@ def random_masking(
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    return _take(tokens, ids)
+    return _take(tokens.expand(ids.shape[0], *tokens.shape[-2:]), ids)
 
 
 def gather_tokens_backward(grad: Tensor, ids: Tensor, num_tokens: int) -> Tensor:
@@ -139,10 +139,10 @@ def decoder_tokens(
     pos_embed: Tensor,
     num_prefix_tokens: int,
 ) -> Tensor:
-    prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens])
+    prefix_pos, patch_pos = pos_embed.tensor_split([num_prefix_tokens], dim=-2)
     prefix = upcast(visible[:, :num_prefix_tokens]) + upcast(prefix_pos)
     kept = upcast(visible[:, num_prefix_tokens:]) + _positions(patch_pos, ids_keep, "ids_keep")
-    predicted = upcast(mask_token) + _positions(patch_pos, ids_predict, "ids_predict")
+    predicted = upcast(mask_token)[..., None, :] + _positions(patch_pos, ids_predict, "ids_predict")
     return torch.cat([prefix, kept, predicted], dim=1).to(visible.dtype)
 
 
@@ -326,9 +326,14 @@ def attention_qkvpacked(qkv: Tensor, key_mask: Tensor | None, scale: float) -> T
 def attention_qkvpacked_backward(
     grad: Tensor, qkv: Tensor, key_mask: Tensor | None, scale: float, sum_dqkv: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty)."""
+    """Return dqkv and, with `sum_dqkv`, its sums (3, H, D) over batch and sequence (else empty).
+
+    `grad` (B, Q, H, D) is that of the last Q queries; dq of the others is 0.
+    """
+    skipped = qkv.shape[1] - grad.shape[1]
     q, k, v = qkv.unbind(2)
-    dqkv = torch.stack(attention_backward(grad, q, k, v, key_mask, None, scale, False)[:3], dim=2)
+    dq, dk, dv, _ = attention_backward(grad, q[:, skipped:], k, v, key_mask, None, scale, False)
+    dqkv = torch.stack([F.pad(dq, (0, 0, 0, 0, skipped, 0)), dk, dv], dim=2)
     return dqkv, upcast(dqkv).sum((0, 1)) if sum_dqkv else upcast(dqkv.new_empty(0))
 
 
@@ -541,7 +546,7 @@ def _direction(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -549,13 +554,19 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum."""
-    branch = upcast(x) if x_bias is None else upcast(x) + upcast(x_bias)
-    total = (branch + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
+    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum.
+
+    Without x, residual is the sum, and an empty tensor is returned in its place.
+    """
+    total = residual
+    if x is not None:
+        branch = upcast(x) if x_bias is None else upcast(x) + upcast(x_bias)
+        total = (branch + upcast(residual)).to(torch.promote_types(x.dtype, residual.dtype))
     rows = upcast(total)
-    width = [x.shape[-1]]
+    width = [residual.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(rows, width, weight.to(rows.dtype), bias.to(rows.dtype), eps)
-    return normed.to(dtype or total.dtype), total, mean, rstd
+    normed = normed.to(dtype or total.dtype)
+    return normed, residual.new_empty(0) if x is None else total, mean, rstd
 
 
 def add_layer_norm_backward(
@@ -575,7 +586,8 @@ def add_layer_norm_backward(
     slope = (weighted * normed).mean(-1, keepdim=True)
     grad = (weighted - weighted.mean(-1, keepdim=True) - normed * slope) * rstd
     if grad_sum is not None:
-        grad = grad + upcast(grad_sum)
+        skipped = total.shape[-2] - grad_sum.shape[-2] if total.dim() > 1 else 0
+        grad = grad + F.pad(upcast(grad_sum), (0, 0, skipped, 0)[: 2 * total.dim()])
     rows = upcast(grad_normed).reshape(-1, normed.shape[-1])
     dweight, dbias = (rows * normed.reshape(rows.shape)).sum(0), rows.sum(0)
     nothing = normed.new_empty(0)

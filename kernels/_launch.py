@@ -44,7 +44,7 @@ BLOCK_IDS = 256 if INTERPRETED else 64
 # on, where they take 64 bits.
 _COUNTS = frozenset(
     "batch rows count limit positions patches grid_h grid_w prefix num_visible num_predict len_keep len_predict heads "
-    "queries keys group tiles key_tiles share".split()
+    "queries keys group tiles key_tiles share skipped".split()
 )
 # Strides between rows depend on counts too. They are not specialised either; `unit_of` tells a kernel their alignment.
 _ROW_STRIDES = "_batch", "_row", "_head"

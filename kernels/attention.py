@@ -1,8 +1,8 @@
 """Attention over short sequences: packed, separate (self or cross) and ragged.
 
-There are two forms. A tile holds whole sequences of one head, as many as fit, under a block-diagonal mask: each tensor
-is read once, and the backward pass needs neither the output nor the softmax's statistics. Longer sequences are
-processed block by block.
+There are three forms. A tile holds whole sequences of one head, as many as fit, under a block-diagonal mask: each
+tensor is read once, and the backward pass needs neither the output nor the softmax's statistics. A sequence of 65 rows
+is a block of 64 and an edge, of which the same is true. Longer sequences are processed block by block.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import Unserved
 from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, strides_of, unit_of
+from .attention_edge import edge_backward_kernel, edge_forward_kernel
 from .attention_loop import (
     loop_backward_kernel,
     loop_backward_keys_kernel,
@@ -30,6 +31,8 @@ DIM_MULTIPLE = 1 if INTERPRETED else 8
 # Up to this length several sequences share a tile. Longer ones have one each, of at least 16 rows and one warp:
 # to divide rows among sequences and keep these apart takes more instructions than the rows that stay empty.
 PACKED_LENGTH = 32 if INTERPRETED else 5
+# of sequences with one row more: the rows of their block
+BLOCK = 64
 # Up to so many bytes of a head's queries and keys, one program writes all gradients. It reads twice as many, which the
 # cache of a device holds for two or three programs a multiprocessor.
 CACHED = 2**16
@@ -133,6 +136,12 @@ def _tile(q: Tensor, queries: int, keys: int, several: bool, biased: bool) -> tu
     return group, dict(BLOCK_Q=rows, BLOCK_K=columns, PACKED=group > 1, num_warps=min(max(warps, 8 * single), 8))
 
 
+def _has_edge(q: Tensor, queries: int, keys: int, plain: bool, widest: int) -> bool:
+    """Return whether a sequence is a block and an edge; `plain` ones are, with heads up to `widest`: none spills."""
+    served = INTERPRETED or (q.dtype != torch.float32 and q.shape[-1] <= widest)
+    return plain and queries == keys == BLOCK + 1 and served
+
+
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
     """Return the sizes of blocks for sequences that no tile holds: the largest ones that spill no registers.
 
@@ -173,13 +182,11 @@ def _sizes(q: Tensor, k: Tensor, ragged: Ragged | None) -> tuple[int, int, int, 
     return cu_q.shape[0] - 1, heads, queries, keys, max(most_queries, 1), max(most_keys, 1)
 
 
-def _columns_of(q: Tensor, unit: int, bias_unit: int) -> dict[str, Any]:
+def _columns_of(q: Tensor, unit: int) -> dict[str, Any]:
     """Return the constants of every kernel. Triton's interpreter multiplies bfloat16 wrongly, so it is upcast there."""
     dim = q.shape[-1]
     low, high = _columns(dim)
-    return dict(
-        D=dim, D0=low, D1=high, UNIT=unit, BIAS_UNIT=bias_unit, UPCAST=INTERPRETED and q.dtype == torch.bfloat16
-    )
+    return dict(D=dim, D0=low, D1=high, UNIT=unit, UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
 
 
 def _forward(
@@ -201,8 +208,14 @@ def _forward(
     unit = unit_of(q, k, v, out)
     masks, bias_unit = _masks(key_mask, bias, (batch, heads, queries, keys))
     tensors = (*_strided(unit, q, k, v, out), *masks, cu_q, cu_k)
-    columns = _columns_of(q, unit, bias_unit)
+    columns = _columns_of(q, unit)
     with on_device(q):
+        if _has_edge(q, queries, keys, ragged is None and bias is None, MAX_DIM):
+            edge_forward_kernel[(batch * heads,)](
+                *_strided(unit, q, k, v, out), *masks[:3], heads, scale, **columns, BLOCK=BLOCK
+            )
+            return out
+        columns["BIAS_UNIT"] = bias_unit
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[0]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             tile_forward_kernel[(triton.cdiv(batch, group) * heads,)](
@@ -251,8 +264,17 @@ def _backward(
     cu_q, cu_k = (None, None) if ragged is None else ragged[:2]
     unit = unit_of(grad, q, k, v, dq, dk)
     masks, bias_unit = _masks(key_mask, bias, (batch, heads, queries, keys))
-    columns = _columns_of(q, unit, bias_unit)
+    columns = _columns_of(q, unit)
     with on_device(q):
+        if _has_edge(q, queries, keys, ragged is None and bias is None, 80 if _has_large_tiles(q) else 32):
+            partials = _partials(q, 2 * batch, 2 * batch) if sum_rows else None
+            edge_backward_kernel[(batch * heads,)](
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, partials, *masks[:3], heads, scale),
+                **columns,
+                BLOCK=BLOCK,
+            )
+            return _sum_of(partials, q)
+        columns["BIAS_UNIT"] = bias_unit
         if max(most_queries, most_keys) <= _tile_limits(q, bias is not None)[1]:
             group, tile = _tile(q, most_queries, most_keys, ragged is None, bias is not None)
             programs = triton.cdiv(batch, group)
@@ -275,7 +297,7 @@ def _backward(
         tails = dict(TAIL=_tail(q, keys, blocks["BLOCK_K"], ragged is not None), num_stages=2)
         cached = (most_queries + most_keys) * dim * q.element_size() <= CACHED
         # at these shapes it spills no registers on compute capability 8 and 9
-        small = dim <= 32 and queries == keys and ragged is None and bias is None
+        small = dim <= 32 and (sum_rows or queries == keys) and ragged is None and bias is None
         if cached and small and _capability(q) != 10:
             loop_backward_kernel[(batch * heads,)](
                 *(*_strided(unit, grad, q, k, v, dq, dk), dv, query_sums, key_sums, top, inverse, mean, *masks),
@@ -339,6 +361,10 @@ def attention_qkvpacked_backward(
     dqkv = _empty(qkv)
     q, k, v = qkv.unbind(2)
     dq, dk, dv = dqkv.unbind(2)
+    skipped = qkv.shape[1] - grad.shape[1]
+    if skipped:
+        dq[:, :skipped].zero_()
+        q, dq = q[:, skipped:], dq[:, skipped:]
     return dqkv, _backward(grad, q, k, v, dq, dk, dv, key_mask, None, scale, sum_rows=sum_dqkv)
 
 

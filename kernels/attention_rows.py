@@ -45,14 +45,32 @@ def store_rows(pointer, offsets, valid, low, high, D: tl.constexpr, D0: tl.const
 
 
 @triton.jit
-def store_sums(pointer, row, head, heads, low, high, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Store `scale` times a head's sums over rows, those beyond a sequence zeros, in a row of sums (rows, heads, D)."""
-    pointer += (row * heads + head) * D
+def load_row(pointer, columns, D0: tl.constexpr, D1: tl.constexpr):
+    """Load the first `columns` of one row in float32, zeros beyond."""
     column = tl.arange(0, D0)
-    tl.store(pointer + column, tl.sum(low, 0) * scale, column < D)
+    low = tl.load(pointer + column, column < columns, other=0.0).to(tl.float32)
+    high = low
     if D1 > 0:
         column = D0 + tl.arange(0, D1)
-        tl.store(pointer + column, tl.sum(high, 0) * scale, column < D)
+        high = tl.load(pointer + column, column < columns, other=0.0).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def store_row(pointer, low, high, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store one row, in the dtype of the tensor."""
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    column = tl.arange(0, D0)
+    tl.store(pointer + column, low.to(dtype), column < D)
+    if D1 > 0:
+        column = D0 + tl.arange(0, D1)
+        tl.store(pointer + column, high.to(dtype), column < D)
+
+
+@triton.jit
+def store_sums(pointer, row, head, heads, low, high, scale, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store `scale` times a head's sums over rows, those beyond a sequence zeros, in a row of sums (rows, heads, D)."""
+    store_row(pointer + (row * heads + head) * D, tl.sum(low, 0) * scale, tl.sum(high, 0) * scale, D, D0, D1)
 
 
 @triton.jit

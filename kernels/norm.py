@@ -107,7 +107,7 @@ def _add_layer_norm_kernel(
     rows, count, width, eps,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add a block of rows, store the sum, and normalise the sum as it was rounded when stored.
+    """Add a block of rows, store the sum, and normalise the sum as it was rounded when stored; or the residual alone.
 
     The variance is computed from differences to the mean, in registers.
     """
@@ -116,17 +116,18 @@ def _add_layer_norm_kernel(
     valid_rows, valid_columns = row < rows, column < width
     valid = valid_rows[:, None] & valid_columns[None, :]
     b, k = image_rows(row, count)
-    source = tile_pointers(x, b, k, column, x_batch, x_row, x_value, UNIT)
-    branch = tl.load(source, mask=valid, other=0.0).to(tl.float32)
-    if x_bias is not None:
-        branch += tl.load(x_bias + column * x_bias_value, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
     source = tile_pointers(residual, b, k, column, residual_batch, residual_row, residual_value, UNIT)
-    stream = tl.load(source, mask=valid, other=0.0).to(tl.float32)
-    stored = (branch + stream).to(total.dtype.element_ty)
+    sums = tl.load(source, mask=valid, other=0.0).to(tl.float32)
     target = dense_offsets(row, column, width)
-    tl.store(total + target, stored, mask=valid)
+    if x is not None:
+        source = tile_pointers(x, b, k, column, x_batch, x_row, x_value, UNIT)
+        branch = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+        if x_bias is not None:
+            branch += tl.load(x_bias + column * x_bias_value, mask=valid_columns, other=0.0).to(tl.float32)[None, :]
+        stored = (branch + sums).to(total.dtype.element_ty)
+        tl.store(total + target, stored, mask=valid)
+        sums = stored.to(tl.float32)
 
-    sums = stored.to(tl.float32)
     center = tl.sum(sums, axis=1) / width
     centered = tl.where(valid, sums - center[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(centered * centered, axis=1) / width + eps)
@@ -140,7 +141,7 @@ def _add_layer_norm_kernel(
 
 
 def add_layer_norm(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -148,30 +149,34 @@ def add_layer_norm(
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum."""
+    """Return normed in `dtype` (None: the sum's), the sum, and mean and reciprocal deviation of each row of the sum.
+
+    Without x, residual is the sum, and an empty tensor is returned in its place.
+    """
     refuse_float64(x, residual, weight, bias, x_bias)
-    width = x.shape[-1]
+    width = residual.shape[-1]
     refuse_width(width)
-    rows = x.numel() // width
+    rows = residual.numel() // width
     refuse_rows(rows)
     _refuse_result(dtype)
-    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    normed = torch.empty_like(total, dtype=dtype)
-    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    wider = residual.dtype if x is None else torch.promote_types(x.dtype, residual.dtype)
+    total = residual.new_empty(0 if x is None else residual.shape, dtype=wider)
+    normed = residual.new_empty(residual.shape, dtype=dtype or wider)
+    mean = residual.new_empty(*residual.shape[:-1], 1, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if rows == 0:
         return normed, total, mean, rstd
-    x, residual = as_rows(x), as_rows(residual)
+    x, residual = None if x is None else as_rows(x), as_rows(residual)
     blocks = whole_rows(width)
-    with on_device(x):
+    with on_device(residual):
         _add_layer_norm_kernel[(triton.cdiv(rows, blocks["BLOCK_ROWS"]),)](
-            x, *x.stride(),
+            x, *strides_of(x, 3),
             x_bias, *strides_of(x_bias, 1),
             residual, *residual.stride(),
             weight, weight.stride(0),
             bias, bias.stride(0),
-            normed, total, mean, rstd,
-            rows, x.shape[1], width, eps,
+            normed, None if x is None else total, mean, rstd,
+            rows, residual.shape[1], width, eps,
             UNIT=unit_of(x, residual), **blocks,
         )  # fmt: skip
     return normed, total, mean, rstd
@@ -192,11 +197,12 @@ def _add_layer_norm_backward_kernel(
     weight, weight_value,
     bias, bias_value,
     dtotal, recomputed, dx, partials,
-    rows, count, width,
+    rows, count, skipped, width,
     SUM_DX: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of every n-th block of rows, n the number of programs; given `bias`, also the normed rows.
 
+    The first `skipped` of `count` rows have no `grad_sum`.
     Each program writes its sums for the gradients of weight and bias, and with SUM_DX of x_bias, to `partials`.
     """
     column = tl.arange(0, BLOCK_WIDTH)
@@ -229,8 +235,8 @@ def _add_layer_norm_backward_kernel(
         slope = tl.sum(weighted * normed, axis=1) / width
         out = (weighted - shift[:, None] - normed * slope[:, None]) * scale[:, None]
         if grad_sum is not None:
-            source = tile_pointers(grad_sum, b, k, column, sum_batch, sum_row, sum_value, UNIT)
-            out += tl.load(source, mask=valid, other=0.0).to(tl.float32)
+            source = tile_pointers(grad_sum, b, k - skipped, column, sum_batch, sum_row, sum_value, UNIT)
+            out += tl.load(source, mask=valid & (k >= skipped)[:, None], other=0.0).to(tl.float32)
         target = dense_offsets(row, column, width)
         tl.store(dtotal + target, out.to(dtotal.dtype.element_ty), mask=valid)
         if dx is not None:
@@ -275,7 +281,7 @@ def add_layer_norm_backward(
         sums = [weight.new_zeros(width, dtype=torch.float32) for _ in range(3)]
         return dtotal, *sums[:2], normed, dx, sums[2] if sum_dx else dx_bias
     grad_normed, total = as_rows(grad_normed), as_rows(total)
-    grad_sum = None if grad_sum is None else as_rows(grad_sum)
+    grad_sum = as_rows(grad_sum) if grad_sum is not None and grad_sum.numel() else None
     blocks = _sum_blocks(width, _NORM_REGISTERS)
     grid = _sum_grid(rows, width, blocks, total.device)
     partials = total.new_empty(grid[0], 3 if sum_dx else 2, width, dtype=torch.float32)
@@ -288,7 +294,7 @@ def add_layer_norm_backward(
             weight, weight.stride(0),
             bias, *strides_of(bias, 1),
             dtotal, None if bias is None else normed, None if narrow is None else dx, partials,
-            rows, total.shape[1], width,
+            rows, total.shape[1], 0 if grad_sum is None else total.shape[1] - grad_sum.shape[1], width,
             SUM_DX=sum_dx, UNIT=unit_of(grad_normed, grad_sum, total), **blocks,
         )  # fmt: skip
         dweight, dbias, *summed = _sum_partials(partials)

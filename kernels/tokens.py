@@ -31,8 +31,9 @@ def _gather_kernel(
 
 
 def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
-    """Copy tokens[b, ids[b, k]], bit for bit."""
+    """Copy tokens[b, ids[b, k]], bit for bit; a table (L, D) serves all images."""
     refuse_float64(tokens)
+    tokens = tokens.expand(ids.shape[0], *tokens.shape[-2:])
     check_ids("ids", ids, tokens.shape[1])
     batch, count, width = *ids.shape, tokens.shape[2]
     out = tokens.new_empty(batch, count, width)
@@ -157,21 +158,31 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
 
 @triton.jit
 def _assemble(
-    visible, b, place, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_value,
-    pos_embed, position, pos_row, pos_value, out, row, rows, width, valid_ids,
+    visible, b, place, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_batch, mask_value,
+    pos_embed, position, pos_batch, pos_row, pos_value, out, row, rows, width, valid_ids,
     UNIT: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Write the visible row, or the mask token where not `is_visible`, plus pos_embed[position], to rows of `out`."""
+    """Write the visible row, or the mask token where not `is_visible`, plus pos_embed[position], to rows of `out`.
+
+    All images share the mask token where `mask_batch` is None, and pos_embed where `pos_batch` is.
+    """
     column = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     step = column.to(tl.int64)
     valid_columns = column < width
     valid = (row < rows)[:, None] & valid_columns[None, :]
     source = tile_pointers(visible, b, place, step, visible_batch, visible_row, visible_value, UNIT)
     value = tl.load(source, mask=valid & (is_visible & valid_ids)[:, None], other=0.0).to(tl.float32)
-    token = tl.load(mask_token + step * mask_value, mask=valid_columns, other=0.0).to(tl.float32)
-    source = table_pointers(pos_embed, position, step, pos_row, pos_value, UNIT)
+    if mask_batch is None:
+        token = tl.load(mask_token + step * mask_value, mask=valid_columns, other=0.0).to(tl.float32)
+    else:
+        source = table_pointers(mask_token, b, step, mask_batch, mask_value, UNIT)
+        token = tl.load(source, mask=valid & ~is_visible[:, None], other=0.0).to(tl.float32)
+    if pos_batch is None:
+        source = table_pointers(pos_embed, position, step, pos_row, pos_value, UNIT)
+    else:
+        source = tile_pointers(pos_embed, b, position, step, pos_batch, pos_row, pos_value, UNIT)
     pos = tl.load(source, mask=valid & valid_ids[:, None], other=0.0).to(tl.float32)
-    value = tl.where(is_visible[:, None], value, token[None, :]) + pos
+    value = tl.where(is_visible[:, None], value, token[None, :] if mask_batch is None else token) + pos
     value = tl.where(valid_ids[:, None], value, float("nan"))
     tl.store(out + dense_offsets(row, column, width), value.to(out.dtype.element_ty), mask=valid)
 
@@ -181,8 +192,8 @@ def _decoder_kernel(
     visible, visible_batch, visible_row, visible_value,
     ids_keep, keep_batch, keep_value,
     ids_predict, predict_batch, predict_value,
-    mask_token, mask_value,
-    pos_embed, pos_row, pos_value,
+    mask_token, mask_batch, mask_value,
+    pos_embed, pos_batch, pos_row, pos_value,
     out,
     rows, num_visible, num_predict, prefix, patches, width,
     UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -205,9 +216,14 @@ def _decoder_kernel(
     valid_ids = is_prefix | valid_ids | valid_predicted
     position = tl.where(is_prefix, k, prefix + id)
     _assemble(
-        visible, b, k, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_value,
-        pos_embed, position, pos_row, pos_value, out, row, rows, width, valid_ids, UNIT, BLOCK_WIDTH,
+        visible, b, k, visible_batch, visible_row, visible_value, is_visible, mask_token, mask_batch, mask_value,
+        pos_embed, position, pos_batch, pos_row, pos_value, out, row, rows, width, valid_ids, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
+
+
+def _shared(x: Tensor, axes: int) -> tuple[int | None, ...]:
+    """Return the strides of a tensor of batch and `axes` axes; None for the batch of one that all images share."""
+    return (None, *x.stride()) if x.dim() == axes else x.stride()
 
 
 def decoder_tokens(
@@ -220,7 +236,7 @@ def decoder_tokens(
 ) -> Tensor:
     """Return [prefix ; visible ; mask token of each predicted patch], each plus its position."""
     refuse_float64(visible, mask_token, pos_embed)
-    patches = pos_embed.shape[0] - num_prefix_tokens
+    patches = pos_embed.shape[-2] - num_prefix_tokens
     check_ids("ids_keep", ids_keep, patches)
     check_ids("ids_predict", ids_predict, patches)
     batch, num_visible, width = visible.shape
@@ -235,11 +251,11 @@ def decoder_tokens(
             visible, *visible.stride(),
             ids_keep, *ids_keep.stride(),
             ids_predict, *ids_predict.stride(),
-            mask_token, *mask_token.stride(),
-            pos_embed, *pos_embed.stride(),
+            mask_token, *_shared(mask_token, 1),
+            pos_embed, *_shared(pos_embed, 2),
             out,
             rows, num_visible, num_predict, num_prefix_tokens, patches, width,
-            UNIT=unit_of(visible, pos_embed), **blocks,
+            UNIT=unit_of(visible, mask_token, pos_embed), **blocks,
         )  # fmt: skip
     return out
 
@@ -264,8 +280,8 @@ def _unshuffle_kernel(
     rank, valid_ids = load_ids(ids_restore, b, k - prefix, ids_batch, ids_value, ~is_prefix & (row < rows), patches)
     place = tl.where(is_prefix, k, prefix + rank)
     _assemble(
-        visible, b, place, visible_batch, visible_row, visible_value, place < num_visible, mask_token, mask_value,
-        pos_embed, k, pos_row, pos_value, out, row, rows, width, is_prefix | valid_ids, UNIT, BLOCK_WIDTH,
+        visible, b, place, visible_batch, visible_row, visible_value, place < num_visible, mask_token, None, mask_value,
+        pos_embed, k, None, pos_row, pos_value, out, row, rows, width, is_prefix | valid_ids, UNIT, BLOCK_WIDTH,
     )  # fmt: skip
 
 

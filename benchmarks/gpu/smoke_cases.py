@@ -207,6 +207,14 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         images = randn(batch, 3, encoder.image, encoder.image, dtype=dtype, device=device)
         return images, draw_ids(batch, n, k, device), [p, p], None, None, dtype
 
+    def gather_integers(device: str) -> Args:
+        images = torch.randint(65536, (batch, 3, encoder.image, encoder.image), device=device).to(torch.uint16)
+        return images, draw_ids(batch, n, k, device), [p, p], *draw_stats(device), dtype
+
+    def gather_signals(device: str) -> Args:
+        signals = randn(batch, 12, n * p, dtype=dtype, device=device)
+        return signals, draw_ids(batch, n, k, device), [p], None, None, dtype
+
     def scatter(device: str) -> Args:
         grad, shape = randn(batch, k, 3 * p * p, dtype=dtype, device=device), [batch, 3, encoder.image, encoder.image]
         return grad, draw_ids(batch, n, k, device), [p, p], draw_stats(device)[1], shape, dtype
@@ -224,6 +232,8 @@ def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterato
         yield op_case("gather_patches", shape, dtype, partial(gather, channels_last=False))
         yield op_case("gather_patches", f"{shape}, channels last", dtype, partial(gather, channels_last=True))
         yield op_case("gather_patches", f"{shape}, floats", dtype, gather_floats)
+        yield op_case("gather_patches", f"{shape}, uint16", dtype, gather_integers)
+        yield op_case("gather_patches", f"{shape}, one axis", dtype, gather_signals)
         yield op_case("gather_patches_backward", shape, dtype, scatter)
     for ratio in MASK_RATIOS:
         name = f"{encoder.name}, {encoder.keep(ratio)} of {n}"
@@ -240,6 +250,9 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
         def gather(device: str, k: int = k) -> Args:
             return randn(batch, n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
 
+        def gather_table(device: str, k: int = k) -> Args:
+            return randn(n, width, dtype=dtype, device=device), draw_ids(batch, n, k, device)
+
         def scatter(device: str, k: int = k) -> Args:
             return randn(batch, k, width, dtype=dtype, device=device), draw_ids(batch, n, k, device), n
 
@@ -249,6 +262,11 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
             table = randn(1 + n, decoder_width, device=device)
             token = randn(decoder_width, device=device)
             return visible, chosen[:, :k].contiguous(), chosen[:, k:].contiguous(), token, table, 1
+
+        def decoder_by_sample(device: str, k: int = k, m: int = m) -> Args:
+            *shared, _, _, prefix = decoder(device, k, m)
+            tables = (randn(batch, *rows, decoder_width, device=device) for rows in ((), (1 + n,)))
+            return *shared, *tables, prefix
 
         def unshuffle(device: str, k: int = k) -> Args:
             visible = randn(batch, 1 + k, decoder_width, dtype=dtype, device=device)
@@ -261,6 +279,10 @@ def tokens_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator
 
         shape = f"{encoder.name}, {k} of {n}"
         yield op_case("gather_tokens", shape, dtype, gather)
+        if ratio == MASK_RATIOS[0]:
+            yield op_case("gather_tokens", f"{shape}, one table", dtype, gather_table)
+            if encoder.name == "ViT-B":
+                yield op_case("decoder_tokens", f"{shape}, of each sample", dtype, decoder_by_sample)
         yield op_case("gather_tokens_backward", shape, dtype, scatter)
         yield op_case("sum_by_position", shape, dtype, scatter)
         if encoder.name != "ViT-L":  # its decoder is that of ViT-B
@@ -284,10 +306,29 @@ def packed_cases(
     yield op_case("attention_qkvpacked_backward", shape, dtype, backward)
 
 
+def last_cases(
+    name: str, batch: int, lengths: tuple[int, int], heads: int, dim: int, dtype: torch.dtype
+) -> Iterator[Case]:
+    """Yield the attention of the last queries to all keys, as the last block of a decoder has it."""
+    queries, keys = lengths
+
+    def backward(device: str) -> Args:
+        qkv = randn(batch, keys, 3, heads, dim, dtype=dtype, device=device)
+        return randn(batch, queries, heads, dim, dtype=dtype, device=device), qkv, None, dim**-0.5, True
+
+    def forward(device: str) -> Args:
+        q, k, v = backward(device)[1].unbind(2)
+        return q[:, keys - queries :], k, v, None, None, dim**-0.5
+
+    shape = f"{name}, last {queries} of S {keys}, D {dim}"
+    yield op_case("attention", shape, dtype, forward)
+    yield op_case("attention_qkvpacked_backward", shape, dtype, backward)
+
+
 def separate_cases(
     name: str, batch: int, lengths: tuple[int, int], heads: int, dim: int, dtype: torch.dtype, biased: bool = False
 ) -> Iterator[Case]:
-    """Yield the attention of queries to keys that lie beside their values, as the last block of a decoder has it."""
+    """Yield the attention of queries to keys that lie beside their values."""
     queries, keys = lengths
 
     def forward(device: str) -> Args:
@@ -343,6 +384,7 @@ def decoder_cases(sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
         some = round((n - least) * DECODED)
         for queries, keys in ((n - k, 1 + n), (n - least, 1 + n), (some, 1 + least + some)):
             yield from separate_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
+            yield from last_cases(name, sizes.few, (queries, keys), decoder.heads, decoder.dim, dtype)
         for length in (1 + n, 1 + least + some):
             yield from packed_cases(name, sizes.few, length, decoder.heads, decoder.dim, dtype)
     yield from norm_cases(sizes, decoder, dtype, length=1 + decoder.patches)
@@ -416,6 +458,11 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
         grad, _, *saved, _, _, _ = backward(device)
         return grad.float(), None, *saved
 
+    def backward_last(device: str) -> Args:
+        """Return the arguments of a norm of whose sum only the last rows are used."""
+        grad, grad_sum, *others = backward(device)
+        return grad, grad_sum[:, length // 4 :], *others
+
     def gelu(device: str) -> Args:
         return narrow(device, 4 * width), randn(4 * width, device=device)
 
@@ -425,9 +472,12 @@ def norm_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype, length: int =
     shape = f"{encoder.name}, width {width}"
     yield op_case("add_layer_norm", shape, dtype, forward)
     yield op_case("add_layer_norm", f"{shape}, alone", dtype, lambda device: forward(device)[:-2])
+    yield op_case("add_layer_norm", f"{shape}, first", dtype, lambda device: (None, *forward(device)[1:-1]))
     op = "add_layer_norm_backward"
     yield Case(op, shape, dtype, backward, partial(launched, op), referred_norm_backward)
     yield op_case(op, f"{shape}, alone", dtype, backward_alone)
+    yield op_case(op, f"{shape}, first", dtype, lambda device: backward(device)[:-2])
+    yield Case(op, f"{shape}, last", dtype, backward_last, partial(launched, op), referred_norm_backward)
     yield op_case("bias_gelu", f"{encoder.name}, width {4 * width}", dtype, gelu)
     yield op_case("bias_gelu_backward", f"{encoder.name}, width {4 * width}", dtype, gelu_backward)
 

@@ -57,8 +57,10 @@ def by_rank(noise: Tensor) -> tuple[Tensor, ...]:
 
 
 def cut(images: Tensor, chosen: Tensor, order: str) -> Tensor:
-    rows = patch_grid(images, 16)[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
-    rows = (rows.float() / 255 - 0.45) / 0.225
+    deep = images.dtype == torch.uint16
+    grid = patch_grid(images.view(torch.int16) if deep else images, 16)  # PyTorch indexes no uint16 on a GPU
+    rows = grid[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
+    rows = ((rows.int() & 65535).float() / 65535 if deep else rows.float() / 255).sub(0.45).div(0.225)
     return (rows if order == "cpq" else rows.permute(0, 1, 3, 4, 2)).flatten(2)
 
 
@@ -68,6 +70,15 @@ def eager_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, po
 
 def our_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     return ops.embed_patches(images, chosen, weight, bias, pos_embed=pos, mean=[0.45] * 3, std=[0.225] * 3)
+
+
+def eager_embed_signals(signals: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    rows = signals.unflatten(2, (L, -1)).transpose(1, 2)[torch.arange(len(signals), device=DEVICE)[:, None], chosen]
+    return F.linear(rows.flatten(2), weight.flatten(1), bias) + pos[chosen]
+
+
+def our_embed_signals(signals: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
+    return ops.embed_patches(signals, chosen, weight, bias, pos_embed=pos)
 
 
 def eager_assembly(visible: Tensor, keep: Tensor, predict: Tensor, mask_token: Tensor, pos: Tensor) -> Tensor:
@@ -124,17 +135,29 @@ def attention(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype)
     return Case(forms, [qkv], flops=14 * batch * heads * length**2 * dim)
 
 
-def embed(batch: int = B) -> Case:
-    images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+def embed(batch: int = B, pixels: torch.dtype = torch.uint8) -> Case:
+    images = torch.randint(torch.iinfo(pixels).max + 1, (batch, 3, 224, 224), device=DEVICE).to(pixels)
     f32 = partial(randn, dtype=torch.float32)
     inputs = [images, ids(batch, L, K), f32(D, 3, 16, 16), f32(D), f32(L, D, grad=False)]
     return Case({"fastmim": our_embed, "eager": eager_embed}, inputs, flops=4 * batch * K * D * 768)
 
 
-def pixels(batch: int = B, eager: Callable[..., Tensor] = eager_pixel_loss, **options: Any) -> Case:
+def embed_signals(batch: int = B) -> Case:
+    f32 = partial(randn, dtype=torch.float32)
+    signals = f32(batch, 12, L * 25, grad=False)
+    inputs = [signals, ids(batch, L, K), f32(D, 12, 25), f32(D), f32(L, D, grad=False)]
+    return Case({"fastmim": our_embed_signals, "eager": eager_embed_signals}, inputs, flops=4 * batch * K * D * 300)
+
+
+def pixels(
+    batch: int = B, eager: Callable[..., Tensor] = eager_pixel_loss, loss: str = "squared", **options: Any
+) -> Case:
     images = torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    pred = randn(batch, L - K, 768)
-    ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3, **options)
+    pred = randn(batch, L - K, 768, grad=False)
+    if loss == "absolute":
+        pred += 40 * pred.sign()  # no error near 0, where the gradient jumps
+    pred.requires_grad_()
+    ours = partial(ops.pixel_loss, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3, loss=loss, **options)
     forms = {"fastmim": lambda p, i, c: ours(p, i, c), "eager": eager}
     return Case(forms, [pred, images, ids(batch, L, L - K)], pred.numel() * (2 + 1 + 2))
 
@@ -197,6 +220,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "attention 1x12x1157x64": lambda: attention(1, 12, 1157, 64, torch.bfloat16),
     "attention 1x12x1157x64 float32": lambda: attention(1, 12, 1157, 64, torch.float32),
     "embed_patches": embed,
+    "embed_patches uint16": partial(embed, pixels=torch.uint16),
+    "embed_patches 12x4900": embed_signals,
     "pixel_loss": pixels,
     "pixel_loss absolute": lambda: pixels(eager=eager_absolute_loss, norm_pix=False, loss="absolute"),
     "pixel_loss huber none": lambda: pixels(eager=eager_huber_losses, norm_pix=False, loss="huber", reduction="none"),

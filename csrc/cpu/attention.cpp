@@ -78,12 +78,14 @@ Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, do
 
 std::tuple<Tensor, Tensor> attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv,
                                                         const OptionalTensor& key_mask, double scale, bool sum_dqkv) {
-  const Tensor q = qkv.select(2, 0), k = qkv.select(2, 1), v = qkv.select(2, 2);
+  const int64_t skipped = qkv.size(1) - grad.size(1);
+  const Tensor q = qkv.select(2, 0).slice(1, skipped), k = qkv.select(2, 1), v = qkv.select(2, 2);
   check_dtypes(q);
   Tensor out = at::empty(qkv.sizes(), qkv.options().memory_format(at::MemoryFormat::Contiguous));
+  out.select(2, 0).slice(1, 0, skipped).zero_();
   Attention args = arguments(q, k, v, key_mask, scale);
   args.grad = view_of(grad, {0, 1, 2, 3});
-  args.dq = view_of(out.select(2, 0), {0, 1, 2, 3});
+  args.dq = view_of(out.select(2, 0).slice(1, skipped), {0, 1, 2, 3});
   args.dk = view_of(out.select(2, 1), {0, 1, 2, 3});
   args.dv = view_of(out.select(2, 2), {0, 1, 2, 3});
   const int64_t batch = qkv.size(0);

@@ -28,33 +28,42 @@ Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                          const Tensor& bias, double eps,
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const OptionalTensor& x, const Tensor& residual,
+                                                          const Tensor& weight, const Tensor& bias, double eps,
                                                           std::optional<at::ScalarType> dtype,
                                                           const OptionalTensor& x_bias) {
-  check_dtypes(x, residual, weight, bias, x_bias, dtype);
-  const Tensor a = x.contiguous(), b = residual.contiguous(), w = as_float(weight), shift = as_float(bias),
-               branch_bias = x_bias ? as_float(*x_bias) : Tensor();
-  const auto options = a.options().dtype(at::promote_types(x.scalar_type(), residual.scalar_type()));
-  Tensor normed = at::empty(x.sizes(), options.dtype(dtype.value_or(options.dtype().toScalarType()))),
-         sum = at::empty(x.sizes(), options);
-  auto per_row = x.sizes().vec();
+  check_dtypes(residual, x, weight, bias, x_bias, dtype);
+  const Tensor a = x ? x->contiguous() : Tensor(), b = residual.contiguous(), w = as_float(weight),
+               shift = as_float(bias), branch_bias = x_bias ? as_float(*x_bias) : Tensor();
+  const at::ScalarType wider = x ? at::promote_types(x->scalar_type(), residual.scalar_type()) : residual.scalar_type();
+  const auto options = b.options().dtype(wider);
+  // without x the sum is the residual, and is not written
+  Tensor normed = at::empty(residual.sizes(), options.dtype(dtype.value_or(wider))),
+         sum = at::empty(x ? residual.sizes() : at::IntArrayRef({0}), options);
+  auto per_row = residual.sizes().vec();
   per_row.back() = 1;
   Tensor mean = at::empty(per_row, at::kFloat), rstd = at::empty(per_row, at::kFloat);
   const int64_t bytes = normed.nbytes() + sum.nbytes();
-  const AddLayerNorm args{x.size(-1),
+  const AddLayerNorm args{residual.size(-1),
                           static_cast<float>(eps),
-                          rows_of(a),
+                          x ? rows_of(a) : View{},
                           rows_of(b),
                           x_bias ? branch_bias.const_data_ptr<float>() : nullptr,
                           w.const_data_ptr<float>(),
                           shift.const_data_ptr<float>(),
                           output_rows_of(normed, bytes),
-                          output_rows_of(sum, bytes),
+                          x ? output_rows_of(sum, bytes) : View{},
                           mean.mutable_data_ptr<float>(),
                           rstd.mutable_data_ptr<float>()};
-  for_rows(rows_in(x), 4 * x.size(-1), [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
+  for_rows(rows_in(residual), 4 * residual.size(-1),
+           [&](int64_t begin, int64_t end) { kernels().add_layer_norm(args, begin, end); });
   return {normed, sum, mean, rstd};
+}
+
+// Returns x, the last rows (..., Q, D) of the shape of `whole`, with zeros for the others.
+Tensor as_long(const Tensor& x, const Tensor& whole) {
+  const int64_t skipped = x.dim() > 1 ? whole.size(-2) - x.size(-2) : 0;
+  return skipped == 0 ? x : at::constant_pad_nd(x, {0, 0, skipped, 0});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backward(
@@ -62,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_layer_norm_backwa
     const Tensor& rstd, const Tensor& weight, const OptionalTensor& bias, std::optional<at::ScalarType> dx_dtype,
     bool sum_dx) {
   check_dtypes(total, grad_normed, grad_sum, dx_dtype);
-  const Tensor g = grad_normed.contiguous(), through = grad_sum ? grad_sum->contiguous() : Tensor(),
+  const Tensor g = grad_normed.contiguous(), through = grad_sum ? as_long(*grad_sum, total).contiguous() : Tensor(),
                sum = total.contiguous(), w = as_float(weight);
   Tensor dsum = at::empty(sum.sizes(), sum.options());
   const int64_t width = total.size(-1);

@@ -6,17 +6,21 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
   Scratch memory;
   float *a = memory.take(width), *b = memory.take(width), *c = memory.take(width), *d = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
-    const float *x = row_of(args.x, row, width, a), *residual = row_of(args.residual, row, width, b);
-    float* sum = target_of(args.sum, row, c);
-    by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-      Vec value = lanes.get(x + i);
-      if (x_bias != nullptr) value += lanes.get(x_bias + i);
-      lanes.put(sum + i, value + lanes.get(residual + i));
-    });
-    if (sum == c && args.sum.type != Type::f32) {
-      // the norm is taken of the sum as it is stored
-      store_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
-      load_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
+    const float *residual = row_of(args.residual, row, width, b), *sum = residual;
+    if (args.x.data != nullptr) {
+      const float* x = row_of(args.x, row, width, a);
+      float* target = target_of(args.sum, row, c);
+      by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+        Vec value = lanes.get(x + i);
+        if (x_bias != nullptr) value += lanes.get(x_bias + i);
+        lanes.put(target + i, value + lanes.get(residual + i));
+      });
+      if (target == c && args.sum.type != Type::f32) {
+        // the norm is taken of the sum as it is stored
+        store_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
+        load_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
+      }
+      sum = target;
     }
     const float mean = total(sum, width) / static_cast<float>(width);
     Vec square[4] = {};

@@ -94,8 +94,10 @@ Tensor attention_qkvpacked(const Tensor& qkv, const OptionalTensor& key_mask, do
 std::tuple<Tensor, Tensor> attention_qkvpacked_backward(const Tensor& grad, const Tensor& qkv,
                                                         const OptionalTensor& key_mask, double scale, bool sum_dqkv) {
   Tensor dqkv = contiguous_like(qkv);
-  backward(grad, qkv.select(2, 0), qkv.select(2, 1), qkv.select(2, 2), key_mask, scale, dqkv.select(2, 0),
-           dqkv.select(2, 1), dqkv.select(2, 2));
+  const int64_t skipped = qkv.size(1) - grad.size(1);
+  backward(grad, qkv.select(2, 0).slice(1, skipped), qkv.select(2, 1), qkv.select(2, 2), key_mask, scale,
+           dqkv.select(2, 0).slice(1, skipped), dqkv.select(2, 1), dqkv.select(2, 2));
+  dqkv.select(2, 0).slice(1, 0, skipped).zero_();
   const auto options = qkv.options().dtype(at::kFloat);
   return {dqkv, sum_dqkv ? at::sum(dqkv, at::IntArrayRef{0, 1}, false, at::kFloat) : at::empty({0}, options)};
 }

@@ -103,12 +103,18 @@ pixel_loss_kernel(PixelLoss args) {
   const int64_t from =
       row / args.target.per_image * args.pred_stride[0] + row % args.target.per_image * args.pred_stride[1];
   float sum = 0;
-  for (int i = lane(); i < values; i += kLanes) {
-    const float error = load_value(args.type, args.pred, from + i * args.pred_stride[2]) - load(target + i);
-    const ErrorTerm term = error_term(args.form, error);
-    sum += term.loss;
-    if (args.grad != nullptr) store_value(args.grad_type, args.grad, row * values + i, term.slope * factor);
-  }
+  // a loop for each form: a branch in one loop would keep its loads from being overlapped
+  const auto add = [&](auto known) {
+    for (int i = lane(); i < values; i += kLanes) {
+      const float error = load_value(args.type, args.pred, from + i * args.pred_stride[2]) - load(target + i);
+      const ErrorTerm term = error_term(decltype(known)::value, error);
+      sum += term.loss;
+      if (args.grad != nullptr) store_value(args.grad_type, args.grad, row * values + i, term.slope * factor);
+    }
+  };
+  if (args.form == ErrorLoss::squared) add(std::integral_constant<ErrorLoss, ErrorLoss::squared>());
+  if (args.form == ErrorLoss::absolute) add(std::integral_constant<ErrorLoss, ErrorLoss::absolute>());
+  if (args.form == ErrorLoss::huber) add(std::integral_constant<ErrorLoss, ErrorLoss::huber>());
   sum = sum_of_lanes(sum);
   if (lane() == 0) store(args.losses + row, sum / static_cast<float>(values) * scale);
 }

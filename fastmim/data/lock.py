@@ -66,7 +66,7 @@ class Lock:
             self._by_kernel = self._lock_by_kernel()
             holder = self._holder()
             here = holder.get("host") == socket.gethostname()
-            if holder and not (self._by_kernel and here) and self._is_alive(holder):
+            if holder and not (self._by_kernel and here) and self._is_alive(holder, log=True):
                 raise self._refusal(holder)
             self._entry = self._sign()
             if not self._by_kernel:
@@ -148,7 +148,7 @@ class Lock:
             return {}
         return entry if isinstance(entry, dict) else {}
 
-    def _is_alive(self, holder: dict[str, Any]) -> bool:
+    def _is_alive(self, holder: dict[str, Any], *, log: bool = False) -> bool:
         """Return whether a holder still runs.
 
         If its process isn't found on this machine, wait PATIENCE seconds for an update of the lock file.
@@ -160,10 +160,11 @@ class Lock:
                 return any(lock.path.resolve() == self.path.resolve() for lock in _held)
             if _is_running(pid):
                 return True
-        logger.warning(
-            "%s %s was last used by process %s on %s, which didn't end properly: waiting %g s for a sign of life",
-            *(self.argument, self.folder, pid, holder.get("host"), PATIENCE),
-        )
+        if log:
+            logger.warning(
+                "%s %s was last used by process %s on %s, which didn't end properly: waiting %g s for a sign of life",
+                *(self.argument, self.folder, pid, holder.get("host"), PATIENCE),
+            )
         updated, end = self._updated(), time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(PATIENCE / 20)
@@ -200,6 +201,17 @@ class Lock:
         if not self._by_kernel:
             advice += f"; if it has ended, remove {self.path}"
         return Locked(f"{self.argument} {self.folder} is in use by {by}: {advice}")
+
+
+def holder_of(folder: Path) -> tuple[dict[str, Any], bool]:
+    """Return the entry of the process that holds `folder`, empty if none does, and whether it is alive.
+
+    Its process is looked for on this machine. If it isn't found, it is alive if it updates the lock file within
+    PATIENCE seconds.
+    """
+    lock = Lock("folder", folder)
+    holder = lock._holder()
+    return holder, bool(holder) and lock._is_alive(holder)
 
 
 def _is_running(pid: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_count, check_floating, check_number, check_same, check_tensor
+from .._checks import check_count, check_images, check_number, check_same, check_tensor
 from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
@@ -33,8 +33,8 @@ class Encoder(nn.Module):
     parameters have a gradient, so that it trains alone under DDP.
 
     Args:
-        img_size, patch_size: one int per axis, (length,), (height, width) or (frames, height, width); an int stands
-            for two equal axes, or for the axes of the other. The size must be a multiple of the patch size.
+        img_size, patch_size: one int per axis, (length,), (height, width) or (frames, height, width). An int img_size
+            stands for all axes, an int patch_size for two. The size must be a multiple of the patch size.
         in_chans: number of channels C.
         embed_dim, depth, num_heads: width, number of blocks and heads.
         mlp_ratio: hidden width of the MLPs, as a multiple of the width.
@@ -283,8 +283,7 @@ class Encoder(nn.Module):
 
     def _check_images(self, images: Tensor) -> None:
         check_tensor("images", images, (None, self.in_chans, *self.img_size), letters="(batch, in_chans, *img_size)")
-        if images.dtype != torch.uint16:
-            check_floating("images", images, also_uint8=True)
+        check_images(images)
         check_same("device", images=images, model=self.cls_token)
 
     def _check_patches(self, patches: Patches, mask: Mask | None) -> None:

@@ -15,7 +15,8 @@ from .._checks import check_count, check_tensor
 from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
-from ..nn.patch_embed import add_positions, normalized, patches_as_image
+from ..nn.patch_embed import normalized
+from ..ops.patches import as_images
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
 from .inputs import first_tensor, patchify, unpatchify
@@ -32,14 +33,15 @@ class MaskedAutoencoder(Encoder):
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, num_prefix_tokens,
             pos_embed, drop_path, mean, std: as in `Encoder`. The decoder has positions of the same kind, and no drop
             path.
-        decoder: what the decoder's tokens attend to. All give the results of computing every patch.
+        decoder: what the decoder's tokens attend to.
             "self": each other; visible and predicted patches are decoded (MAE, He et al., CVPR 2022; with fewer
             predicted patches VideoMAE V2, Wang et al., CVPR 2023).
             "cross": the visible patches; only predicted ones are decoded, each by itself (CrossMAE, Fu et al., 2024).
             "both": each other, and a second view, `context` (CroCo, Weinzaepfel et al., NeurIPS 2022).
             None: there is no decoder; mask tokens go through the encoder (SimMIM, Xie et al., CVPR 2022; BEiT, Bao et
             al., ICLR 2022).
-        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: width, number of blocks and heads of the decoder, if there
+            is one.
         decoder_mlp_ratio: `mlp_ratio` of the decoder; default that of the encoder.
         out_dim: values predicted for a patch; default P, its pixels, in the order (*patch, c).
         norm_pix_loss: normalise each target patch by its own mean and deviation; "channel": each channel of it.
@@ -223,9 +225,11 @@ class MaskedAutoencoder(Encoder):
         """
         self._check_inputs(images, mask)
         if weight is None:
-            weight = mask.mask.gather(1, mask.ids_predict)
+            weight = mask.mask.gather(1, mask.ids_predict.long())
+        else:
+            check_tensor("weight", weight, tuple(mask.ids_predict.shape), letters="(batch, predicted patches)")
         if mask.valid_predict is not None:
-            weight = weight * mask.valid_predict
+            weight = weight.masked_fill(~mask.valid_predict, 0)
         return self._pixel_loss(pred, images, mask.ids_predict, weight, reduction)
 
     def _pixel_loss(
@@ -237,9 +241,9 @@ class MaskedAutoencoder(Encoder):
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
         mean, std = self._stats(images)
-        patch_size = self.patch_size
+        patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
-            images, ids, patch_size = patches_as_image(images.predicted, self.in_chans)
+            images, ids, patch_size = as_images(images.predicted, self.in_chans)
         return ops.pixel_loss(
             pred,
             images,
@@ -294,7 +298,7 @@ class MaskedAutoencoder(Encoder):
         self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None
     ) -> tuple[Tensor, dict[str, Any]]:
         """Return the decoder's tokens before its first block, and the options of `run_blocks`."""
-        head_dim = self.decoder_pred.in_features // self.decoder_num_heads
+        head_dim = self.mask_token.shape[2] // self.decoder_num_heads
         if self.decoder == "cross":
             tokens = self._mask_tokens(mask)
             return tokens, dict(
@@ -318,23 +322,20 @@ class MaskedAutoencoder(Encoder):
 
     def _with_mask_tokens(self, visible: Tensor, mask: Mask, table: Tensor | None) -> Tensor:
         """Return [prefix; visible; a mask token for each predicted patch], with the positions of `table` if given."""
-        if table is None:
-            return torch.cat([visible, self.mask_token.expand(*mask.ids_predict.shape, -1)], 1)
         return ops.decoder_tokens(
             visible,
             mask.ids_keep,
             mask.ids_predict,
             self.mask_token.flatten(),
-            table[0],
+            None if table is None else table[0],
             num_prefix_tokens=self.num_prefix_tokens,
         )
 
     def _mask_tokens(self, mask: Mask) -> Tensor:
         """Return mask tokens with the positions of the predicted patches, (B, M, D)."""
-        tokens = self.mask_token.expand(*mask.ids_predict.shape, -1)
-        if self.decoder_pos_embed is None:
-            return tokens
-        return add_positions(tokens, mask.ids_predict, self.decoder_pos_embed[0, self.num_prefix_tokens :], None)
+        none = self.mask_token.new_empty(mask.ids_keep.shape[0], 0, self.mask_token.shape[2])
+        table = None if self.decoder_pos_embed is None else self.decoder_pos_embed[0, self.num_prefix_tokens :]
+        return ops.decoder_tokens(none, mask.ids_keep[:, :0], mask.ids_predict, self.mask_token.flatten(), table)
 
     def _narrowed(self, latent: Tensor) -> Tensor:
         """Return latent in the decoder's width, as a residual stream."""

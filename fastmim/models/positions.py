@@ -128,9 +128,9 @@ def _rope_table(head_dim: int, grid_size: tuple[int, ...], num_prefix_tokens: in
 
 def rows_of(table: Tensor, num_prefix_tokens: int, ids: Sequence[Tensor]) -> Tensor:
     """Return the prefix rows and the rows `ids` of patches, (B, N+K, ...), of a table (N+L, ...)."""
-    batch = ids[0].shape[0]
-    flat = table.flatten(1).expand(batch, -1, -1)
-    parts = [flat[:, :num_prefix_tokens], *(ops.gather_tokens(flat[:, num_prefix_tokens:], part) for part in ids)]
+    flat = table.flatten(1)
+    prefix = flat[:num_prefix_tokens].expand(ids[0].shape[0], -1, -1)
+    parts = [prefix, *(ops.gather_tokens(flat[num_prefix_tokens:], part) for part in ids)]
     rows: Tensor = torch.cat(parts, 1).unflatten(2, table.shape[1:])
     return rows
 

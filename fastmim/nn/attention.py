@@ -6,9 +6,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from .. import ops
-from .._checks import check_count, check_tensor
+from .._checks import check_count, check_same, check_tensor
 from ..ops.attention import _check_bias, _check_key_mask
-from .fused import NarrowWeights, attend, attention_gives_bias_grad, is_stock, linear, linear_of, queries_linear
+from .fused import NarrowWeights, attend, attention_gives_bias_grad, linear, linear_of
 from .rope import check_angles, rotate, rotate_packed
 from .stream import last_tokens
 
@@ -28,14 +28,16 @@ class Scoring(NamedTuple):
     rope: Tensor | None = None
     key_rope: Tensor | None = None
 
-    def check(self, names: Sequence[str], batch: int, queries: int, keys: int, num_heads: int, head_dim: int) -> None:
-        """Check shapes and dtypes; `names` are those of the four options in errors."""
+    def check(self, names: Sequence[str], x: Tensor, keys: int, num_heads: int, head_dim: int) -> None:
+        """Check shapes, dtypes and devices for queries x (B, Sq, any); `names` are those of the options in errors."""
+        batch, queries = x.shape[:2]
         _check_key_mask(self.key_mask, (batch, keys), names[0])
         _check_bias(self.bias, (batch, num_heads, queries, keys), names[1])
         if self.rope is not None:
             check_angles(names[2], self.rope, batch, queries, head_dim)
         if self.key_rope is not None and self.key_rope is not self.rope:
             check_angles(names[3], self.key_rope, batch, keys, head_dim)
+        check_same("device", x=x, **dict(zip(names, self)))
 
     def of_last(self, count: int) -> "Scoring":
         """Return the options of the last `count` queries."""
@@ -101,15 +103,20 @@ class Attention(nn.Module):
             (B, S, D) or (B, num_queries, D).
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype; a memory without `kv_dim`, or none with it.
+            TypeError, ValueError: wrong shape or dtype, or more queries than tokens; a memory without `kv_dim`, or none
+                with it.
         """
         check_memory(memory, x, self.kv_dim)
+        if num_queries is not None:
+            check_count("num_queries", num_queries, 0, x.shape[1])
         scoring = Scoring(key_mask, bias, rope, rope if memory is None else memory_rope)
-        if (scoring.rope is None) != (scoring.key_rope is None) or (memory is None and memory_rope is not None):
-            raise ValueError("rope and memory_rope must be given together with a memory, and memory_rope not without")
+        if memory is None and memory_rope is not None:
+            raise ValueError("memory_rope must be None without a memory")
+        if (scoring.rope is None) != (scoring.key_rope is None):
+            raise ValueError("rope and memory_rope must be given together with a memory: one of them is None")
         keys = x.shape[1] if memory is None else memory.shape[1]
         names = "key_mask", "bias", "rope", "memory_rope"
-        scoring.check(names, x.shape[0], x.shape[1], keys, self.num_heads, self.head_dim)
+        scoring.check(names, x, keys, self.num_heads, self.head_dim)
         if memory is None:
             out = self._attend(x, num_queries, narrow, scoring)
         else:
@@ -120,41 +127,35 @@ class Attention(nn.Module):
 
     def _attend(self, x: Tensor, num_queries: int | None, narrow: NarrowWeights | None, scoring: Scoring) -> Tensor:
         """Return the input of the output projection for the last `num_queries` tokens of x (B, S, D)."""
-        if num_queries is None:
-            if self._gives_bias_grad(x, scoring):
-                qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
-                return self._attend_packed(qkv, scoring, self.qkv.bias)
-            return self._attend_packed(linear(x, self.qkv, narrow), scoring)
-        heads = (self.num_heads, self.head_dim)
-        if is_stock(self.qkv, nn.Linear):
-            queries, others = queries_linear(x, num_queries, self.qkv.weight, self.qkv.bias, narrow)
-            return self._attend_memory(queries, others, scoring.of_last(num_queries))
-        q, k, v = self.qkv(x).unflatten(-1, (3, *heads)).unbind(2)
-        return self._attend_separate(last_tokens(q, num_queries), k, v, scoring.of_last(num_queries))
+        if self._gives_bias_grad(x, scoring):
+            qkv = linear_of(x, self.qkv.weight, self.qkv.bias, narrow, bias_grad=False)
+            return self._attend_packed(qkv, num_queries, scoring, self.qkv.bias)
+        return self._attend_packed(linear(x, self.qkv, narrow), num_queries, scoring)
 
     def _gives_bias_grad(self, x: Tensor, scoring: Scoring) -> bool:
         """Return whether attention gives the gradient of the bias of `qkv`, which makes qkv of x (B, S, D)."""
         return scoring.bias is None and scoring.rope is None and attention_gives_bias_grad(x, self.qkv)
 
-    def _attend_packed(self, qkv: Tensor, scoring: Scoring, bias: Tensor | None = None) -> Tensor:
-        """Return the input (B, S, D) of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
+    def _attend_packed(
+        self, qkv: Tensor, num_queries: int | None, scoring: Scoring, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return the input of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
         qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         if bias is not None:
-            return attend(qkv, bias, scoring.key_mask).flatten(2)
+            return attend(qkv, bias, scoring.key_mask, num_queries).flatten(2)
         if scoring.rope is not None:
             qkv = rotate_packed(qkv, scoring.rope)
-        if scoring.bias is None:
+        if num_queries is None and scoring.bias is None:
             return ops.attention_qkvpacked(qkv, key_mask=scoring.key_mask).flatten(2)
-        return ops.attention(*qkv.unbind(2), key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)
+        q, k, v = qkv.unbind(2)
+        if num_queries is not None:
+            q, scoring = last_tokens(q, num_queries), scoring.of_last(num_queries)
+        return ops.attention(q, k, v, key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)
 
     def _attend_memory(self, queries: Tensor, others: Tensor, scoring: Scoring) -> Tensor:
         """Return the input (B, Sq, D) of the output projection; queries (B, Sq, D), keys and values (B, Sk, 2D)."""
         heads = (self.num_heads, self.head_dim)
-        k, v = others.unflatten(-1, (2, *heads)).unbind(2)
-        return self._attend_separate(queries.unflatten(-1, heads), k, v, scoring)
-
-    def _attend_separate(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
-        """Return the input (B, Sq, D) of the output projection, from q (B, Sq, H, D), k and v (B, Sk, H, D)."""
+        q, (k, v) = queries.unflatten(-1, heads), others.unflatten(-1, (2, *heads)).unbind(2)
         if scoring.rope is not None and scoring.key_rope is not None:
             q, k = rotate(q, scoring.rope), rotate(k, scoring.key_rope)
         return ops.attention(q, k, v, key_mask=scoring.key_mask, bias=scoring.bias).flatten(2)
@@ -169,3 +170,4 @@ def check_memory(memory: Tensor | None, x: Tensor, kv_dim: int | None) -> None:
     if memory is None:
         raise ValueError(f"memory must be given where kv_dim is: a tensor of width {kv_dim}; got None")
     check_tensor("memory", memory, (x.shape[0], None, kv_dim), letters="(batch, memory tokens, kv_dim)")
+    check_same("device", x=x, memory=memory)

@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_number
+from .._checks import check_count, check_number
 from .attention import Attention, Scoring, check_memory
 from .fused import (
     NarrowWeights,
     gelu_linear,
     is_stock,
     linear_of,
-    narrow_operands,
     norm_linear,
     residual_stream,
     stock_norm,
@@ -81,7 +80,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (..., D) to (..., D)."""
+        """Compute fc2(GELU(fc1(x))).
+
+        Args:
+            x: (..., D).
+
+        Returns:
+            (..., D), in autocast's dtype where that is on.
+        """
         if self.fuses():
             hidden = linear_of(x, self.fc1.weight, None)
             return gelu_linear(hidden, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -96,6 +102,9 @@ class Mlp(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, attention to a memory, MLP; names are those of timm's `Block`.
+
+    x + ls1(attn(norm1(x))), then x + ls_cross(cross_attn(norm_cross(x), norm_memory(memory))) where there is a memory,
+    then x + ls2(mlp(norm2(x))). Norms may be replaced: `norm_memory` by an `nn.Identity` where the memory is normed.
 
     Drop path (Huang et al., "Deep networks with stochastic depth", 2016) leaves out, in training, each of the two or
     three branches for some rows of the batch, which are not computed: of B rows, B (1 - drop_path), rounded up, are
@@ -185,11 +194,12 @@ class Block(nn.Module):
             (B, S, D) or (B, num_queries, D); under autocast in float32, whatever x is.
 
         Raises:
-            TypeError, ValueError: wrong shape or dtype; an option of an attention that the block does not have.
+            TypeError, ValueError: wrong shape or dtype, or more queries than tokens; an option of an attention that the
+                block does not have.
         """
         options = Options(memory, key_mask, memory_mask, bias, memory_bias, rope, memory_rope)
         stream = Stream(x) if isinstance(x, Tensor) else x
-        self._check(stream.residual, options)
+        self._check(stream.residual, num_queries, options)
         if stream.branch is None:
             stream = Stream(residual_stream(stream.residual))
         if self.attn is not None:
@@ -207,8 +217,10 @@ class Block(nn.Module):
             stream = stream._replace(bias=stream.bias.clone())
         return stream.sum() if isinstance(x, Tensor) else stream
 
-    def _check(self, x: Tensor, options: Options) -> None:
+    def _check(self, x: Tensor, num_queries: int | None, options: Options) -> None:
         """Check that `options` are those of the attentions that the block has, and their shapes; x (B, S, D)."""
+        if num_queries is not None:
+            check_count("num_queries", num_queries, 0, x.shape[1])
         check_memory(options.memory, x, self.kv_dim)
         given = options.given()
         if not given:
@@ -222,14 +234,13 @@ class Block(nn.Module):
             raise ValueError("memory_rope must be given with rope, the angles of the queries; got memory_rope alone")
         if options.rope is not None and options.memory_rope is None and self.attn is None:
             raise ValueError("rope must be given with memory_rope in a block without self-attention; got rope alone")
-        batch, tokens = x.shape[:2]
         if isinstance(self.attn, Attention):
             names = "key_mask", "bias", "rope", "rope"
-            options.own().check(names, batch, tokens, tokens, self.attn.num_heads, self.attn.head_dim)
+            options.own().check(names, x, x.shape[1], self.attn.num_heads, self.attn.head_dim)
         if isinstance(self.cross_attn, Attention) and options.memory is not None:
             names = "memory_mask", "memory_bias", "rope", "memory_rope"
             heads = self.cross_attn.num_heads, self.cross_attn.head_dim
-            options.cross().check(names, batch, tokens, options.memory.shape[1], *heads)
+            options.cross().check(names, x, options.memory.shape[1], *heads)
 
     def _add(
         self,
@@ -262,7 +273,7 @@ class Block(nn.Module):
         assert norm is not None and attn is not None
         if is_stock(attn, Attention):
             out, residual = norm_attend(norm, attn, x, num_queries, narrow, scoring)
-            return Stream(last_tokens(residual, num_queries), *scaled_linear(out, attn.proj, self.ls1, narrow, apart))
+            return Stream(residual, *scaled_linear(out, attn.proj, self.ls1, narrow, apart))
         normed, residual = add_norm(norm, x)
         given = Options(key_mask=options.key_mask, bias=options.bias, rope=options.rope).given()
         branch = call_attention(attn, normed, num_queries, given)
@@ -275,7 +286,7 @@ class Block(nn.Module):
         if is_stock(attn, Attention):
             memory = Stream(options.memory.contiguous())
             queries, residual = norm_project(norm, attn.q, x, narrow)
-            others, _ = norm_project(norm_memory, attn.kv, memory, narrow, shared=True)
+            others, _ = norm_project(norm_memory, attn.kv, memory, narrow)
             out = attn._attend_memory(queries, others, scoring)
             return Stream(residual, *scaled_linear(out, attn.proj, self.ls_cross, narrow, apart))
         normed, residual = add_norm(norm, x)
@@ -321,13 +332,10 @@ def count_kept(batch: int, drop_path: float) -> int:
 def norm_attend(
     norm: nn.Module, attn: Attention, x: Stream, num_queries: int | None, narrow: NarrowWeights | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
-    """Return the input of the output projection of `attn`, from norm(x), and x."""
-    if num_queries is None:
-        sums_bias = attn._gives_bias_grad(x.residual, scoring)
-        qkv, total = norm_project(norm, attn.qkv, x, narrow, bias_grad=not sums_bias)
-        return attn._attend_packed(qkv, scoring, attn.qkv.bias if sums_bias else None), total
-    normed, total = add_norm(norm, x, narrow_operands(x.residual) if is_stock(attn.qkv, nn.Linear) else None)
-    return attn._attend(normed, num_queries, narrow, scoring), total
+    """Return the input of the output projection of `attn`, from norm(x), and x; of the last `num_queries` tokens."""
+    sums_bias = attn._gives_bias_grad(x.residual, scoring)
+    qkv, total = norm_project(norm, attn.qkv, x, narrow, bias_grad=not sums_bias, num_last=num_queries)
+    return attn._attend_packed(qkv, num_queries, scoring, attn.qkv.bias if sums_bias else None), total
 
 
 def call_attention(attn: nn.Module, x: Tensor, num_queries: int | None, given: dict[str, Tensor]) -> Tensor:

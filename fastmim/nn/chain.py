@@ -156,6 +156,8 @@ def run_blocks(
     blocks = list(blocks)
     depth = len(blocks)
     taps = [check_count("taps", tap, 0, depth - 1) for tap in taps]
+    if num_queries is not None:
+        check_count("num_queries", num_queries, 0, x.shape[1])
     if norm is None:
         if not taps or head is not None:
             raise ValueError("norm must be given without taps, and with a head; got None")

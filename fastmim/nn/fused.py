@@ -23,7 +23,7 @@ from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
 from ..ops._define import transformed
-from ..ops.attention import _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
+from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 
@@ -131,7 +131,16 @@ def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None)
 
 
 def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
-    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast."""
+    """Return layer(x); an unaltered `nn.Linear` keeps less for the backward pass under autocast.
+
+    Args:
+        x: (..., D).
+        layer: an `nn.Linear`, or a module in its place, which is called.
+        narrow: copies of the layer's weight and bias in autocast's dtype, made ahead. None: they are cast here.
+
+    Returns:
+        (..., E), in autocast's dtype where that is on.
+    """
     if is_stock(layer, nn.Linear):
         return linear_of(x, layer.weight, layer.bias, narrow)
     out: Tensor = layer(x)
@@ -162,23 +171,6 @@ def linears_of(
     return out
 
 
-def queries_linear(
-    x: Tensor, num_queries: int, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return queries (B, num_queries, D) of the last tokens, and keys and values (B, S, 2D) of all tokens x (B, S, D).
-
-    `weight` (3D, D) and `bias` (3D,) make queries, keys and values, in this order.
-    """
-    if torch.compiler.is_compiling():
-        width = [weight.shape[0] // 3]
-        weights, biases = weight.tensor_split(width), (None, None) if bias is None else bias.tensor_split(width)
-        last = x[:, x.shape[1] - num_queries :]
-        return F.linear(last, weights[0], biases[0]), F.linear(x, weights[1], biases[1])
-    operands = _operands(narrow, weight, bias)
-    out: tuple[Tensor, Tensor] = _QueriesLinear.apply(x, num_queries, weight, bias, *operands)  # type: ignore[no-untyped-call]
-    return out
-
-
 def linear_and_bias(
     x: Tensor, layer: nn.Module, narrow: NarrowWeights | None, *, apart: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -189,24 +181,24 @@ def linear_and_bias(
 
 
 def add_layer_norm(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
+    x: Tensor | None, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     """Return norm(t) in `dtype` (None: that of t), and t = residual + (x + x_bias), as in `norm_linear`."""
     x, x_bias, residual = _as_op_takes(x, x_bias, residual, norm)
     normed, total, *_ = _add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, dtype, x_bias)
-    return normed, total
+    return normed, residual if x is None else total
 
 
 def _as_op_takes(
-    x: Tensor, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor | None, Tensor]:
+    x: Tensor | None, x_bias: Tensor | None, residual: Tensor, norm: nn.LayerNorm
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Return x and residual in one shape (..., D), and `x_bias` (D,): the op does not broadcast, and checks nothing.
 
     A module in the place of an attention or MLP may return one row for all tokens, or a scalar.
     """
-    if x_bias is not None and x_bias.shape != residual.shape[-1:]:
+    if x is not None and x_bias is not None and x_bias.shape != residual.shape[-1:]:
         x, x_bias = x + x_bias, None
-    if x.shape != residual.shape:
+    if x is not None and x.shape != residual.shape:
         x, residual = torch.broadcast_tensors(x, residual)
     width = residual.shape[-1:]
     if norm.weight.shape != width or norm.bias.shape != width:
@@ -215,7 +207,7 @@ def _as_op_takes(
 
 
 def norm_linear(
-    x: Tensor,
+    x: Tensor | None,
     x_bias: Tensor | None,
     residual: Tensor,
     norm: nn.LayerNorm,
@@ -224,18 +216,18 @@ def norm_linear(
     narrow: NarrowWeights | None = None,
     *,
     bias_grad: bool = True,
-    shared: bool = False,
+    num_last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `linear_of` norm(t) and t = residual + (x + x_bias); x, residual (..., D).
 
-    `x_bias` (D,) is that of the layer that made x, where its product was taken without. With `shared`, x is zero, and
-    residual itself is kept for the backward pass rather than t, so that several layers may share it.
+    `x_bias` (D,) is that of the layer that made x, where its product was taken without. x None stands for zeros; it has
+    no bias. With `num_last`, return the last rows (..., num_last, D) of t only.
     """
     operands = _operands(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
     bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
-        *addends, norm.weight, norm.bias, norm.eps, weight, bias, *operands, shared
+        *addends, norm.weight, norm.bias, norm.eps, num_last, weight, bias, *operands
     )
     return out
 
@@ -259,13 +251,14 @@ def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
     )
 
 
-def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None, num_queries: int | None = None) -> Tensor:
     """Return `attention_qkvpacked` of qkv (B, S, 3, H, D), in which `bias` (3HD,) was added without a gradient.
 
-    The gradient of the bias comes with that of qkv, from the same kernels.
+    With `num_queries`, attend from the last tokens alone. The gradient of the bias comes with that of qkv, from the
+    same kernels.
     """
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
-    out: Tensor = _Attend.apply(qkv, bias, key_mask)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attend.apply(qkv, bias, key_mask, num_queries)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -352,68 +345,34 @@ class _Linears(torch.autograd.Function):
         return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
 
 
-class _QueriesLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        num_queries: int,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_operand: Tensor,
-        bias_operand: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
-        ctx.dtype, ctx.skipped, width = x.dtype, x.shape[1] - num_queries, weight.shape[0] // 3
-        x = ctx.products.operand(x)
-        ctx.save_for_backward(x, weight_operand)
-        biases = (None, None) if bias_operand is None else (bias_operand[:width], bias_operand[width:])
-        queries = ctx.products.linear(x[:, ctx.skipped :], weight_operand[:width], biases[0])
-        return queries, ctx.products.linear(x, weight_operand[width:], biases[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        with without_autocast(x.device.type):
-            dqueries, dothers = map(ctx.products.operand, grads)
-            weight, width, last = ctx.products.operand(weight), weight.shape[0] // 3, x[:, ctx.skipped :]
-            dx = dothers @ weight[width:] if ctx.needs_input_grad[0] else None
-            if dx is not None:
-                dx[:, ctx.skipped :] += dqueries @ weight[:width]
-            wanted = ctx.needs_input_grad[2:4]
-            of_queries = _parameter_gradients(dqueries, last, ctx.dtypes, wanted)
-            of_others = _parameter_gradients(dothers, x, ctx.dtypes, wanted)
-            found = ([part for part in parts if part is not None] for parts in zip(of_queries, of_others))
-            joined = [torch.cat(parts) if parts else None for parts in found]
-        return None if dx is None else dx.to(ctx.dtype), None, *joined, None, None
-
-
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        x: Tensor | None,
         x_bias: Tensor | None,
         residual: Tensor,
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
+        num_last: int | None,
         weight: Tensor,
         bias: Tensor | None,
         weight_operand: Tensor,
         bias_operand: Tensor | None,
-        shared: bool,
     ) -> tuple[Tensor, Tensor]:
-        ctx.products, ctx.dtypes = _Products(x, residual), _dtypes(weight, bias)
-        ctx.input_dtypes = x.dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
+        ctx.products = _Products(residual, *([] if x is None else [x]))
+        ctx.dtypes, x_dtype = _dtypes(weight, bias), None if x is None else x.dtype
+        ctx.input_dtypes = x_dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
         ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
         normed, total, *statistics = _add_layer_norm(
             x, residual, norm_weight, norm_bias, eps, ctx.products.operands, x_bias
         )
+        total = residual if x is None else total
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(residual if shared else total, *statistics, norm_weight, norm_bias, weight_operand)
-        return ctx.products.linear(normed, weight_operand, bias_operand), total
+        ctx.save_for_backward(total, *statistics, norm_weight, norm_bias, weight_operand)
+        last = total if num_last is None else total[..., total.shape[-2] - num_last :, :]
+        return ctx.products.linear(normed, weight_operand, bias_operand), last
 
     @staticmethod
     @once_differentiable
@@ -429,10 +388,10 @@ class _NormLinear(torch.autograd.Function):
             dtotal, dweight, dbias, normed, dx, dx_bias = _add_layer_norm_backward(
                 grad @ operand(weight), grad_total, total, *norm, dx_dtype, sum_dx
             )
-            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[6:])
-        dx = dtotal if x_dtype == total.dtype else dx
+            linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[7:])
+        dx = None if x_dtype is None else dtotal if x_dtype == total.dtype else dx
         others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
-        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, *linear, None, None, None
+        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, None, *linear, None, None
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -465,15 +424,19 @@ class _GeluLinear(torch.autograd.Function):
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor, key_mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, key_mask: Tensor | None, num_queries: int | None) -> Tensor:
         ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
         ctx.save_for_backward(qkv, key_mask)
-        out: Tensor = _attention_qkvpacked(qkv, key_mask, ctx.scale)
+        if num_queries is None:
+            out: Tensor = _attention_qkvpacked(qkv, key_mask, ctx.scale)
+            return out
+        q, k, v = qkv.unbind(2)
+        out = _attention(q[:, q.shape[1] - num_queries :], k, v, key_mask, None, ctx.scale)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (qkv, key_mask), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
         dqkv, sums = _attention_qkvpacked_backward(grad, qkv, key_mask, ctx.scale, sum_dqkv)
-        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None
+        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None, None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import axes, check_tensor
-from ..ops.patches import Stat, channel_stats
+from ..ops.patches import Stat, as_images, channel_stats
 from ..reference import LARGEST_PIXEL
 from .fused import residual_stream, unaltered, watched
 
@@ -82,7 +82,7 @@ class PatchEmbed(nn.Module):
             ids_keep: (B, K), by default all L in order.
             cut: images are patches.
             valid: (B, K) bool, False for patches to embed as if they were zero. What they hold, NaN for one, changes
-                neither the result nor a gradient.
+                neither the result nor a gradient, unless an altered `proj` reads the whole images.
             pos_embed: (L, D).
             prefix: (N, D), put before the patches.
             mean, std: as in `fastmim.ops.gather_patches`.
@@ -96,53 +96,34 @@ class PatchEmbed(nn.Module):
         if ids_keep is None:
             ids_keep = torch.arange(self.num_patches, device=images.device).expand(images.shape[0], -1)
         proj = self.proj
-        cuts = cuts_patches(proj) and proj.kernel_size == self.patch_size
-        if not cuts and cut:
-            raise ValueError(
-                f"patch_embed.proj must be an unaltered convolution to embed patches without their image, got {proj}"
-            )
-        if cuts and not cut and valid is None and not watched():
-            tokens = ops.embed_patches(
-                images, ids_keep, proj.weight, proj.bias, pos_embed=pos_embed, prefix=prefix, mean=mean, std=std
-            )
-            return residual_stream(tokens)
-        if cuts:
-            tokens = self._embed_cut(images, ids_keep, cut, valid, mean, std)
-            # rounded where `ops.embed_patches` rounds
-            return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix).to(tokens.dtype))
-        grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
-        whole = proj(normalized(images, mean, std, next(proj.parameters(), None)))
-        check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
-        tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
-        tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
-        return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
+        if not cuts_patches(proj) or proj.kernel_size != self.patch_size:
+            if cut:
+                raise ValueError(
+                    f"patch_embed.proj must be an unaltered convolution to embed patches without images, got {proj}"
+                )
+            grid = [side // patch for side, patch in zip(images.shape[2:], self.patch_size)]
+            whole = proj(normalized(images, mean, std, next(proj.parameters(), None)))
+            check_tensor("the result of patch_embed.proj", whole, (images.shape[0], None, *grid))
+            tokens = ops.gather_tokens(whole.flatten(2).transpose(1, 2), ids_keep)
+            tokens = tokens if valid is None else tokens.where(valid[..., None], 0)
+            return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
 
-    def _embed_cut(self, images: Tensor, ids: Tensor, cut: bool, valid: Tensor | None, mean: Stat, std: Stat) -> Tensor:
-        """Embed the patches `ids` of images by themselves: (B, K, D), without positions."""
-        proj = self.proj
-        if not cut:
-            images = ops.gather_patches(images, ids, self.patch_size, mean=mean, std=std, dtype=proj.weight.dtype)
-            mean = std = None
-        if valid is not None:
-            images = images.where(valid[..., None], 0)
-        image, ids, _ = patches_as_image(images, proj.in_channels)
-        if watched():
-            # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
-            patches = normalized(image, mean, std, proj.weight).transpose(1, 2)
-            tokens: Tensor = proj(patches.reshape(-1, proj.in_channels, *self.patch_size)).view(*ids.shape, -1)
-            return tokens
-        return ops.embed_patches(image, ids, proj.weight.flatten(2)[:, :, None], proj.bias, mean=mean, std=std)
-
-
-def patches_as_image(patches: Tensor, channels: int) -> tuple[Tensor, Tensor, tuple[int, int]]:
-    """Return patches (B, K, P), in the order (c, *patch), as an image that consists of them, in place.
-
-    Returns:
-        The image (B, C, K, P/C), the ids of its patches, 0..K-1, and its patch size (1, P/C).
-    """
-    image = patches.unflatten(2, (channels, -1)).transpose(1, 2)
-    ids = torch.arange(patches.shape[1], device=patches.device).expand(patches.shape[0], -1)
-    return image, ids, (1, image.shape[3])
+        weight, ids, pos_ids = proj.weight, ids_keep, None
+        if valid is not None or watched():
+            source = as_images(images, proj.in_channels) if cut else (images, ids_keep, self.patch_size)
+            images = ops.gather_patches(*source, mean=mean, std=std, dtype=weight.dtype)
+            cut, mean, std = True, None, None
+            if valid is not None:
+                images = images.where(valid[..., None], 0)
+            if watched():
+                # each chosen patch is an image of its own: global hooks see `proj` called, on no other patches
+                tokens = proj(images.reshape(-1, proj.in_channels, *self.patch_size)).view(*ids_keep.shape, -1)
+                return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
+        if cut:
+            images, ids, patch = as_images(images, proj.in_channels)
+            weight, pos_ids = weight.reshape(*weight.shape[:2], *patch), ids_keep
+        options = dict(pos_embed=pos_embed, pos_ids=pos_ids, prefix=prefix)
+        return residual_stream(ops.embed_patches(images, ids, weight, proj.bias, mean=mean, std=std, **options))
 
 
 def add_positions(tokens: Tensor, ids: Tensor, pos_embed: Tensor | None, prefix: Tensor | None) -> Tensor:

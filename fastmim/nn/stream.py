@@ -42,13 +42,9 @@ class Stream(NamedTuple):
             return Stream(residual)
         return Stream(residual, last_tokens(self.branch, count), self.bias)
 
-    def parts(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return branch, bias and residual for a norm that adds them; zeros where there is no branch yet."""
-        if self.branch is not None:
-            return self.branch, self.bias, self.residual
-        # with a bias of zeros too, the first norm is served by the same kernel as the others
-        zeros = self.residual.new_zeros(self.residual.shape[-1])
-        return zeros.expand_as(self.residual), zeros, self.residual
+    def parts(self) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """Return branch, bias and residual, in the order of the addends of `norm_linear`."""
+        return self.branch, self.bias, self.residual
 
 
 def add_norm(norm: nn.Module, x: Stream, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -66,17 +62,17 @@ def norm_project(
     narrow: NarrowWeights | None,
     *,
     bias_grad: bool = True,
-    shared: bool = False,
+    num_last: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return layer(norm(x)) and x; options as in `norm_linear`."""
     if not is_stock(layer, nn.Linear):
         normed, total = add_norm(norm, x)
-        return layer(normed), total
+        return layer(normed), last_tokens(total, num_last)
     if stock_norm(norm):
         weight, bias = layer.weight, layer.bias
-        return norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=bias_grad, shared=shared)
+        return norm_linear(*x.parts(), norm, weight, bias, narrow, bias_grad=bias_grad, num_last=num_last)
     normed, total = add_norm(norm, x, narrow_operands(x.residual))
-    return linear_of(normed, layer.weight, layer.bias, narrow, bias_grad=bias_grad), total
+    return linear_of(normed, layer.weight, layer.bias, narrow, bias_grad=bias_grad), last_tokens(total, num_last)
 
 
 def last_tokens(x: Tensor, count: int | None) -> Tensor:

@@ -22,11 +22,6 @@ def _attention(products: int, q: Shape, k: Shape) -> int:
     return 2 * products * batch * heads * queries * k[1] * dim
 
 
-def _packed(products: int, qkv: Shape) -> int:
-    one = (*qkv[:2], *qkv[3:])
-    return _attention(products, one, one)
-
-
 def _ragged(products: int, q: Tensor, cu_q: Tensor, cu_k: Tensor, longest_q: int, longest_k: int) -> int:
     """Count by the lengths of the sequences; for tensors without values as if all were the longest."""
     if cu_q.device.type == "meta" or type(cu_q) is not Tensor:
@@ -45,8 +40,8 @@ def _embed(images: Shape, ids: Shape, weight: Shape, *args: Any, **kwargs: Any) 
 FORMULAS = {
     "attention": lambda q, k, *args, **kwargs: _attention(2, q, k),
     "attention_backward": lambda grad, q, k, *args, **kwargs: _attention(5, q, k),
-    "attention_qkvpacked": lambda qkv, *args, **kwargs: _packed(2, qkv),
-    "attention_qkvpacked_backward": lambda grad, qkv, *args, **kwargs: _packed(5, qkv),
+    "attention_qkvpacked": lambda qkv, *args, **kwargs: _attention(2, (*qkv[:2], *qkv[3:]), qkv),
+    "attention_qkvpacked_backward": lambda grad, qkv, *args, **kwargs: _attention(5, grad, qkv),
     "embed_patches": _embed,
 }
 # formulas of tensors

@@ -291,8 +291,9 @@ _attention_qkvpacked = define(
 
 # fastmim::attention_qkvpacked_backward(grad, qkv, key_mask, scale, sum_dqkv) -> dqkv, sums
 #
-# `sums` (3, H, D), in float32, is dqkv summed over batch and sequence: the gradient of the bias of the product that
-# made qkv. It is empty, and costs nothing, without `sum_dqkv`.
+# `grad` (B, Q, H, D) is that of the last Q queries, of all or fewer; dq of the others is 0. `sums` (3, H, D), in
+# float32, is dqkv summed over batch and sequence: the gradient of the bias of the product that made qkv. It is empty,
+# and costs nothing, without `sum_dqkv`.
 
 
 def _packed_backward_fake(

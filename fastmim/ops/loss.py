@@ -182,6 +182,7 @@ def _pixel_fake(pred: Tensor, images: Tensor, ids: Tensor, *others: Any) -> tupl
 def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 

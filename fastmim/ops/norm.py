@@ -75,14 +75,15 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 #
 # total = residual + (x + x_bias) and its norm. `x_bias` (D,) is the bias of the product that made x, left out there and
 # added here in float32; `dtype` is that of normed (None: that of total). mean and rstd (..., 1) are saved
-# for the backward pass.
+# for the backward pass. x None stands for zeros, without a bias: total, which would be a copy of residual, is empty.
 #
 # fastmim::add_layer_norm_backward(grad_normed, grad_sum, total, mean, rstd, weight,
 #                                  bias=None, dx_dtype=None, sum_dx=False)
 #     -> dtotal, dweight, dbias, normed, dx, dx_bias
 #
-# `grad_sum` None stands for zeros. dtotal (..., D) is in total's dtype and is the gradient of residual and of x;
-# dweight and dbias (D,) are in float32. The other results are empty, and cost nothing, unless they are requested:
+# `grad_sum` None stands for zeros; it may be that of the last rows (..., Q, D) alone. dtotal (..., D) is in total's
+# dtype and is the gradient of residual and of x; dweight and dbias (D,) are in float32. The other results are empty,
+# and cost nothing, unless they are requested:
 #     normed   recomputed in grad_normed's dtype, if the norm's `bias` is given
 #     dx       dtotal rounded to `dx_dtype`, x's dtype, in the same pass, if `dx_dtype` is given and not total's dtype;
 #              otherwise dtotal is the gradient of x
@@ -90,7 +91,7 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
 
 
 def _norm_fake(
-    x: Tensor,
+    x: Tensor | None,
     residual: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -98,9 +99,14 @@ def _norm_fake(
     dtype: torch.dtype | None = None,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    total = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    row = reference.upcast(total.new_empty(*x.shape[:-1], 1))
-    return torch.empty_like(total, dtype=dtype), total, row, torch.empty_like(row)
+    total = residual.dtype if x is None else torch.promote_types(x.dtype, residual.dtype)
+    row = reference.upcast(residual.new_empty(*residual.shape[:-1], 1, dtype=total))
+    return (
+        residual.new_empty(residual.shape, dtype=dtype or total),
+        residual.new_empty(0 if x is None else residual.shape, dtype=total),
+        row,
+        torch.empty_like(row),
+    )
 
 
 def _norm_backward_fake(
@@ -127,11 +133,12 @@ def _norm_backward_fake(
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, residual, weight, bias, _, _, x_bias = inputs
-    ctx.dtypes = x.dtype, residual.dtype, weight.dtype, bias.dtype
+    ctx.dtypes = None if x is None else x.dtype, residual.dtype, weight.dtype, bias.dtype
     ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
-    ctx.mark_non_differentiable(*output[2:])
+    _, total, *statistics = output
+    ctx.mark_non_differentiable(*statistics, *([total] if x is None else []))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], weight)
+    ctx.save_for_backward(residual if x is None else total, *statistics, weight)
 
 
 def _norm_backward(
@@ -154,7 +161,7 @@ def _norm_backward(
 
 _add_layer_norm = define(
     "add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, Tensor? x_bias=None)"
+    "(Tensor? x, Tensor residual, Tensor weight, Tensor bias, float eps, ScalarType? dtype=None, Tensor? x_bias=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference.add_layer_norm,
     _norm_fake,

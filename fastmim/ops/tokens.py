@@ -1,5 +1,6 @@
 """Gather the visible tokens, assemble the decoder's input."""
 
+import functools
 from typing import Any
 
 import torch
@@ -15,20 +16,22 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     """Gather the tokens at `ids`: out[b, k] = tokens[b, ids[b, k]].
 
     Args:
-        tokens: (B, L, D) floating, any strides.
+        tokens: (B, L, D) floating, any strides; or (L, D), one table for all rows of `ids`.
         ids: (B, K) int64, distinct in a row, in 0..L-1.
 
     Returns:
-        (B, K, D) of the dtype of `tokens`; bit-exact copies. The gradient writes each row once, without atomics;
-        it can be differentiated again.
+        (B, K, D) of the dtype of `tokens`; bit-exact copies. The gradient writes each row once, without atomics, for a
+        table the sum over the batch; it can be differentiated again.
 
     Raises:
         TypeError, ValueError: wrong type, shape or device; ids out of range or repeated (checked on the CPU, and
             elsewhere where FASTMIM_CHECK_IDS=1; otherwise such an id reads NaN).
     """
-    check_tensor("tokens", tokens, (None, None, None), letters="(batch, tokens, width)")
+    check_tensor("tokens", tokens)
+    if tokens.dim() not in (2, 3):
+        raise ValueError(f"tokens must be (B, L, D), or (L, D) for all rows of ids, got shape {tuple(tokens.shape)}")
     check_floating("tokens", tokens)
-    ids = check_ids("ids", ids, tokens.shape[0])
+    ids = check_ids("ids", ids, tokens.shape[0] if tokens.dim() == 3 else None)
     check_same("device", tokens=tokens, ids=ids)
     out: Tensor = _gather_tokens(tokens, ids)
     return out
@@ -39,7 +42,7 @@ def decoder_tokens(
     ids_keep: Tensor,
     ids_predict: Tensor,
     mask_token: Tensor,
-    pos_embed: Tensor,
+    pos_embed: Tensor | None,
     *,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
@@ -52,8 +55,9 @@ def decoder_tokens(
         visible: (B, N+K, D) encoder output in decoder width, prefix tokens first.
         ids_keep: (B, K) int64 patches of the visible tokens.
         ids_predict: (B, M) int64 patches to predict; may overlap `ids_keep`.
-        mask_token: (D,).
-        pos_embed: (N+L, D), prefix rows first.
+        mask_token: (D,), or (B, D), one for each sample.
+        pos_embed: (N+L, D), prefix rows first; or (B, N+L, D), a table for each sample; or None: nothing is added, and
+            the values of ids are not read.
         num_prefix_tokens: N.
 
     Returns:
@@ -63,7 +67,7 @@ def decoder_tokens(
     Raises:
         TypeError, ValueError: as `gather_tokens`.
     """
-    visible = _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens)
+    visible = _check_decoder(visible, mask_token, pos_embed, num_prefix_tokens, by_sample=True)
     ids_keep = check_ids("ids_keep", ids_keep, visible.shape[0])
     ids_predict = check_ids("ids_predict", ids_predict, visible.shape[0])
     if ids_keep.shape[1] + num_prefix_tokens != visible.shape[1]:
@@ -79,6 +83,10 @@ def decoder_tokens(
         mask_token=mask_token,
         pos_embed=pos_embed,
     )
+    if pos_embed is None:
+        # nothing is to be fused with the copy
+        token = mask_token[..., None, :].to(visible.dtype)
+        return torch.cat([visible, token.expand(*ids_predict.shape, -1)], dim=1)
     out: Tensor = _decoder_tokens(visible, ids_keep, ids_predict, mask_token, pos_embed, num_prefix_tokens)
     return out
 
@@ -117,18 +125,37 @@ def unshuffle(
     return out
 
 
-def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Check the arguments that both assemblies share; return `visible` in the dtype of the result."""
+def _check_decoder(
+    visible: Tensor, mask_token: Tensor, pos_embed: Tensor | None, num_prefix_tokens: int, *, by_sample: bool = False
+) -> Tensor:
+    """Check the arguments that both assemblies share; return `visible` in the dtype of the result.
+
+    With `by_sample`, the mask token and the positions may have an axis of the batch, or there may be no positions.
+    """
     check_tensor("visible", visible, (None, None, None), letters="(batch, tokens, width)")
-    check_tensor("mask_token", mask_token, (visible.shape[2],), letters="(width,)")
-    check_tensor("pos_embed", pos_embed, (None, visible.shape[2]), letters="(prefix + patches, width)")
-    for name, value in (("visible", visible), ("mask_token", mask_token), ("pos_embed", pos_embed)):
-        check_floating(name, value)
-    check_count("num_prefix_tokens", num_prefix_tokens, 0, min(visible.shape[1], pos_embed.shape[0]))
-    if autocast_dtype(visible, mask_token, pos_embed) is None:
+    check_floating("visible", visible)
+    batch, most, width = visible.shape
+    own = batch if by_sample else None
+    _check_shared("mask_token", mask_token, (width,), "width", own)
+    given = [visible, mask_token]
+    if pos_embed is not None or not by_sample:
+        _check_shared("pos_embed", pos_embed, (None, width), "prefix + patches, width", own)
+        assert pos_embed is not None
+        given.append(pos_embed)
+        most = min(most, pos_embed.shape[-2])
+    check_count("num_prefix_tokens", num_prefix_tokens, 0, most)
+    if autocast_dtype(*given) is None:
         return visible
-    wider = torch.promote_types(mask_token.dtype, pos_embed.dtype)
-    return visible.to(torch.promote_types(visible.dtype, wider))
+    return visible.to(functools.reduce(torch.promote_types, [tensor.dtype for tensor in given]))
+
+
+def _check_shared(name: str, value: object, shape: tuple[int | None, ...], letters: str, batch: int | None) -> None:
+    """Check a floating tensor of `shape` or, where `batch` is given, of (batch, *shape)."""
+    if batch is not None and isinstance(value, Tensor) and value.dim() == len(shape) + 1:
+        shape, letters = (batch, *shape), f"batch, {letters}"
+    check_tensor(name, value, shape, letters=f"({letters})")
+    assert isinstance(value, Tensor)
+    check_floating(name, value)
 
 
 # ---- gather_tokens and its transpose ---------------------------------------------------------------------------------
@@ -136,12 +163,14 @@ def _check_decoder(visible: Tensor, mask_token: Tensor, pos_embed: Tensor, num_p
 
 def _gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     tokens, ids = inputs
-    ctx.num_tokens = tokens.shape[1]
+    ctx.is_table, ctx.num_tokens = tokens.dim() == 2, tokens.shape[-2]
     ctx.save_for_backward(ids)
 
 
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     (ids,) = ctx.saved_tensors
+    if ctx.is_table:
+        return sum_by_position(grad, ids, ctx.num_tokens).to(grad.dtype), None
     return _gather_tokens_backward(grad, ids, ctx.num_tokens), None
 
 
@@ -149,7 +178,7 @@ _gather_tokens = define(
     "gather_tokens",
     "(Tensor tokens, Tensor ids) -> Tensor",
     reference.gather_tokens,
-    lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[2]),
+    lambda tokens, ids: tokens.new_empty(*ids.shape, tokens.shape[-1]),
     backward=_gather_backward,
     setup_context=_gather_setup,
     twice=True,
@@ -176,11 +205,26 @@ _gather_tokens_backward = define(
     internal=True,
 )
 
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, ids, _ = inputs
+    ctx.dtype = rows.dtype
+    ctx.save_for_backward(ids)
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    (ids,) = ctx.saved_tensors
+    return _gather_tokens(grad, ids).to(ctx.dtype), None, None
+
+
 sum_by_position = define(
     "sum_by_position",
     "(Tensor rows, Tensor ids, SymInt num_positions) -> Tensor",
     reference.sum_by_position,
     lambda rows, ids, num_positions: reference.upcast(rows.new_empty(num_positions, rows.shape[2])),
+    backward=_sum_backward,
+    setup_context=_sum_setup,
+    twice=True,
     internal=True,
 )
 
@@ -199,7 +243,8 @@ def sum_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _decoder_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, ids_keep, ids_predict, mask_token, pos_embed, ctx.num_prefix_tokens = inputs
-    ctx.mask_dtype, ctx.pos_dtype, ctx.num_positions = mask_token.dtype, pos_embed.dtype, pos_embed.shape[0]
+    ctx.mask_dtype, ctx.pos_dtype, ctx.num_positions = mask_token.dtype, pos_embed.dtype, pos_embed.shape[-2]
+    ctx.own_mask_tokens, ctx.own_positions = mask_token.dim() == 2, pos_embed.dim() == 3
     ctx.save_for_backward(ids_keep, ids_predict)
 
 
@@ -210,11 +255,16 @@ def _decoder_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[0]:
         dvisible = grad[:, : grad.shape[1] - predicted.shape[1]]
     if ctx.needs_input_grad[3]:
-        dmask = sum_rows(predicted, ctx.mask_dtype)
+        if ctx.own_mask_tokens:
+            dmask = reference.upcast(predicted).sum(1).to(ctx.mask_dtype)
+        else:
+            dmask = sum_rows(predicted, ctx.mask_dtype)
     if ctx.needs_input_grad[4]:
         num_patches = ctx.num_positions - ctx.num_prefix_tokens
-        patches = sum_by_position(kept, ids_keep, num_patches) + sum_by_position(predicted, ids_predict, num_patches)
-        dpos = torch.cat([reference.upcast(prefix).sum(0), patches]).to(ctx.pos_dtype)
+        put = _gather_tokens_backward if ctx.own_positions else sum_by_position
+        patches = reference.upcast(put(kept, ids_keep, num_patches)) + put(predicted, ids_predict, num_patches)
+        prefix = reference.upcast(prefix) if ctx.own_positions else reference.upcast(prefix).sum(0)
+        dpos = torch.cat([prefix, patches], dim=-2).to(ctx.pos_dtype)
     return dvisible, None, None, dmask, dpos, None
 
 

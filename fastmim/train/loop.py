@@ -256,6 +256,8 @@ class Trainer:
 
     def _stop(self) -> None:
         self.checkpoints.writer.wait(strict=True)
+        # launchers end all processes soon after one of them, so none may leave while the first one writes
+        self.processes.any(True)
         self._say(f"interrupted: step {self.step} is saved; the same command goes on from there")
         raise Interrupted(self.signals.received or 15)
 

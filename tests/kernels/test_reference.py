@@ -104,6 +104,8 @@ def test_gather_tokens():
     value, grad, (dtokens,) = gradients(formula, tokens)
     assert torch.equal(reference.gather_tokens(tokens, ids), value)
     assert torch.equal(reference.gather_tokens_backward(grad, ids, 7), dtokens)
+    # one table for all samples
+    assert torch.equal(reference.gather_tokens(tokens[0], ids), formula(tokens[:1].expand(3, -1, -1)))
 
 
 def test_sum_by_position():
@@ -115,20 +117,28 @@ def test_sum_by_position():
     check(reference.sum_by_position(rows, ids, 7), expected)
 
 
+@pytest.mark.parametrize("own_token", [False, True])
+@pytest.mark.parametrize("own_pos", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_decoder_tokens(prefix):
-    """VideoMAE V2: visible tokens and mask tokens, each plus its position; the prefix rows come first."""
-    visible, mask_token, pos = randn(2, prefix + 4, 5), randn(5), randn(prefix + 7, 5)
+def test_decoder_tokens(prefix, own_pos, own_token):
+    """VideoMAE V2: visible tokens and mask tokens, each plus its position; the prefix rows come first.
+
+    The mask token and the positions may be of each sample.
+    """
+    visible, mask_token, pos = randn(2, prefix + 4, 5), randn(2, 5), randn(2, prefix + 7, 5)
+    mask_token[1] = mask_token[1] if own_token else mask_token[0]
+    pos[1] = pos[1] if own_pos else pos[0]
     ids_keep, ids_predict = draw_ids(2, 7, 4), draw_ids(2, 7, 3)
     expected = [
         [
-            *(visible[b, n] + pos[n] for n in range(prefix)),
-            *(visible[b, prefix + k] + pos[prefix + ids_keep[b, k]] for k in range(4)),
-            *(mask_token + pos[prefix + ids_predict[b, m]] for m in range(3)),
+            *(visible[b, n] + pos[b, n] for n in range(prefix)),
+            *(visible[b, prefix + k] + pos[b, prefix + ids_keep[b, k]] for k in range(4)),
+            *(mask_token[b] + pos[b, prefix + ids_predict[b, m]] for m in range(3)),
         ]
         for b in range(2)
     ]
-    found = reference.decoder_tokens(visible, ids_keep, ids_predict, mask_token, pos, prefix)
+    given = mask_token if own_token else mask_token[0], pos if own_pos else pos[0]
+    found = reference.decoder_tokens(visible, ids_keep, ids_predict, *given, prefix)
     check(found, torch.stack([torch.stack(row) for row in expected]))
 
 
@@ -256,6 +266,8 @@ def test_attention_qkvpacked():
     dqkv, sums = reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4, True)
     check(dqkv, expected)
     check(sums, expected.sum((0, 1)))
+    _, grad, (expected,) = gradients(lambda qkv: sdpa(*qkv.unbind(2), key_mask, scale=0.4)[:, 2:], qkv)
+    check(reference.attention_qkvpacked_backward(grad, qkv, key_mask, 0.4, False)[0], expected)
 
 
 @pytest.mark.parametrize("spare", [0, 3])
@@ -403,6 +415,12 @@ def test_add_layer_norm(shape):
     check(dbias, expected[2])
     assert torch.equal(dx, dtotal.float())
     check(dx_bias, dtotal.reshape(rows).sum(0))
+    if len(shape) > 1:
+        last = reference.add_layer_norm_backward(grad, grad_sum[..., 2:, :], total, mean, rstd, weight)[0]
+        check(last[..., :2, :], expected[0][..., :2, :])
+        assert torch.equal(last[..., 2:, :], dtotal[..., 2:, :])
+    alone, nothing, *_ = reference.add_layer_norm(None, total, weight, bias, 1e-3)
+    assert torch.equal(alone, normed) and nothing.numel() == 0
     dtotal, *_, recomputed, dx, dx_bias = reference.add_layer_norm_backward(grad, None, total, mean, rstd, weight)
     check(dtotal, expected[0])
     assert recomputed.numel() == dx.numel() == dx_bias.numel() == 0

@@ -526,11 +526,28 @@ def test_ragged_masks_move():
     assert mask.to("meta").valid_keep.device.type == mask.to("meta").valid_predict.device.type == "meta"
 
 
-def test_models_refuse_ragged_masks():
-    model = fastmim.MaskedAutoencoderViT(16, 4, 3, 16, 1, 2, 16, 1, 2)
-    mask = masking.random(2, 16, 0.5, valid=torch.arange(16) < torch.tensor([[16], [10]]))
-    with pytest.raises(ValueError, match=r"mask must have as many visible .* got a ragged mask"):
-        model(torch.rand(2, 3, 16, 16), mask=mask)
+def test_a_model_ignores_patches_without_data():
+    """The loss is the mean over the rows' predictions, as if each row were alone."""
+    model = fastmim.MaskedAutoencoderViT(16, 4, 3, 16, 1, 2, 16, 1, 2).double()
+    valid = torch.arange(16) < torch.tensor([[16], [10]])
+    mask = masking.random(2, 16, 0.5, valid=valid)
+    images = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    nodata = model.unpatchify(model.patchify(images).where(valid[..., None], torch.nan))
+    out = model(nodata, mask=mask)
+    alone = []
+    for row in range(2):
+        keep, predict = mask.ids_keep[row][mask.valid_keep[row]], mask.ids_predict[row][mask.valid_predict[row]]
+        rest = torch.tensor(sorted(set(range(16)) - set(keep.tolist())))
+        restore = torch.cat([keep, rest]).argsort()[None]
+        alone.append(model(nodata[row : row + 1], mask=fastmim.Mask(keep[None], predict[None], restore, 16)))
+        torch.testing.assert_close(out.pred[row][mask.valid_predict[row]], alone[row].pred[0], rtol=1e-12, atol=1e-12)
+    counts = mask.valid_predict.sum(1)
+    expected = sum(count * one.loss for count, one in zip(counts, alone)) / counts.sum()
+    torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-12)
+    out.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=r'predict="all" needs rows .* got a ragged mask'):
+        model(images, mask=mask, predict="all")
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

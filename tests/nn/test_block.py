@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from cases import Errors, check_draws
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
+import fastmim
 from fastmim import _dispatch
 from fastmim.nn import Attention, Block, Mlp, PatchEmbed, fused, run_blocks
 from fastmim.nn.block import Stream
@@ -330,6 +332,38 @@ def test_patch_embed_is_the_convolution(img_size, patch_size, channels):
     chosen = (whole + pos).gather(1, ids[..., None].expand(-1, -1, DIM))
     expected = torch.cat([prefix.expand(3, -1, -1), chosen], dim=1)
     assert_same(embed(images, ids, pos_embed=pos, prefix=prefix), expected, embed, images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.uint16])
+@pytest.mark.parametrize("img_size, patch_size", [((12,), (3,)), ((6, 20), (3, 5)), ((4, 6, 6), (2, 3, 2))])
+def test_patch_embed_of_patches_without_images(img_size, patch_size, dtype):
+    """Equal bits, gradients included; hooks see `proj` called, on the same patches; padding has no influence."""
+    torch.manual_seed(0)
+    embed = PatchEmbed(img_size, patch_size, 2, DIM)
+    values = torch.rand(2, 2, *img_size) * {torch.float32: 1, torch.uint8: 255, torch.uint16: 65535}[dtype]
+    images, ids = values.to(dtype), torch.rand(2, embed.num_patches).argsort(1)[:, :3]
+    patches = fastmim.ops.gather_patches(images.float(), ids, patch_size).to(dtype)
+    table, prefix = torch.randn(embed.num_patches, DIM), torch.randn(1, DIM)
+    options = dict(pos_embed=table, prefix=prefix, mean=[0.1, 0.2], std=[0.5, 0.6])
+
+    def run(inputs, **more):
+        embed.zero_grad()
+        tokens = embed(inputs, ids, **options, **more)
+        tokens.square().sum().backward()
+        return [tokens.detach(), *(p.grad for p in embed.parameters())]
+
+    whole, valid = run(images), torch.tensor([[True, True, True], [True, False, True]])
+    assert all(map(torch.equal, run(patches, cut=True), whole))
+    padded = run(images, valid=valid)
+    patches[1, 1] = 7
+    assert all(map(torch.equal, run(patches, cut=True, valid=valid), padded))
+    assert torch.equal(padded[0][:, 1:][valid], whole[0][:, 1:][valid])
+    calls = []
+    handle = register_module_forward_hook(lambda module, args, out: calls.append(type(module)))
+    torch.testing.assert_close(run(images), whole)
+    torch.testing.assert_close(run(patches, cut=True, valid=valid), padded)
+    handle.remove()
+    assert calls == [type(embed.proj), PatchEmbed] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,22 @@
 """A block with memory, masks, bias, rotation, layer scale and drop path beside explicit formulas in float64."""
 
+import copy
 import math
+import pickle
 from collections.abc import Iterable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import Errors, check_draws
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim import _dispatch
-from fastmim.nn import Attention, Block, run_blocks
+from fastmim.nn import Attention, Block, fused, run_blocks
 from fastmim.nn.block import count_kept
 from fastmim.nn.rope import rotate, rotate_packed
 
@@ -32,7 +38,7 @@ def randn(*shape: int) -> Tensor:
 
 
 def angles(batch: int, tokens: int) -> Tensor:
-    """Of two axes, one angle each: half of the values of a head are not rotated."""
+    """Angles of two axes, one each: half of the values of a head are not rotated."""
     return torch.randn(batch, tokens, 2, 1)
 
 
@@ -43,7 +49,7 @@ def turned(x: Tensor, angles: Tensor | None) -> Tensor:
     """Rotate x (B, S, H, D) as complex numbers."""
     if angles is None:
         return x
-    parts, start = [], 0
+    parts, start, dtype, x = [], 0, x.dtype, x.double()
     for axis in range(angles.shape[2]):
         of_axis = angles[:, :, axis].double()
         count = of_axis.shape[-1]
@@ -51,7 +57,7 @@ def turned(x: Tensor, angles: Tensor | None) -> Tensor:
         pairs = pairs * torch.polar(torch.ones_like(of_axis), of_axis)[:, :, None]
         parts += [pairs.real, pairs.imag]
         start += 2 * count
-    return torch.cat([*parts, x[..., start:]], -1)
+    return torch.cat([*parts, x[..., start:]], -1).to(dtype)
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -59,7 +65,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     scores = scores if bias is None else scores + bias
     weights = scores.exp() if mask is None else scores.exp() * mask[:, None, None]
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-300)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
     return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
 
 
@@ -207,21 +213,17 @@ CROSS = ["memory", "memory memory_mask", "memory memory_bias", "memory rope memo
 BOTH = "memory key_mask memory_mask bias memory_bias rope memory_rope"
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
-@pytest.mark.parametrize("num_queries", [None, 0, 3])
-@pytest.mark.parametrize("names", ["", *SELF, *CROSS, "memory key_mask rope", BOTH])
+@pytest.mark.parametrize("num_queries, scale", [(None, None), (3, None), (None, 0.5), (0, 0.5)])
+@pytest.mark.parametrize("names", ["", *SELF, *CROSS, BOTH])
 def test_block(names, num_queries, scale):
     block = random_(Block(DIM, HEADS, 2.5, kv_dim=WIDTH if "memory" in names else None, layer_scale=scale))
     x, given = randn(BATCH, TOKENS, DIM), options(names)
     expected = plain(block, x, num_queries, **given)
     assert_same(block(x, num_queries, **given), expected, leaves(block, x, given))
-    found = run_blocks([block], nn.Identity(), x, num_queries=num_queries, **given)
-    assert_same(found, expected, leaves(block, x, given))
 
 
-@pytest.mark.parametrize("qkv_bias", [True, False])
-@pytest.mark.parametrize("num_queries", [None, 3])
-@pytest.mark.parametrize("names", [*CROSS, "memory memory_mask memory_bias rope memory_rope"])
+@pytest.mark.parametrize("num_queries, qkv_bias", [(None, True), (3, False)])
+@pytest.mark.parametrize("names", ["memory", "memory memory_mask memory_bias rope memory_rope"])
 def test_a_block_without_self_attention(names, num_queries, qkv_bias):
     block = random_(Block(DIM, HEADS, 2.5, qkv_bias, self_attention=False, kv_dim=WIDTH))
     x, given = randn(BATCH, TOKENS, DIM), options(names)
@@ -303,6 +305,22 @@ def test_attention_to_a_memory(num_queries):
     assert_same(found, expected[:, -(num_queries or TOKENS) :], [x, memory, *attn.parameters()])
 
 
+@pytest.mark.parametrize(
+    "kv_dim, wrong, message",
+    [
+        (WIDTH, dict(num_queries=8), "num_queries must be in 0..7, got 8"),
+        (WIDTH, dict(rope=torch.randn(1, TOKENS, 1, 4)), "rope and memory_rope must be given together"),
+        (WIDTH, dict(memory=None), "memory must be given where kv_dim is"),
+        (None, dict(), "memory must be None without kv_dim"),
+        (None, dict(memory=None, memory_rope=torch.randn(1, KEYS, 1, 4)), "memory_rope must be None without a memory"),
+    ],
+)
+def test_wrong_attention(kv_dim, wrong, message):
+    attn, x = Attention(DIM, HEADS, kv_dim=kv_dim), torch.randn(BATCH, TOKENS, DIM)
+    with pytest.raises(ValueError, match=message):
+        attn(x, **(dict(memory=torch.randn(BATCH, KEYS, WIDTH)) | wrong))
+
+
 # ---- taps ------------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +357,8 @@ def test_taps(taps, num_queries, hooked):
 @pytest.mark.parametrize(
     "wrong, error, message",
     [
+        (dict(num_queries=8), ValueError, r"num_queries must be in 0..7, got 8"),
+        (dict(num_queries=-1), ValueError, r"num_queries must be in 0..7, got -1"),
         (dict(taps=[2]), ValueError, r"taps must be in 0..1, got 2"),
         (dict(taps=[-1]), ValueError, r"taps must be in 0..1, got -1"),
         (dict(taps=[0.5]), TypeError, r"taps must be an int, got float 0.5"),
@@ -381,6 +401,13 @@ def test_wrong_chain(wrong, error, message):
         ("memory", dict(rope=torch.randn(1, 5, 1, 4)), ValueError, r"rope must have shape \(any, 7, any, any\)"),
         ("memory rope", dict(memory_rope=torch.randn(1, 7, 1, 4)), ValueError, r"memory_rope must have shape \(any, 5"),
         ("memory memory_rope", {}, ValueError, "memory_rope must be given with rope"),
+        (
+            "memory",
+            dict(key_mask=torch.ones(3, 7, device="meta").bool()),
+            ValueError,
+            "key_mask .*same device.* on meta",
+        ),
+        ("memory", dict(memory=torch.ones(3, 5, 20, device="meta")), ValueError, "memory must .*same device.* on meta"),
     ],
 )
 def test_wrong_options(names, changed, error, message):
@@ -446,10 +473,8 @@ def chosen(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("num_queries", [None, 2])
-@pytest.mark.parametrize("names", ["", "memory", BOTH])
-@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("num_queries, checkpointing, scale", [(None, False, 0.5), (2, True, None)])
+@pytest.mark.parametrize("names", ["", BOTH])
 def test_drop_path(names, num_queries, checkpointing, scale, chosen):
     """Each branch is that of all rows times 0, or times the batch over the number of chosen rows."""
     batch, branches = 5, 3 if "memory" in names else 2
@@ -467,3 +492,259 @@ def test_drop_path(names, num_queries, checkpointing, scale, chosen):
     chain.eval()
     expected = plain(blocks[1], plain(blocks[0], x, **given), num_queries, **given)
     assert_exact(run_blocks(blocks, nn.Identity(), x, num_queries=num_queries, **given), expected)
+
+
+def test_work_falls_with_the_rate():
+    """Products of half of the rows take half of the FLOPs, forward and backward."""
+    counts = []
+    for rate in (0.0, 0.5):
+        block, x, given = (
+            Block(DIM, HEADS, kv_dim=WIDTH, drop_path=rate),
+            torch.randn(8, TOKENS, DIM),
+            options("memory", 8),
+        )
+        memory = given["memory"].detach().float().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            block(x.requires_grad_(), memory=memory).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[1] * 2 == counts[0]
+
+
+def test_expectation_of_drop_path():
+    block, x = random_(Block(DIM, HEADS, drop_path=0.5)), torch.randn(3, 1, DIM).double()
+    nn.init.zeros_(block.mlp.fc2.weight), nn.init.zeros_(block.mlp.fc2.bias)
+    branch = block.eval()(x) - x
+    # a row is computed with probability 2/3, and then scaled by 3/2
+    drawn = torch.stack([block.train()(x) - x for _ in range(200)])
+    assert_exact(drawn.unique(dim=0).shape[0], 3)
+    mean, deviation = drawn.mean(0) / branch, math.sqrt(1 / 2 / 200)
+    assert ((mean - 1).abs() < 5 * deviation).all()
+
+
+class Ops(TorchDispatchMode):
+    """Notes the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.called.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_nothing_is_read_on_the_host(dtype):
+    """The size of no result depends on a value."""
+    chain = nn.ModuleList(Block(DIM, HEADS, kv_dim=WIDTH, drop_path=0.5, layer_scale=0.1) for _ in range(2))
+    x, given = torch.randn(BATCH, TOKENS, DIM), options(BOTH)
+    given = {name: value if value.dtype == torch.bool else value.detach().float() for name, value in given.items()}
+    with Ops() as ops, torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        run_blocks(chain, nn.Identity(), x, num_queries=3, taps=[0], **given)[0].sum().backward()
+    assert not {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"} & set(
+        ops.called
+    )
+
+
+# ---- precision, memory, compilers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_gradients_under_autocast_are_as_close_as_pytorchs(scale):
+    """Parameters in float32, products in bfloat16; against the same blocks in float64, by `check_draws`."""
+    chain = nn.ModuleList(Block(DIM, HEADS, kv_dim=WIDTH, layer_scale=scale) for _ in range(2))
+    exact = random_(copy.deepcopy(chain))
+    chain.load_state_dict(exact.state_dict())
+    draws = []
+    for _ in range(3):
+        given = options("key_mask memory_mask rope memory_rope", 4)
+        x, memory = torch.randn(4, TOKENS, DIM), torch.randn(4, KEYS, WIDTH)
+        wide = [leaf.double().requires_grad_() for leaf in (x, memory)]
+        out = run_blocks(exact, nn.Identity(), wide[0], memory=wide[1], **given)
+        truth = torch.autograd.grad(out.square().sum(), [*wide, *exact.parameters()])
+        found = []
+        for ours in (True, False):
+            narrow = [leaf.clone().requires_grad_() for leaf in (x, memory)]
+            with torch.autocast("cpu", torch.bfloat16):
+                if ours:
+                    state = run_blocks(chain, nn.Identity(), narrow[0], memory=narrow[1], **given)
+                    assert state.dtype == torch.float32
+                else:
+                    state = narrow[0]
+                    for block in chain:
+                        state = plain(block, state, memory=narrow[1], **given)
+            found.append(torch.autograd.grad(state.float().square().sum(), [*narrow, *chain.parameters()]))
+            assert {gradient.dtype for gradient in found[-1]} == {torch.float32}
+        draws.append(
+            [
+                Errors(*(((grad - exactly).norm() / exactly.norm()).item() for grad in (our, their)), 5e-4)
+                for our, their, exactly in zip(*found, truth)
+            ]
+        )
+    for name, errors in zip(["x", "memory", *dict(chain.named_parameters())], zip(*draws), strict=True):
+        check_draws(errors, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_layer_scale_under_autocast(dtype):
+    """A factor of 1e-5 times a weight would lose its digits in float16."""
+    block = Block(DIM, HEADS, layer_scale=1e-5)
+    exact = copy.deepcopy(block).double()
+    x = torch.randn(2, TOKENS, DIM) * 1e-5
+    with torch.autocast("cpu", dtype):
+        found = block(x).double() - x
+    expected = exact(x.double()) - x
+    assert (found - expected).norm() <= 8 * torch.finfo(dtype).eps * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_cast_a_weight(dtype, monkeypatch):
+    """The layers of a memory are among those whose weights are cast at once."""
+    monkeypatch.setattr(fused, "emulated", lambda device: False)
+    chain, cast = nn.ModuleList(Block(DIM, HEADS, kv_dim=WIDTH) for _ in range(2)), []
+    shapes = {tuple(p.shape) for p in chain.parameters() if p.dim() == 2}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function._schema.name == "aten::_foreach_copy_":
+                cast.append(len(args[0]))
+            if function._schema.name == "aten::_to_copy" and args[0].dtype == torch.float32:
+                assert tuple(args[0].shape) not in shapes
+            return function(*args, **(kwargs or {}))
+
+    x, memory = torch.randn(BATCH, TOKENS, DIM), torch.randn(BATCH, KEYS, WIDTH)
+    with Casts(), torch.autocast("cpu", dtype):
+        run_blocks(chain, nn.Identity(), x, memory=memory).sum().backward()
+    assert cast == [2 * 14]
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Keys and values of the memory are: neither its normed form, nor a copy of it for each block."""
+    chain = nn.ModuleList(Block(DIM, HEADS, 2, self_attention=False, kv_dim=WIDTH) for _ in range(2))
+    x, memory, kept = torch.randn(2, TOKENS, DIM), torch.randn(2, 50, WIDTH, requires_grad=True), {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run_blocks(chain, nn.Identity(), x, memory=memory)
+    for existing in (memory, *chain.parameters()):
+        kept.pop(existing.untyped_storage().data_ptr(), None)
+    # keys, values and statistics; the sum before each norm, queries, result and the MLP's hidden layer
+    of_memory, of_tokens = 2 * 50 * (2 * DIM + 2), 2 * TOKENS * (2 + 1 + 1 + 2) * DIM
+    statistics = 2 * TOKENS * 4
+    assert sum(kept.values()) <= 2 * 4 * (of_memory + of_tokens + statistics)
+
+
+def test_one_graph_whatever_the_values():
+    """Masks, angles, biases and memory may change without compiling again; in training with drop path, too."""
+    torch.compiler.reset()
+    chain = nn.ModuleList(Block(DIM, HEADS, kv_dim=WIDTH, drop_path=0.4, layer_scale=0.1) for _ in range(2))
+    backend = CompileCounter()
+
+    def call(x, given):
+        return run_blocks(chain, nn.Identity(), x, num_queries=3, taps=[0], **given)
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend)
+    for index, training in enumerate((False, False, True, True)):
+        chain.train(training)
+        x, given = torch.randn(BATCH, TOKENS, DIM), options(BOTH)
+        given = {name: value if value.dtype == torch.bool else value.detach().float() for name, value in given.items()}
+        out, states = compiled(x + index, given)
+        assert out.shape == (BATCH, 3, DIM) and backend.frame_count == 1 + training
+        if not training:
+            torch.testing.assert_close((out, states), call(x + index, given), rtol=1e-4, atol=1e-5)
+
+
+# ---- modules that are not stock --------------------------------------------------------------------------------------
+
+
+class Wide(nn.Linear):
+    """A linear layer with an adapter beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("part", ["attn.qkv", "cross_attn.q", "cross_attn.kv", "cross_attn.proj"])
+def test_a_layer_may_be_replaced(part):
+    block = Block(DIM, HEADS, kv_dim=WIDTH, layer_scale=0.5)
+    old = block.get_submodule(part)
+    block.set_submodule(part, Wide(old.in_features, old.out_features))
+    block, x, given = random_(block), randn(BATCH, TOKENS, DIM), options(BOTH)
+    assert_same(block(x, 3, **given), plain(block, x, 3, **given), leaves(block, x, given))
+
+
+PARTS = "attn ls1 norm_cross norm_memory cross_attn cross_attn.q cross_attn.kv cross_attn.proj ls_cross mlp.fc2 ls2"
+
+
+@pytest.mark.parametrize("part", ["", *PARTS.split()])
+def test_a_hook_is_called(part):
+    block = random_(Block(DIM, HEADS, kv_dim=WIDTH, layer_scale=0.5))
+    x, given, seen = randn(BATCH, TOKENS, DIM), options(BOTH), []
+    expected = plain(block, x, 3, **given)
+    block.get_submodule(part).register_forward_hook(lambda *_: seen.append(1))
+    assert_exact(run_blocks([block], nn.Identity(), x, num_queries=3, **given), expected)
+    assert len(seen) == 1
+
+
+class Foreign(nn.Module):
+    """Passes tokens and some options on."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, memory: Tensor | None = None, key_mask: Tensor | None = None) -> Tensor:
+        return self.inner(x, **{name: v for name, v in dict(memory=memory, key_mask=key_mask).items() if v is not None})
+
+
+@pytest.mark.parametrize("where", ["block", "attn", "cross_attn"])
+def test_a_foreign_module_is_given_options(where):
+    blocks, x, given = (
+        random_(nn.ModuleList([Block(DIM, HEADS, kv_dim=WIDTH)])),
+        randn(BATCH, TOKENS, DIM),
+        options("memory key_mask"),
+    )
+    expected = plain(blocks[0], x, 3, **given)
+    refused = dict(rope=angles(1, TOKENS), memory_rope=angles(1, KEYS))
+    if where == "block":
+        blocks[0] = Foreign(blocks[0])
+    else:
+        setattr(blocks[0], where, Foreign(getattr(blocks[0], where)))
+    assert_exact(run_blocks(blocks, nn.Identity(), x, num_queries=3, **given), expected)
+    with pytest.raises(TypeError, match=r"of type Foreign was given .*rope, which its forward does not take"):
+        run_blocks(blocks, nn.Identity(), x, **given, **refused)
+
+
+def test_names_copies_and_pickles():
+    block = random_(Block(DIM, HEADS, kv_dim=WIDTH, layer_scale=0.5, drop_path=0.2)).eval()
+    layers = "attn.qkv attn.proj cross_attn.q cross_attn.kv cross_attn.proj mlp.fc1 mlp.fc2"
+    names = ["norm1", "norm_cross", "norm_memory", "norm2", *layers.split()]
+    parameters = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    assert sorted(block.state_dict()) == sorted([*parameters, "ls1.gamma", "ls_cross.gamma", "ls2.gamma"])
+    only = Block(DIM, HEADS, self_attention=False, kv_dim=WIDTH).state_dict()
+    assert not [name for name in only if name.startswith(("norm1", "attn", "ls"))]
+    x, given = randn(BATCH, TOKENS, DIM), options(BOTH)
+    expected = block(x, **given)
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert torch.equal(twin(x, **given), expected) and twin.drop_path == 0.2
+    loaded = Block(DIM, HEADS, kv_dim=WIDTH, layer_scale=0.1).double()
+    loaded.load_state_dict(block.state_dict())
+    assert torch.equal(loaded(x, **given), expected)
+
+
+@pytest.mark.parametrize("names", ["key_mask rope", "memory memory_mask memory_bias rope memory_rope"])
+def test_gradcheck(names):
+    block, given = random_(Block(8, 1, 1, kv_dim=2 if "memory" in names else None, layer_scale=0.5)), options(names)
+    given = {name: value[:, :, :2] if name == "memory" else value for name, value in given.items()}
+    if "memory_bias" in given:
+        given["memory_bias"] = given["memory_bias"][:1]
+    leaf = {name: value.detach().requires_grad_() for name, value in given.items() if value.requires_grad}
+    still = {name: value for name, value in given.items() if name not in leaf}
+
+    def call(x, *values):
+        return block(x, 2, **dict(zip(leaf, values)), **still)
+
+    assert torch.autograd.gradcheck(call, (randn(BATCH, TOKENS, 8), *leaf.values()), fast_mode=True)

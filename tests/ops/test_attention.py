@@ -25,6 +25,7 @@ from cases import (
 from contract import ChecksValues, Differentiable, host
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from fastmim import _backends, _dispatch, ops
 
@@ -105,8 +106,9 @@ class TestAttentionQkvpacked(Differentiable):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_masked_keys_and_values_do_not_leak(self, value, dtype):
-        arguments = self.sample(dtype, length=17, width=32)
+    @pytest.mark.parametrize("length", [17, 65])
+    def test_masked_keys_and_values_do_not_leak(self, length, value, dtype):
+        arguments = self.sample(dtype, length=length, width=32)
         clean = run(self.op, arguments)
         hidden = ~arguments["key_mask"]
         with torch.no_grad():
@@ -152,8 +154,8 @@ class TestAttentionQkvpackedBackward:
     """Sums of dqkv, which are the gradient of the bias in qkv."""
 
     @staticmethod
-    def arguments(dtype, layout="contiguous", batch=3, length=5, heads=2, width=HEAD_WIDTH, mask="some"):
-        given = dict(grad=randn(batch, length, heads, width), qkv=randn(batch, length, 3, heads, width))
+    def arguments(dtype, layout="contiguous", batch=3, length=5, heads=2, width=HEAD_WIDTH, mask="some", skipped=0):
+        given = dict(grad=randn(batch, length - skipped, heads, width), qkv=randn(batch, length, 3, heads, width))
         given |= dict(key_mask=None) | draw_key_mask(mask, batch, length)
         return prepare(given, dtype, layout, ()) | dict(scale=0.3)
 
@@ -164,7 +166,7 @@ class TestAttentionQkvpackedBackward:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("mask", KEY_MASKS)
     @pytest.mark.parametrize(
-        # several sequences in a tile, one, blocks, and as many blocks of queries as of keys or fewer
+        # several sequences in a tile, one, a block and its edge, blocks: as many of queries as of keys, or fewer
         "length, width",
         [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (130, 32), (197, 32), (257, 64)],
     )
@@ -176,6 +178,24 @@ class TestAttentionQkvpackedBackward:
         assert sums.shape == dqkv.shape[2:]
         allowed = 2 * torch.finfo(dtype).eps * exact.abs().sum((0, 1)).max().item()
         torch.testing.assert_close(sums.double(), exact.sum((0, 1)), rtol=0, atol=allowed)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("mask", KEY_MASKS)
+    @pytest.mark.parametrize(
+        "length, skipped, width", [(5, 1, 8), (5, 5, 8), (10, 9, 64), (50, 20, 64), (65, 1, 80), (197, 50, 32)]
+    )
+    def test_last_queries(self, dtype, mask, length, skipped, width):
+        """As with a gradient of zeros for the others."""
+        arguments = self.arguments(dtype, length=length, width=width, mask=mask, skipped=skipped)
+        dqkv, sums = self.call(arguments)
+        assert not dqkv[:, :skipped, 0].any()
+        wide = {name: x.double() if name in ("grad", "qkv") else x for name, x in arguments.items()}
+        padded = F.pad(wide["grad"], (0, 0, 0, 0, skipped, 0))
+        exact, exact_sums = self.call(wide | dict(grad=padded))
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(dqkv.double(), exact, rtol=0, atol=16 * eps * exact.abs().amax().item())
+        allowed = 2 * eps * exact.abs().sum((0, 1)).max().item()
+        torch.testing.assert_close(sums.double(), exact_sums, rtol=0, atol=allowed)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -199,7 +219,7 @@ class TestAttentionQkvpackedBackward:
             torch.set_num_threads(before)
         assert torch.equal(found[0], found[1]) and torch.equal(found[1], found[2])
 
-    @pytest.mark.parametrize("length", [17, 70])
+    @pytest.mark.parametrize("length", [17, 65, 70])
     def test_masked_keys_do_not_leak(self, length):
         arguments = self.arguments(torch.float32, length=length, width=32)
         clean, hidden = self.call(arguments)[1], ~arguments["key_mask"]
@@ -211,9 +231,9 @@ class TestAttentionQkvpackedBackward:
         dqkv, sums = self.call(self.arguments(torch.float32, **shape))
         assert sums.shape == dqkv.shape[2:] and (sums == 0).all()
 
-    @pytest.mark.parametrize("sum_dqkv", [False, True])
-    def test_opcheck(self, sum_dqkv):
-        arguments = (*self.arguments(torch.float32).values(), sum_dqkv)
+    @pytest.mark.parametrize("sum_dqkv, skipped", [(False, 0), (True, 0), (True, 2)])
+    def test_opcheck(self, sum_dqkv, skipped):
+        arguments = (*self.arguments(torch.float32, skipped=skipped).values(), sum_dqkv)
         torch.library.opcheck(torch.ops.fastmim.attention_qkvpacked_backward, arguments)
 
 

@@ -105,6 +105,35 @@ class TestAddLayerNormOfProduct(Differentiable):
     test_wrong_type_or_dtype = test_mixed_devices = test_bad_input = None
 
 
+class TestAddLayerNormOfResidual(Differentiable):
+    """The op as the first norm of a chain of blocks calls it: without x, whose sum would be a copy of residual."""
+
+    lists = dict(batch=BATCHES, length=LENGTHS, width=WIDTHS)
+    leaves = ("residual", "weight", "bias")
+    autocast_dtypes = (torch.float32,)
+    large = dict(batch=5, length=257, width=192)
+    extremes = (dict(residual=3e4), dict(residual=1e-7))
+
+    @staticmethod
+    def op(residual, weight, bias):
+        normed, total, *_ = torch.ops.fastmim.add_layer_norm(None, residual, weight, bias, 1e-6, None, None)
+        assert total.shape == (0,) and total.dtype == residual.dtype and not total.requires_grad
+        return normed
+
+    @staticmethod
+    def eager(residual, weight, bias):
+        return TestAddLayerNorm.eager(torch.zeros_like(residual), residual, weight, bias, 1e-6)[0]
+
+    def arguments(self, batch=3, length=4, width=5):
+        return dict(residual=randn(batch, length, width), weight=randn(width), bias=randn(width))
+
+    def mixed(self):
+        return self.leaves
+
+    # arguments are checked where they are public
+    test_wrong_type_or_dtype = test_mixed_devices = test_bad_input = None
+
+
 class TestAddLayerNormBackward:
     """Results that the gradient has only where they are asked for."""
 
@@ -153,6 +182,16 @@ class TestAddLayerNormBackward:
         arguments = self.arguments(dtype)
         zeros = self.call(arguments | dict(grad_sum=torch.zeros_like(arguments["grad_sum"])), sum_dx=True)
         check_same_bits(self.call(arguments, grad_sum=None, sum_dx=True), zeros)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed"])
+    @pytest.mark.parametrize("skipped", [1, 5, 7])
+    def test_gradient_of_the_last_rows_of_the_sum(self, dtype, layout, skipped):
+        """As with zeros for the others."""
+        arguments = self.arguments(dtype, layout, batch=3)
+        last = arguments["grad_sum"][:, skipped:]
+        padded = self.call(arguments | dict(grad_sum=F.pad(last, (0, 0, skipped, 0))), sum_dx=True)
+        check_same_bits(self.call(arguments | dict(grad_sum=last), sum_dx=True), padded)
 
     def test_sums_over_many_rows(self):
         """More blocks of rows than programs run at once."""

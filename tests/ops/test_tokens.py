@@ -11,9 +11,11 @@ from cases import (
     LENGTHS,
     WIDTHS,
     bits,
+    check_op,
     check_same_bits,
     draw_ids,
     lazy_zeros,
+    prepare,
     randn,
     run,
     take,
@@ -35,7 +37,7 @@ class TestGatherTokens(Indexed):
     extremes = (dict(tokens=3e4), dict(tokens=1e-7))
     limits = dict(ids=7)
     bad = (
-        (dict(tokens=lambda x: x[0]), ValueError, r"tokens must have shape \(any, any, any\).*; got \(7, 5\)"),
+        (dict(tokens=lambda x: x[0, 0]), ValueError, r"tokens must be \(B, L, D\), or \(L, D\) .*got shape \(5,\)"),
         (dict(tokens=lambda x: x[:2]), ValueError, r"ids must have shape \(2, any\).*; got \(3, 4\)"),
     )
 
@@ -92,6 +94,26 @@ class TestGatherTokens(Indexed):
         self.check(**case)
 
 
+class TestGatherTokensOfATable(Indexed):
+    """One table for all rows of ids; its gradient is the sum over the batch."""
+
+    op = staticmethod(ops.gather_tokens)
+    eager = staticmethod(lambda tokens, ids: take(tokens.expand(len(ids), -1, -1), ids))
+    lists = dict(batch=BATCHES, length=(1, 7, 65), keep=KEEPS, width=(1, 65))
+    layouts = ("contiguous", "strided", "expanded", "transposed", "transposed gradient")
+    leaves = ("tokens",)
+    twice = True
+    large = dict(batch=5, length=257, keep="all", width=192)
+    extremes = (dict(tokens=1e4),)
+    limits = dict(ids=7)
+
+    def arguments(self, batch=3, length=7, keep=4, width=5):
+        return dict(tokens=randn(length, width), ids=draw_ids(batch, length, keep))
+
+    def test_ids_of_wrong_shape(self):
+        self.refuse(self.op, (dict(ids=lambda x: x[0]), ValueError, r"ids must have shape .*; got \(4,\)"))
+
+
 class TestDecoderTokens(Indexed):
     op = staticmethod(ops.decoder_tokens)
     lists = dict(batch=BATCHES, length=LENGTHS, keep=KEEPS, width=WIDTHS)
@@ -109,7 +131,9 @@ class TestDecoderTokens(Indexed):
         (dict(visible=lambda x: x[:2]), ValueError, r"ids_keep must have shape \(2, any\).*; got \(3, 4\)"),
         (dict(visible=lambda x: x[:, 1:]), ValueError, r"ids_keep must name each of the 3 visible.*; got .*\(3, 4\)"),
         (dict(mask_token=lambda x: x[1:]), ValueError, r"mask_token must have shape \(5\).*; got \(4,\)"),
+        (dict(mask_token=lambda x: x[None]), ValueError, r"mask_token must have shape \(3, 5\).*; got \(1, 5\)"),
         (dict(pos_embed=lambda x: x[:, 1:]), ValueError, r"pos_embed must have shape \(any, 5\).*; got \(8, 4\)"),
+        (dict(pos_embed=lambda x: x[None]), ValueError, r"pos_embed must have shape \(3, any, 5\).*; got \(1, 8, 5\)"),
         (dict(num_prefix_tokens=-1), ValueError, r"num_prefix_tokens must be in 0\.\.5, got -1"),
         (dict(num_prefix_tokens=6), ValueError, r"num_prefix_tokens must be in 0\.\.5, got 6"),
         (dict(num_prefix_tokens=1.0), TypeError, "num_prefix_tokens must be an int, got float"),
@@ -117,10 +141,13 @@ class TestDecoderTokens(Indexed):
 
     @staticmethod
     def eager(visible, ids_keep, ids_predict, mask_token, pos_embed, num_prefix_tokens):
+        hidden = mask_token.expand(len(visible), -1)[:, None].expand(*ids_predict.shape, -1)
+        if pos_embed is None:
+            return torch.cat([visible, hidden.to(visible.dtype)], dim=1)
         pos = pos_embed.expand(len(visible), -1, -1)
         prefix_pos, pos = pos[:, :num_prefix_tokens], pos[:, num_prefix_tokens:]
         seen = visible + torch.cat([prefix_pos, take(pos, ids_keep)], dim=1)
-        return torch.cat([seen, mask_token + take(pos, ids_predict)], dim=1)
+        return torch.cat([seen, hidden + take(pos, ids_predict)], dim=1)
 
     def arguments(self, batch=3, length=7, keep=4, width=5, predict="all", prefix=1):
         ids_keep = draw_ids(batch, length, keep)
@@ -135,6 +162,35 @@ class TestDecoderTokens(Indexed):
 
     def mixed(self):
         return self.leaves
+
+    @pytest.mark.parametrize("layout", ("contiguous", "strided", "expanded", "transposed"))
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("mask_token, pos_embed", [("own", "shared"), ("shared", "own"), ("own", "own")])
+    def test_of_each_sample(self, mask_token, pos_embed, dtype, layout):
+        """A mask token, or positions, of each sample."""
+        arguments = self.arguments()
+        if mask_token == "own":
+            arguments["mask_token"] = randn(3, 5)
+        if pos_embed == "own":
+            arguments["pos_embed"] = randn(3, 8, 5)
+        check_op(self.op, self.eager, prepare(arguments, dtype, layout, self.leaves), layout)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(5,), (3, 5)], ids=["shared", "own"])
+    def test_without_positions(self, shape, dtype):
+        arguments = self.arguments() | dict(mask_token=randn(*shape), pos_embed=None)
+        check_op(self.op, self.eager, prepare(arguments, dtype, "contiguous", self.leaves))
+
+    @host
+    def test_own_tables_agree_with_the_dispatcher_and_the_compiler(self):
+        arguments = self.arguments() | dict(mask_token=randn(3, 5), pos_embed=randn(3, 8, 5))
+        given = prepare(arguments, torch.float32, "contiguous", self.leaves)
+        torch.library.opcheck(torch.ops.fastmim.decoder_tokens.default, tuple(given.values()))
+        for pos_embed in (given["pos_embed"], None):
+            torch.compiler.reset()
+            compiled = torch.compile(self.op, fullgraph=True, backend="aot_eager")
+            now = given | dict(pos_embed=pos_embed)
+            check_same_bits(run(compiled, now), run(self.op, now))
 
     def test_over_2_31_elements_by_strides(self):
         arguments = self.sample(width=1031)

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import fastmim
-from fastmim import masking, ops, reference
+from fastmim import losses, masking, ops, reference
 
 ROOT = Path(fastmim.__file__).parent.parent
 
 # ---- imports between parts -------------------------------------------------------------------------------------------
 
 # a part may import itself and the parts of earlier layers, but not those that share its layer
-LAYERS = "reference", "ops", "masking", "nn", "models", "interop", "train", "__init__", "info", "cli", "__main__"
+LAYERS = "reference", "ops", "losses masking", "nn", "models", "interop", "train", "__init__", "info", "cli", "__main__"
 LAYER = {part: layer for layer, parts in enumerate(LAYERS) for part in parts.split()}
 SHARED = {
     "_autocast",
@@ -127,6 +127,7 @@ def test_public_names():
         "explain",
         "from_huggingface",
         "load",
+        "losses",
         "mae_vit_base_patch16",
         "mae_vit_huge_patch14",
         "mae_vit_large_patch16",
@@ -164,6 +165,7 @@ def test_public_names_are_documented(name):
 
 
 OPS = [getattr(ops, name) for name in ops.__all__]
+LOSSES = [getattr(losses, name) for name in losses.__all__]
 MASKS = [
     masking.uniform,
     masking.random,
@@ -187,6 +189,7 @@ MASKS = [
         fastmim.MaskedAutoencoder.forward,
         fastmim.MaskedAutoencoder.decode,
         fastmim.MaskedAutoencoder.loss,
+        *LOSSES,
         fastmim.MaskedAutoencoderViT.forward,
         fastmim.load,
         fastmim.interop.xformers.memory_efficient_attention,
@@ -195,7 +198,7 @@ MASKS = [
 )
 def test_docstrings_have_arguments_results_and_errors(function):
     docstring = inspect.getdoc(function)
-    sections = ["Args:", "Returns:", "Raises:"] if function in [*OPS, *MASKS] else ["Args:", "Raises:"]
+    sections = ["Args:", "Returns:", "Raises:"] if function in [*OPS, *MASKS, *LOSSES] else ["Args:", "Raises:"]
     assert all(section in docstring for section in sections)
     arguments = docstring.partition("Args:")[2].partition("Raises:")[0]
     missing = [name for name in inspect.signature(function).parameters if name != "self" and name not in arguments]

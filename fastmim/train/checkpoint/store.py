@@ -72,8 +72,8 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
     return final
 
 
-def verify(path: Path) -> None:
-    """Compare every file with the manifest.
+def verify(path: Path, *, sums: bool = True) -> None:
+    """Compare every file with the manifest; without `sums` by its size alone.
 
     Raises:
         Damaged: a file is missing, of another size or sum, or not in the manifest.
@@ -93,7 +93,7 @@ def verify(path: Path) -> None:
             total, size = expected[name]
             if (path / name).stat().st_size != size:
                 raise Damaged(f"{path / name} has {(path / name).stat().st_size} bytes, {MANIFEST} says {size}")
-            if digest(path / name) != total:
+            if sums and digest(path / name) != total:
                 raise Damaged(f"{path / name} has another SHA-256 sum than {MANIFEST} says")
     except OSError as error:
         raise Damaged(f"{path} can't be read: {error}") from None
