@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmim.models.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmim.models.arguments import IMAGENET_MEAN, IMAGENET_STD
 
 # the other files of these folders are drawings, test patterns and microscopy
 _SHIPPED = {

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastmim.models.mae import IMAGENET_MEAN, IMAGENET_STD
+from fastmim.models.arguments import IMAGENET_MEAN, IMAGENET_STD
 from pictures.photographs import random_box
 
 

@@ -348,8 +348,7 @@ class _Iteration(Iterator[Any]):
         if prefetched is None:
             self._over = True
             raise StopIteration
-        self._prefetcher.transfer.receive(prefetched.sent)
-        values, mask, _ = prefetched.sent
+        values, mask = self._prefetcher.transfer.receive(prefetched.sent), prefetched.sent.mask
         ids = np.repeat(np.array(prefetched.samples, dtype=np.int64), self._loader.crops.repeats)
         of_source = self._loader.source.labels
         labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))

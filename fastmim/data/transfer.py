@@ -24,8 +24,8 @@ class Sent(NamedTuple):
     """A batch on its device, with its mask; copies to it are complete at `event`, or already if that is None."""
 
     images: Tensor
-    mask: Any = None
     event: Any = None
+    mask: Any = None
 
 
 class Host:
@@ -36,10 +36,11 @@ class Host:
         rows = _on_host(rows)
         batch = torch.empty(sum(map(len, rows)), *rows[0].shape[1:], dtype=torch.uint8)
         _write(rows, batch)
-        return Sent(batch, mask)
+        return Sent(batch, mask=mask)
 
-    def receive(self, sent: Sent) -> None:
-        """Make a batch available to the thread that consumes it."""
+    def receive(self, sent: Sent) -> Tensor:
+        """Return the batch to the thread that consumes it."""
+        return sent.images
 
 
 class Link(Protocol):
@@ -116,12 +117,13 @@ class Transfer(Host):
         sent = self._copied(on_host) if on_host else None
         if sent is None or len(on_host) < len(rows):
             sent = self._in_order(rows, sent)
-        return Sent(sent, None if mask is None else joined([mask], self.link.copied), self.link.mark())
+        mask = None if mask is None else joined([mask], self.link.copied)
+        return Sent(sent, self.link.mark(), mask)
 
-    def receive(self, sent: Sent) -> None:
-        self.link.hand_over(sent.images, sent.event)
-        for tensor in tensors(sent.mask):
+    def receive(self, sent: Sent) -> Tensor:
+        for tensor in (sent.images, *tensors(sent.mask)):
             self.link.hand_over(tensor, sent.event)
+        return sent.images
 
     def _copied(self, rows: list[Pixels | Cut]) -> Tensor:
         """Join rows in pinned memory and queue the copy to the device."""
