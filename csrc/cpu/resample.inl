@@ -315,7 +315,8 @@ static int64_t resample(const Resample& args) {
       next = std::max(next, start);
       pixels += (stop - next + end - begin) * width;
       // but for the last rows of the memory, from which more would be read than there is
-      const int64_t inside = std::clamp((args.end - args.source - reads - 3 * last) / args.row + 1, next, stop);
+      const int64_t spare = args.end - args.source - reads - 3 * last;
+      const int64_t inside = std::clamp(spare < 0 ? 0 : spare / args.row + 1, next, stop);
       const auto make = [&](const uint8_t* from, int64_t row, int64_t count) {
         resample_rows(from, args.row, count, across, place, left, left + width, made + (row - start) * stride, stride);
       };
