@@ -6,6 +6,8 @@
 #     loop           Trainer: the run itself
 #     data           the loader of a run; digits: pictures that need no download
 #     seeds          seeds of a sample's masks
+#     masks          masks of a run
+#     objective      what a step minimises: the model's loss, distillation
 #     schedule       AdamW and its learning rate
 #     distributed    processes, DDP and FSDP2
 #     signals        SIGTERM and SIGUSR1
@@ -18,6 +20,7 @@
 
 from .config import Config, ConfigError
 from .loop import Trainer
+from .objective import Distill, Objective
 from .signals import Interrupted
 
-__all__ = ["Config", "ConfigError", "Interrupted", "Trainer"]
+__all__ = ["Config", "ConfigError", "Distill", "Interrupted", "Objective", "Trainer"]

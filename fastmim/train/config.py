@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .._checks import check_count, check_ratio
-from ..masking import count_kept
 from ..models import mae
+from .masks import Masks
+from .objective import imported
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +39,7 @@ DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 # settings that must not change between a checkpoint and the run that continues from it
 IDENTITY = (
     *("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype"),
+    *("objective", "objective_options"),
     # settings of the loader, which may continue in the middle of an epoch
     *("crop_scale", "flip"),
 )
@@ -65,6 +67,14 @@ class Config:
         norm_pix_loss: normalise the targets patch by patch.
         mask_ratio, decode_ratio: share of the patches that is removed, and share of the removed that is predicted; a
             decode_ratio below 1 is another objective.
+        mask: another source of masks: `kind`, a function of `fastmim.masking` (random, cells, blocks, tube, weighted,
+            hardest), and its options, which replace mask_ratio and decode_ratio. mask_ratio, decode_ratio and share may
+            be [first, last], which change in proportion to the steps done. For "weighted" and "hardest" the objective
+            scores the patches.
+        objective: "mae", the model's own loss; "distill", `fastmim.train.Distill`; or "package.module:Class", a module
+            made of (model, **objective_options) whose forward(batch, mask) returns the loss.
+        objective_options: those of the objective; for "distill" `teacher` is the path of a checkpoint.
+        ema: momentum of an average of the weights, which checkpoints hold beside them; none: no average.
         crop_scale: least and largest share of a picture's area that a crop takes.
         flip: mirror half of the crops.
         backend, num_threads: decoder and threads of the loader.
@@ -102,6 +112,10 @@ class Config:
     norm_pix_loss: bool = True
     mask_ratio: float = 0.75
     decode_ratio: float = 1.0
+    mask: dict[str, Any] = field(default_factory=dict)
+    objective: str = "mae"
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    ema: float | None = None
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
     backend: str = "auto"
@@ -208,7 +222,18 @@ class Config:
             except ValueError as error:
                 # the model's name for image_size
                 raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
-        count_kept(model.patch_embed.num_patches, self.mask_ratio, None)
+        Masks(self.mask_settings, model.patch_embed.grid_size)
+        if self.objective not in ("mae", "distill"):
+            imported(self.objective)
+        if self.objective == "mae" and self.objective_options:
+            raise ConfigError(f"objective_options must be empty for objective mae, got {self.objective_options}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ConfigError(f"ema must be in [0, 1), or none, got {self.ema}")
+
+    @property
+    def mask_settings(self) -> dict[str, Any]:
+        """Return the settings of `fastmim.train.masks.Masks`."""
+        return self.mask or {"kind": "random", "mask_ratio": self.mask_ratio, "decode_ratio": self.decode_ratio}
 
     def build(self) -> mae.MaskedAutoencoderViT:
         """Build the model; its weights are drawn from torch's generator."""

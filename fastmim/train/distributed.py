@@ -94,12 +94,13 @@ def joined(config: Config) -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def parallelize(model: nn.Module, config: Config, processes: Processes) -> nn.Module:
-    """Return the model compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
+def parallelize(objective: nn.Module, config: Config, processes: Processes) -> nn.Module:
+    """Return the objective compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
 
     Raises:
         ConfigError: cuda_graphs of a model that is sharded; without compile, of one that is replicated.
     """
+    model = objective.model
     blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
     if config.sharded and dist.is_initialized():
         if config.cuda_graphs:
@@ -112,18 +113,31 @@ def parallelize(model: nn.Module, config: Config, processes: Processes) -> nn.Mo
             if config.compile:
                 block.compile()
             fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(objective, mesh=mesh)
         # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        return model
+        return objective
     if config.cuda_graphs and not config.compile and processes.world > 1:
         raise ConfigError(
             f"compile must be true with cuda_graphs over {processes.world} processes, got false: the exchange of "
             "gradients is not captured"
         )
     if config.compile:
-        model.compile(mode="reduce-overhead" if config.cuda_graphs else None)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if processes.world > 1 else model
+        objective.compile(mode="reduce-overhead" if config.cuda_graphs else None)
+    return DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else objective
+
+
+@contextmanager
+def whole(objective: nn.Module) -> Iterator[None]:
+    """Gather the weights of a sharded objective that don't belong to its blocks, which gather theirs when called."""
+    if not isinstance(objective, FSDPModule):
+        yield
+        return
+    objective.unshard()
+    try:
+        yield
+    finally:
+        objective.reshard()
 
 
 @contextmanager

@@ -10,14 +10,18 @@ from .checkpoint import store
 from .config import Config
 
 
-def load_model(path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = ()) -> MaskedAutoencoderViT:
+def load_model(
+    path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
+) -> MaskedAutoencoderViT:
     """Load a model from a run's folder, one of its checkpoints, its final model, or any that `fastmim.load` reads.
 
     From a run's folder it takes the final model, or without one the newest good checkpoint. Checkpoints with a manifest
-    are verified. `key` and `allow_missing` are those of `fastmim.load`.
+    are verified. `key` and `allow_missing` are those of `fastmim.load`. With `ema` the weights are the average that the
+    run kept.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of another kind of model; a `key` for a run, which holds one model.
+        ValueError: a damaged checkpoint, or one of another kind of model; a `key` for a run, which holds one model;
+            `ema` for a run without an average, or for another checkpoint.
         FileNotFoundError: a folder without a good checkpoint.
     """
     if path.is_file() and path.name == "model.safetensors":
@@ -34,6 +38,9 @@ def load_model(path: Path, *, key: str | None = None, allow_missing: str | Itera
         description = path / "state.json"
     else:
         description = path / "run.json"
+    weights_file = path / f"{'ema' if ema else 'model'}.safetensors"
+    if ema and not weights_file.is_file():
+        raise ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
     if not description.is_file():
         return load(path, key=key, allow_missing=allow_missing)
     if key is not None:
@@ -47,6 +54,9 @@ def load_model(path: Path, *, key: str | None = None, allow_missing: str | Itera
 
     try:
         weights = load_file(path / "model.safetensors")
+        if ema:
+            # of trained parameters alone
+            weights |= load_file(weights_file)
         model = config.build().to(weights["cls_token"].dtype)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError) as error:

@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import masking
 from ..data import Batch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
-from . import metrics
+from . import metrics, objective
 from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config, ConfigError
 from .data import open_loader
-from .distributed import joined, parallelize
+from .distributed import joined, parallelize, whole
+from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
-from .step import Update, graphed
+from .step import Average, Update, graphed
 
 
 class StepResult(NamedTuple):
@@ -113,18 +113,24 @@ class Trainer:
         dtype = DTYPES[config.dtype]
         self.model = config.build().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         self.model.set_grad_checkpointing(config.checkpoint_activations)
-        self.parallel_model = parallelize(self.model, config, self.processes)
-        self.optimizer = adamw(self.model, config)
-        update = Update(config, self.processes, self.model, self.parallel_model, self.optimizer)
-        self.update = graphed(update, self._say)
+        self.masks = Masks(config.mask_settings, self.model.patch_embed.grid_size)
+        try:
+            self.objective = objective.build(config.objective, config.objective_options, self.model)
+        except (OSError, TypeError, ValueError) as error:
+            raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
+        self.parallel = parallelize(self.objective, config, self.processes)
+        self.optimizer = adamw(self.objective, config)
+        self.average = Average(self.model, config.ema) if config.ema is not None else None
+        parts = self.objective, self.parallel, self.masks, self.optimizer, self.average
+        self.update = graphed(Update(config, self.processes, *parts), self._say)
 
         self.step = self.skipped = self.streak = 0
         self.failed_at = -1
         self.pending: list[StepResult] = []
         self.checkpoints = CheckpointManager(
-            config, self.processes, self.model, self.optimizer, self.loader, self.lock, self._say
+            config, self.processes, self.objective, self.optimizer, self.average, self.loader, self.lock, self._say
         )
-        self.meter = Meter(self.model, config, self.processes, dtype)
+        self.meter = Meter(self.model, self.masks, config, self.processes, dtype)
         if not self._resume():
             self._save()
 
@@ -173,7 +179,7 @@ class Trainer:
         """Update the weights by one batch."""
         lr = learning_rate(self.config, self.step, self.steps)
         seeds = mask_seeds(self.config.seed, self.step // len(self.loader), batch.ids)
-        results = self.update(batch.images, seeds, lr)
+        results = self.update(batch, seeds, lr, self.step / self.steps)
         self.step += 1
         self.pending.append(StepResult(self.step, lr, *results, batch.ids))
 
@@ -238,9 +244,12 @@ class Trainer:
         """Draw reconstructions of a few images; all processes of a sharded model must take part."""
         images = batch.images[:8].to(self.processes.device)
         seeds = mask_seeds(self.config.seed, 0, batch.ids[:8]).to(self.processes.device)
-        patches = self.model.patch_embed.num_patches
-        mask = masking.random(len(images), patches, self.config.mask_ratio, seeds=seeds, device=self.processes.device)
-        out = self.parallel_model(images, mask=mask)
+        settings = (
+            {"kind": "random", "mask_ratio": self.config.mask_ratio} if self.masks.ranks else self.config.mask_settings
+        )
+        mask = Masks({**settings, "decode_ratio": 1.0}, self.model.patch_embed.grid_size)(seeds)
+        with whole(self.parallel):
+            out = self.model(images, mask=mask)
         if self.processes.first:
             folder = self.folder / "reconstructions"
             with metrics.forgiving(f"{folder} lacks step {self.step}"):

@@ -4,20 +4,22 @@ import time
 
 import torch
 
-from ..masking import count_kept, count_predicted
 from ..models.cost import step_flops
 from ..models.mae import MaskedAutoencoderViT
 from .config import Config
 from .distributed import Processes
+from .masks import Masks
 
 
 class Meter:
     """Clock of a run; the loop adds to `waited` the seconds that it spends waiting for data."""
 
-    def __init__(self, model: MaskedAutoencoderViT, config: Config, processes: Processes, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: MaskedAutoencoderViT, masks: Masks, config: Config, processes: Processes, dtype: torch.dtype
+    ) -> None:
         product = dtype if processes.device.type == "cuda" else torch.promote_types(dtype, torch.float32)
         rate = matmul_rate(processes.device, product) * processes.world
-        self.share_of_rate = flops_per_image(model, config) / rate
+        self.share_of_rate = flops_per_image(model, masks) / rate
         self.batch_size = config.batch_size
 
     def start(self, step: int) -> None:
@@ -38,11 +40,9 @@ class Meter:
         return found
 
 
-def flops_per_image(model: MaskedAutoencoderViT, config: Config) -> int:
-    """Return the FLOPs of one image's forward and backward pass, the products that the algorithm needs."""
-    patches = model.patch_embed.num_patches
-    kept = count_kept(patches, config.mask_ratio)
-    predicted = count_predicted(patches - kept, config.decode_ratio)
+def flops_per_image(model: MaskedAutoencoderViT, masks: Masks) -> int:
+    """Return the FLOPs of one image's forward and backward pass, the products that a masked autoencoder needs."""
+    kept, predicted = masks.counts
     visible = model.num_prefix_tokens + kept
     return step_flops(
         model.decoder_pred.out_features,

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .. import masking
+from ..data import Batch
 from .config import DTYPES, Config
 from .distributed import Processes, accumulating
+from .masks import Masks
+from .objective import move_average
 
 # added to the norm of the gradient by torch.nn.utils.clip_grad_norm_ too
 EPS = 1e-6
@@ -23,6 +25,24 @@ class Results(NamedTuple):
     skipped: Tensor
 
 
+class Average:
+    """Average of a model's weights, moved towards them after each update.
+
+    Args:
+        model: whose trained parameters are averaged.
+        momentum: of the average, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, momentum: float) -> None:
+        self.momentum = momentum
+        self.values = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.values.items()}
+
+    def update(self) -> None:
+        """Move the average."""
+        move_average(list(self.averages.values()), list(self.values.values()), self.momentum)
+
+
 class Update:
     """Forward and backward passes of a batch and the optimiser's step, in which the host reads nothing.
 
@@ -31,51 +51,55 @@ class Update:
     Args:
         config: settings of the run.
         processes: those of the run.
-        model: the bare model.
-        parallel_model: what `distributed.parallelize` made of it.
-        optimizer: what `schedule.adamw` made for it.
+        objective: what is minimised, with the bare model.
+        parallel: what `distributed.parallelize` made of it.
+        masks: source of the masks.
+        optimizer: what `schedule.adamw` made for the objective.
+        average: weights that are averaged after each update, if any.
     """
 
     def __init__(
         self,
         config: Config,
         processes: Processes,
-        model: Any,
-        parallel_model: nn.Module,
+        objective: Any,
+        parallel: nn.Module,
+        masks: Masks,
         optimizer: torch.optim.Optimizer,
+        average: Average | None = None,
     ) -> None:
         self.config, self.processes, self.dtype = config, processes, DTYPES[config.dtype]
-        self.model, self.parallel_model, self.optimizer = model, parallel_model, optimizer
+        self.objective, self.parallel, self.masks = objective, parallel, masks
+        self.model, self.optimizer, self.average = objective.model, optimizer, average
+        self.after_update: Callable[[], None] = getattr(objective, "after_update", lambda: None)
 
-    def __call__(self, images: Tensor, seeds: Tensor, lr: float | Tensor) -> Results:
+    def __call__(self, batch: Batch, seeds: Tensor, lr: float | Tensor, progress: float = 0.0) -> Results:
         """Update the weights by a batch.
 
         Args:
-            images: (B, C, H, W) uint8.
+            batch: images (B, C, H, W) uint8.
             seeds: (B,) int64, of the masks.
             lr: the learning rate; if a tensor, float32 on the device.
+            progress: share of the run that is done.
         """
         config, device = self.config, self.processes.device
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = seeds.to(device, non_blocking=True)
-        images = self._prepared(images.to(device, non_blocking=True))
+        images = self._prepared(batch.images.to(device, non_blocking=True))
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
         micro = config.micro_batch_size or len(images)
         total = torch.zeros((), device=device, dtype=torch.float64)
         for start in range(0, len(images), micro):
-            part = images[start : start + micro]
-            mask = masking.random(
-                len(part),
-                self.model.patch_embed.num_patches,
-                config.mask_ratio,
-                decode_ratio=config.decode_ratio,
-                seeds=seeds[start : start + micro],
-                device=device,
-            )
-            with accumulating(self.parallel_model, more=start + micro < len(images)):
+            rows = slice(start, start + micro)
+            part = Batch(images[rows], None if labels is None else labels[rows], batch.ids[rows])
+            count = len(part.images)
+            with accumulating(self.parallel, more=start + micro < len(images)):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                    loss = self.parallel_model(part, mask=mask).loss
-                loss = loss * (len(part) / len(images))
+                    scores = self.objective.scores(part) if self.masks.ranks else None
+                    mask = self.masks(seeds[rows], progress, scores)
+                    loss = self.parallel(part, mask)
+                loss = loss * (count / len(images))
                 loss.backward()
             total += loss.detach()
         loss = self.processes.mean(total)
@@ -85,6 +109,9 @@ class Update:
         self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.after_update()
+        if self.average is not None:
+            self.average.update()
         return Results(loss, norm, skipped)
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -102,12 +129,12 @@ class Update:
 
         Fused optimisers divide gradients by `grad_scale`, a float32, in the pass that updates the weights.
         """
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.objective.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         largest = self.config.clip_grad
         if largest is not None and norm.dtype == torch.float64:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), largest, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.objective.parameters(), largest, norm)
         elif largest is not None:
             self.optimizer.grad_scale = ((norm + EPS) / largest).clamp(min=1)  # type: ignore[attr-defined]
         return norm
@@ -134,19 +161,20 @@ class GraphedUpdate:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = self.reported = False
 
-    def __call__(self, images: Tensor, seeds: Tensor, lr: float) -> Results:
+    def __call__(self, batch: Batch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
         """Update the weights by a batch, as `Update` does."""
+        images = batch.images
         if self.failed:
-            return self.update(images, seeds, lr)
+            return self.update(batch, seeds, lr, progress)
         if self.inputs is None:
             return self._warm_up(images, seeds, lr)
         if images.shape != self.inputs[0].shape:
             if not self.reported:
                 self.reported = True
                 self.say(f"cuda_graphs: off for batches of another shape than {list(self.inputs[0].shape)}")
-            return self.update(images, seeds, lr)
+            return self.update(batch, seeds, lr, progress)
         if self.graph is None and not self._capture(self.inputs):
-            return self.update(images, seeds, lr)
+            return self.update(batch, seeds, lr, progress)
         assert self.graph is not None
         self._copy(images, seeds, lr)
         self.graph.replay()
@@ -158,6 +186,9 @@ class GraphedUpdate:
         for kept, given in zip(self.inputs, (images, seeds)):
             kept.copy_(given, non_blocking=True)
         self.inputs[2].fill_(lr)
+
+    def _run(self, images: Tensor, seeds: Tensor, lr: Tensor) -> Results:
+        return self.update(Batch(images, None, seeds), seeds, lr)
 
     def _warm_up(self, images: Tensor, seeds: Tensor, lr: float) -> Results:
         """Update on the stream of the capture."""
@@ -172,7 +203,7 @@ class GraphedUpdate:
         current = torch.cuda.current_stream(device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            results = self.update(*self.inputs)
+            results = self._run(*self.inputs)
         current.wait_stream(self.stream)
         return results
 
@@ -188,7 +219,7 @@ class GraphedUpdate:
                 torch.cuda.stream(torch.cuda.current_stream(self.update.processes.device)),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
-                self.results = self.update(*inputs)
+                self.results = self._run(*inputs)
         except RuntimeError as error:
             self.failed = True
             optimizer.zero_grad()
@@ -211,6 +242,8 @@ def graphed(update: Update, say: Callable[[str], None]) -> Update | GraphedUpdat
     reasons = {
         "dtype float64, of which fused AdamW reads a learning rate on the device as float32": config.dtype == "float64",
         "checkpoint_activations, which reads the state of torch's generator": config.checkpoint_activations,
+        f"objective {config.objective}, which may read labels or the host": config.objective not in ("mae", "distill"),
+        "a mask that changes while the run goes on": update.masks.scheduled,
     }
     for reason, applies in reasons.items():
         if applies:

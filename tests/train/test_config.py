@@ -13,6 +13,7 @@ from fastmim import cli
 from fastmim.train import Config, ConfigError, config, schedule
 from fastmim.train.config import read
 from fastmim.train.distributed import Processes, parallelize
+from fastmim.train.objective import PixelObjective
 
 
 def fault(*values):
@@ -212,13 +213,13 @@ def test_cuda_graphs_refuse_a_model_that_is_sharded_for_its_size(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"parallel must be ddp .*; auto shards mae_vit_huge_patch14 over 8 processes"
     ):
-        parallelize(torch.nn.Linear(1, 1), huge, Processes(0, 8, torch.device("cuda", 0)))
+        parallelize(PixelObjective(torch.nn.Linear(1, 1)), huge, Processes(0, 8, torch.device("cuda", 0)))
 
 
 def test_cuda_graphs_without_compile_refuse_several_processes():
     replicated = SimpleNamespace(cuda_graphs=True, compile=False, sharded=False)
     with pytest.raises(ConfigError, match="compile must be true with cuda_graphs over 8 processes, got false"):
-        parallelize(torch.nn.Linear(1, 1), replicated, Processes(0, 8, torch.device("cuda", 0)))
+        parallelize(PixelObjective(torch.nn.Linear(1, 1)), replicated, Processes(0, 8, torch.device("cuda", 0)))
 
 
 @pytest.mark.parametrize("setting, message", BAD)
@@ -229,7 +230,7 @@ def test_bad_settings_are_one_clear_line(setting, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(ConfigError, match="CONFIG must be a TOML file or one of mae_vit_base_imagenet, "):
+    with pytest.raises(ConfigError, match="CONFIG must be a TOML file or one of dmae_base, mae_vit_base_imagenet, "):
         read("quickstart_gpu")
     (tmp_path / "bad.toml").write_text("seed = ")
     with pytest.raises(ConfigError, match=r"bad\.toml can't be read as TOML"):

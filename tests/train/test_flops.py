@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmim
+from fastmim.data import Batch
 from fastmim.train import Config
 from fastmim.train.distributed import Processes
 from fastmim.train.flops import CARDS, DEVICE, Stage, count, count_step, simulated, torch_kernels, triton_kernels
+from fastmim.train.masks import Masks
+from fastmim.train.objective import PixelObjective
 from fastmim.train.schedule import adamw
 from fastmim.train.step import Update
 
@@ -361,8 +364,9 @@ def test_an_update_of_what_lies_on_the_device_copies_nothing_from_or_to_the_host
             model = small.build()
             images = torch.zeros(small.batch_size, 3, *model.patch_embed.img_size, dtype=torch.uint8)
             seeds = torch.zeros(small.batch_size, dtype=torch.int64)
-        update = Update(small, Processes(0, 1, DEVICE), model, model, adamw(model, small))
-        return lambda: update(images, seeds, 0.1), []
+        objective, masks = PixelObjective(model), Masks(small.mask_settings, model.patch_embed.grid_size)
+        update = Update(small, Processes(0, 1, DEVICE), objective, objective, masks, adamw(objective, small))
+        return lambda: update(Batch(images, None, seeds), seeds, 0.1), []
 
     rows = count(prepare, H100).rows
     assert "optimiser" in {row.kind for row in rows}

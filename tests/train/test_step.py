@@ -9,8 +9,11 @@ import tape
 import torch
 from small_run import curve, outcome
 
+from fastmim.data import Batch
 from fastmim.train import Interrupted, Trainer
 from fastmim.train.distributed import Processes
+from fastmim.train.masks import Masks
+from fastmim.train.objective import PixelObjective
 from fastmim.train.schedule import adamw
 from fastmim.train.step import GraphedUpdate, Update, graphed
 
@@ -19,11 +22,14 @@ CPU = torch.device("cpu")
 
 def update_of(config, model=None, optimizer=None):
     model = model or config.build().to(torch.float64 if config.dtype == "float64" else torch.float32)
-    return Update(config, Processes(0, 1, CPU), model, model, optimizer or adamw(model, config))
+    objective = PixelObjective(model)
+    masks = Masks(config.mask_settings, model.patch_embed.grid_size)
+    return Update(config, Processes(0, 1, CPU), objective, objective, masks, optimizer or adamw(model, config))
 
 
 def batch(size=4):
-    return torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8), torch.randint(2**40, (size,))
+    images = torch.randint(0, 256, (size, 3, 16, 16), dtype=torch.uint8)
+    return Batch(images, None, torch.arange(size)), torch.randint(2**40, (size,))
 
 
 # ---- clipping --------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Saving and restoring the state of a run; all processes of the run take part."""
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ...data import ImageLoader
 from ...data.lock import Lock
 from ..config import IDENTITY, Config, ConfigError
 from ..distributed import Processes
+from ..step import Average
 from . import state, store
 from .writer import BackgroundWriter
 
@@ -26,7 +29,7 @@ class CheckpointManager:
 
     Args:
         config, processes: of the run.
-        model, optimizer, loader: saved and restored.
+        objective, optimizer, average, loader: saved and restored; `objective.model` is the model.
         lock: the lock of the run's folder, on the first process; None on the others.
         say: prints a message on the first process.
     """
@@ -35,14 +38,16 @@ class CheckpointManager:
         self,
         config: Config,
         processes: Processes,
-        model: nn.Module,
+        objective: nn.Module,
         optimizer: torch.optim.Optimizer,
+        average: Average | None,
         loader: ImageLoader,
         lock: Lock | None,
         say: Callable[[str], None],
     ) -> None:
         self.config, self.processes, self.say = config, processes, say
-        self.model, self.optimizer, self.loader, self.lock = model, optimizer, loader, lock
+        self.objective, self.optimizer, self.average = objective, optimizer, average
+        self.loader, self.lock = loader, lock
         self.run = Path(config.output_dir)
         self.folder = self.run / "checkpoints"
         self.writer = BackgroundWriter(self._failed)
@@ -52,10 +57,7 @@ class CheckpointManager:
 
     def save(self, step: int, skipped: int, streak: int) -> None:
         """Copy everything to the CPU and write it in the background."""
-        tensors = {
-            "model": state.collect_model(self.model),
-            "optimizer": state.collect_optimizer(self.model, self.optimizer),
-        }
+        tensors = {**self._weights(), "optimizer": state.collect_optimizer(self.objective, self.optimizer)}
         generators = self.processes.gather(state.collect_generators(self.processes.device))
         tensors["generators"] = {f"{rank}/{k}": v for rank, own in enumerate(generators) for k, v in own.items()}
         loaders = self.processes.gather(self.loader.state_dict())
@@ -93,15 +95,24 @@ class CheckpointManager:
     def finish(self) -> Path:
         """Write the final model and a description of its run; return the model's path."""
         self.writer.wait(strict=True)
-        weights = state.collect_model(self.model)
+        weights = self._weights()
         final = self.run / "final"
         if self.processes.first:
             description = json.dumps({"config": self.config.to_dict(), "step": self.saved}, indent=1)
             final.mkdir(exist_ok=True)
-            store.write_atomically(final / "model.safetensors", lambda path: store.write_tensors(path, weights))
+            for name, tensors in weights.items():
+                write = partial(store.write_tensors, tensors=tensors)
+                store.write_atomically(final / f"{name}.safetensors", write)
             store.write_atomically(final / "run.json", lambda path: path.write_text(description))
             store.flush(final)
         return final / "model.safetensors"
+
+    def _weights(self) -> dict[str, state.Tensors]:
+        """Copy the weights to the CPU, by file: of the model, of the rest of the objective, and their average."""
+        found = state.collect_objective(self.objective)
+        if self.average is not None:
+            found["ema"] = state.collect(self.average.averages)
+        return found
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
@@ -127,12 +138,19 @@ class CheckpointManager:
         self._restore_loader(saved["loaders"])
         if changed:
             self.say(f"settings changed since {path.name}: {'; '.join(changed)}")
-        read = state.reader(load_file(path / "model.safetensors") if first else None, world)
-        state.restore_model(self.model, read)
-        read = state.reader(load_file(path / "optimizer.safetensors") if first else None, world)
-        state.restore_optimizer(self.model, self.optimizer, read)
+        files = {file.stem: load_file(file) for file in path.glob("*.safetensors")} if first else {}
+        names = self.processes.broadcast(list(files))
+        for name, tensors in state.objective_tensors(self.objective).items():
+            state.restore(tensors, state.reader(files[name] if first else None, world))
+        state.restore_optimizer(
+            self.objective, self.optimizer, state.reader(files["optimizer"] if first else None, world)
+        )
+        if self.average is not None:
+            # an average that the run did not have before starts from the weights
+            source = "ema" if "ema" in names else "model"
+            state.restore(self.average.averages, state.reader(files[source] if first else None, world))
         if len(saved["loaders"]) == world:
-            states = self.processes.broadcast(load_file(path / "generators.safetensors") if first else None)
+            states = self.processes.broadcast(files["generators"] if first else None)
             mark = f"{self.processes.rank}/"
             own = {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)}
             state.restore_generators(own, self.processes.device)
@@ -143,7 +161,9 @@ class CheckpointManager:
         """Check that a checkpoint is of this run; return, in words, the settings that changed."""
         if saved.get("format") != FORMAT:
             raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
-        was, now = saved["config"], self.config.to_dict()
+        # settings that an older version did not have
+        added = {entry.name: entry.default for entry in dataclasses.fields(Config)} | {"objective_options": {}}
+        was, now = added | saved["config"], self.config.to_dict()
         changed = {
             key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
         }

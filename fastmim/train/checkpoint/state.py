@@ -13,30 +13,56 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 Tensors = dict[str, Tensor]
 
 
-def collect_model(model: nn.Module) -> Tensors:
-    """Copy all weights to the CPU; every process of a sharded model must take part."""
-    return {name: _whole(value) for name, value in model.state_dict().items()}
+def objective_tensors(objective: nn.Module) -> dict[str, Tensors]:
+    """Return the tensors of an objective's state: those of its "model", and the rest, "objective", if there is any."""
+    found: dict[str, Tensors] = {"model": {}, "objective": {}}
+    for name, value in objective.state_dict().items():
+        part, own = _named(name)
+        found[part][own] = value
+    return {part: tensors for part, tensors in found.items() if tensors}
 
 
-def collect_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def collect_objective(objective: nn.Module) -> dict[str, Tensors]:
+    """Copy `objective_tensors` to the CPU; every process of a sharded objective must take part."""
+    return {part: collect(tensors) for part, tensors in objective_tensors(objective).items()}
+
+
+def collect(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Copy tensors, sharded ones whole, to the CPU."""
+    return {name: _whole(value) for name, value in tensors.items()}
+
+
+def _named(name: str) -> tuple[str, str]:
+    """Return the part of the objective that a name belongs to, and the name there."""
+    own = name.removeprefix("model.")
+    return ("objective", name) if own == name else ("model", own)
+
+
+def _parameter_names(objective: nn.Module) -> dict[Tensor, str]:
+    """Return names of parameters: of the model as it names them, of the rest "objective.NAME"."""
+    named = ((p, *_named(name)) for name, p in objective.named_parameters())
+    return {p: own if part == "model" else f"{part}.{own}" for p, part, own in named}
+
+
+def collect_optimizer(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """Copy AdamW's moments and steps to the CPU, named "exp_avg/blocks.0..."; every process must take part."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = _parameter_names(objective)
     entries = [(names[p], optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
     return {f"{kind}/{name}": _whole(value) for name, state in entries for kind, value in state.items()}
 
 
-def restore_model(model: nn.Module, read: Callable[[str, Tensor], Tensor]) -> None:
-    """Copy the tensors that `read(name, like)` returns into the model."""
+def restore(tensors: Mapping[str, Tensor], read: Callable[[str, Tensor], Tensor]) -> None:
+    """Copy the tensors that `read(name, like)` returns into `tensors`."""
     with torch.no_grad():
-        for name, value in model.state_dict().items():
+        for name, value in tensors.items():
             value.copy_(_like(read(name, value), value))
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
+    objective: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
 ) -> None:
     """Copy the moments and steps that `read(name, like)` returns into the optimiser."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names = _parameter_names(objective)
     for p, state in optimizer.state.items():
         for kind, value in state.items():
             value.copy_(_like(read(f"{kind}/{names[p]}", value), value))

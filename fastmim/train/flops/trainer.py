@@ -10,6 +10,8 @@ from ...data import Batch
 from ..config import Config
 from ..distributed import Processes
 from ..loop import Trainer
+from ..masks import Masks
+from ..objective import PixelObjective
 from ..schedule import adamw
 from ..step import Update
 from .cards import Card
@@ -37,8 +39,10 @@ def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
         model = config.build()
         images = torch.empty(config.batch_size, model.in_chans, *model.patch_embed.img_size, dtype=torch.uint8)
     model.set_grad_checkpointing(config.checkpoint_activations)
-    optimizer = adamw(model, config)
-    trainer.update = Update(config, trainer.processes, model, model, optimizer)
+    objective = PixelObjective(model)
+    optimizer = adamw(objective, config)
+    masks = Masks(config.mask_settings, model.patch_embed.grid_size)
+    trainer.update = Update(config, trainer.processes, objective, objective, masks, optimizer)
     batch = Batch(images, None, torch.arange(config.batch_size))
     stages = [
         Stage("masking", masking, "random"),
