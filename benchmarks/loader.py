@@ -1,10 +1,12 @@
 """Measure each loading backend, a torch DataLoader with Pillow, and batches in memory for comparison.
 
 All run in one process, interleaved: in each round every one of them yields one epoch. Only the DataLoader has worker
-processes.
+processes. Packed images are also read by patches of 16 pixels. For each of fastmim's rows the pixels that both passes
+of resampling compute and the bytes of a batch are counted, as shares of those of packed whole crops.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -12,13 +14,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from tqdm import tqdm
 
-from fastmim.data import ImageLoader
+from fastmim import _backends, masking
+from fastmim.data import Batch, ImageLoader, PatchBatch
 from fastmim.data.decoders import BACKENDS, installed
 from fastmim.data.pack import pack
 from fastmim.data.threads import available_cpus
@@ -30,6 +34,9 @@ from rivals.arguments import positive
 from rivals.recipe import recipe
 
 RECIPE, PACKED, MEMORY = "torch DataLoader, Pillow, float", "packed", "from memory"
+PATCH = 16
+# mask ratio and decode ratio of rows that read patches
+PATCHWISE = (0.9, 0.25), (0.98, 0.1)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -59,6 +66,10 @@ def measure(args: argparse.Namespace, folder: Path, packed: Path) -> list[dict[s
         if installed(backend):
             epochs[backend] = ImageLoader(folder, args.batch_size, backend=backend, **options)
     epochs[PACKED] = ImageLoader(packed, args.batch_size, **options)
+    for ratios in PATCHWISE:
+        draw = masks((args.image_size // PATCH) ** 2, *ratios)
+        name = "{}, patches at {:g}/{:g}".format(PACKED, *ratios)
+        epochs[name] = ImageLoader(packed, args.batch_size, patch_size=PATCH, masking=draw, **options)
     batches = [batch.images for batch in ImageLoader(packed, args.batch_size, **options)]
     epochs[MEMORY] = Memory(torch.cat(batches), args.batch_size)
     images = len(batches) * args.batch_size
@@ -67,23 +78,66 @@ def measure(args: argparse.Namespace, folder: Path, packed: Path) -> list[dict[s
         def visitor(epoch: Iterable[Any]) -> Callable[[int], None]:
             def visit(_: int) -> None:
                 for batch in epoch:
-                    pixels = batch if isinstance(batch, torch.Tensor) else batch.images
-                    pixels.to(args.device)
+                    for tensor in tensors(batch):
+                        tensor.to(args.device)
                 bar.update()
 
             return visit
 
         laps = interleave({name: visitor(epoch) for name, epoch in epochs.items()}, 1 + args.rounds, args.device)
     theirs = laps[RECIPE][1:]
+    counts = {name: counted(epoch) for name, epoch in epochs.items() if isinstance(epoch, ImageLoader)}
     return [
         {
             "backend": name,
             "images_per_second": images / median(seconds[1:]),
             "ratio": median(their / our for their, our in zip(theirs, seconds[1:])),
             "seconds_all": seconds[1:],
+            **{
+                f"share_of_{what}": count / whole
+                for what, count, whole in zip(("pixels", "bytes"), counts.get(name, ()), counts[PACKED])
+            },
         }
         for name, seconds in laps.items()
     ]
+
+
+def masks(patches: int, mask_ratio: float, decode_ratio: float) -> Callable[[torch.Tensor], masking.Mask]:
+    """Return a function that draws masks, of at least one visible patch."""
+    kept = max(1, int(patches * (1 - mask_ratio)))
+
+    def draw(seeds: torch.Tensor) -> masking.Mask:
+        return masking.random(len(seeds), patches, len_keep=kept, decode_ratio=decode_ratio, seeds=seeds)
+
+    return draw
+
+
+def tensors(batch: Any) -> list[torch.Tensor]:
+    """Return the tensors of a batch that are on its device."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    if isinstance(batch, Batch):
+        return [batch.images]
+    assert isinstance(batch, PatchBatch)
+    held = (getattr(of, field.name) for of in (batch.patches, batch.mask) for field in dataclasses.fields(of))
+    return [value for value in held if isinstance(value, torch.Tensor)]
+
+
+def counted(loader: ImageLoader) -> tuple[float, float]:
+    """Return the pixels resampled and the bytes yielded for each image of an epoch."""
+    made: list[int] = []
+    resample = _backends.resample
+    if resample is None:
+        return float("nan"), float("nan")
+
+    def counting(*args: Any) -> int:
+        made.append(resample(*args))
+        return made[-1]
+
+    with mock.patch.object(_backends, "resample", counting):
+        sizes = [(len(batch.ids), sum(tensor.nbytes for tensor in tensors(batch))) for batch in loader]
+    images = sum(count for count, _ in sizes)
+    return sum(made) / images, sum(size for _, size in sizes) / images
 
 
 class Memory:
@@ -99,11 +153,12 @@ class Memory:
 
 def table(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["backend"]) for row in rows)
-    lines = [f"{'':<{width}}  images/s     ±  over the first"]
+    lines = [f"{'':<{width}}  images/s     ±  over the first  pixels  bytes"]
     for row in rows:
         lines.append(
             f"{row['backend']:<{width}}  {row['images_per_second']:>8.4g}  {spread(row['seconds_all']):>4.0%}  "
-            f"×{row['ratio']:.2f}"
+            f"{'×' + format(row['ratio'], '.2f'):>14}  "
+            + "  ".join(f"{row[key]:>5.0%}" for key in ("share_of_pixels", "share_of_bytes") if key in row)
         )
     return "\n".join(lines)
 

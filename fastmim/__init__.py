@@ -1,6 +1,7 @@
 """Masked autoencoders that compute only the patches they keep or predict."""
 
 from . import data, losses, masking, ops
+from ._patches import Patches
 from ._version import __version__
 from .interop.accelerate.api import UnsupportedModelError, accelerate, explain, restore
 from .interop.convert.facebook import to_facebook
@@ -9,7 +10,6 @@ from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .masking import Mask
 from .models.encoder import Encoder
-from .models.inputs import Patches
 from .models.mae import (
     MaskedAutoencoderViT,
     mae_vit_base_patch16,

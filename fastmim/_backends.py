@@ -7,6 +7,7 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,10 +46,13 @@ def ops_in(namespace: str) -> frozenset[str]:
 
 # how the C++ kernels were built; None where they are missing
 build: dict[str, str] | None = None
+# resampling of crops for fastmim.data, which is no op: sources, boxes, ids, out, sizes, threads -> pixels made
+resample: Callable[..., int] | None = None
 if backend not in ("auto", "cpp"):
     missing["cpp"] = f"FASTMIM_KERNELS={backend}"
 elif (_C := _load_extension("_C")) is not None:
     build = {"torch": _C.torch_version, "compiler": _C.compiler, "isa": _C.isa()}
+    resample = _C.resample
 else:
     missing["cpp"] = (
         "fastmim._C was not built: pip install --no-build-isolation, where torch and a C++ compiler are installed"

@@ -209,9 +209,9 @@ def _reconstruct(args: argparse.Namespace) -> int:
     import torch
 
     from . import masking
+    from .data.seeds import mask_seeds
     from .train.load_run import load_model
     from .train.reconstruct import draw_grid, find_images, read_images
-    from .train.seeds import mask_seeds
 
     model = load_model(args.checkpoint, key=args.key).eval()
     height, width = model.patch_embed.img_size

@@ -16,6 +16,7 @@ namespace FASTMIM_ISA {
 #include "attention.inl"
 #include "loss.inl"
 #include "norm.inl"
+#include "resample.inl"
 #include "tokens.inl"
 
 }  // namespace FASTMIM_ISA
@@ -36,4 +37,5 @@ namespace FASTMIM_ISA {
    FASTMIM_ISA::bias_gelu_backward,      \
    FASTMIM_ISA::add_row,                 \
    FASTMIM_ISA::add_rows,                \
-   FASTMIM_ISA::copy_row}
+   FASTMIM_ISA::copy_row,                \
+   FASTMIM_ISA::resample}

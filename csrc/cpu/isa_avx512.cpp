@@ -12,6 +12,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+// GCC 12's own header leaves operands undefined that its instructions ignore
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define FASTMIM_ISA avx512
 #define FASTMIM_STREAM(to, value) _mm512_stream_ps(to, (__m512)(value))

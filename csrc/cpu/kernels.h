@@ -1,6 +1,7 @@
 // The kernels that each instruction set has, and their arguments. No torch here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/loss.h"
@@ -108,6 +109,46 @@ struct RowSum {
   const void *value, *table;
 };
 
+// Crops of RGB bytes, resampled. A crop is cut into patches, or is one patch itself.
+struct Resample {
+  const uint8_t *source, *end;  // the crop's first byte; the end of the memory that it lies in
+  int64_t row;                  // bytes from a row of the source to the next
+  int64_t width, height;        // of the crop
+  int64_t out_width, out_height;
+  bool flip;  // mirror the result
+  int64_t patch_width, patch_height, count;
+  const int64_t* ids;  // (count,) patches, null: all of them
+  bool planar;         // a patch is (3, height, width), otherwise (height, width, 3)
+  uint8_t* out;        // (count, a patch)
+  char* scratch;       // of resample_scratch() bytes
+};
+
+// the next `count` values of memory whose start is moved past them
+template <typename T>
+T* scratch_of(char*& memory, int64_t count) {
+  T* start = reinterpret_cast<T*>(memory);
+  memory += (count * int64_t{sizeof(T)} + 63) / 64 * 64;
+  return start;
+}
+
+// pixels past the end of a line that vectors may compute, and lines that are resampled at a time
+constexpr int64_t kResampleMargin = 6, kResampleLines = 16;
+
+// bytes of a line in scratch memory; vectors write up to 16 past it
+inline int64_t resample_stride(int64_t width) {
+  return (3 * width + 16 + 63) / 64 * 64;
+}
+
+// largest number of input pixels for one output pixel
+inline int64_t resample_taps(int64_t in, int64_t out) {
+  return 2 * ((2 * std::max(in, out) + out - 1) / out) + 1;
+}
+
+// rows of the input that are read for kResampleLines of the output, with weight 0 too
+inline int64_t resample_rows_held(int64_t in, int64_t out) {
+  return kResampleLines * in / out + resample_taps(in, out) + 4;
+}
+
 struct Kernels {
   const char* name;
   // whether no noise was NaN
@@ -127,6 +168,8 @@ struct Kernels {
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
   void (*add_rows)(const RowSum* sums, int64_t count, Type table_type, const View& out, int64_t first, int64_t width);
   void (*copy_row)(Type a_type, const void* a, Type out_type, void* out, int64_t width);
+  // the number of pixels that its two passes made
+  int64_t (*resample)(const Resample&);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;

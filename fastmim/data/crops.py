@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,15 +13,14 @@ ATTEMPTS = 10
 BLOCKS = (2 * ATTEMPTS + 3 + 3) // 4
 
 
-@dataclass(frozen=True)
-class Crop:
+class Crop(NamedTuple):
     """A box within an image, in pixels; `flip` mirrors it horizontally."""
 
     left: int
     top: int
     width: int
     height: int
-    flip: bool
+    flip: bool | int
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Crops:
         ratio: (low, high) ratio of width to height, drawn log-uniformly.
         flip: mirror half of the crops.
         repeats: crops per image.
+        patch: (h, w) of the patches that are made of each crop; None: whole crops.
     """
 
     size: tuple[int, int]
@@ -40,6 +41,7 @@ class Crops:
     ratio: tuple[float, float]
     flip: bool
     repeats: int
+    patch: tuple[int, int] | None = None
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """Return the random numbers (n, repeats, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
@@ -47,23 +49,33 @@ class Crops:
         pairs = np.repeat(samples, repeats), np.tile(np.arange(repeats), n)
         return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, repeats, -1)
 
-    def boxes(self, draws: Floats, width: int, height: int) -> list[Crop]:
-        """Return the crops of an image of that size from its random numbers (repeats, 4 * BLOCKS)."""
-        return [self._box(numbers.tolist(), width, height) for numbers in draws]
+    def boxes(self, draws: Floats, width: Ints | int, height: Ints | int) -> Ints:
+        """Return the crops (n, repeats, 5) of images of those sizes from their random numbers (n, repeats, 4 * BLOCKS).
 
-    def _box(self, numbers: list[float], width: int, height: int) -> Crop:
+        Each is left, top, width, height and 1 to mirror it, as in `Crop`.
+        """
         (low, high), least, most = self.scale, math.log(self.ratio[0]), math.log(self.ratio[1])
-        x, y, coin = numbers[2 * ATTEMPTS : 2 * ATTEMPTS + 3]
-        for attempt in range(ATTEMPTS):
-            area = width * height * (low + (high - low) * numbers[2 * attempt])
-            ratio = math.exp(least + (most - least) * numbers[2 * attempt + 1])
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if 0 < w <= width and 0 < h <= height:
-                left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+        n, repeats = draws.shape[:2]
+        numbers = draws.reshape(n * repeats, -1)
+        full = np.empty((2, n * repeats), np.int64)
+        for axis, size in enumerate((width, height)):
+            full[axis] = np.repeat(size, n * repeats // np.size(size))
+        # of a shape that no attempt fits: the largest centred box of an allowed aspect ratio
+        box = np.stack([np.rint(full[1] * self.ratio[1]), np.rint(full[0] / self.ratio[0])]).astype(np.int64)
+        box = np.maximum(1, np.minimum(full, box))
+        start = (full - box) // 2
+        rows = np.arange(n * repeats)
+        for attempt in range(0, 2 * ATTEMPTS, 2):
+            area = full[0, rows] * full[1, rows] * (low + (high - low) * numbers[rows, attempt])
+            # math's exp, since NumPy's differs between processors
+            ratio = np.array([math.exp(x) for x in (least + (most - least) * numbers[rows, attempt + 1]).tolist()])
+            tried = np.rint(np.sqrt([area * ratio, area / ratio]))
+            fits = ((tried > 0) & (tried <= full[:, rows])).all(0)
+            box[:, rows[fits]] = tried[:, fits]
+            place = numbers[rows[fits], 2 * ATTEMPTS : 2 * ATTEMPTS + 2].T
+            start[:, rows[fits]] = place * (full[:, rows[fits]] - box[:, rows[fits]] + 1)
+            rows = rows[~fits]
+            if not len(rows):
                 break
-        else:
-            # no attempt fits: the largest centred box of an allowed aspect ratio
-            w = max(1, min(width, round(height * self.ratio[1])))
-            h = max(1, min(height, round(width / self.ratio[0])))
-            left, top = (width - w) // 2, (height - h) // 2
-        return Crop(left, top, w, h, self.flip and coin < 0.5)
+        flip = (numbers[:, 2 * ATTEMPTS + 2] < 0.5) & self.flip
+        return np.stack([*start, *box, flip], axis=1).reshape(n, repeats, 5)

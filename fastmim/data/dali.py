@@ -17,17 +17,22 @@ from torch.utils.dlpack import from_dlpack
 
 from . import images, jpeg
 from .crops import Crop, Crops
-from .images import Note, Pixels, Unreadable, ignore
-from .philox import Floats
+from .images import Note, Unreadable, ignore
+from .philox import Floats, Ints
+from .resample import Pixels, cut
 from .transfer import Link, Row
 
 
 class Job(NamedTuple):
-    """A plain JPEG, its crops, and the box to decode: the region that covers the crops, or the whole image."""
+    """A plain JPEG, its crops, and the box to decode: the region that covers the crops, or the whole image.
+
+    `ids` (repeats, k) are the patches to make; None: whole crops.
+    """
 
     data: bytes
     crops: list[Crop]
     box: Crop
+    ids: Ints | None
 
 
 class Dali:
@@ -53,15 +58,18 @@ class Dali:
         self._pipeline: Any = None
         self._capacity = 0
 
-    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> Job | list[Pixels]:
-        assert isinstance(data, bytes)
+    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Job | Pixels:
         size = jpeg.plain_size(data)
         if size:
-            crops = self.crops.boxes(draws, *size)
-            return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False))
-        return images.resized_crops(images.decode(data, note), self.crops, draws)
+            crops = self._boxes(draws, size)
+            return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), ids)
+        image = images.decode(data, note)
+        return cut(image, self._boxes(draws, image.size), self.crops, ids).made()
 
-    def finish(self, prepared: list[Job | list[Pixels]]) -> tuple[list[Row], dict[int, str]]:
+    def _boxes(self, draws: Floats, size: tuple[int, int]) -> list[Crop]:
+        return [Crop(*box) for box in self.crops.boxes(draws[None], *size)[0].tolist()]
+
+    def finish(self, prepared: list[Job | Pixels]) -> tuple[list[Row], dict[int, str]]:
         jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}
         rows: dict[int, Row] = {place: item for place, item in enumerate(prepared) if not isinstance(item, Job)}
         decoded = dict(zip(jobs, self._decode(list(jobs.values()))))
@@ -71,15 +79,13 @@ class Dali:
                 rows[place] = crops
                 continue
             try:
-                rows[place] = self._resize(images.decode(jobs[place].data), jobs[place].crops)
+                job = jobs[place]
+                rows[place] = cut(images.decode(job.data), job.crops, self.crops, job.ids).made()
             except Unreadable as error:
                 bad[place] = str(error)
         if len(jobs) > 1 and not bad and all(crops is None for crops in decoded.values()):
             raise RuntimeError("DALI decodes no file of a batch, but Pillow decodes all: is DALI installed properly?")
         return [rows[place] for place in range(len(prepared)) if place not in bad], bad
-
-    def _resize(self, image: Any, crops: list[Crop]) -> list[Pixels]:
-        return [images.resize(image, crop, self.crops.size) for crop in crops]
 
     def _decode(self, jobs: list[Job]) -> list[Row | None]:
         """Return the crops of each job, or None for a file that DALI can't decode.
@@ -148,7 +154,11 @@ class Dali:
         inside = [[_relative(crop, job.box) for crop in job.crops] for job in jobs]
         if self.link is None:
             (out,) = pipeline.run()
-            return list(self._pool.map(lambda place: self._resize(out.at(place), inside[place]), range(len(jobs))))
+
+            def made(place: int) -> Pixels:
+                return cut(np.ascontiguousarray(out.at(place)), inside[place], self.crops, jobs[place].ids).made()
+
+            return list(self._pool.map(made, range(len(jobs))))
         for repeat, crops in enumerate(zip(*inside)):
             feed(f"start{repeat}", [(crop.top, crop.left) for crop in crops])
             feed(f"shape{repeat}", [(crop.height, crop.width) for crop in crops])

@@ -26,6 +26,7 @@ import torch
 from .._version import __version__
 from . import images
 from .crops import Crop, Crops
+from .resample import Cut, cut
 
 # seconds; they include starting CUDA and DALI
 LIMIT = 120.0
@@ -141,14 +142,15 @@ def check(device: torch.device, regions: bool) -> None:
             if found is None:
                 raise RuntimeError("DALI gives no pixels of a plain JPEG")
             assert isinstance(job, Job)
+            assert not isinstance(found, Cut)
             for crop, pixels in zip(job.crops, found, strict=True):
-                _compare(pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else pixels, data, crop)
+                _compare(pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else pixels, data, crop, crops)
     finally:
         decoder.close()
 
 
-def _compare(found: Any, data: bytes, crop: Crop) -> None:
-    expected = images.resize(images.decode(data), crop, (64, 64))
+def _compare(found: Any, data: bytes, crop: Crop, crops: Crops) -> None:
+    expected = cut(images.decode(data), [crop], crops).made()[0]
     difference = float(np.abs(found.astype(np.float64) - expected).mean())
     if not difference < TOLERANCE:
         raise RuntimeError(f"pixels of a crop are {difference:.1f} grey levels off")

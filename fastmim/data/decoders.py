@@ -8,12 +8,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from . import dali_probe, images, jpeg
 from .crops import Crops
-from .images import Note, Pixels, ignore
-from .philox import Floats
+from .images import Note, ignore
+from .philox import Floats, Ints
+from .resample import Pixels, cut
 from .transfer import Row, link_to
 
 BACKENDS = ("dali", "simplejpeg", "pillow")
@@ -33,11 +35,13 @@ def installed(backend: str) -> bool:
         return False
 
 
-def choose(backend: str, device: torch.device) -> str:
+def choose(backend: str, device: torch.device, patchwise: bool = False) -> str:
     """Return the backend that serves a device: "auto" is DALI on a GPU, else simplejpeg if installed, else Pillow.
 
+    On a GPU DALI resamples whole crops only.
+
     Raises:
-        ValueError: the backend is unknown or not installed.
+        ValueError: the backend is unknown or not installed, or doesn't resample patches.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
@@ -48,10 +52,12 @@ def choose(backend: str, device: torch.device) -> str:
             raise ValueError(
                 f"backend {backend!r} needs {PACKAGES[missing[0]][0]}: pip install '{PACKAGES[missing[0]][1]}'"
             )
+        if patchwise and backend == "dali" and device.type == "cuda":
+            raise ValueError("backend must be another than 'dali' with patch_size: on a GPU DALI makes whole crops")
         return backend
     if not installed("pillow"):
         raise ValueError("backend 'auto' needs at least Pillow: pip install 'fastmim[images]'")
-    candidates = BACKENDS if device.type == "cuda" else BACKENDS[1:]
+    candidates = BACKENDS if device.type == "cuda" and not patchwise else BACKENDS[1:]
     return next(name for name in candidates if installed(name))
 
 
@@ -60,10 +66,11 @@ class Decoder(Protocol):
 
     crops: Crops
 
-    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> Any:
-        """Return the crops of a sample, each (H, W, 3), or an object that `finish` turns into them.
+    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Any:
+        """Return the crops of a sample, or with `ids` (repeats, k) these patches of them, as `Row` describes.
 
-        `note` is called with remarks on the image. Raises Unreadable.
+        It may be an object that `finish` turns into a row. `note` is called with remarks on the image. Raises
+        Unreadable.
         """
 
     def finish(self, prepared: list[Any]) -> tuple[list[Row], dict[int, str]]:
@@ -79,26 +86,23 @@ class CpuDecoder:
     def __init__(self, crops: Crops, decode: Callable[[Any, Note], Any]) -> None:
         self.crops, self._decode = crops, decode
 
-    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore) -> list[Pixels]:
-        return images.resized_crops(self._decode(data, note), self.crops, draws)
+    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Pixels:
+        image = self._decode(data, note)
+        size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+        return cut(image, self.crops.boxes(draws[None], *size)[0].tolist(), self.crops, ids).made()
 
-    def finish(self, prepared: list[list[Pixels]]) -> tuple[list[Row], dict[int, str]]:
+    def finish(self, prepared: list[Pixels]) -> tuple[list[Row], dict[int, str]]:
         return list(prepared), {}
 
     def close(self) -> None:
         pass
 
 
-# "packed" reads pixels, which need no decoding
-DECODE: dict[str, Callable[[Any, Note], Any]] = {
-    "pillow": images.decode,
-    "simplejpeg": jpeg.decode,
-    "packed": lambda pixels, note: pixels,
-}
+DECODE: dict[str, Callable[[Any, Note], Any]] = {"pillow": images.decode, "simplejpeg": jpeg.decode}
 
 
 def make(backend: str, crops: Crops, device: torch.device, threads: int) -> Decoder:
-    """Return the decoder of a backend, or of packed datasets for "packed"."""
+    """Return the decoder of a backend."""
     if backend != "dali":
         return CpuDecoder(crops, DECODE[backend])
     from .dali import Dali

@@ -1,4 +1,4 @@
-"""Decode image files to 8-bit RGB with Pillow, and resize crops with PyTorch.
+"""Decode image files to 8-bit RGB with Pillow.
 
 Pillow decides which files are readable, on every backend: the other decoders get only files that Pillow reads too.
 """
@@ -12,16 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from . import formats
-from .crops import Crop, Crops
-from .philox import Floats
+from .resample import Pixels
 
 logger = logging.getLogger("fastmim.data")
 
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]  # (H, W, 3)
 # is called with a remark on an image that is served nevertheless
 Note = Callable[[str], object]
 
@@ -35,8 +31,6 @@ SIXTEEN = (0, 0xFFFF)
 # formats whose grey images of more than 8 bits Pillow scales to 16 bits, whatever maximum the file states
 SCALED = {"PNG", "PPM", "JPEG2000"}
 DIM = "16-bit values that are all below 4096 are served nearly black: scale them, or state their range in TIFF"
-# PyTorch splits operations of at least this many elements among its own threads; the loader has threads already
-SERIAL = 32768
 
 _memory = threading.local()
 
@@ -184,43 +178,12 @@ def _upright(image: Any, rgb: Any) -> Any:
     return rgb.transpose(turns[orientation]) if orientation in turns else rgb
 
 
-def resized_crops(image: Any, crops: Crops, draws: Floats) -> list[Pixels]:
-    """Return the crops of a PIL image, or of pixels (H, W, 3), that the random numbers `draws` determine."""
-    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-    return [resize(image, crop, crops.size) for crop in crops.boxes(draws, width, height)]
-
-
-def resize(image: Any, crop: Crop, size: tuple[int, int]) -> Pixels:
-    """Return a crop of a PIL image, or of pixels (H, W, 3), resized to `size` (H, W): bicubic, antialiased.
-
-    PyTorch resizes on every backend, in two passes as Pillow does: 2.5 times as fast, rarely more than 1 grey level
-    from Pillow's result and never more than 2. (A Pillow that makes the vertical pass first is farther away.)
-    """
-    right, bottom = crop.left + crop.width, crop.top + crop.height
-    if isinstance(image, np.ndarray):
-        box = image[crop.top : bottom, crop.left : right]
-    else:
-        box = np.asarray(image.crop((crop.left, crop.top, right, bottom)))
-    # always a copy, since PyTorch warns of read-only memory; the batch axis is added by PyTorch, since with NumPy's
-    # stride for that axis it would resize each channel apart
-    pixels = scratch(box.size)
-    np.copyto(pixels.reshape(box.shape), box)
-    batch = torch.from_numpy(pixels).view(1, *box.shape).permute(0, 3, 1, 2)
-    resized = F.interpolate(batch, size, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
-    if not crop.flip:
-        out: Pixels = resized.numpy()
-        return out
-    rows = max(1, (SERIAL - 1) // resized[0].numel())
-    return np.concatenate([part.flip(1).numpy() for part in resized.split(rows)])
-
-
-def scratch(size: int, purpose: str = "resize") -> Pixels:
-    """Return uint8 memory (size,) that the next call in this thread for the same purpose overwrites.
+def scratch(size: int) -> Pixels:
+    """Return uint8 memory (size,) that the next call in this thread overwrites.
 
     Allocating memory anew for each image takes an eighth of the time of decoding it.
     """
-    memory: Pixels | None = getattr(_memory, purpose, None)
+    memory: Pixels | None = getattr(_memory, "scratch", None)
     if memory is None or len(memory) < size:
-        memory = np.empty(size, np.uint8)
-        setattr(_memory, purpose, memory)
+        _memory.scratch = memory = np.empty(size, np.uint8)
     return memory[:size]

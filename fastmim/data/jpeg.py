@@ -214,7 +214,7 @@ def decode(data: bytes, note: Note = ignore) -> Any:
     size = plain_size(data)
     if size:
         try:
-            return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=scratch(3 * size[0] * size[1], "decode"))
+            return simplejpeg.decode_jpeg(data, "RGB", strict=True, buffer=scratch(3 * size[0] * size[1]))
         except ValueError:
             pass  # damaged: Pillow decides whether it is readable, and gives the reason
     return images.decode(data, note)

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from .._checks import axes, check_count
+from .._patches import Patches
 from .crops import Crops
 from .decoders import choose, make
+from .feeds import Decoding, Feed, Mapped, Supply
 from .images import Notes
 from .loader_state import FORMAT, accept, contents
+from .masks import Masks
 from .order import Order
 from .packed import Packed
 from .prefetch import Position, Prefetcher
@@ -38,6 +42,20 @@ class Batch(NamedTuple):
     """
 
     images: Tensor
+    labels: Tensor | None
+    ids: Tensor
+
+
+class PatchBatch(NamedTuple):
+    """A batch of patches that were read without their images.
+
+    patches: `Patches` of uint8 (B, K, P) visible and (B, M, P) predicted patches, values in order (3, height, width).
+    mask: the `Mask` of their ids.
+    labels, ids: as in `Batch`.
+    """
+
+    patches: Patches
+    mask: Any
     labels: Tensor | None
     ids: Tensor
 
@@ -99,6 +117,13 @@ class ImageLoader:
         drop_last: leave out the remainder of an epoch that fills no global batch.
         on_error: "skip", or "raise" at the first sample that can't be read.
         quarantine: the file that lists skipped samples; None: quarantine.jsonl in the source's folder.
+        patch_size: int or (height, width): read patches of this size and yield `PatchBatch` instead of `Batch`. Only
+            the patches of each crop's mask are resampled and sent to the device; from packed datasets, only those are
+            read too. They equal the patches of the whole crops bit for bit.
+        masking: with patch_size, the function `masking(seeds (B,)) -> Mask` of the masks, such as
+            `lambda seeds: fastmim.masking.random(len(seeds), 196, 0.75, seeds=seeds)`. The int64 seeds depend on seed,
+            epoch and sample alone; crops of the same image have the same. Ids are those of the crop as it is served,
+            mirrored or not. The numbers of visible and predicted patches must not change from call to call.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -124,6 +149,8 @@ class ImageLoader:
         drop_last: bool = True,
         on_error: str = "skip",
         quarantine: str | os.PathLike[str] | None = None,
+        patch_size: int | tuple[int, int] | None = None,
+        masking: Callable[[Tensor], Any] | None = None,
     ) -> None:
         check_count("batch_size", batch_size, 1)
         check_count("repeats", repeats, 1)
@@ -137,16 +164,20 @@ class ImageLoader:
             raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
         rank, world = _shard(shard)
         height, width = axes("image_size", image_size, 2)
-        crops = (height, width), _interval("scale", scale, 1.0), _interval("ratio", ratio, None), flip, repeats
+        intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
+        patch = _patch((height, width), patch_size, masking)
         self.device = _device(device)
-        self.backend = choose(backend, self.device)
+        self.backend = choose(backend, self.device, patch is not None)
         self.source = open_source(source)
         if isinstance(self.source, Packed):
             self.backend = "packed"
         self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
         if not len(self.order):
             raise TooFewImages(len(self.source.names), batch_size, world)
-        self.crops = Crops(*crops)
+        self.crops = Crops((height, width), *intervals, flip, repeats, patch)
+        self._masks: Masks | None = None
+        if patch is not None and masking is not None:
+            self._masks = Masks(masking, seed, height // patch[0] * (width // patch[1]))
         self.num_threads = num_threads or available_cpus()
         self.on_error = on_error
         path = Path(quarantine) if quarantine is not None else self.source.root / NAME
@@ -185,7 +216,7 @@ class ImageLoader:
         """Reasons why samples couldn't be read, by sample number; includes samples decoded ahead."""
         return dict(self.quarantine.reasons)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         """Return an iterator over the next epoch, or after load_state_dict over the rest of the interrupted one.
 
         Its threads end with it, also when a loop over it is left early.
@@ -197,18 +228,29 @@ class ImageLoader:
         return _Iteration(self, self._position, self._newest)
 
     def _prefetcher(self, start: Position) -> Prefetcher:
-        device = self.device
+        # the threads must not refer to this loader
+        device, order, crops, masks, notes = self.device, self.order, self.crops, self._masks, self._notes
+        threads = self.num_threads
         if device.type == "cuda" and device.index is None:
             # read in this thread, since each thread has a current device of its own
             device = torch.device("cuda", torch.cuda.current_device())
+        open_feed: Callable[[Supply, threading.Event], Feed]
+        if isinstance(source := self.source, Packed):
+
+            def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
+                return Mapped(supply, source, crops, threads, order.seed, masks)
+        else:
+            decoder = make(self.backend, crops, device, threads)
+
+            def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
+                return Decoding(supply, source, decoder, notes, threads, order.seed, order.batch_size, masks, stopped)
+
         return Prefetcher(
-            self.source,
-            self.order,
-            make(self.backend, self.crops, device, self.num_threads),
+            source,
+            order,
+            open_feed,
             transfer_to(device),
             self.quarantine,
-            self._notes,
-            self.num_threads,
             self.on_error == "raise",
             start,
         )
@@ -283,7 +325,7 @@ class ImageLoader:
         self._newest += 1
 
 
-class _Iteration(Iterator[Batch]):
+class _Iteration(Iterator[Any]):
     """Iterator over one epoch or the rest of one. Its threads start when the first batch is asked for."""
 
     def __init__(self, loader: ImageLoader, start: Position, number: int) -> None:
@@ -291,7 +333,7 @@ class _Iteration(Iterator[Batch]):
         self._prefetcher: Prefetcher | None = None
         self._over = False
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Batch | PatchBatch:
         if self._over:
             raise StopIteration
         if self._prefetcher is None:
@@ -306,12 +348,16 @@ class _Iteration(Iterator[Batch]):
         if prefetched is None:
             self._over = True
             raise StopIteration
-        images = self._prefetcher.transfer.receive(prefetched.sent).permute(0, 3, 1, 2)
+        values, mask = self._prefetcher.transfer.receive(prefetched.sent), prefetched.sent.mask
         ids = np.repeat(np.array(prefetched.samples, dtype=np.int64), self._loader.crops.repeats)
         of_source = self._loader.source.labels
         labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))
         self._loader._advance(prefetched.after, self._number)
-        return Batch(images, labels, torch.from_numpy(ids))
+        numbers = torch.from_numpy(ids)
+        if mask is None:
+            return Batch(values.permute(0, 3, 1, 2), labels, numbers)
+        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
+        return PatchBatch(Patches(visible, predicted), mask, labels, numbers)
 
     def __reduce__(self) -> Any:
         raise TypeError("an iteration can't be pickled: pickle the ImageLoader, and its state_dict()")
@@ -327,6 +373,21 @@ def _shard(shard: object) -> tuple[int, int]:
     check_count("shard's world", world, 1)
     check_count("shard's rank", rank, 0, world - 1)
     return rank, world
+
+
+def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int, int] | None:
+    """Check the arguments of patches, and return (height, width) of one."""
+    if (patch_size is None) != (masking is None):
+        given, other = ("patch_size", "masking")[:: 1 if masking is None else -1]
+        raise ValueError(f"pass both or neither of patch_size and masking; got {given} without {other}")
+    if patch_size is None:
+        return None
+    if not callable(masking):
+        raise TypeError(f"masking must be a function of seeds that returns a mask, got {type(masking).__name__}")
+    height, width = axes("patch_size", patch_size, 2)
+    if size[0] % height or size[1] % width:
+        raise ValueError(f"patch_size must divide image_size {size}, got {patch_size!r}")
+    return height, width
 
 
 def _interval(name: str, value: object, most: float | None) -> tuple[float, float]:

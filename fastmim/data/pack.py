@@ -13,13 +13,13 @@ import numpy as np
 
 from .._checks import check_count
 from . import images
-from .crops import Crop
 from .formats import first_names
-from .images import Note, Notes, Pixels, Unreadable
+from .images import Note, Notes, Unreadable
 from .lock import NAME as LOCK
 from .lock import Lock
 from .packed import FORMAT, INDEX, Packed, read_json, replaced, shard_files, write_json
 from .quarantine import NAME, Quarantine
+from .resample import Pixels, resized
 from .sources import Source, open_source
 from .threads import map_ahead
 
@@ -307,4 +307,4 @@ def _reduced(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
     if share >= 1:
         return np.asarray(image)
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
-    return images.resize(image, Crop(0, 0, width, height, False), size)
+    return resized(image, size)

@@ -19,8 +19,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .images import Pixels, Unreadable
+from .crops import Crops
+from .images import Unreadable
 from .philox import Ints
+from .resample import Cut, Pixels
 
 INDEX = "packed.json"
 FORMAT = "fastmim packed dataset 1"
@@ -131,10 +133,8 @@ class Packed:
         if sample in self.reasons:
             raise Unreadable(self.reasons[sample])
         shard = sample // self._shard_size
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(shard_files(self.root, shard)[0], np.uint8, "r")
         start, height, width, checksum = self._places[sample].tolist()
-        flat = self._maps[shard][start : start + height * width * 3]
+        flat = self._mapped(shard)[start : start + height * width * 3]
         if not self._verified[sample]:
             if zlib.crc32(flat.data) != checksum:
                 raise ValueError(
@@ -142,7 +142,31 @@ class Packed:
                     f"{self.names[sample]} differs; remove it and run the same `fastmim pack` again"
                 )
             self._verified[sample] = 1
-        return np.asarray(flat).reshape(height, width, 3)
+        return flat.reshape(height, width, 3)
+
+    def _mapped(self, shard: int) -> Pixels:
+        if shard not in self._maps:
+            self._maps[shard] = np.asarray(np.memmap(shard_files(self.root, shard)[0], np.uint8, "r"))
+        return self._maps[shard]
+
+    def unverified(self, samples: Ints) -> list[int]:
+        """Return the samples whose checksum `read` has not verified yet."""
+        return [sample for sample in samples.tolist() if not self._verified[sample]]
+
+    def sizes(self, samples: Ints) -> tuple[Ints, Ints]:
+        """Return the widths and the heights of images; 0 of those that couldn't be read."""
+        return self._places[samples, 2], self._places[samples, 1]
+
+    def cut(self, samples: Ints, boxes: Ints, crops: Crops, ids: Ints | None, threads: int) -> Cut:
+        """Return the crops `boxes` (n, repeats, 5) of images (n,), to be resampled from mapped memory."""
+        shards, which = np.unique(samples // self._shard_size, return_inverse=True)
+        repeats = boxes.shape[1]
+        start, _, width = self._places[np.repeat(samples, repeats), :3].T
+        left, top, box_width, box_height, flip = boxes.reshape(-1, 5).T
+        step = 3 * width
+        rows = np.repeat(which, repeats), start + step * top + 3 * left, step, box_height, box_width, flip
+        sources = [self._mapped(shard) for shard in shards.tolist()]
+        return Cut(sources, np.stack(rows, 1), crops.size, crops.patch, ids, threads)
 
     def checksum(self, sample: int) -> int:
         """Return the CRC-32 of an image's pixels, 0 where there are none."""

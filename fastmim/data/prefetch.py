@@ -1,4 +1,4 @@
-"""Make the batches of an epoch in background threads: a pool reads and decodes ahead, one thread assembles batches.
+"""Make the batches of an epoch in background threads.
 
 Nothing here refers to the loader or to its iteration, so the threads end when the consumer drops the iteration.
 """
@@ -7,18 +7,15 @@ import atexit
 import os
 import queue
 import threading
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from .decoders import Decoder
-from .images import Notes, Unreadable
+from .feeds import Feed, Supply
+from .masks import concatenated
 from .order import Order
 from .quarantine import Quarantine
 from .sources import Source
-from .threads import AHEAD
 from .transfer import Host, Row, Sent
 
 # finished batches that wait to be consumed
@@ -36,7 +33,7 @@ class Position:
 
 @dataclass
 class Prefetched:
-    """A batch: its images (n * repeats, H, W, 3) as sent, its n sample numbers, and the position after it."""
+    """A batch: its crops or patches (n * repeats, ...) as sent, its n sample numbers, and the position after it."""
 
     sent: Sent
     samples: list[int]
@@ -52,18 +49,14 @@ class Prefetcher:
 
     source: Source
     order: Order
-    decoder: Decoder
+    open_feed: Callable[[Supply, threading.Event], Feed]
     transfer: Host
     quarantine: Quarantine
-    notes: Notes
-    threads: int
     raising: bool
     start: Position
     pid: int = field(default_factory=os.getpid)
 
     def __post_init__(self) -> None:
-        # samples found unreadable in this epoch; the next epoch tries them again, since they may be repaired
-        self._bad: dict[int, str] = {}
         self._ready: queue.Queue[Prefetched | BaseException | None] = queue.Queue(READY)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastmim-prefetch", daemon=True)
@@ -98,14 +91,12 @@ class Prefetcher:
     # ---- in the background -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        pool = ThreadPoolExecutor(self.threads, "fastmim-decode")
+        feed: Feed | None = None
         try:
-            self._samples, self._own = self.order.epoch(self.start.epoch)
-            self._submissions = self._submit(pool)
-            self._pending: deque[tuple[int, Future[Any]]] = deque()
+            samples, self._own = self.order.epoch(self.start.epoch)
+            supply = Supply(samples, self._own, self.start.consumed, self.start.epoch)
+            self._feed = feed = self.open_feed(supply, self._stopped)
             self._tried = self._failed = 0
-            # position in the order after the last submitted sample
-            self._submitted = self.start.consumed
             position = self.start
             for batch in range(self.start.batches, len(self.order)):
                 prefetched = self._make(self.order.size(batch), position)
@@ -116,8 +107,8 @@ class Prefetcher:
         except BaseException as error:
             self._put(error)
         finally:
-            pool.shutdown(cancel_futures=True)
-            self.decoder.close()
+            if feed is not None:
+                feed.close()
 
     def _put(self, item: Prefetched | BaseException | None) -> bool:
         """Hand an item to the consumer; return False if the iteration was stopped meanwhile."""
@@ -129,41 +120,13 @@ class Prefetcher:
                 continue
         return False
 
-    def _submit(self, pool: ThreadPoolExecutor) -> Iterator[tuple[int, Future[Any]]]:
-        """Yield samples from the start position on, without end, each submitted to the pool when it is asked for."""
-        samples = self._samples
-        # after the samples of the epoch, those beyond this shard's own part repeat
-        at, beyond = self.start.consumed, len(samples) - self._own
-        while True:
-            if at >= len(samples):
-                at = self._own + (at - self._own) % beyond
-            part = samples[at : at + self.order.batch_size]
-            draws = self.decoder.crops.draws(self.order.seed, self.start.epoch, part)
-            for sample, numbers in zip(part.tolist(), draws):
-                yield sample, pool.submit(self._prepare, sample, numbers)
-            at += len(part)
-
-    def _prepare(self, sample: int, draws: Any) -> Any:
-        if self._stopped.is_set():
-            raise RuntimeError("stopped")
-        if sample in self._bad:
-            raise Unreadable(self._bad[sample])
-        return self.decoder.prepare(self.source.read(sample), draws, self.notes.on(self.source.names[sample]))
-
-    def _next(self) -> tuple[int, Future[Any]]:
-        # samples beyond this shard's own part are not decoded ahead, since few epochs need them
-        while not self._pending or (len(self._pending) <= AHEAD * self.threads and self._submitted < self._own):
-            self._pending.append(next(self._submissions))
-            self._submitted += 1
-        return self._pending.popleft()
-
     def _make(self, size: int, before: Position) -> Prefetched:
         """Return a batch of the next `size` readable samples.
 
         Where this shard's own part of the epoch has fewer left, samples of the epoch are repeated with `drop_last` or
         if none is left; otherwise the batch is short.
         """
-        consumed, samples, rows = before.consumed, list[int](), list[Row]()
+        consumed, samples, rows, masks = before.consumed, list[int](), list[Row](), list[Any]()
         while len(samples) < size:
             missing = size - len(samples)
             left = self._own - consumed
@@ -173,40 +136,23 @@ class Prefetcher:
                 missing = 1
             elif left > 0:
                 missing = min(missing, left)
-            good, crops = self._decode(missing)
+            taken = self._feed.take(missing)
+            self._record(missing, taken.good, taken.bad)
             consumed += missing
-            samples += good
-            rows += crops
-        return Prefetched(self.transfer.send(rows), samples, Position(before.epoch, before.batches + 1, consumed))
+            samples += taken.good
+            rows += taken.rows
+            masks += taken.masks
+        sent = self.transfer.send(rows, concatenated(masks) if masks else None)
+        return Prefetched(sent, samples, Position(before.epoch, before.batches + 1, consumed))
 
-    def _decode(self, count: int) -> tuple[list[int], list[Row]]:
-        """Return the readable ones of the next `count` samples, and their crops."""
-        good: list[int] = []
-        prepared: list[Any] = []
-        taken = [self._next() for _ in range(count)]
-        # a single wait for all: after each result this thread would take turns with the pool
-        wait([future for _, future in taken])
-        for sample, future in taken:
-            try:
-                prepared.append(future.result())
-                good.append(sample)
-            except Unreadable as error:
-                self._fail(sample, str(error))
-        rows, bad = self.decoder.finish(prepared) if prepared else ([], {})
-        for place, reason in bad.items():
-            self._fail(good[place], reason)
-        self._tried += count
+    def _record(self, tried: int, good: list[int], bad: list[tuple[int, str]]) -> None:
+        """Record which of the samples tried can be read, or raise if others must not be skipped."""
+        for sample, reason in bad:
+            self._failed += 1
+            name = self.source.names[sample]
+            if self.raising:
+                raise RuntimeError(f"sample {sample}, {name}, can't be read: {reason}")
+            self.quarantine.add(sample, name, reason)
+        self._tried += tried
         self.quarantine.check(self._tried, self._failed)
-        served = [sample for place, sample in enumerate(good) if place not in bad]
-        for sample in served:
-            self.quarantine.remove(sample, self.source.names[sample])
-        return served, rows
-
-    def _fail(self, sample: int, reason: str) -> None:
-        """Record an unreadable sample, or raise if there may be none."""
-        self._failed += 1
-        name = self.source.names[sample]
-        if self.raising:
-            raise RuntimeError(f"sample {sample}, {name}, can't be read: {reason}")
-        self._bad[sample] = reason
-        self.quarantine.add(sample, name, reason)
+        self.quarantine.remove_all(good, self.source.names)

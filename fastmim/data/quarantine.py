@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 logger = logging.getLogger("fastmim.data")
@@ -42,6 +43,12 @@ class Quarantine:
         if self.reasons.pop(sample, None) is not None:
             logger.warning("%a can be read again", name)
         self._list(sample, name, None)
+
+    def remove_all(self, samples: Sequence[int], names: Sequence[str]) -> None:
+        """Record that samples can be read; `names` are those of all samples."""
+        if self.reasons or self._listed != set():
+            for sample in samples:
+                self.remove(sample, names[sample])
 
     def _list(self, sample: int, name: str, reason: str | None) -> None:
         """Append a line, unless the file states this already."""

@@ -17,11 +17,12 @@ from typing import Protocol
 import numpy as np
 
 from . import formats
-from .images import Pixels, Unreadable
+from .images import Unreadable
 from .lock import NAME as LOCK
 from .packed import INDEX, Packed
 from .philox import Ints
 from .quarantine import NAME
+from .resample import Pixels
 from .tar_members import COMPRESSED
 from .tars import Image, images_in
 

@@ -8,34 +8,35 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Pixels
+from .masks import joined, tensors
+from .resample import Cut, Pixels
 
-# the crops of a sample: each (H, W, 3) in host memory, or all on the device as (repeats, H, W, 3)
-Row = list[Pixels] | Tensor
+# crops of samples: (n, H, W, 3) in host memory or on the device, or n that are to be resampled; or patches (n, k, P)
+Row = Pixels | Cut | Tensor
 # pinned buffers, used in turn: one is filled while another is copied
 BUFFERS = 2
 
 
 class Sent(NamedTuple):
-    """A batch on its device; a copy to it is complete at `event`, or already if that is None."""
+    """A batch on its device, with its mask; copies to it are complete at `event`, or already if that is None."""
 
     images: Tensor
     event: Any = None
+    mask: Any = None
 
 
 class Host:
     """Maker of batches in host memory."""
 
-    def send(self, rows: Sequence[Row]) -> Sent:
-        """Stack the crops of all samples into a batch (n * repeats, H, W, 3)."""
-        crops = _crops(rows)
-        batch = torch.empty(len(crops), *crops[0].shape, dtype=torch.uint8)
-        np.stack(crops, out=batch.numpy())
-        return Sent(batch)
+    def send(self, rows: Sequence[Row], mask: Any = None) -> Sent:
+        """Join the crops of all samples in a batch (B, H, W, 3), or their patches in one (B, k, P)."""
+        rows = _on_host(rows)
+        batch = torch.empty(sum(map(len, rows)), *rows[0].shape[1:], dtype=torch.uint8)
+        _write(rows, batch)
+        return Sent(batch, mask=mask)
 
     def receive(self, sent: Sent) -> Tensor:
         """Return the batch to the thread that consumes it."""
@@ -111,26 +112,29 @@ class Transfer(Host):
         # each buffer, and the event after which it may be overwritten
         self._buffers: list[tuple[Tensor | None, Any]] = [(None, None)] * BUFFERS
 
-    def send(self, rows: Sequence[Row]) -> Sent:
-        on_host = [row for row in rows if not isinstance(row, Tensor)]
-        sent = self._copied(_crops(on_host)) if on_host else None
+    def send(self, rows: Sequence[Row], mask: Any = None) -> Sent:
+        on_host = _on_host(rows)
+        sent = self._copied(on_host) if on_host else None
         if sent is None or len(on_host) < len(rows):
             sent = self._in_order(rows, sent)
-        return Sent(sent, self.link.mark())
+        mask = None if mask is None else joined([mask], self.link.copied)
+        return Sent(sent, self.link.mark(), mask)
 
     def receive(self, sent: Sent) -> Tensor:
-        self.link.hand_over(sent.images, sent.event)
+        for tensor in (sent.images, *tensors(sent.mask)):
+            self.link.hand_over(tensor, sent.event)
         return sent.images
 
-    def _copied(self, crops: list[Pixels]) -> Tensor:
-        """Stack crops in pinned memory and queue the copy to the device."""
+    def _copied(self, rows: list[Pixels | Cut]) -> Tensor:
+        """Join rows in pinned memory and queue the copy to the device."""
         buffer, event = self._buffers.pop(0)
         if event is not None:
             self.link.wait(event)
-        if buffer is None or len(buffer) < len(crops):
-            buffer = self.link.pinned((len(crops), *crops[0].shape))
-        part = buffer[: len(crops)]
-        np.stack(crops, out=part.numpy())
+        count = sum(map(len, rows))
+        if buffer is None or len(buffer) < count:
+            buffer = self.link.pinned((count, *rows[0].shape[1:]))
+        part = buffer[:count]
+        _write(rows, part)
         copied = self.link.copied(part)
         self._buffers.append((buffer, self.link.mark()))
         return copied
@@ -148,8 +152,20 @@ class Transfer(Host):
         return self.link.joined(parts)
 
 
-def _crops(rows: Sequence[Row]) -> list[Pixels]:
-    return [crop for row in rows for crop in row]
+def _on_host(rows: Sequence[Row]) -> list[Pixels | Cut]:
+    return [row for row in rows if not isinstance(row, Tensor)]
+
+
+def _write(rows: Sequence[Pixels | Cut], batch: Tensor) -> None:
+    """Write rows into a batch one after the other."""
+    out, at = batch.numpy(), 0
+    for row in rows:
+        part = out[at : at + len(row)]
+        if isinstance(row, Cut):
+            row.write(part)
+        else:
+            part[...] = row
+        at += len(row)
 
 
 def transfer_to(device: torch.device) -> Host:

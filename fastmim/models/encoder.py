@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count, check_images, check_number, check_same, check_tensor
+from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
 from ..nn.fused import residual_stream
 from ..nn.patch_embed import add_positions
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, channel_constants, check_sizes
-from .inputs import Patches, first_tensor
+from .inputs import first_tensor
 from .positions import learned, rope_table, rows_of, sincos
 
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import axes
+from .._patches import Patches
 from ..masking import Mask
 from ..nn import linear, run_blocks
 from .encoder import LayerNorm
-from .inputs import Patches
 from .masked_autoencoder import MaskedAutoencoder
 from .output import MAEOutput
 

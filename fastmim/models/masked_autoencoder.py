@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from .. import masking, ops
 from .._checks import check_count, check_tensor
+from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, linear, run_blocks
 from ..nn.patch_embed import normalized
 from ..ops.patches import as_images
 from .arguments import check_sizes
 from .encoder import Encoder, LayerNorm, Position
-from .inputs import Patches, first_tensor, patchify, unpatchify
+from .inputs import first_tensor, patchify, unpatchify
 from .output import MAEOutput
 from .pictures import paste
 

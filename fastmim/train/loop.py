@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..data.lock import Lock, Locked
+from ..data.seeds import mask_seeds
 from . import metrics, objective
 from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config, ConfigError
@@ -26,7 +27,6 @@ from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
-from .seeds import mask_seeds
 from .signals import Interrupted, SignalListener
 from .step import Average, Update, graphed
 

@@ -19,10 +19,14 @@ def test_a_run_prints_a_table_and_writes_its_rows(tmp_path, capsys):
     out = capsys.readouterr().out
     written = json.loads((tmp_path / "out.json").read_text())
     assert [row["backend"] for row in written["rows"]] == [
-        *("torch DataLoader, Pillow, float", "pillow", "simplejpeg", "dali", "packed", "from memory")
+        *("torch DataLoader, Pillow, float", "pillow", "simplejpeg", "dali", "packed"),
+        *("packed, patches at 0.9/0.25", "packed, patches at 0.98/0.1", "from memory"),
     ]
     for row in written["rows"]:
         assert row["backend"] in out and row["images_per_second"] > 0 and len(row["seconds_all"]) == 2
+    # 2 of 4 patches, and their ids
+    pixels, size = (written["rows"][-2][f"share_of_{what}"] for what in ("pixels", "bytes"))
+    assert 0.5 < pixels < 0.8 and 0.5 < size < 0.6
     assert written["rows"][0]["ratio"] == 1 and written["environment"]["bytes_per_image"] > 10_000
 
 

@@ -5,14 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from fastmim.data.crops import Crops
+from fastmim.data.crops import Crop, Crops
 
 MAE = Crops((224, 224), (0.2, 1.0), (3 / 4, 4 / 3), True, 1)
 
 
 def crops_of(crops, count, width, height, seed=0, epoch=0):
     draws = crops.draws(seed, epoch, np.arange(count))
-    return [crop for numbers in draws for crop in crops.boxes(numbers, width, height)]
+    return [Crop(*box) for box in crops.boxes(draws, width, height).reshape(-1, 5).tolist()]
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (64, 64), (1, 1), (1000, 3), (2, 900)])

@@ -232,7 +232,7 @@ def test_rows_on_the_device_and_of_the_host_keep_their_order():
     rows = [np.full((4, 6, 3), value, np.uint8) for value in range(5)]
     on_device = torch.from_numpy(np.stack(rows[1:3]))
     sender = Transfer(link)
-    sent = sender.send([[rows[0]], on_device, [rows[3], rows[4]]])
+    sent = sender.send([rows[0][None], on_device, np.stack(rows[3:])])
     assert (sent.images == GARBAGE).all()
     sender.receive(sent)
     link.finish()

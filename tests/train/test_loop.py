@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastmim import masking
 from fastmim.data import ImageLoader
+from fastmim.data.seeds import WEYL, _mix, mask_seeds
 from fastmim.train import Trainer
 from fastmim.train.config import Config, read
 from fastmim.train.schedule import adamw, learning_rate
-from fastmim.train.seeds import WEYL, _mix, mask_seeds
 
 
 def plain_curve(config: Config, steps: int, data: Path) -> list[float]:

@@ -8,8 +8,10 @@ WEYL, FIRST, SECOND = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEE
 
 
 def mask_seeds(seed: int, epoch: int, ids: Tensor) -> Tensor:
-    """Return seeds (B,) int64 for `fastmim.masking.random`, of the samples `ids` (B,) int64."""
+    """Return seeds (B,) int64 for functions of `fastmim.masking`, of the samples `ids` (B,) int64."""
     mixed = torch.zeros_like(ids)
+    # as a signed 64-bit number
+    seed -= seed >> 63 << 64
     for word in (torch.full_like(ids, seed), torch.full_like(ids, epoch), ids):
         mixed = _mix((mixed ^ word) + WEYL)
     return mixed

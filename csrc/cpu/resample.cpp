@@ -1,0 +1,113 @@
+#include "resample.h"
+
+#include <omp.h>
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "tensors.h"
+
+namespace fastmim::cpu {
+
+namespace py = pybind11;
+
+namespace {
+
+// Memory that Python owns, contiguous
+py::buffer_info contiguous(const char* name, const py::buffer& buffer, int64_t item, bool writable = false) {
+  py::buffer_info info = buffer.request(writable);
+  bool dense = info.itemsize == item;
+  for (int64_t axis = info.ndim - 1, step = item; axis >= 0; step *= info.shape[axis--])
+    dense &= info.shape[axis] < 2 || info.strides[axis] == step;
+  TORCH_CHECK_VALUE(dense, name, " must be contiguous, of ", item, " bytes a value");
+  return info;
+}
+
+// bytes of scratch, rounded up generously
+int64_t scratch_bytes(const Resample& args) {
+  const auto weights = [](int64_t in, int64_t out, int64_t copies) {
+    const int64_t taps = resample_taps(in, out), size = out + kResampleMargin;
+    return 24 * size + 8 * taps * size + 2 * (taps + 1) * size * copies;
+  };
+  const int64_t rows = resample_rows_held(args.height, args.out_height);
+  const int64_t taps = resample_taps(args.width, args.out_width);
+  return weights(args.width, args.out_width, 4) + weights(args.height, args.out_height, 1) +
+         12 * (args.out_width + kResampleMargin) + (rows + kResampleLines) * resample_stride(args.patch_width) +
+         3 * args.width + 3 * taps + 20 * 64;
+}
+
+struct Threads {
+  explicit Threads(int wanted) : before(at::get_num_threads()) { omp_set_num_threads(wanted); }
+  ~Threads() { omp_set_num_threads(before); }
+  int before;
+};
+
+}  // namespace
+
+int64_t resample(const py::list& sources, const py::buffer& boxes, const py::object& ids, const py::buffer& out,
+                 int64_t height, int64_t width, int64_t patch_height, int64_t patch_width, int threads) {
+  std::vector<py::buffer_info> memory;
+  for (const py::handle& source : sources) memory.push_back(contiguous("source", source.cast<py::buffer>(), 1));
+  const py::buffer_info box_info = contiguous("boxes", boxes, 8), target = contiguous("out", out, 1, true);
+  constexpr int64_t kBox = 6;
+  const bool whole = ids.is_none();
+  py::buffer_info patches;
+  if (!whole) patches = contiguous("ids", ids.cast<py::buffer>(), 8);
+  TORCH_CHECK_VALUE(box_info.ndim == 2 && box_info.shape[1] == kBox && (whole || patches.ndim == 2),
+                    "boxes must be (n, 6), and ids (n, k)");
+  TORCH_CHECK_VALUE(height > 0 && width > 0 && patch_height > 0 && patch_width > 0 && threads > 0 &&
+                        height % patch_height == 0 && width % patch_width == 0,
+                    "sizes must be positive, and patches must divide the crop");
+  const int64_t crops = box_info.shape[0], limit = height / patch_height * (width / patch_width),
+                count = whole ? limit : patches.shape[1], bytes = count * patch_height * patch_width * 3;
+  TORCH_CHECK_VALUE(target.size == crops * bytes && (whole ? limit == 1 : patches.shape[0] == crops), "out must have ",
+                    crops * bytes, " bytes, got ", target.size);
+  std::vector<Resample> all(crops);
+  for (int64_t i = 0; i < crops; ++i) {
+    const int64_t* box = static_cast<const int64_t*>(box_info.ptr) + i * kBox;
+    const int64_t place = box[0], start = box[1], row = box[2], rows = box[3], columns = box[4];
+    TORCH_CHECK_VALUE(0 <= place && place < int64_t(memory.size()) && rows > 0 && columns > 0 && start >= 0 &&
+                          row >= 3 * columns && start + (rows - 1) * row + 3 * columns <= memory[place].size,
+                      "boxes must lie within their sources; box ", i, " does not");
+    const uint8_t* source = static_cast<const uint8_t*>(memory[place].ptr);
+    const int64_t* id = whole ? nullptr : static_cast<const int64_t*>(patches.ptr) + i * count;
+    for (int64_t k = 0; !whole && k < count; ++k)
+      TORCH_CHECK_VALUE(0 <= id[k] && id[k] < limit, "ids must be in 0..", limit - 1, "; got ", id[k]);
+    all[i] = {source + start,
+              source + memory[place].size,
+              row,
+              columns,
+              rows,
+              width,
+              height,
+              box[5] != 0,
+              patch_width,
+              patch_height,
+              count,
+              id,
+              !whole,
+              static_cast<uint8_t*>(target.ptr) + i * bytes,
+              nullptr};
+  }
+  const py::gil_scoped_release release;
+  std::atomic<int64_t> pixels = 0;
+  const auto run = [&](int64_t begin, int64_t end) {
+    thread_local std::vector<char> scratch;
+    for (int64_t i = begin; i < end; ++i) {
+      const size_t needed = scratch_bytes(all[i]);
+      if (scratch.size() < needed) scratch.resize(needed);
+      all[i].scratch = scratch.data();
+      pixels += kernels().resample(all[i]);
+    }
+  };
+  if (threads == 1 || crops < 2) {
+    run(0, crops);
+  } else {
+    const Threads guard(threads);
+    at::parallel_for(0, crops, 1, run);
+  }
+  return pixels;
+}
+
+}  // namespace fastmim::cpu

@@ -1,0 +1,82 @@
+"""Masks of samples, by which a loader reads patches instead of images.
+
+The loader knows of a `fastmim.Mask` that it is a dataclass whose tensors have a row for each sample.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .philox import Ints
+from .seeds import mask_seeds
+
+
+class Masks:
+    """Masks made by a function `masking(seeds (B,)) -> Mask`, from seeds that depend on seed, epoch and sample alone.
+
+    Raises:
+        TypeError: the function returns no mask.
+        ValueError: its masks are of another number of patches, or their rows depend on more than the row's seed.
+    """
+
+    def __init__(self, masking: Callable[[Tensor], Any], seed: int, num_patches: int) -> None:
+        self.masking, self.seed, self.num_patches = masking, seed, num_patches
+        self.counts: tuple[int, int] | None = None
+        both, second = self.of(0, np.array([0, 1])), self.of(0, np.array([1]))
+        if not np.array_equal(ids_of(second), ids_of(both)[1:]):
+            raise ValueError("masking must give masks whose rows depend on the seed of the row alone")
+
+    def of(self, epoch: int, samples: Ints) -> Any:
+        """Return the mask of samples (B,)."""
+        mask = self.masking(mask_seeds(self.seed, epoch, torch.from_numpy(samples)))
+        ids: list[Any] = [getattr(mask, name, None) for name in ("ids_keep", "ids_predict")]
+        if not is_dataclass(mask) or not all(isinstance(part, Tensor) and len(part) == len(samples) for part in ids):
+            raise TypeError(f"masking must return a fastmim.Mask of as many rows as seeds, got {type(mask).__name__}")
+        found: Any = mask
+        if found.num_patches != self.num_patches:
+            raise ValueError(
+                f"masking must give masks of the {self.num_patches} patches of an image, got {found.num_patches}"
+            )
+        counts = ids[0].shape[1], ids[1].shape[1]
+        if self.counts not in (None, counts):
+            raise ValueError(
+                f"masking must give the same number of visible and of predicted patches in each call, got {counts} "
+                f"after {self.counts}: fix the numbers of a ragged mask"
+            )
+        self.counts = counts
+        return found
+
+
+def ids_of(mask: Any) -> Ints:
+    """Return the K visible and M predicted patches of each row, (B, K + M)."""
+    ids: Ints = torch.cat([mask.ids_keep, mask.ids_predict], 1).long().numpy()
+    return ids
+
+
+def tensors(mask: Any) -> list[Tensor]:
+    """Return the tensors of a mask; none for None."""
+    values = [] if mask is None else [getattr(mask, field.name) for field in fields(mask)]
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def joined(masks: Sequence[Any], function: Callable[..., Tensor]) -> Any:
+    """Return a mask whose tensors are function(*those of `masks`). Nothing is checked again."""
+    made = object.__new__(type(masks[0]))
+    for field in fields(masks[0]):
+        values = [getattr(mask, field.name) for mask in masks]
+        object.__setattr__(made, field.name, function(*values) if isinstance(values[0], Tensor) else values[0])
+    return made
+
+
+def rows_at(mask: Any, place: Any) -> Any:
+    """Return the mask of some rows, given as an index of tensors."""
+    return joined([mask], lambda values: values[place])
+
+
+def concatenated(masks: Sequence[Any]) -> Any:
+    """Return one mask of the rows of all."""
+    return masks[0] if len(masks) == 1 else joined(masks, lambda *values: torch.cat(values))
