@@ -1,4 +1,4 @@
-"""Batches of random image crops for pretraining, read from folders, tar shards or packed datasets.
+"""Batches of random crops for pretraining: of images in folders, tar shards or packed datasets, and of arrays.
 
 The order of samples, the crops and the flips depend only on the seed, the epoch and the sample, so a run can resume in
 the middle of an epoch.
@@ -10,11 +10,14 @@ the middle of an epoch.
 # - `resample`: crops, or patches of them, resized to their size in a batch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
 # - `tar_members`, `tars`, `packed`, `sources`: reading samples.
+# - `array_files`, `array_crops`: arrays in files, and crops of them.
 # - `decoders`: choice of a decoding backend.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.
-# - `quarantine`, `loader_state`, `loader`: unreadable files, saved states, `ImageLoader`.
-# - `lock`, `pack`, `check_data`: locks of folders, and the commands `fastmim pack` and `fastmim check-data`.
+# - `quarantine`, `loader_state`: unreadable files, saved states.
+# - `base_loader`, `loader`, `array_loader`: what loaders share, `ImageLoader`, `ArrayLoader`.
+# - `lock`, `pack`, `check_data`, `stats`: locks of folders, and the commands `fastmim pack`, `check-data` and `stats`.
 
+from .array_loader import ArrayBatch, ArrayLoader
 from .loader import Batch, ImageLoader, PatchBatch
 
-__all__ = ["Batch", "ImageLoader", "PatchBatch"]
+__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ImageLoader", "PatchBatch"]

@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -11,12 +11,10 @@ import numpy as np
 import torch
 
 from .crops import Crops
-from .decoders import Decoder
-from .images import Notes, Unreadable
+from .images import Unreadable
 from .masks import Masks, ids_of, rows_at
 from .packed import Packed
 from .philox import Floats, Ints
-from .sources import Source
 from .threads import AHEAD
 from .transfer import Row
 
@@ -71,33 +69,57 @@ class Feed(Protocol):
         """End all threads and release memory."""
 
 
-class Decoding:
+class Drawn(Protocol):
+    """Random crops, `repeats` of each sample."""
+
+    @property
+    def repeats(self) -> int:
+        """Number of crops of a sample."""
+
+    def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
+        """Return the random numbers (n, repeats, ...) that determine the crops of `samples` (n,)."""
+
+
+class Reader(Protocol):
+    """The part of a decoder that a feed uses itself."""
+
+    def finish(self, prepared: list[Any]) -> tuple[list[Row], dict[int, str]]:
+        """Return the rows of each good sample, and the reasons for the others by position in `prepared`."""
+
+    def close(self) -> None:
+        """Release threads and memory."""
+
+    @property
+    def crops(self) -> Drawn:
+        """The random crops of samples."""
+
+
+class Ahead:
     """Feed of files; a pool of threads reads and decodes ahead.
 
     Args:
         supply: the samples.
-        source: reads them.
-        decoder: makes crops of them.
-        notes: takes remarks on them.
+        prepare: function of a sample, its random numbers and its mask that returns what `reader.finish` takes, and the
+            mask to send beside its rows; it runs in the pool and raises Unreadable.
+        reader: completes prepared samples.
         threads: size of the pool.
         seed, batch_size: of the loader.
-        masks: the patches to make; None: whole crops.
+        masks: the masks of samples that `prepare` gets; None: none.
         stopped: is set when no more samples are needed.
     """
 
     def __init__(
         self,
         supply: Supply,
-        source: Source,
-        decoder: Decoder,
-        notes: Notes,
+        prepare: Callable[[int, Floats, Any], tuple[Any, Any]],
+        reader: Reader,
         threads: int,
         seed: int,
         batch_size: int,
         masks: Masks | None,
         stopped: threading.Event,
     ) -> None:
-        self.supply, self.source, self.decoder, self.notes, self.masks = supply, source, decoder, notes, masks
+        self.supply, self.prepare, self.reader, self.masks = supply, prepare, reader, masks
         self.threads, self.seed, self.batch_size = threads, seed, batch_size
         # samples found unreadable in this epoch; the next epoch tries them again, since they may be repaired
         self._bad: dict[int, str] = {}
@@ -105,30 +127,28 @@ class Decoding:
         self._submitted = supply.at
         self._pool = ThreadPoolExecutor(threads, "fastmim-decode")
         self._submissions = self._submit()
-        self._pending: deque[tuple[int, Any, Future[Any]]] = deque()
+        self._pending: deque[tuple[int, Future[tuple[Any, Any]]]] = deque()
 
-    def _submit(self) -> Iterator[tuple[int, Any, Future[Any]]]:
-        """Yield samples without end, each submitted to the pool when it is asked for, and its mask."""
+    def _submit(self) -> Iterator[tuple[int, Future[tuple[Any, Any]]]]:
+        """Yield samples without end, each submitted to the pool when it is asked for."""
+        crops = self.reader.crops
         while True:
             part = self.supply.next(self.batch_size)
-            draws = self.decoder.crops.draws(self.seed, self.supply.epoch, part)
-            repeats = self.decoder.crops.repeats
+            draws = crops.draws(self.seed, self.supply.epoch, part)
+            repeats = crops.repeats
             mask = None if self.masks is None else self.masks.of(self.supply.epoch, np.repeat(part, repeats))
             for place, (sample, numbers) in enumerate(zip(part.tolist(), draws)):
                 own = None if mask is None else rows_at(mask, slice(place * repeats, (place + 1) * repeats))
-                ids = None if own is None else ids_of(own)
-                yield sample, own, self._pool.submit(self._prepare, sample, numbers, ids)
+                yield sample, self._pool.submit(self._prepare, sample, numbers, own)
 
-    def _prepare(self, sample: int, draws: Floats, ids: Ints | None) -> Any:
+    def _prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Any, Any]:
         if self._stopped.is_set():
             raise RuntimeError("stopped")
         if sample in self._bad:
             raise Unreadable(self._bad[sample])
-        data = self.source.read(sample)
-        assert isinstance(data, bytes)
-        return self.decoder.prepare(data, draws, self.notes.on(self.source.names[sample]), ids)
+        return self.prepare(sample, draws, mask)
 
-    def _next(self) -> tuple[int, Any, Future[Any]]:
+    def _next(self) -> tuple[int, Future[tuple[Any, Any]]]:
         # samples beyond this shard's own part are not decoded ahead, since few epochs need them
         while not self._pending or (len(self._pending) <= AHEAD * self.threads and self._submitted < self.supply.own):
             self._pending.append(next(self._submissions))
@@ -141,14 +161,15 @@ class Decoding:
         prepared: list[Any] = []
         taken = [self._next() for _ in range(count)]
         # a single wait for all: after each result this thread would take turns with the pool
-        wait([future for *_, future in taken])
-        for sample, mask, future in taken:
+        wait([future for _, future in taken])
+        for sample, future in taken:
             try:
-                prepared.append(future.result())
+                made, mask = future.result()
+                prepared.append(made)
                 good.append((sample, mask))
             except Unreadable as error:
                 bad.append((sample, str(error)))
-        rows, reasons = self.decoder.finish(prepared) if prepared else ([], {})
+        rows, reasons = self.reader.finish(prepared) if prepared else ([], {})
         bad += [(good[place][0], reason) for place, reason in reasons.items()]
         self._bad |= bad
         served = [item for place, item in enumerate(good) if place not in reasons]
@@ -156,7 +177,7 @@ class Decoding:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self.decoder.close()
+        self.reader.close()
 
 
 class Mapped:

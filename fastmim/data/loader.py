@@ -1,35 +1,25 @@
-"""ImageLoader, the public class of this package, and its batches."""
+"""ImageLoader and its batches."""
 
-import logging
 import os
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import axes, check_count
+from .._checks import axes
 from .._patches import Patches
+from .base_loader import Loader, check_bool, device_of
 from .crops import Crops
 from .decoders import choose, make
-from .feeds import Decoding, Feed, Mapped, Supply
+from .feeds import Ahead, Feed, Mapped, Supply
 from .images import Notes
-from .loader_state import FORMAT, accept, contents
-from .masks import Masks
-from .order import Order
+from .masks import Masks, ids_of
 from .packed import Packed
-from .prefetch import Position, Prefetcher
-from .quarantine import NAME, Quarantine
+from .philox import Floats
 from .sources import open_source
-from .threads import available_cpus
-from .transfer import transfer_to
-
-logger = logging.getLogger("fastmim.data")
 
 
 class Batch(NamedTuple):
@@ -60,18 +50,7 @@ class PatchBatch(NamedTuple):
     ids: Tensor
 
 
-class TooFewImages(ValueError):
-    """Error for a source with fewer images, `samples`, than a global batch, with drop_last=True."""
-
-    def __init__(self, samples: int, batch_size: int, world: int) -> None:
-        self.samples = samples
-        super().__init__(
-            f"batch_size {batch_size} times {world} shards must be at most the {samples} images of the source with "
-            "drop_last=True"
-        )
-
-
-class ImageLoader:
+class ImageLoader(Loader):
     """Iterable over batches of random resized crops of the images of a source; each iteration is one epoch.
 
     The order, the crops and the flips depend on seed, epoch and sample alone: not on the number of threads, nor on the
@@ -131,6 +110,8 @@ class ImageLoader:
         RuntimeError: while iterating: more than a tenth of the samples can't be read, or one with on_error="raise".
     """
 
+    noun = "images"
+
     def __init__(
         self,
         source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -152,227 +133,67 @@ class ImageLoader:
         patch_size: int | tuple[int, int] | None = None,
         masking: Callable[[Tensor], Any] | None = None,
     ) -> None:
-        check_count("batch_size", batch_size, 1)
-        check_count("repeats", repeats, 1)
-        check_count("seed", seed, 0, 2**64 - 1)
-        if num_threads is not None:
-            check_count("num_threads", num_threads, 1)
-        for name, value in (("flip", flip), ("drop_last", drop_last)):
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
-        if on_error not in ("skip", "raise"):
-            raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}")
-        rank, world = _shard(shard)
+        check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
         intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
         patch = _patch((height, width), patch_size, masking)
-        self.device = _device(device)
-        self.backend = choose(backend, self.device, patch is not None)
-        self.source = open_source(source)
+        self.backend = choose(backend, device_of(device), patch is not None)
+        super().__init__(
+            lambda: open_source(source),
+            batch_size,
+            repeats=repeats,
+            device=device,
+            seed=seed,
+            shard=shard,
+            num_threads=num_threads,
+            drop_last=drop_last,
+            on_error=on_error,
+            quarantine=quarantine,
+        )
         if isinstance(self.source, Packed):
             self.backend = "packed"
-        self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
-        if not len(self.order):
-            raise TooFewImages(len(self.source.names), batch_size, world)
         self.crops = Crops((height, width), *intervals, flip, repeats, patch)
         self._masks: Masks | None = None
         if patch is not None and masking is not None:
             self._masks = Masks(masking, seed, height // patch[0] * (width // patch[1]))
-        self.num_threads = num_threads or available_cpus()
-        self.on_error = on_error
-        path = Path(quarantine) if quarantine is not None else self.source.root / NAME
-        self.quarantine = Quarantine(path, len(self.source.names))
         self._notes = Notes()
-        self._identity, self._contents = self.source.identity(), contents(self.source)
-        self._position = Position()
-        # an iteration of the position's epoch has begun
-        self._begun = False
-        # number of the newest iteration
-        self._newest = 0
 
-    def __len__(self) -> int:
-        """Number of batches in an epoch."""
-        return len(self.order)
+    def _described(self) -> str:
+        return f"backend {self.backend}"
 
-    def __repr__(self) -> str:
-        rank, world = self.order.rank, self.order.world
-        return (
-            f"ImageLoader({self.source.root}: {len(self.source.names)} images, {len(self)} batches of "
-            f"{self.order.batch_size}, backend {self.backend}, shard {rank} of {world})"
-        )
-
-    @property
-    def classes(self) -> list[str]:
-        """Names of the labels; empty where the source has none."""
-        return self.source.classes
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the next batch."""
-        return self._position.epoch
-
-    @property
-    def skipped(self) -> dict[int, str]:
-        """Reasons why samples couldn't be read, by sample number; includes samples decoded ahead."""
-        return dict(self.quarantine.reasons)
-
-    def __iter__(self) -> Iterator[Any]:
-        """Return an iterator over the next epoch, or after load_state_dict over the rest of the interrupted one.
-
-        Its threads end with it, also when a loop over it is left early.
-        """
-        if self._begun:
-            self._position = Position(self._position.epoch + 1)
-        self._begun = True
-        self._newest += 1
-        return _Iteration(self, self._position, self._newest)
-
-    def _prefetcher(self, start: Position) -> Prefetcher:
-        # the threads must not refer to this loader
-        device, order, crops, masks, notes = self.device, self.order, self.crops, self._masks, self._notes
-        threads = self.num_threads
-        if device.type == "cuda" and device.index is None:
-            # read in this thread, since each thread has a current device of its own
-            device = torch.device("cuda", torch.cuda.current_device())
-        open_feed: Callable[[Supply, threading.Event], Feed]
+    def _feed(self, device: torch.device) -> Callable[[Supply, threading.Event], Feed]:
+        order, crops, masks, notes, threads = self.order, self.crops, self._masks, self._notes, self.num_threads
         if isinstance(source := self.source, Packed):
+            return lambda supply, stopped: Mapped(supply, source, crops, threads, order.seed, masks)
+        decoder = make(self.backend, crops, device, threads)
 
-            def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
-                return Mapped(supply, source, crops, threads, order.seed, masks)
-        else:
-            decoder = make(self.backend, crops, device, threads)
+        def prepare(sample: int, draws: Floats, mask: Any) -> tuple[Any, Any]:
+            data = source.read(sample)
+            assert isinstance(data, bytes)
+            ids = None if mask is None else ids_of(mask)
+            return decoder.prepare(data, draws, notes.on(source.names[sample]), ids), mask
 
-            def open_feed(supply: Supply, stopped: threading.Event) -> Feed:
-                return Decoding(supply, source, decoder, notes, threads, order.seed, order.batch_size, masks, stopped)
-
-        return Prefetcher(
-            source,
-            order,
-            open_feed,
-            transfer_to(device),
-            self.quarantine,
-            self.on_error == "raise",
-            start,
+        return lambda supply, stopped: Ahead(
+            supply, prepare, decoder, threads, order.seed, order.batch_size, masks, stopped
         )
 
-    def _advance(self, after: Position, iteration: int) -> None:
-        """Set the position after a batch was returned, unless a newer iteration has begun."""
-        if iteration == self._newest:
-            done = after.batches == len(self)
-            self._position = Position(after.epoch + 1) if done else after
-            self._begun = not done
-
-    # ---- state -------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the newest iteration, after the last batch that it returned. It can be saved as JSON.
-
-        Each shard has a state of its own. After the last batch of an epoch it is the beginning of the next epoch.
-        """
-        position = self._position
-        return {
-            "format": FORMAT,
-            "epoch": position.epoch,
-            "batches": position.batches,
-            "consumed": position.consumed,
-            "rank": self.order.rank,
-            "contents": self._contents,
-            "bad": [[sample, reason] for sample, reason in sorted(self.quarantine.reasons.items())],
-            "of": self._settings(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """Return the settings that a state must agree with; backend, device and threads may change."""
-        return {
-            "data": self._identity,
-            "samples": self.order.samples,
-            "batch_size": self.order.batch_size,
-            "world": self.order.world,
-            "seed": self.order.seed,
-            "drop_last": self.order.drop_last,
-            "image_size": list(self.crops.size),
-            "scale": list(self.crops.scale),
-            "ratio": list(self.crops.ratio),
-            "flip": self.crops.flip,
-            "repeats": self.crops.repeats,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state: the next iteration yields the rest of its epoch, bit for bit.
-
-        A state with another world and batch size is converted if their product, the global batch, is the same. A state
-        of another rank is accepted. Both require that the shard which saved it had skipped no sample in that epoch.
-
-        Files may have been repaired or changed since, if names and labels are the same and at most a tenth of the files
-        changed. That is judged by the sizes and first bytes of files spread evenly over the source. The rest of the
-        epoch uses the files as they are now.
-
-        Raises:
-            TypeError: `state` is no dict.
-            ValueError: it is no state of an ImageLoader, or of one with other data or settings, which are named.
-        """
-        accepted = accept(state, self.state_dict(), self.source, len(self))
-        if accepted.changed and self.order.rank == 0:
-            logger.warning(
-                "%d of %d files of %s that were compared changed since; they are served as they are now",
-                *(accepted.changed, len(self._contents), self.source.root),
-            )
-        for sample, reason in accepted.bad.items():
-            self.quarantine.reasons.setdefault(sample, reason)
-        self._position = accepted.position
-        self._begun = False
-        # earlier iterations no longer set the position
-        self._newest += 1
-
-
-class _Iteration(Iterator[Any]):
-    """Iterator over one epoch or the rest of one. Its threads start when the first batch is asked for."""
-
-    def __init__(self, loader: ImageLoader, start: Position, number: int) -> None:
-        self._loader, self._start, self._number = loader, start, number
-        self._prefetcher: Prefetcher | None = None
-        self._over = False
-
-    def __next__(self) -> Batch | PatchBatch:
-        if self._over:
-            raise StopIteration
-        if self._prefetcher is None:
-            self._prefetcher = self._loader._prefetcher(self._start)
-            weakref.finalize(self, self._prefetcher.stop)
-        try:
-            prefetched = self._prefetcher.get()
-        except BaseException as error:
-            # after an interrupt from the keyboard the iteration may continue
-            self._over = isinstance(error, Exception)
-            raise
-        if prefetched is None:
-            self._over = True
-            raise StopIteration
-        values, mask = self._prefetcher.transfer.receive(prefetched.sent), prefetched.sent.mask
-        ids = np.repeat(np.array(prefetched.samples, dtype=np.int64), self._loader.crops.repeats)
-        of_source = self._loader.source.labels
-        labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))
-        self._loader._advance(prefetched.after, self._number)
-        numbers = torch.from_numpy(ids)
+    def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch:
         if mask is None:
-            return Batch(values.permute(0, 3, 1, 2), labels, numbers)
+            return Batch(values.permute(0, 3, 1, 2), labels, ids)
         visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, numbers)
+        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
 
-    def __reduce__(self) -> Any:
-        raise TypeError("an iteration can't be pickled: pickle the ImageLoader, and its state_dict()")
+    def _own_settings(self) -> dict[str, Any]:
+        crops = self.crops
+        return {
+            "image_size": list(crops.size),
+            "scale": list(crops.scale),
+            "ratio": list(crops.ratio),
+            "flip": crops.flip,
+        }
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _shard(shard: object) -> tuple[int, int]:
-    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
-        raise TypeError(f"shard must be (rank, world), got {shard!r}")
-    rank, world = shard
-    check_count("shard's world", world, 1)
-    check_count("shard's rank", rank, 0, world - 1)
-    return rank, world
 
 
 def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int, int] | None:
@@ -401,19 +222,3 @@ def _interval(name: str, value: object, most: float | None) -> tuple[float, floa
         allowed = "0 < low <= high" + (f" <= {most:g}" if most else "")
         raise ValueError(f"{name} must be (low, high) with {allowed}; got {value!r}")
     return low, high
-
-
-def _device(device: object) -> torch.device:
-    if device is None:
-        return torch.device("cpu")
-    if not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch.device or its name, got {type(device).__name__} {device!r}")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
-    if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be 'cpu', 'cuda' or 'cuda:N', got {device!r}")
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device must be 'cpu' where torch finds no CUDA device, got {str(device)!r}")
-    return chosen

@@ -74,7 +74,7 @@ def accept(state: object, current: dict[str, Any], source: Source, batches_per_e
 
     Raises:
         TypeError: `state` is no dict.
-        ValueError: it is no state of an ImageLoader, or of one with other data or settings, which are named.
+        ValueError: it is no state of a loader, or of one with other data or settings, which are named.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state must be a dict that state_dict() returned, got {type(state).__name__}")
@@ -88,7 +88,7 @@ def accept(state: object, current: dict[str, Any], source: Source, batches_per_e
             raise ValueError(f"{len(before)} contents")
         saved["batch_size"], saved["world"] = int(saved["batch_size"]), int(saved["world"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"state must be a dict that ImageLoader.state_dict() returned; it isn't: {error!r}") from error
+        raise ValueError(f"state must be a dict that a loader's state_dict() returned; it isn't: {error!r}") from error
     if state.get("format") != FORMAT:
         raise ValueError(f"state must be of format {FORMAT}, got {state.get('format')!r}")
     if "contents" not in state and saved.get("data") == former_identity(source):

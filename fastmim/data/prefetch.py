@@ -67,14 +67,14 @@ class Prefetcher:
     def get(self) -> Prefetched | None:
         """Return the next batch, or None at the end of the epoch. Raises the errors of the background threads."""
         if os.getpid() != self.pid:
-            raise RuntimeError("an iterator over ImageLoader doesn't survive a fork: call iter(loader) in the child")
+            raise RuntimeError("an iterator over a loader doesn't survive a fork: call iter(loader) in the child")
         while True:
             try:
                 item = self._ready.get(timeout=1)
                 break
             except queue.Empty:
                 if not self._thread.is_alive() and self._ready.empty():
-                    raise RuntimeError("the threads of ImageLoader have ended: its iteration is over") from None
+                    raise RuntimeError("the threads of the loader have ended: its iteration is over") from None
         if not isinstance(item, Prefetched):
             self.stop()
         if isinstance(item, BaseException):

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from .tars import Image, images_in
 
 # files that mark the output folder of a run of an earlier version, which wrote no lock file
 RUN = {"checkpoints", "metrics.jsonl"}
+
+# file of measured means and standard deviations of a source of arrays
+STATS = "stats.json"
 
 # size in bytes, modification time and change time in ns
 Stamp = tuple[int, int, int]
@@ -56,6 +59,19 @@ class Source(Protocol):
         """Return a hash of names and labels. It doesn't depend on the content of files, which may be repaired."""
 
 
+def paths_of(source: object) -> Path | list[Path]:
+    """Check that the argument `source` is a path or a list of paths, and return it as such.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return Path(source)
+    if isinstance(source, Sequence) and all(isinstance(path, (str, os.PathLike)) for path in source):
+        return [Path(path) for path in source]
+    raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
+
+
 def open_source(source: object) -> Source:
     """Return the source at a path or of a list of paths, and log the files that it leaves out.
 
@@ -63,13 +79,7 @@ def open_source(source: object) -> Source:
         TypeError: `source` is neither a path nor a list of paths.
         ValueError: the source doesn't exist, holds no image, or is damaged.
     """
-    given: Path | list[Path]
-    if isinstance(source, (str, os.PathLike)):
-        given = Path(source)
-    elif isinstance(source, Sequence) and all(isinstance(path, (str, os.PathLike)) for path in source):
-        given = [Path(path) for path in source]
-    else:
-        raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
+    given = paths_of(source)
     try:
         found = _from_path(given) if isinstance(given, Path) else _from_list(given)
     except OSError as error:
@@ -85,7 +95,7 @@ def _from_path(path: Path) -> Source:
             return Packed(path)
         shards = [path / name for name in sorted(os.listdir(path)) if name.lower().endswith(".tar")]
         shards = [shard for shard in shards if shard.is_file() and not shard.name.startswith(".")]
-        return _tars_of_folder(path, shards) if shards else folder(path)
+        return _tars_of_folder(path, shards) if shards else Files(path, *folder(path, formats.readable_suffixes()))
     if _is_tar(path):
         return Tars([path])
     if formats.is_archive(path.name):
@@ -106,7 +116,7 @@ def _from_list(paths: list[Path]) -> Source:
     shards = [_is_tar(path) for path in paths]
     if any(shards) and not all(shards):
         raise ValueError("source must be images or .tar files, got both in one list")
-    return Tars(paths) if any(shards) else listed(paths)
+    return Tars(paths) if any(shards) else Files(*listed(paths))
 
 
 def _is_tar(path: Path) -> bool:
@@ -115,7 +125,7 @@ def _is_tar(path: Path) -> bool:
 
 def _tars_of_folder(root: Path, shards: list[Path]) -> "Tars":
     """Return the source of a folder's tar files; it leaves out the images beside them."""
-    names, left_out = _walk(root)
+    names, left_out = _walk(root, formats.readable_suffixes())
     left_out[".tar"] -= len(shards)
     left_out[formats.BESIDE_TARS] += len(names)
     return Tars(shards, left_out)
@@ -148,27 +158,36 @@ class Files:
         return digest(self.names, self.labels).hexdigest()
 
 
-def folder(root: Path) -> Files:
-    """Return the source of all images below a folder; the subfolders, sorted by name, are the classes.
+class Contents(NamedTuple):
+    """Samples of a folder; the attributes are those of Source."""
 
-    There are no classes if an image lies directly in the folder. Hidden names and output folders of runs are left out.
+    names: list[str]
+    labels: Ints | None
+    classes: list[str]
+    left_out: dict[str, int]
+
+
+def folder(root: Path, suffixes: tuple[str, ...], stores: tuple[str, ...] = ()) -> Contents:
+    """Return the files below a folder that end in one of `suffixes`; the subfolders, sorted by name, are the classes.
+
+    There are no classes if a file lies directly in the folder. Hidden names and output folders of runs are left out. A
+    folder whose name ends in one of `stores` counts as a file.
     """
-    names, left_out = _walk(root)
+    names, left_out = _walk(root, suffixes, stores)
     if not names:
         others = f"; it holds {formats.describe(left_out)}" if left_out else ""
-        suffixes = " ".join(formats.readable_suffixes())
-        raise ValueError(f"source {root} holds no file that ends in one of {suffixes}{others}")
+        raise ValueError(f"source {root} holds no file that ends in one of {' '.join(suffixes)}{others}")
     heads = [name.partition("/")[0] if "/" in name else None for name in names]
     if None in heads:
-        return Files(root, names, None, [], left_out)
+        return Contents(names, None, [], left_out)
     classes = sorted({head for head in heads if head is not None})
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[head] for head in heads if head is not None])
-    return Files(root, names, labels, classes, left_out)
+    return Contents(names, labels, classes, left_out)
 
 
-def _walk(root: Path) -> tuple[list[str], Counter[str]]:
-    """Return the sorted relative paths of images below a folder, and the number of other files by kind.
+def _walk(root: Path, suffixes: tuple[str, ...], stores: tuple[str, ...] = ()) -> tuple[list[str], Counter[str]]:
+    """Return the sorted relative paths of samples below a folder, and the number of other files by kind.
 
     Links are followed, but not into a folder that contains them.
     """
@@ -205,11 +224,11 @@ def _walk(root: Path) -> tuple[list[str], Counter[str]]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if _is_folder(entry):
+            if _is_folder(entry) and not entry.name.lower().endswith(stores):
                 pending.append((f"{path}{entry.name}/", inner))
-            elif formats.is_image(entry.name):
+            elif entry.name.lower().endswith(suffixes):
                 names.append(f"{path}{entry.name}")
-            elif entry.name != NAME:
+            elif entry.name not in (NAME, STATS):
                 left_out[formats.kind(entry.name)] += 1
     return sorted(names), left_out
 
@@ -221,13 +240,13 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def listed(paths: list[Path]) -> Files:
-    """Return the source of a list of files, whatever their suffixes; names are relative to their common folder."""
+def listed(paths: list[Path]) -> tuple[Path, list[str], None, list[str], dict[str, int]]:
+    """Return the arguments of Files for a list of files; names are relative to their common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute])
     names = sorted(Path(os.path.relpath(path, root)).as_posix() for path in absolute)
     _refuse_duplicates(names)
-    return Files(Path(root), names, None, [], {})
+    return Path(root), names, None, [], {}
 
 
 def _refuse_duplicates(names: list[str]) -> None:

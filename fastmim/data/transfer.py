@@ -8,14 +8,19 @@ import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .masks import joined, tensors
-from .resample import Cut, Pixels
+from .resample import Cut
 
-# crops of samples: (n, H, W, 3) in host memory or on the device, or n that are to be resampled; or patches (n, k, P)
-Row = Pixels | Cut | Tensor
+# dtypes of batches by their names in NumPy
+DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}
+# values of a sample, of any dtype
+Values = np.ndarray[Any, np.dtype[Any]]
+# crops of samples: (n, ...) in host memory or on the device, or n images that are to be resampled; or patches (n, k, P)
+Row = Values | Cut | Tensor
 # pinned buffers, used in turn: one is filled while another is copied
 BUFFERS = 2
 
@@ -32,9 +37,9 @@ class Host:
     """Maker of batches in host memory."""
 
     def send(self, rows: Sequence[Row], mask: Any = None) -> Sent:
-        """Join the crops of all samples in a batch (B, H, W, 3), or their patches in one (B, k, P)."""
+        """Join the crops of all samples in a batch (B, ...), or their patches in one (B, k, P)."""
         rows = _on_host(rows)
-        batch = torch.empty(sum(map(len, rows)), *rows[0].shape[1:], dtype=torch.uint8)
+        batch = torch.empty(sum(map(len, rows)), *rows[0].shape[1:], dtype=_dtype(rows[0]))
         _write(rows, batch)
         return Sent(batch, mask=mask)
 
@@ -47,7 +52,7 @@ class Link(Protocol):
     """The operations of a device and its stream of copies that `Transfer` uses."""
 
     def pinned(self, shape: tuple[int, ...]) -> Tensor:
-        """Return host memory that can be copied from asynchronously."""
+        """Return uint8 host memory that can be copied from asynchronously."""
 
     def copied(self, host: Tensor) -> Tensor:
         """Return a tensor on the device and queue the copy of `host` to it."""
@@ -125,15 +130,15 @@ class Transfer(Host):
             self.link.hand_over(tensor, sent.event)
         return sent.images
 
-    def _copied(self, rows: list[Pixels | Cut]) -> Tensor:
+    def _copied(self, rows: list[Values | Cut]) -> Tensor:
         """Join rows in pinned memory and queue the copy to the device."""
         buffer, event = self._buffers.pop(0)
         if event is not None:
             self.link.wait(event)
-        count = sum(map(len, rows))
+        count, dtype, (*inner, last) = sum(map(len, rows)), _dtype(rows[0]), rows[0].shape[1:]
         if buffer is None or len(buffer) < count:
-            buffer = self.link.pinned((count, *rows[0].shape[1:]))
-        part = buffer[:count]
+            buffer = self.link.pinned((count, *inner, last * dtype.itemsize))
+        part = buffer[:count].view(dtype)
         _write(rows, part)
         copied = self.link.copied(part)
         self._buffers.append((buffer, self.link.mark()))
@@ -152,11 +157,16 @@ class Transfer(Host):
         return self.link.joined(parts)
 
 
-def _on_host(rows: Sequence[Row]) -> list[Pixels | Cut]:
+def _on_host(rows: Sequence[Row]) -> list[Values | Cut]:
     return [row for row in rows if not isinstance(row, Tensor)]
 
 
-def _write(rows: Sequence[Pixels | Cut], batch: Tensor) -> None:
+def _dtype(row: Values | Cut) -> torch.dtype:
+    """Return the dtype of a row; those of a batch have the same."""
+    return torch.uint8 if isinstance(row, Cut) else DTYPES[row.dtype.name]
+
+
+def _write(rows: Sequence[Values | Cut], batch: Tensor) -> None:
     """Write rows into a batch one after the other."""
     out, at = batch.numpy(), 0
     for row in rows:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..data import ImageLoader
-from ..data.loader import TooFewImages
+from ..data.base_loader import TooFewImages
 from . import digits
 from .config import Config, ConfigError
 from .distributed import Processes

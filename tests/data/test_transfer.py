@@ -10,7 +10,7 @@ import torch
 from photos import BACKENDS
 from test_loader import load, same
 
-from fastmim.data import loader, transfer
+from fastmim.data import ArrayLoader, base_loader, loader, transfer
 from fastmim.data.dali import Dali
 from fastmim.data.transfer import Transfer
 
@@ -29,15 +29,15 @@ class Late:
         return self.memory[-1]
 
     def copied(self, host):
-        return self._queued(host.shape, lambda: host)
+        return self._queued(host.shape, host.dtype, lambda: host)
 
     def joined(self, parts):
         parts = list(parts)
         shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-        return self._queued(shape, lambda: torch.cat(parts))
+        return self._queued(shape, parts[0].dtype, lambda: torch.cat(parts))
 
-    def _queued(self, shape, read):
-        out = torch.full(shape, GARBAGE, dtype=torch.uint8)
+    def _queued(self, shape, dtype, read):
+        out = torch.full(shape, GARBAGE, dtype=dtype)
         self.queue.append(lambda: out.copy_(read()))
         return out
 
@@ -101,7 +101,7 @@ def late(monkeypatch):
     """Return a function that makes loaders use a link."""
 
     def use(link):
-        monkeypatch.setattr(loader, "transfer_to", lambda device: Transfer(link))
+        monkeypatch.setattr(base_loader, "transfer_to", lambda device: Transfer(link))
         return link
 
     return use
@@ -134,6 +134,24 @@ def test_late_copies_give_the_same_batches(photographs, backend, repeats, late):
     assert len({event for _, event, _ in link.handed}) == len(found)
     assert {thread for _, _, thread in link.handed} == {threading.main_thread()}
     assert len(link.memory) == transfer.BUFFERS
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32"])
+def test_late_copies_of_arrays(tmp_path, dtype, late):
+    for sample in range(12):
+        values = np.random.default_rng(sample).integers(1, 9, (3, 16, 16)).astype(dtype)
+        values[:, sample : sample + 4] = 0
+        np.save(tmp_path / f"{sample}.npy", values)
+
+    def loaded():
+        return [batch for _ in range(2) for batch in ArrayLoader(tmp_path, 2, crop=8, patch_size=2, nodata=0)]
+
+    expected = loaded()
+    link = late(Late())
+    ours = loaded()
+    link.finish()
+    assert len(ours) == 12 and all(torch.equal(a, b) for x, y in zip(ours, expected) for a, b in zip(x[:2], y[:2]))
+    assert ours[0].images.dtype == getattr(torch, dtype) and not all(batch.valid.all() for batch in ours)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
