@@ -131,6 +131,45 @@ def _check_data(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+# ---- stats -----------------------------------------------------------------------------------------------------------
+
+
+def _add_stats(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=_path, help="a folder of arrays, as ArrayLoader reads them")
+    parser.add_argument("--axes", type=_count, default=2, metavar="N", help="axes beside the channels. Default: 2")
+    parser.add_argument("--channels-last", action="store_true", help="the channels are the last axis, not the first")
+    parser.add_argument("--key", help="name of the array in files that hold several")
+    parser.add_argument("--nodata", type=float, metavar="VALUE", help="value of missing data, or nan")
+    parser.add_argument("--out", type=_path, metavar="FILE", help="the file to write. Default: stats.json in SOURCE")
+    _add_threads(parser)
+
+
+def _stats(args: argparse.Namespace) -> int:
+    """Measure the mean and standard deviation of each channel of arrays, over all values in one pass.
+
+    The result is computed in float64, printed, and written to a JSON file. The same command continues after an
+    interruption. Arrays that can't be read are listed in the quarantine file, and the exit status is then 1.
+    """
+    from tqdm import tqdm
+
+    from .data.array_crops import ArrayCrops
+    from .data.array_files import open_arrays
+    from .data.stats import measure
+
+    source = open_arrays(args.source, args.key)
+    crops = ArrayCrops(args.axes, args.channels_last, nodata=args.nodata)
+    with tqdm(total=len(source.names), desc="measuring", unit=" arrays", disable=None) as bar:
+        found = measure(source, crops, args.out, num_threads=args.threads, progress=bar.update)
+    mean, std = found.moments.mean.tolist(), found.moments.std.tolist()
+    print(f"{args.source}: {found.done} arrays, {len(found.skipped)} can't be read")
+    print(f"mean={mean}\nstd={std}")
+    most = {"uint8": 255, "uint16": 65535}.get(found.layout.dtype)
+    if most is not None:
+        print(f"for a model that takes {found.layout.dtype}:")
+        print(f"mean={[value / most for value in mean]}\nstd={[value / most for value in std]}")
+    return 1 if found.skipped else 0
+
+
 # ---- pretrain --------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +339,7 @@ def _export(args: argparse.Namespace) -> int:
 COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "pack": (_add_pack, _pack),
     "check-data": (_add_check_data, _check_data),
+    "stats": (_add_stats, _stats),
     "pretrain": (_add_pretrain, _pretrain),
     "status": (_add_status, _status),
     "reconstruct": (_add_reconstruct, _reconstruct),
