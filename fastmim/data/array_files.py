@@ -103,18 +103,22 @@ def _nifti(path: Path, key: str | None) -> Iterator[Array]:
 
 
 @contextmanager
-def _tiff(path: Path, key: str | None) -> Iterator[Values]:
-    """Open the first series of a TIFF; one that isn't compressed is mapped into memory."""
+def _tiff(path: Path, key: str | None) -> Iterator[Array]:
+    """Open the first series of a TIFF: mapped into memory, or if it is compressed, tile by tile where zarr is there."""
     import tifffile
 
     with tifffile.TiffFile(path) as file:
         series = file.series[0]
-        if series.dataoffset is None:
-            # the pool of the loader has threads enough
-            yield series.asarray(maxworkers=1)
-        else:
+        if series.dataoffset is not None:
             dtype = np.dtype(series.dtype).newbyteorder(file.byteorder)
             yield np.memmap(path, dtype, "r", series.dataoffset, series.shape)
+        elif find_spec("zarr") is not None:
+            import zarr
+
+            yield zarr.open_array(series.aszarr(level=0), mode="r")
+        else:
+            # the pool of the loader has threads enough
+            yield series.asarray(maxworkers=1)
 
 
 @contextmanager
@@ -215,7 +219,14 @@ class ArrayFiles(Files):
         for name in DESCRIPTIONS if path.is_dir() else ():
             if (path / name).is_file():
                 return (path / name).read_bytes()[: None if most < 0 else most]
-        return super().read(sample, most)
+        if path.suffix.lower() != ".raw":
+            return super().read(sample, most)
+        try:
+            header = path.with_suffix(".json").read_bytes()
+        except OSError as error:
+            raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+        # together, since both may change
+        return (header + super().read(sample, most))[: None if most < 0 else most]
 
 
 def _first_line(error: Exception) -> str:

@@ -46,8 +46,8 @@ class ArrayLoader(Loader):
     holds NaN that `nodata` doesn't allow. Infinite values are never allowed.
 
     Values of dtype uint8, uint16, float16 and float32 stay as they are, in native byte order; int16 and float64 become
-    float32. Only the crop is read, except from compressed .npz, .nii.gz and compressed TIFF files, which are
-    decompressed each time.
+    float32. Only the crop is read, with the chunks, tiles or strips that it touches, except from compressed .npz and
+    .nii.gz, and from compressed TIFF files where zarr isn't installed: these are decompressed each time.
 
     Args:
         source: a folder, whose subfolders are classes if no array lies beside them, or a list of files: .npy, .npz,

@@ -482,3 +482,55 @@ def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"a.nii.gz needs nibabel: pip install 'fastmim\[nifti\]'"):
         open_arrays(tmp_path)
+
+
+@pytest.mark.parametrize("zarr", [True, False])
+@pytest.mark.parametrize("planes", ["separate", "contig"])
+def test_a_compressed_tiff(tmp_path, monkeypatch, zarr, planes):
+    """Tiles by zarr, whole files without it, and the same crops."""
+    tifffile = pytest.importorskip("tifffile")
+    if zarr:
+        pytest.importorskip("zarr")
+    else:
+        found = lambda name: None if name == "zarr" else find_spec(name)  # noqa: E731
+        monkeypatch.setattr("fastmim.data.array_files.find_spec", found)
+    plain, packed = tmp_path / "plain", tmp_path / "packed"
+    write(plain, 4, shape=(5, 100, 90), dtype="uint16")
+    for path in files(plain):
+        values = np.load(path) if planes == "separate" else np.moveaxis(np.load(path), 0, -1)
+        (packed / path.parent.name).mkdir(parents=True, exist_ok=True)
+        options = {"tile": (32, 32), "compression": "zlib", "photometric": "minisblack", "planarconfig": planes}
+        tifffile.imwrite(packed / path.relative_to(plain).with_suffix(".tif"), values, **options)
+    assert same(load(plain), load(packed, channels_last=planes == "contig"))
+
+
+def test_a_changed_header_of_a_raw_file_is_noticed(tmp_path):
+    for sample in range(3):
+        write_raw(tmp_path / f"{sample}.raw", array(sample))
+    state = load(tmp_path, 1).state_dict()
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text().replace("24, 20", "20, 24"))
+    with pytest.raises(ValueError, match="3 of 3 files that were compared have changed"):
+        load(tmp_path, 1).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if not name.endswith(".zarr")])
+def test_a_truncated_file_is_skipped(tmp_path, name):
+    module, save = FORMATS[name]
+    pytest.importorskip(module)
+    for sample in range(12):
+        save(tmp_path / f"{sample:02}{name}", array(sample))
+    path = tmp_path / f"07{name}"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    loader = load(tmp_path, crop=(20, 20), drop_last=False)
+    assert sorted(i for batch in loader for i in batch.ids.tolist()) == [i for i in range(12) if i != 7]
+    assert list(loader.skipped) == [7] and "\n" not in loader.skipped[7]
+
+
+def test_a_damaged_zarr_is_skipped(tmp_path):
+    pytest.importorskip("zarr")
+    for sample in range(12):
+        write_zarr(tmp_path / f"{sample:02}.zarr", array(sample))
+    (tmp_path / "07.zarr" / "zarr.json").write_text("{")
+    loader = load(tmp_path, drop_last=False)
+    assert sorted(i for batch in loader for i in batch.ids.tolist()) == [i for i in range(12) if i != 7]
