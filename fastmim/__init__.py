@@ -8,6 +8,7 @@ from .interop.convert.facebook import to_facebook
 from .interop.convert.huggingface import from_huggingface, to_huggingface
 from .interop.convert.load import load
 from .interop.convert.timm import to_timm
+from .interop.convert.videomae import to_videomae
 from .masking import Mask
 from .models.encoder import Encoder
 from .models.mae import (
@@ -20,6 +21,14 @@ from .models.mae import (
 )
 from .models.masked_autoencoder import MaskedAutoencoder
 from .models.output import MAEOutput
+from .models.video import (
+    VideoMAE,
+    videomae_vit_base_patch16,
+    videomae_vit_giant_patch14,
+    videomae_vit_huge_patch16,
+    videomae_vit_large_patch16,
+    videomae_vit_small_patch16,
+)
 
 __all__ = [
     "Encoder",
@@ -29,6 +38,7 @@ __all__ = [
     "MaskedAutoencoderViT",
     "Patches",
     "UnsupportedModelError",
+    "VideoMAE",
     "__version__",
     "accelerate",
     "data",
@@ -47,4 +57,10 @@ __all__ = [
     "to_facebook",
     "to_huggingface",
     "to_timm",
+    "to_videomae",
+    "videomae_vit_base_patch16",
+    "videomae_vit_giant_patch14",
+    "videomae_vit_huge_patch16",
+    "videomae_vit_large_patch16",
+    "videomae_vit_small_patch16",
 ]

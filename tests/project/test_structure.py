@@ -121,6 +121,7 @@ def test_public_names():
         "MaskedAutoencoderViT",
         "Patches",
         "UnsupportedModelError",
+        "VideoMAE",
         "__version__",
         "accelerate",
         "data",
@@ -139,6 +140,12 @@ def test_public_names():
         "to_facebook",
         "to_huggingface",
         "to_timm",
+        "to_videomae",
+        "videomae_vit_base_patch16",
+        "videomae_vit_giant_patch14",
+        "videomae_vit_huge_patch16",
+        "videomae_vit_large_patch16",
+        "videomae_vit_small_patch16",
     ]  # fmt: skip
     assert ops.__all__ == [
         "add_layer_norm",
