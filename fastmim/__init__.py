@@ -21,6 +21,7 @@ from .models.mae import (
 )
 from .models.masked_autoencoder import MaskedAutoencoder
 from .models.output import MAEOutput
+from .models.pixio import Pixio, pixio_vit_base_patch16, pixio_vit_huge_patch16, pixio_vit_large_patch16
 from .models.video import (
     VideoMAE,
     videomae_vit_base_patch16,
@@ -37,6 +38,7 @@ __all__ = [
     "MaskedAutoencoder",
     "MaskedAutoencoderViT",
     "Patches",
+    "Pixio",
     "UnsupportedModelError",
     "VideoMAE",
     "__version__",
@@ -53,6 +55,9 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "masking",
     "ops",
+    "pixio_vit_base_patch16",
+    "pixio_vit_huge_patch16",
+    "pixio_vit_large_patch16",
     "restore",
     "to_facebook",
     "to_huggingface",
