@@ -10,6 +10,12 @@ from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .interop.convert.videomae import to_videomae
 from .masking import Mask
+from .models.cross import (
+    CrossMAE,
+    crossmae_vit_base_patch16,
+    crossmae_vit_large_patch16,
+    crossmae_vit_small_patch16,
+)
 from .models.encoder import Encoder
 from .models.mae import (
     MaskedAutoencoderViT,
@@ -32,6 +38,7 @@ from .models.video import (
 )
 
 __all__ = [
+    "CrossMAE",
     "Encoder",
     "MAEOutput",
     "Mask",
@@ -43,6 +50,9 @@ __all__ = [
     "VideoMAE",
     "__version__",
     "accelerate",
+    "crossmae_vit_base_patch16",
+    "crossmae_vit_large_patch16",
+    "crossmae_vit_small_patch16",
     "data",
     "explain",
     "from_huggingface",

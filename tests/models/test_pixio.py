@@ -45,7 +45,8 @@ def test_names_and_shapes_are_those_of_public_checkpoints():
     shapes = {
         "cls_token": (1, 8, 1280), "pos_embed": (1, 264, 1280), "mask_token": (1, 1, 512),
         "decoder_pos_embed": (1, 264, 512), "patch_embed.proj.weight": (1280, 3, 16, 16),
-        "patch_embed.proj.bias": (1280,), "decoder_embed.weight": (512, 1280), "decoder_embed.bias": (512,), "decoder_pred.weight": (768, 512),
+        "patch_embed.proj.bias": (1280,), "decoder_embed.weight": (512, 1280), "decoder_embed.bias": (512,),
+        "decoder_pred.weight": (768, 512),
         "decoder_pred.bias": (768,),
     }  # fmt: skip
     for side, dim in (("", 1280), ("decoder_", 512)):
