@@ -10,6 +10,7 @@ from .interop.convert.load import load
 from .interop.convert.timm import to_timm
 from .interop.convert.videomae import to_videomae
 from .masking import Mask
+from .models.croco import CroCo, croco2_vit_base_patch16, croco2_vit_large_patch16, croco_vit_base_patch16
 from .models.cross import (
     CrossMAE,
     crossmae_vit_base_patch16,
@@ -38,6 +39,7 @@ from .models.video import (
 )
 
 __all__ = [
+    "CroCo",
     "CrossMAE",
     "Encoder",
     "MAEOutput",
@@ -50,6 +52,9 @@ __all__ = [
     "VideoMAE",
     "__version__",
     "accelerate",
+    "croco2_vit_base_patch16",
+    "croco2_vit_large_patch16",
+    "croco_vit_base_patch16",
     "crossmae_vit_base_patch16",
     "crossmae_vit_large_patch16",
     "crossmae_vit_small_patch16",

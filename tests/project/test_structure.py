@@ -114,6 +114,7 @@ def test_forbidden_imports_are_found(part, source):
 
 def test_public_names():
     assert fastmim.__all__ == sorted(fastmim.__all__) == [
+        "CroCo",
         "CrossMAE",
         "Encoder",
         "MAEOutput",
@@ -126,6 +127,9 @@ def test_public_names():
         "VideoMAE",
         "__version__",
         "accelerate",
+        "croco2_vit_base_patch16",
+        "croco2_vit_large_patch16",
+        "croco_vit_base_patch16",
         "crossmae_vit_base_patch16",
         "crossmae_vit_large_patch16",
         "crossmae_vit_small_patch16",
