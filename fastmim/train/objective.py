@@ -36,7 +36,7 @@ class Objective(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            batch: images (B, C, *img_size), labels if the data have any, and ids of a process's part of an update.
+            batch: images (B, C, *img_size) and seeds of a process's part of an update; labels where the data have any.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
