@@ -222,7 +222,12 @@ class Config:
             except ValueError as error:
                 # the model's name for image_size
                 raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
-        Masks(self.mask_settings, model.patch_embed.grid_size)
+        masks = Masks(self.mask_settings, model.patch_embed.grid_size)
+        if masks.ranks and self.objective in ("mae", "distill"):
+            raise ConfigError(
+                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own; "
+                f"got objective {self.objective}"
+            )
         if self.objective not in ("mae", "distill"):
             imported(self.objective)
         if self.objective == "mae" and self.objective_options:

@@ -253,6 +253,7 @@ def test_the_setting_of_a_mask_changes_the_run(config, tmp_path):
         ({"mask": {"mask_ratio": 1.5}}, "mask_ratio must be"),
         ({"mask": {"mask_ratio": [0.5, 0.6, 0.7]}}, r"a number, or \[first, last\]"),
         ({"mask": {"mask_ratio": 0.5, "seeds": 1}}, "no option 'seeds'"),
+        ({"mask": {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}}, "needs an objective with scores"),
         ({"objective": "mae", "objective_options": {"own": 1}}, "objective_options must be empty"),
         ({"objective": "nonsense"}, 'objective must be "mae", "distill" or'),
         ({"objective": "no.such:Thing"}, "can't be imported"),
@@ -266,4 +267,5 @@ def test_settings_are_refused(changes, message):
 
 def test_an_objective_without_scores_says_so(config):
     with pytest.raises(TypeError, match="must define scores"):
-        Trainer(config(mask={"kind": "hardest", "mask_ratio": 0.5, "share": 0.5})).run()
+        mask = {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}
+        Trainer(config(mask=mask, objective="fastmim.train.objective:PixelObjective")).run()
