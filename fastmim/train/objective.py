@@ -36,7 +36,8 @@ class Objective(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            batch: images (B, C, *img_size) and seeds of a process's part of an update; labels where the data have any.
+            batch: images (B, C, *img_size), labels where the data have any, and ids of a process's part of an update.
+                Where the run reads patches alone (the setting patchwise), images are `fastmim.Patches`.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
