@@ -52,6 +52,8 @@ class MaskedAutoencoder(Encoder):
     """
 
     _adds_modules = True
+    # True in a subclass whose targets are pixels in 0..1, not normalised by `mean` and `std`
+    _targets_are_pixels = False
 
     def __init__(
         self,
@@ -262,7 +264,7 @@ class MaskedAutoencoder(Encoder):
         weight: Tensor | None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        mean, std = self._stats(images)
+        mean, std = self._target_stats(images)
         patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
             images, ids, patch_size = as_images(images.predicted, self.in_chans)
@@ -278,6 +280,16 @@ class MaskedAutoencoder(Encoder):
             loss=self.error,
             reduction=reduction,
         )
+
+    def _target_stats(self, images: Tensor | Patches) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Return the mean and std by which images become targets, or None for those that are targets."""
+        mean, std = self._stats(images)
+        if not self._targets_are_pixels:
+            return mean, std
+        if mean is not None or self.mean is None or self.std is None:
+            return None, None
+        # floating images are normalised: (x - mean) / std undoes that
+        return [-m / s for m, s in zip(self.mean, self.std)], [1 / s for s in self.std]
 
     def _mask(
         self, images: Any, mask_ratio: float, decode_ratio: float, noise: Tensor | None, mask: Mask | None
@@ -414,6 +426,8 @@ class MaskedAutoencoder(Encoder):
             out: output of the model.
         """
         self._check_images(images)
-        target = self.patchify(normalized(images, *self._stats(images), None).float())
-        mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
+        target = self.patchify(normalized(images, *self._target_stats(images), None).float())
+        mean, std = (0.0,) * self.in_chans, (1.0,) * self.in_chans
+        if not self._targets_are_pixels:
+            mean, std = self.mean or mean, self.std or std
         return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)

@@ -43,7 +43,10 @@ def load_model(
     if ema and not weights_file.is_file():
         raise ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
     if not description.is_file():
-        return load(path, key=key, allow_missing=allow_missing)
+        found = load(path, key=key, allow_missing=allow_missing)
+        if not isinstance(found, MaskedAutoencoderViT):
+            raise ValueError(f"{path} must be of a model of images, got one of videos, a {type(found).__name__}")
+        return found
     if key is not None:
         raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
     try:
