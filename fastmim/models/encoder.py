@@ -15,7 +15,7 @@ from .._checks import check_count, check_images, check_number, check_same, check
 from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
-from ..nn.fused import residual_stream
+from ..nn.narrow import residual_stream
 from ..nn.patch_embed import add_positions
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, channel_constants, check_sizes
 from .inputs import first_tensor

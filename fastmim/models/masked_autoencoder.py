@@ -170,7 +170,7 @@ class MaskedAutoencoder(Encoder):
         """Return `decode` of `encode`: predictions (B, M, out_dim)."""
         if self.decoder in (None, "cross") or not self._owns("decode"):
             return self.decode(self.encode(images, mask), mask, context)
-        self._check_context(context)
+        self._check_context(context, mask)
         return self._decode(self._visible(images, mask), mask, context)
 
     def _visible(self, images: Any, mask: Mask) -> Tensor:
@@ -377,8 +377,7 @@ class MaskedAutoencoder(Encoder):
 
     def _check_decoded(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> None:
         """Check the arguments of `decode`."""
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
+        self._check_context(context, mask)
         batch, visible = mask.ids_keep.shape
         several = self.decoder == "cross" and isinstance(latent, (tuple, list))
         if several and len(latent) != len(self.decoder_blocks):
@@ -389,17 +388,18 @@ class MaskedAutoencoder(Encoder):
         tokens = mask.ids_predict.shape[1] if self.decoder is None else self.num_prefix_tokens + visible
         for part in latent if several else [latent]:
             check_tensor("latent", part, (batch, tokens, self.embed_dim), letters="what encode returns for this mask")
-        self._check_context(context)
 
-    def _check_context(self, context: Tensor | None) -> None:
-        """Check the latent of a second view."""
+    def _check_context(self, context: Tensor | None, mask: Mask) -> None:
+        """Check the mask, and the latent of a second view."""
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
             return
         if context is None:
             raise ValueError('context must be given to the decoder "both": encode(other), of a second view; got None')
-        whole = None, self.num_prefix_tokens + self.num_patches, self.embed_dim
+        whole = mask.ids_keep.shape[0], self.num_prefix_tokens + self.num_patches, self.embed_dim
         check_tensor("context", context, whole, letters="what encode returns for whole images")
 
     # ---- patches and pictures ----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from .config import Config
 
 
 def load_model(
-    path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
+    path: str | Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
 ) -> MaskedAutoencoderViT:
     """Load a model from a run's folder, one of its checkpoints, its final model, or any that `fastmim.load` reads.
 
@@ -24,6 +24,7 @@ def load_model(
             `ema` for a run without an average, or for another checkpoint.
         FileNotFoundError: a folder without a good checkpoint.
     """
+    path = Path(path)
     if path.is_file() and path.name == "model.safetensors":
         path = path.parent
     if (path / "final" / "model.safetensors").is_file():
