@@ -18,6 +18,6 @@ the middle of an epoch.
 # - `lock`, `pack`, `check_data`, `stats`: locks of folders, and the commands `fastmim pack`, `check-data` and `stats`.
 
 from .array_loader import ArrayBatch, ArrayLoader
-from .loader import Batch, ImageLoader, PatchBatch
+from .loader import Batch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ImageLoader", "PatchBatch"]
+__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ImageLoader", "PairBatch", "PatchBatch"]

@@ -66,6 +66,11 @@ class ArrayCrops:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
+    @property
+    def rows(self) -> int:
+        """Number of rows of a batch that an array gives."""
+        return self.repeats
+
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """Return the random numbers (n, repeats, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
         n, repeats = len(samples), self.repeats

@@ -50,6 +50,20 @@ class PatchBatch(NamedTuple):
     ids: Tensor
 
 
+class PairBatch(NamedTuple):
+    """A batch of two views of each image.
+
+    images, pair: uint8 (B, 3, H, W), the crop and the second crop inside it. Both are views of one tensor, in which
+        they take turns; the values of each are in channels_last order.
+    labels, ids: as in `Batch`.
+    """
+
+    images: Tensor
+    pair: Tensor
+    labels: Tensor | None
+    ids: Tensor
+
+
 class ImageLoader(Loader):
     """Iterable over batches of random resized crops of the images of a source; each iteration is one epoch.
 
@@ -103,6 +117,10 @@ class ImageLoader(Loader):
             `lambda seeds: fastmim.masking.random(len(seeds), 196, 0.75, seeds=seeds)`. The int64 seeds depend on seed,
             epoch and sample alone; crops of the same image have the same. Ids are those of the crop as it is served,
             mirrored or not. The numbers of visible and predicted patches must not change from call to call.
+        inner: (low, high) share of each crop's area that a second crop, inside the first, covers: yield `PairBatch`
+            instead of `Batch`, as CropMAE does (Eymaël et al., ECCV 2024). It is resampled from the image itself, its
+            `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
+            the same as without `inner`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -132,11 +150,15 @@ class ImageLoader(Loader):
         quarantine: str | os.PathLike[str] | None = None,
         patch_size: int | tuple[int, int] | None = None,
         masking: Callable[[Tensor], Any] | None = None,
+        inner: tuple[float, float] | None = None,
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
         intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
         patch = _patch((height, width), patch_size, masking)
+        second = None if inner is None else _interval("inner", inner, 1.0)
+        if second is not None and patch is not None:
+            raise ValueError(f"inner must be None with patch_size, which reads one view of an image; got {inner!r}")
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -152,7 +174,7 @@ class ImageLoader(Loader):
         )
         if isinstance(self.source, Packed):
             self.backend = "packed"
-        self.crops = Crops((height, width), *intervals, flip, repeats, patch)
+        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second)
         self._masks: Masks | None = None
         if patch is not None and masking is not None:
             self._masks = Masks(masking, seed, height // patch[0] * (width // patch[1]))
@@ -177,7 +199,10 @@ class ImageLoader(Loader):
             supply, prepare, decoder, threads, order.seed, order.batch_size, masks, stopped
         )
 
-    def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch:
+    def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch | PairBatch:
+        if self.crops.inner is not None:
+            images, pair = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
+            return PairBatch(images, pair, labels, ids)
         if mask is None:
             return Batch(values.permute(0, 3, 1, 2), labels, ids)
         visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
@@ -190,6 +215,7 @@ class ImageLoader(Loader):
             "scale": list(crops.scale),
             "ratio": list(crops.ratio),
             "flip": crops.flip,
+            "inner": crops.inner and list(crops.inner),
         }
 
 
