@@ -52,6 +52,8 @@ class MaskedAutoencoder(Encoder):
     """
 
     _adds_modules = True
+    # True in a subclass whose targets are pixels in 0..1, not normalised by `mean` and `std`
+    _targets_are_pixels = False
 
     def __init__(
         self,
@@ -168,7 +170,7 @@ class MaskedAutoencoder(Encoder):
         """Return `decode` of `encode`: predictions (B, M, out_dim)."""
         if self.decoder in (None, "cross") or not self._owns("decode"):
             return self.decode(self.encode(images, mask), mask, context)
-        self._check_context(context)
+        self._check_context(context, mask)
         return self._decode(self._visible(images, mask), mask, context)
 
     def _visible(self, images: Any, mask: Mask) -> Tensor:
@@ -262,7 +264,7 @@ class MaskedAutoencoder(Encoder):
         weight: Tensor | None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        mean, std = self._stats(images)
+        mean, std = self._target_stats(images)
         patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
             images, ids, patch_size = as_images(images.predicted, self.in_chans)
@@ -278,6 +280,16 @@ class MaskedAutoencoder(Encoder):
             loss=self.error,
             reduction=reduction,
         )
+
+    def _target_stats(self, images: Tensor | Patches) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Return the mean and std by which images become targets, or None for those that are targets."""
+        mean, std = self._stats(images)
+        if not self._targets_are_pixels:
+            return mean, std
+        if mean is not None or self.mean is None or self.std is None:
+            return None, None
+        # floating images are normalised: (x - mean) / std undoes that
+        return [-m / s for m, s in zip(self.mean, self.std)], [1 / s for s in self.std]
 
     def _mask(
         self, images: Any, mask_ratio: float, decode_ratio: float, noise: Tensor | None, mask: Mask | None
@@ -365,8 +377,7 @@ class MaskedAutoencoder(Encoder):
 
     def _check_decoded(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> None:
         """Check the arguments of `decode`."""
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
+        self._check_context(context, mask)
         batch, visible = mask.ids_keep.shape
         several = self.decoder == "cross" and isinstance(latent, (tuple, list))
         if several and len(latent) != len(self.decoder_blocks):
@@ -377,17 +388,18 @@ class MaskedAutoencoder(Encoder):
         tokens = mask.ids_predict.shape[1] if self.decoder is None else self.num_prefix_tokens + visible
         for part in latent if several else [latent]:
             check_tensor("latent", part, (batch, tokens, self.embed_dim), letters="what encode returns for this mask")
-        self._check_context(context)
 
-    def _check_context(self, context: Tensor | None) -> None:
-        """Check the latent of a second view."""
+    def _check_context(self, context: Tensor | None, mask: Mask) -> None:
+        """Check the mask, and the latent of a second view."""
+        if not isinstance(mask, Mask):
+            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
             return
         if context is None:
             raise ValueError('context must be given to the decoder "both": encode(other), of a second view; got None')
-        whole = None, self.num_prefix_tokens + self.num_patches, self.embed_dim
+        whole = mask.ids_keep.shape[0], self.num_prefix_tokens + self.num_patches, self.embed_dim
         check_tensor("context", context, whole, letters="what encode returns for whole images")
 
     # ---- patches and pictures ----------------------------------------------------------------------------------------
@@ -414,6 +426,8 @@ class MaskedAutoencoder(Encoder):
             out: output of the model.
         """
         self._check_images(images)
-        target = self.patchify(normalized(images, *self._stats(images), None).float())
-        mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
+        target = self.patchify(normalized(images, *self._target_stats(images), None).float())
+        mean, std = (0.0,) * self.in_chans, (1.0,) * self.in_chans
+        if not self._targets_are_pixels:
+            mean, std = self.mean or mean, self.std or std
         return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)
