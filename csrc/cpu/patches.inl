@@ -9,6 +9,15 @@ FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64
     for (int64_t line = 0; line < lines; ++line) {
       const T* source = image + patch_line(p, c, line);
       float* target = out + c * channel_step + line * width * value_step;
+      if constexpr (std::is_integral_v<T>) {
+        // a vector that the compiler makes of T is longer than most lines
+        if (step == 1 && value_step == 1 && width % VL == 0) {
+          const Vec mean = splat(p.mean[c]), std = splat(p.std[c]);
+          constexpr float largest = sizeof(T) == 1 ? 255.0f : 65535.0f;
+          for (int64_t i = 0; i < width; i += VL) store(target + i, (load(source + i) / largest - mean) / std);
+          continue;
+        }
+      }
       if constexpr (sizeof(T) == 1) {
         const float* table = p.table + c * 256;
         for (int64_t i = 0; i < width; ++i) target[i * value_step] = table[source[i * step]];

@@ -8,6 +8,7 @@ typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alia
 typedef int32_t UnalignedInt __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(VL * 4)));
 typedef uint16_t Half __attribute__((vector_size(VL * 2)));
+typedef uint8_t UnalignedBytes __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef uint16_t UnalignedHalf __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
 FASTMIM_HD Vec load(const float* from) {
@@ -35,6 +36,12 @@ FASTMIM_HD Int load(const int32_t* from) {
 }
 FASTMIM_HD void store(int32_t* to, Int value) {
   *reinterpret_cast<UnalignedInt*>(to) = value;
+}
+FASTMIM_HD Vec load(const uint8_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(from), Int), Vec);
+}
+FASTMIM_HD Vec load(const uint16_t* from) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(from), Int), Vec);
 }
 FASTMIM_HD Vec load(const Bf16* from) {
   return (Vec)(__builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits) << 16);
