@@ -18,7 +18,7 @@ from ..nn import Block, linear, run_blocks
 from ..nn.patch_embed import normalized
 from ..ops.patches import as_images
 from .arguments import check_sizes
-from .encoder import Encoder, LayerNorm, Position
+from .encoder import Encoder, LayerNorm, Position, check_is_mask
 from .inputs import first_tensor, patchify, unpatchify
 from .output import MAEOutput
 from .pictures import paste
@@ -166,9 +166,10 @@ class MaskedAutoencoder(Encoder):
 
     def predict(self, images: Any, mask: Mask, context: Tensor | None = None) -> Tensor:
         """Return `decode` of `encode`: predictions (B, M, out_dim)."""
+        check_is_mask(mask)
         if self.decoder in (None, "cross") or not self._owns("decode"):
             return self.decode(self.encode(images, mask), mask, context)
-        self._check_context(context)
+        self._check_context(context, mask)
         return self._decode(self._visible(images, mask), mask, context)
 
     def _visible(self, images: Any, mask: Mask) -> Tensor:
@@ -245,6 +246,7 @@ class MaskedAutoencoder(Encoder):
         Raises:
             TypeError, ValueError: as `fastmim.ops.pixel_loss`.
         """
+        check_is_mask(mask)
         self._check_inputs(images, mask)
         if weight is None:
             weight = mask.mask.gather(1, mask.ids_predict.long())
@@ -365,8 +367,7 @@ class MaskedAutoencoder(Encoder):
 
     def _check_decoded(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> None:
         """Check the arguments of `decode`."""
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
+        check_is_mask(mask)
         batch, visible = mask.ids_keep.shape
         several = self.decoder == "cross" and isinstance(latent, (tuple, list))
         if several and len(latent) != len(self.decoder_blocks):
@@ -377,17 +378,17 @@ class MaskedAutoencoder(Encoder):
         tokens = mask.ids_predict.shape[1] if self.decoder is None else self.num_prefix_tokens + visible
         for part in latent if several else [latent]:
             check_tensor("latent", part, (batch, tokens, self.embed_dim), letters="what encode returns for this mask")
-        self._check_context(context)
+        self._check_context(context, mask)
 
-    def _check_context(self, context: Tensor | None) -> None:
-        """Check the latent of a second view."""
+    def _check_context(self, context: Tensor | None, mask: Mask) -> None:
+        """Check the latent of a second view, of as many images as the mask."""
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
             return
         if context is None:
             raise ValueError('context must be given to the decoder "both": encode(other), of a second view; got None')
-        whole = None, self.num_prefix_tokens + self.num_patches, self.embed_dim
+        whole = mask.ids_keep.shape[0], self.num_prefix_tokens + self.num_patches, self.embed_dim
         check_tensor("context", context, whole, letters="what encode returns for whole images")
 
     # ---- patches and pictures ----------------------------------------------------------------------------------------
@@ -412,8 +413,14 @@ class MaskedAutoencoder(Encoder):
         Args:
             images: (B, C, *img_size), the images that `out` was computed from.
             out: output of the model.
+
+        Raises:
+            TypeError, ValueError: images as in `forward`; an `out` of another type, batch or number of patches.
         """
         self._check_images(images)
+        if not isinstance(out, MAEOutput):
+            raise TypeError(f"out must be an MAEOutput, got {type(out).__name__}")
+        check_tensor("out.mask", out.mask, (images.shape[0], self.num_patches), letters="that of images")
         target = self.patchify(normalized(images, *self._stats(images), None).float())
         mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
         return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)
