@@ -8,7 +8,15 @@ from .interop.convert.facebook import to_facebook
 from .interop.convert.huggingface import from_huggingface, to_huggingface
 from .interop.convert.load import load
 from .interop.convert.timm import to_timm
+from .interop.convert.videomae import to_videomae
 from .masking import Mask
+from .models.croco import CroCo, croco2_vit_base_patch16, croco2_vit_large_patch16, croco_vit_base_patch16
+from .models.cross import (
+    CrossMAE,
+    crossmae_vit_base_patch16,
+    crossmae_vit_large_patch16,
+    crossmae_vit_small_patch16,
+)
 from .models.encoder import Encoder
 from .models.mae import (
     MaskedAutoencoderViT,
@@ -20,17 +28,36 @@ from .models.mae import (
 )
 from .models.masked_autoencoder import MaskedAutoencoder
 from .models.output import MAEOutput
+from .models.pixio import Pixio, pixio_vit_base_patch16, pixio_vit_huge_patch16, pixio_vit_large_patch16
+from .models.video import (
+    VideoMAE,
+    videomae_vit_base_patch16,
+    videomae_vit_giant_patch14,
+    videomae_vit_huge_patch16,
+    videomae_vit_large_patch16,
+    videomae_vit_small_patch16,
+)
 
 __all__ = [
+    "CroCo",
+    "CrossMAE",
     "Encoder",
     "MAEOutput",
     "Mask",
     "MaskedAutoencoder",
     "MaskedAutoencoderViT",
     "Patches",
+    "Pixio",
     "UnsupportedModelError",
+    "VideoMAE",
     "__version__",
     "accelerate",
+    "croco2_vit_base_patch16",
+    "croco2_vit_large_patch16",
+    "croco_vit_base_patch16",
+    "crossmae_vit_base_patch16",
+    "crossmae_vit_large_patch16",
+    "crossmae_vit_small_patch16",
     "data",
     "explain",
     "from_huggingface",
@@ -43,8 +70,17 @@ __all__ = [
     "mae_vit_tiny_patch16",
     "masking",
     "ops",
+    "pixio_vit_base_patch16",
+    "pixio_vit_huge_patch16",
+    "pixio_vit_large_patch16",
     "restore",
     "to_facebook",
     "to_huggingface",
     "to_timm",
+    "to_videomae",
+    "videomae_vit_base_patch16",
+    "videomae_vit_giant_patch14",
+    "videomae_vit_huge_patch16",
+    "videomae_vit_large_patch16",
+    "videomae_vit_small_patch16",
 ]

@@ -149,7 +149,7 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
     `before` is told the kernel, the arguments and the options of what would have been launched, `after` what it was
     compiled to.
     """
-    linear, loss = importlib.import_module("fastmim.nn.fused"), importlib.import_module("fastmim.ops.loss")
+    narrow, loss = importlib.import_module("fastmim.nn.narrow"), importlib.import_module("fastmim.ops.loss")
     run = JITFunction.run
 
     def warm_up(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -165,7 +165,7 @@ def without_gpu(before: Callable[..., Any] = lambda *_: None, after: Callable[[A
         mock.patch.object(Machine, "get_current_device", lambda self: device),
         mock.patch.object(JITFunction, "run", warm_up),
         # a GPU multiplies 16-bit matrices
-        mock.patch.object(linear, "emulated", lambda device: False),
+        mock.patch.object(narrow, "emulated", lambda device: False),
         # the loss treats fake tensors as those of a compiler
         mock.patch.object(loss, "Tensor", FakeTensor),
         # fake parameters can't be moved, and need not be

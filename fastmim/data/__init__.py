@@ -15,6 +15,6 @@ the middle of an epoch.
 # - `quarantine`, `loader_state`, `loader`: unreadable files, saved states, `ImageLoader`.
 # - `lock`, `pack`, `check_data`: locks of folders, and the commands `fastmim pack` and `fastmim check-data`.
 
-from .loader import Batch, ImageLoader, PatchBatch
+from .loader import Batch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["Batch", "ImageLoader", "PatchBatch"]
+__all__ = ["Batch", "ImageLoader", "PairBatch", "PatchBatch"]

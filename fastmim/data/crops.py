@@ -11,6 +11,8 @@ from .philox import Floats, Ints, uniforms
 ATTEMPTS = 10
 # two numbers per attempt (area, aspect ratio), then the position and the flip; rounded up to blocks of four
 BLOCKS = (2 * ATTEMPTS + 3 + 3) // 4
+# number of the first inner crop in the last part of the Philox counter, where crops have the number of the repeat
+INNER = 1 << 31
 
 
 class Crop(NamedTuple):
@@ -34,6 +36,7 @@ class Crops:
         flip: mirror half of the crops.
         repeats: crops per image.
         patch: (h, w) of the patches that are made of each crop; None: whole crops.
+        inner: (low, high) share of each crop's area that a second crop inside it covers; None: no second crops.
     """
 
     size: tuple[int, int]
@@ -42,29 +45,46 @@ class Crops:
     flip: bool
     repeats: int
     patch: tuple[int, int] | None = None
+    inner: tuple[float, float] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of crops per image, with `inner` those inside others too."""
+        return self.repeats if self.inner is None else 2 * self.repeats
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
-        """Return the random numbers (n, repeats, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
-        n, repeats = len(samples), self.repeats
-        pairs = np.repeat(samples, repeats), np.tile(np.arange(repeats), n)
-        return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, repeats, -1)
+        """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
+        n, numbers = len(samples), np.arange(self.repeats)
+        if self.inner is not None:
+            numbers = np.stack([numbers, INNER + numbers], 1).reshape(-1)
+        pairs = np.repeat(samples, len(numbers)), np.tile(numbers, n)
+        return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, len(numbers), -1)
 
     def boxes(self, draws: Floats, width: Ints | int, height: Ints | int) -> Ints:
-        """Return the crops (n, repeats, 5) of images of those sizes from their random numbers (n, repeats, 4 * BLOCKS).
+        """Return the crops (n, rows, 5) of images of those sizes from their random numbers (n, rows, 4 * BLOCKS).
 
-        Each is left, top, width, height and 1 to mirror it, as in `Crop`.
+        Each is left, top, width, height and 1 to mirror it, as in `Crop`. With `inner` each crop is followed by the one
+        inside it.
         """
-        (low, high), least, most = self.scale, math.log(self.ratio[0]), math.log(self.ratio[1])
-        n, repeats = draws.shape[:2]
-        numbers = draws.reshape(n * repeats, -1)
-        full = np.empty((2, n * repeats), np.int64)
-        for axis, size in enumerate((width, height)):
-            full[axis] = np.repeat(size, n * repeats // np.size(size))
+        n, rows, size = draws.shape
+        count = n * self.repeats
+        numbers = draws.reshape(count, rows // self.repeats, size)
+        full = np.stack([np.repeat(side, count // np.size(side)) for side in (width, height)]).astype(np.int64)
+        boxes = first = self._boxes(numbers[:, 0], full, self.scale)
+        if self.inner is not None:
+            second = self._boxes(numbers[:, 1], first[:, 2:4].T, self.inner)
+            second[:, :2] += first[:, :2]
+            boxes = np.stack([first, second], 1)
+        return boxes.reshape(n, rows, 5)
+
+    def _boxes(self, numbers: Floats, full: Ints, scale: tuple[float, float]) -> Ints:
+        """Return crops (m, 5) of boxes whose widths and heights are `full` (2, m), for numbers (m, 4 * BLOCKS)."""
+        (low, high), least, most = scale, math.log(self.ratio[0]), math.log(self.ratio[1])
         # of a shape that no attempt fits: the largest centred box of an allowed aspect ratio
         box = np.stack([np.rint(full[1] * self.ratio[1]), np.rint(full[0] / self.ratio[0])]).astype(np.int64)
         box = np.maximum(1, np.minimum(full, box))
         start = (full - box) // 2
-        rows = np.arange(n * repeats)
+        rows = np.arange(len(numbers))
         for attempt in range(0, 2 * ATTEMPTS, 2):
             area = full[0, rows] * full[1, rows] * (low + (high - low) * numbers[rows, attempt])
             # math's exp, since NumPy's differs between processors
@@ -78,4 +98,4 @@ class Crops:
             if not len(rows):
                 break
         flip = (numbers[:, 2 * ATTEMPTS + 2] < 0.5) & self.flip
-        return np.stack([*start, *box, flip], axis=1).reshape(n, repeats, 5)
+        return np.stack([*start, *box, flip], axis=1)

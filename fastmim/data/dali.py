@@ -127,19 +127,19 @@ class Dali:
                 pixels = fn.decoders.image(data, device=device)
             outputs = [pixels]
             if self.link is not None:
-                outputs = [self._resized_by_dali(pixels, repeat, source) for repeat in range(self.crops.repeats)]
+                outputs = [self._resized_by_dali(pixels, row, source) for row in range(self.crops.rows)]
             pipeline.set_outputs(*outputs)
             pipeline.build()
         return pipeline
 
-    def _resized_by_dali(self, pixels: Any, repeat: int, source: Any) -> Any:
-        start, shape = source(f"start{repeat}", types.INT32, 1), source(f"shape{repeat}", types.INT32, 1)
+    def _resized_by_dali(self, pixels: Any, row: int, source: Any) -> Any:
+        start, shape = source(f"start{row}", types.INT32, 1), source(f"shape{row}", types.INT32, 1)
         crop = fn.slice(pixels, start, shape, axes=(0, 1))
         # as on a CPU: the horizontal axis first, with rounding between the two
-        first = source(f"first{repeat}", types.FLOAT, 1)
+        first = source(f"first{row}", types.FLOAT, 1)
         crop = fn.resize(crop, size=first, interp_type=types.INTERP_CUBIC, antialias=True)
         crop = fn.resize(crop, size=self.crops.size, interp_type=types.INTERP_CUBIC, antialias=True)
-        return fn.flip(crop, horizontal=source(f"flip{repeat}", types.INT32, 0))
+        return fn.flip(crop, horizontal=source(f"flip{row}", types.INT32, 0))
 
     def _run(self, pipeline: Any, jobs: list[Job]) -> list[Row | None]:
         """Return the crops of each job, copied, since the next run may overwrite DALI's memory."""
@@ -159,17 +159,17 @@ class Dali:
                 return cut(np.ascontiguousarray(out.at(place)), inside[place], self.crops, jobs[place].ids).made()
 
             return list(self._pool.map(made, range(len(jobs))))
-        for repeat, crops in enumerate(zip(*inside)):
-            feed(f"start{repeat}", [(crop.top, crop.left) for crop in crops])
-            feed(f"shape{repeat}", [(crop.height, crop.width) for crop in crops])
-            feed(f"first{repeat}", [(crop.height, self.crops.size[1]) for crop in crops], np.float32)
-            feed(f"flip{repeat}", [crop.flip for crop in crops])
+        for row, crops in enumerate(zip(*inside)):
+            feed(f"start{row}", [(crop.top, crop.left) for crop in crops])
+            feed(f"shape{row}", [(crop.height, crop.width) for crop in crops])
+            feed(f"first{row}", [(crop.height, self.crops.size[1]) for crop in crops], np.float32)
+            feed(f"flip{row}", [crop.flip for crop in crops])
         self.release()
         # run() returns once the pixels are complete
         outputs = pipeline.run()
         copies = self.link.joined(from_dlpack(out.as_tensor()) for out in outputs)
         self._copying = outputs, self.link.mark()
-        return list(copies.unflatten(0, (self.crops.repeats, len(jobs))).unbind(1))
+        return list(copies.unflatten(0, (self.crops.rows, len(jobs))).unbind(1))
 
     def release(self) -> None:
         """Wait until the crops are copied, and let DALI reuse its memory."""

@@ -112,10 +112,10 @@ class Decoding:
         while True:
             part = self.supply.next(self.batch_size)
             draws = self.decoder.crops.draws(self.seed, self.supply.epoch, part)
-            repeats = self.decoder.crops.repeats
-            mask = None if self.masks is None else self.masks.of(self.supply.epoch, np.repeat(part, repeats))
+            rows = self.decoder.crops.rows
+            mask = None if self.masks is None else self.masks.of(self.supply.epoch, np.repeat(part, rows))
             for place, (sample, numbers) in enumerate(zip(part.tolist(), draws)):
-                own = None if mask is None else rows_at(mask, slice(place * repeats, (place + 1) * repeats))
+                own = None if mask is None else rows_at(mask, slice(place * rows, (place + 1) * rows))
                 ids = None if own is None else ids_of(own)
                 yield sample, own, self._pool.submit(self._prepare, sample, numbers, ids)
 
@@ -177,7 +177,7 @@ class Mapped:
         self.supply, self.source, self.crops, self.threads, self.seed = supply, source, crops, threads, seed
         self.masks = masks
         # samples drawn at once, with their crops and masks, and how many of them were taken
-        self._samples, self._boxes = np.empty(0, np.int64), np.empty((0, crops.repeats, 5), np.int64)
+        self._samples, self._boxes = np.empty(0, np.int64), np.empty((0, crops.rows, 5), np.int64)
         self._mask: Any = None
         self._at = 0
 
@@ -185,11 +185,11 @@ class Mapped:
         samples = self.supply.next(count)
         draws = self.crops.draws(self.seed, self.supply.epoch, samples)
         boxes = self.crops.boxes(draws, *self.source.sizes(samples))
-        rows = np.repeat(samples, self.crops.repeats)
+        rows = np.repeat(samples, self.crops.rows)
         return samples, boxes, None if self.masks is None else self.masks.of(self.supply.epoch, rows)
 
     def take(self, count: int) -> Taken:
-        reasons, repeats = self.source.reasons, self.crops.repeats
+        reasons, crops = self.source.reasons, self.crops.rows
         good, rows, masks, bad = list[int](), list[Row](), list[Any](), list[tuple[int, str]]()
         while count:
             if self._at == len(self._samples):
@@ -213,7 +213,7 @@ class Mapped:
                     list(pool.map(self.source.read, unverified))
             ids = None
             if self._mask is not None:
-                at = (place[:, None] * repeats + np.arange(repeats)).reshape(-1)
+                at = (place[:, None] * crops + np.arange(crops)).reshape(-1)
                 masks.append(rows_at(self._mask, torch.from_numpy(at)))
                 ids = ids_of(masks[-1])
             good += samples.tolist()

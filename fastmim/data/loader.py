@@ -60,6 +60,20 @@ class PatchBatch(NamedTuple):
     ids: Tensor
 
 
+class PairBatch(NamedTuple):
+    """A batch of two views of each image.
+
+    images, pair: uint8 (B, 3, H, W), the crop and the second crop inside it. Both are views of one tensor, in which
+        they take turns; the values of each are in channels_last order.
+    labels, ids: as in `Batch`.
+    """
+
+    images: Tensor
+    pair: Tensor
+    labels: Tensor | None
+    ids: Tensor
+
+
 class TooFewImages(ValueError):
     """Error for a source with fewer images, `samples`, than a global batch, with drop_last=True."""
 
@@ -124,6 +138,10 @@ class ImageLoader:
             `lambda seeds: fastmim.masking.random(len(seeds), 196, 0.75, seeds=seeds)`. The int64 seeds depend on seed,
             epoch and sample alone; crops of the same image have the same. Ids are those of the crop as it is served,
             mirrored or not. The numbers of visible and predicted patches must not change from call to call.
+        inner: (low, high) share of each crop's area that a second crop, inside the first, covers: yield `PairBatch`
+            instead of `Batch`, as CropMAE does (Eymaël et al., ECCV 2024). It is resampled from the image itself, its
+            `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
+            the same as without `inner`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -151,6 +169,7 @@ class ImageLoader:
         quarantine: str | os.PathLike[str] | None = None,
         patch_size: int | tuple[int, int] | None = None,
         masking: Callable[[Tensor], Any] | None = None,
+        inner: tuple[float, float] | None = None,
     ) -> None:
         check_count("batch_size", batch_size, 1)
         check_count("repeats", repeats, 1)
@@ -166,6 +185,9 @@ class ImageLoader:
         height, width = axes("image_size", image_size, 2)
         intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
         patch = _patch((height, width), patch_size, masking)
+        second = None if inner is None else _interval("inner", inner, 1.0)
+        if second is not None and patch is not None:
+            raise ValueError(f"inner must be None with patch_size, which reads one view of an image; got {inner!r}")
         self.device = _device(device)
         self.backend = choose(backend, self.device, patch is not None)
         self.source = open_source(source)
@@ -174,7 +196,7 @@ class ImageLoader:
         self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
         if not len(self.order):
             raise TooFewImages(len(self.source.names), batch_size, world)
-        self.crops = Crops((height, width), *intervals, flip, repeats, patch)
+        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second)
         self._masks: Masks | None = None
         if patch is not None and masking is not None:
             self._masks = Masks(masking, seed, height // patch[0] * (width // patch[1]))
@@ -295,6 +317,7 @@ class ImageLoader:
             "ratio": list(self.crops.ratio),
             "flip": self.crops.flip,
             "repeats": self.crops.repeats,
+            "inner": self.crops.inner and list(self.crops.inner),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -333,7 +356,7 @@ class _Iteration(Iterator[Any]):
         self._prefetcher: Prefetcher | None = None
         self._over = False
 
-    def __next__(self) -> Batch | PatchBatch:
+    def __next__(self) -> Batch | PatchBatch | PairBatch:
         if self._over:
             raise StopIteration
         if self._prefetcher is None:
@@ -354,6 +377,9 @@ class _Iteration(Iterator[Any]):
         labels = None if of_source is None else torch.from_numpy(of_source[ids].astype(np.int64, copy=False))
         self._loader._advance(prefetched.after, self._number)
         numbers = torch.from_numpy(ids)
+        if self._loader.crops.inner is not None:
+            images, pair = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
+            return PairBatch(images, pair, labels, numbers)
         if mask is None:
             return Batch(values.permute(0, 3, 1, 2), labels, numbers)
         visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)

@@ -15,7 +15,7 @@ from .._checks import check_count, check_images, check_number, check_same, check
 from .._patches import Patches
 from ..masking import Mask
 from ..nn import Block, PatchEmbed, run_blocks
-from ..nn.fused import residual_stream
+from ..nn.narrow import residual_stream
 from ..nn.patch_embed import add_positions
 from .arguments import IMAGENET_MEAN, IMAGENET_STD, channel_constants, check_sizes
 from .inputs import first_tensor
@@ -55,6 +55,8 @@ class Encoder(nn.Module):
 
     # True in a subclass that adds modules, and initialises all weights itself
     _adds_modules = False
+    # makes the fixed table of positions
+    _sincos = staticmethod(sincos)
 
     def __init__(
         self,
@@ -122,7 +124,7 @@ class Encoder(nn.Module):
         for name in ("pos_embed", "decoder_pos_embed"):
             table = getattr(self, name, None)
             if table is not None:
-                fill = learned if self.position == "learned" else sincos
+                fill = learned if self.position == "learned" else self._sincos
                 with torch.no_grad():
                     table.copy_(fill(table.shape[2], self.grid_size, num_prefix_tokens=self.num_prefix_tokens))
         for module in self.modules():

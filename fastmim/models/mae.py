@@ -34,8 +34,8 @@ class MaskedAutoencoderViT(MaskedAutoencoder):
         mlp_ratio: hidden width of the MLPs, as a multiple of the width.
         norm_layer: function from a width to a norm; default LayerNorm with eps 1e-6.
         norm_pix_loss: normalise each target patch by its own mean and standard deviation.
-        mean, std: mean and standard deviation of each channel of uint8 images, scaled to 0..1; default ImageNet's for 3
-            channels, none for other numbers.
+        mean, std: mean and standard deviation of each channel of uint8 and uint16 images, scaled to 0..1; default
+            ImageNet's for 3 channels, none for other numbers.
         decoder_mlp_ratio: `mlp_ratio` of the decoder; default that of the encoder.
         qkv_bias: give the qkv projections a bias.
 

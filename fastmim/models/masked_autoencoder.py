@@ -52,6 +52,8 @@ class MaskedAutoencoder(Encoder):
     """
 
     _adds_modules = True
+    # True in a subclass whose targets are pixels in 0..1, not normalised by `mean` and `std`
+    _targets_are_pixels = False
 
     def __init__(
         self,
@@ -264,7 +266,7 @@ class MaskedAutoencoder(Encoder):
         weight: Tensor | None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> Tensor:
-        mean, std = self._stats(images)
+        mean, std = self._target_stats(images)
         patch_size: Sequence[int] = self.patch_size
         if isinstance(images, Patches):
             images, ids, patch_size = as_images(images.predicted, self.in_chans)
@@ -280,6 +282,16 @@ class MaskedAutoencoder(Encoder):
             loss=self.error,
             reduction=reduction,
         )
+
+    def _target_stats(self, images: Tensor | Patches) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+        """Return the mean and std by which images become targets, or None for those that are targets."""
+        mean, std = self._stats(images)
+        if not self._targets_are_pixels:
+            return mean, std
+        if mean is not None or self.mean is None or self.std is None:
+            return None, None
+        # floating images are normalised: (x - mean) / std undoes that
+        return [-m / s for m, s in zip(self.mean, self.std)], [1 / s for s in self.std]
 
     def _mask(
         self, images: Any, mask_ratio: float, decode_ratio: float, noise: Tensor | None, mask: Mask | None
@@ -367,7 +379,7 @@ class MaskedAutoencoder(Encoder):
 
     def _check_decoded(self, latent: Tensor | Sequence[Tensor], mask: Mask, context: Tensor | None) -> None:
         """Check the arguments of `decode`."""
-        check_is_mask(mask)
+        self._check_context(context, mask)
         batch, visible = mask.ids_keep.shape
         several = self.decoder == "cross" and isinstance(latent, (tuple, list))
         if several and len(latent) != len(self.decoder_blocks):
@@ -378,10 +390,10 @@ class MaskedAutoencoder(Encoder):
         tokens = mask.ids_predict.shape[1] if self.decoder is None else self.num_prefix_tokens + visible
         for part in latent if several else [latent]:
             check_tensor("latent", part, (batch, tokens, self.embed_dim), letters="what encode returns for this mask")
-        self._check_context(context, mask)
 
     def _check_context(self, context: Tensor | None, mask: Mask) -> None:
-        """Check the latent of a second view, of as many images as the mask."""
+        """Check the mask, and the latent of a second view."""
+        check_is_mask(mask)
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
@@ -421,6 +433,8 @@ class MaskedAutoencoder(Encoder):
         if not isinstance(out, MAEOutput):
             raise TypeError(f"out must be an MAEOutput, got {type(out).__name__}")
         check_tensor("out.mask", out.mask, (images.shape[0], self.num_patches), letters="that of images")
-        target = self.patchify(normalized(images, *self._stats(images), None).float())
-        mean, std = self.mean or (0.0,) * self.in_chans, self.std or (1.0,) * self.in_chans
+        target = self.patchify(normalized(images, *self._target_stats(images), None).float())
+        mean, std = (0.0,) * self.in_chans, (1.0,) * self.in_chans
+        if not self._targets_are_pixels:
+            mean, std = self.mean or mean, self.std or std
         return self.unpatchify(paste(target, out, self.norm_pix_loss, mean, std)).clamp(0, 1)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from .. import ops
 from .._checks import check_count, check_same, check_tensor
 from ..ops.attention import _check_bias, _check_key_mask
-from .fused import NarrowWeights, attend, attention_gives_bias_grad, linear, linear_of
+from .fused import attend, attention_gives_bias_grad, linear, linear_of
+from .narrow import NarrowWeights
 from .rope import check_angles, rotate, rotate_packed
 from .stream import last_tokens
 

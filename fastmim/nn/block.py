@@ -12,17 +12,10 @@ from torch import Tensor, nn
 
 from .._checks import check_count, check_number, check_tensor
 from .attention import Attention, Scoring, check_memory
-from .fused import (
-    NarrowWeights,
-    gelu_linear,
-    is_stock,
-    linear_of,
-    norm_linear,
-    residual_stream,
-    stock_norm,
-    unaltered,
-)
+from .fused import gelu_linear, linear_of, norm_linear
 from .layer_scale import LayerScale, folded, folds, scaled, scaled_linear
+from .narrow import NarrowWeights, residual_stream
+from .stock import is_stock, stock_norm, unaltered
 from .stream import Stream, X, add_norm, last_tokens, norm_project
 
 

@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .._checks import check_count
 from .block import Block, Options, check_takes
-from .fused import NarrowWeights, is_stock, linear, narrow_operands, norm_linear, stock_norm, unaltered, watched
+from .fused import linear, norm_linear
+from .narrow import NarrowWeights, narrow_operands
+from .stock import is_stock, stock_norm, unaltered, watched
 from .stream import Stream, add_norm, last_tokens
 
 

@@ -2,132 +2,23 @@
 
 A layer fused with the elementwise pass before it doesn't keep that pass's result, the largest tensor of a transformer
 block: the gradient kernel of the pass recomputes it from what it reads anyway. Under autocast the narrow (16-bit) copy
-of a weight isn't kept either, unless the caller made it ahead, with others, in `NarrowWeights`. On a CPU without
-instructions for 16-bit products, which PyTorch emulates several times slower, products are taken in float32 and only
-their results are narrow.
+of a weight isn't kept either, unless the caller made it ahead, with others, in `NarrowWeights`.
 """
 
-import functools
-import platform
-from collections.abc import Iterable
 from itertools import chain
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as modules
 
 from .._autocast import autocast_dtype, without_autocast
-from ..ops._define import transformed
 from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def is_stock(module: nn.Module, cls: type[M]) -> TypeGuard[M]:
-    """Return whether `module` computes what `cls` does and nothing more, so that its weights may be used directly."""
-    return type(module) is cls and untouched(module)
-
-
-def untouched(module: nn.Module) -> bool:
-    """Return whether a call of `module` runs the `forward` of its class and nothing else, unobserved."""
-    return unaltered(module) and not watched()
-
-
-def unaltered(module: nn.Module) -> bool:
-    """Return whether `module` itself has no hooks, no `forward` of its own and no tensor subclass for a weight."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or "forward" in module.__dict__:
-        return False
-    return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
-
-
-# quantised and sharded weights implement PyTorch's ops, not those of fastmim; export traces with fake ones
-_WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
-
-
-def watched() -> bool:
-    """Return whether a global hook, torch.func or forward-mode AD must see each module called.
-
-    FlopCounterMode need not: its hooks only note in which module an op runs. It counts the FLOPs of our ops; modules
-    called one by one take more.
-    """
-    if modules._has_any_global_hook():
-        hooks = chain(
-            modules._global_forward_hooks.values(),
-            modules._global_forward_pre_hooks.values(),
-            modules._global_backward_hooks.values(),
-            modules._global_backward_pre_hooks.values(),
-        )
-        if any(getattr(hook, "__module__", None) != "torch.utils.module_tracker" for hook in hooks):
-            return True
-    return transformed()
-
-
-def stock_norm(norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-    """Return whether `norm` may be fused: a layer norm of the last axis with weight and bias, and no compiler."""
-    return (
-        not torch.compiler.is_compiling()
-        and is_stock(norm, nn.LayerNorm)
-        and len(norm.normalized_shape) == 1
-        and norm.bias is not None
-    )
-
-
-def residual_stream(x: Tensor) -> Tensor:
-    """Return tokens x as the residual stream that blocks add to: in float32 under autocast, where layers are narrow."""
-    return x if autocast_dtype(x) is None else x.float()
-
-
-class NarrowWeights:
-    """Narrow copies of float32 weights and biases, made in one pass.
-
-    They are made anew in each forward pass and handed down with it, so that no change of a weight between two passes is
-    missed. The backward pass keeps the weights among them, 2 bytes a value. A tied weight has one copy.
-
-    Args:
-        parameters: to be copied; those of other dtypes are skipped.
-        dtype: of the copies.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor | None], dtype: torch.dtype) -> None:
-        sources = [p for p in dict.fromkeys(parameters) if p is not None and p.dtype == torch.float32]
-        with torch.no_grad():
-            copies = [torch.empty_like(source, dtype=dtype) for source in sources]
-            if copies:
-                torch._foreach_copy_(copies, sources)
-        self._copies = {source: (copy, _version(source)) for source, copy in zip(sources, copies)}
-
-    def of(self, parameter: Tensor) -> Tensor:
-        """Return the copy of `parameter`; itself where it has none or was changed since."""
-        found = self._copies.get(parameter)
-        return found[0] if found is not None and found[1] == _version(parameter) else parameter
-
-
-def _version(x: Tensor) -> int:
-    """Return the count of changes of `x` in place; tensors of inference mode have none."""
-    return 0 if x.is_inference() else x._version
-
-
-def narrow_operands(x: Tensor) -> torch.dtype | None:
-    """Return the 16-bit dtype that layers given x multiply in; None outside autocast and where the compiler casts."""
-    if torch.compiler.is_compiling():
-        return None
-    operands = _Products(x).operands
-    return None if operands == torch.float32 else operands
-
-
-def _operands(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return the operands of a product: the narrow copies of weight and bias where there are any."""
-    if narrow is None:
-        return weight, bias
-    return narrow.of(weight), None if bias is None else narrow.of(bias)
+from .narrow import NarrowWeights, Products, operands_of
+from .stock import is_stock
 
 
 def linear(x: Tensor, layer: nn.Module, narrow: NarrowWeights | None = None) -> Tensor:
@@ -164,7 +55,7 @@ def linears_of(
     if torch.compiler.is_compiling() or autocast_dtype(x) is None:
         biases = [bias if bias is None or bias_grad else bias.detach() for _, bias in layers]
         return tuple(F.linear(x, weight, bias) for (weight, _), bias in zip(layers, biases))
-    operands = chain(*(_operands(narrow, weight, bias) for weight, bias in layers))
+    operands = chain(*(operands_of(narrow, weight, bias) for weight, bias in layers))
     if not bias_grad:
         layers = tuple((weight, None) for weight, _ in layers)
     out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
@@ -223,7 +114,7 @@ def norm_linear(
     `x_bias` (D,) is that of the layer that made x, where its product was taken without. x None stands for zeros; it has
     no bias. With `num_last`, return the last rows (..., num_last, D) of t only.
     """
-    operands = _operands(narrow, weight, bias)
+    operands = operands_of(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
     bias = bias if bias_grad else None
     out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
@@ -236,7 +127,7 @@ def gelu_linear(
     x: Tensor, first_bias: Tensor, weight: Tensor, bias: Tensor | None, narrow: NarrowWeights | None = None
 ) -> Tensor:
     """Return `linear_of` GELU(x + first_bias); x (..., D)."""
-    operands = _operands(narrow, weight, bias)
+    operands = operands_of(narrow, weight, bias)
     out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
     return out
 
@@ -263,31 +154,6 @@ def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None, num_querie
 
 
 # ---- the product and its gradients, in autocast's dtype --------------------------------------------------------------
-
-
-@functools.cache
-def emulated(device: str) -> bool:
-    """Return whether PyTorch emulates 16-bit products on this type of device."""
-    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    return device == "cpu" and platform.machine() in ("x86_64", "AMD64") and not fast()
-
-
-class _Products:
-    """Dtypes of one layer's products: `narrow` of results and `operands`; None: those of the inputs."""
-
-    def __init__(self, *inputs: Tensor) -> None:
-        self.device = inputs[0].device.type
-        self.narrow = autocast_dtype(*inputs)
-        self.operands = torch.float32 if self.narrow is not None and emulated(self.device) else self.narrow
-
-    def operand(self, x: Tensor) -> Tensor:
-        return x if self.operands is None else x.to(self.operands)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        with without_autocast(self.device):
-            bias = None if bias is None else self.operand(bias)
-            out = F.linear(self.operand(x), self.operand(weight), bias)
-            return out if self.narrow is None else out.to(self.narrow)
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -319,7 +185,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         parameters, operands = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
-        ctx.products, ctx.dtype = _Products(x), x.dtype
+        ctx.products, ctx.dtype = Products(x), x.dtype
         ctx.dtypes = [_dtypes(weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2])]
         # kept in the narrower of the two dtypes
         kept = x if ctx.products.narrow is None or x.dtype.itemsize == 2 else x.to(ctx.products.narrow)
@@ -361,7 +227,7 @@ class _NormLinear(torch.autograd.Function):
         weight_operand: Tensor,
         bias_operand: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.products = _Products(residual, *([] if x is None else [x]))
+        ctx.products = Products(residual, *([] if x is None else [x]))
         ctx.dtypes, x_dtype = _dtypes(weight, bias), None if x is None else x.dtype
         ctx.input_dtypes = x_dtype, residual.dtype, norm_weight.dtype, norm_bias.dtype
         ctx.x_bias_dtype = None if x_bias is None else x_bias.dtype
@@ -405,7 +271,7 @@ class _GeluLinear(torch.autograd.Function):
         weight_operand: Tensor,
         bias_operand: Tensor | None,
     ) -> Tensor:
-        ctx.products, ctx.dtypes = _Products(x), _dtypes(weight, bias)
+        ctx.products, ctx.dtypes = Products(x), _dtypes(weight, bias)
         ctx.save_for_backward(x, first_bias, weight_operand)
         out: Tensor = ctx.products.linear(_bias_gelu(x, first_bias), weight_operand, bias_operand)
         return out

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from .._autocast import autocast_dtype
-from .fused import NarrowWeights, is_stock, linear, linear_and_bias, linear_of, narrow_operands
+from .fused import linear, linear_and_bias, linear_of
+from .narrow import NarrowWeights, narrow_operands
+from .stock import is_stock
 
 
 class LayerScale(nn.Module):

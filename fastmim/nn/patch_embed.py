@@ -11,7 +11,8 @@ from .. import ops
 from .._checks import axes, check_tensor
 from ..ops.patches import Stat, as_images, channel_stats
 from ..reference import LARGEST_PIXEL
-from .fused import residual_stream, unaltered, watched
+from .narrow import residual_stream
+from .stock import unaltered, watched
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

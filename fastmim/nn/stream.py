@@ -5,7 +5,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .fused import NarrowWeights, add_layer_norm, is_stock, linear_of, narrow_operands, norm_linear, stock_norm
+from .fused import add_layer_norm, linear_of, norm_linear
+from .narrow import NarrowWeights, narrow_operands
+from .stock import is_stock, stock_norm
 
 # tokens, or the stream of them
 X = TypeVar("X", Tensor, "Stream")

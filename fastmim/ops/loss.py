@@ -186,7 +186,9 @@ def _pixel_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(output[1])
 
 
-def _pixel_backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _pixel_backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 11
     (grad,) = ctx.saved_tensors
     return _scaled(grad, _of_rows(upstream), ctx.dtype), *[None] * 10
 

@@ -78,6 +78,10 @@ class Config:
         crop_scale: least and largest share of a picture's area that a crop takes.
         flip: mirror half of the crops.
         backend, num_threads: decoder and threads of the loader.
+        patchwise: true: the loader reads the patches that are kept or predicted, instead of whole images, with the same
+            results; not with a mask that changes or ranks patches, an objective that sees all patches, or
+            reconstruct_every. An objective of your own is given `fastmim.Patches`. "auto": where it reads less, from
+            packed shards, for the objectives "mae" and "distill".
         batch_size: images of one update, over all processes.
         micro_batch_size: most images that a process takes at once; the gradients of larger batches are accumulated.
         epochs, max_steps: length of the run; max_steps overrides epochs.
@@ -120,6 +124,7 @@ class Config:
     flip: bool = True
     backend: str = "auto"
     num_threads: int | None = None
+    patchwise: bool | str = "auto"
     batch_size: int = 4096
     micro_batch_size: int | None = None
     epochs: int = 800
@@ -222,13 +227,20 @@ class Config:
             except ValueError as error:
                 # the model's name for image_size
                 raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
-        Masks(self.mask_settings, model.patch_embed.grid_size)
+        masks = Masks(self.mask_settings, model.patch_embed.grid_size)
+        if masks.ranks and self.objective in ("mae", "distill"):
+            raise ConfigError(
+                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own; "
+                f"got objective {self.objective}"
+            )
         if self.objective not in ("mae", "distill"):
             imported(self.objective)
         if self.objective == "mae" and self.objective_options:
             raise ConfigError(f"objective_options must be empty for objective mae, got {self.objective_options}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be in [0, 1), or none, got {self.ema}")
+        if not isinstance(self.patchwise, bool) and self.patchwise != "auto":
+            raise ConfigError(f'patchwise must be "auto", true or false, got {self.patchwise!r}')
 
     @property
     def mask_settings(self) -> dict[str, Any]:
@@ -332,7 +344,10 @@ def _text(text: str) -> str:
 
 def _typed(name: str, value: Any, kind: Any) -> Any:
     """Return `value` as `kind`: an int may stand for a float, a list for a tuple, a path for a text."""
-    optional = isinstance(kind, types.UnionType)
+    optional = isinstance(kind, types.UnionType) and types.NoneType in kind.__args__
+    if isinstance(kind, types.UnionType) and not optional:
+        # one of several types, which _check knows
+        return value
     if optional:
         if value is None:
             return None

@@ -60,6 +60,7 @@ def _export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
             names = ("img_size", "num_heads", "decoder_num_heads", "norm_pix_loss")
             settings = settings_of_model(model)
             again = load(out, **{name: settings[name] for name in names})
+            assert isinstance(again, MaskedAutoencoderViT)
             difference = max(
                 _difference(again(images, noise=noise).loss, loss), _difference(again.forward_features(images), tokens)
             )

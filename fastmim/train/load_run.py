@@ -11,7 +11,7 @@ from .config import Config
 
 
 def load_model(
-    path: Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
+    path: str | Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
 ) -> MaskedAutoencoderViT:
     """Load a model from a run's folder, one of its checkpoints, its final model, or any that `fastmim.load` reads.
 
@@ -24,6 +24,7 @@ def load_model(
             `ema` for a run without an average, or for another checkpoint.
         FileNotFoundError: a folder without a good checkpoint.
     """
+    path = Path(path)
     if path.is_file() and path.name == "model.safetensors":
         path = path.parent
     if (path / "final" / "model.safetensors").is_file():
@@ -42,7 +43,10 @@ def load_model(
     if ema and not weights_file.is_file():
         raise ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
     if not description.is_file():
-        return load(path, key=key, allow_missing=allow_missing)
+        found = load(path, key=key, allow_missing=allow_missing)
+        if not isinstance(found, MaskedAutoencoderViT):
+            raise ValueError(f"{path} must be of a model of images, got one of videos, a {type(found).__name__}")
+        return found
     if key is not None:
         raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
     try:

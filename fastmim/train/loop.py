@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import Batch
+from ..data import Batch, PatchBatch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
@@ -150,7 +150,7 @@ class Trainer:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _train(self) -> None:
-        batches: Iterator[Batch] = iter(())
+        batches: Iterator[Any] = iter(())
         while self.step < self.steps:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -175,7 +175,7 @@ class Trainer:
             if stop and not last:
                 self._stop()
 
-    def _update(self, batch: Batch) -> None:
+    def _update(self, batch: Batch | PatchBatch) -> None:
         """Update the weights by one batch."""
         lr = learning_rate(self.config, self.step, self.steps)
         seeds = mask_seeds(self.config.seed, self.step // len(self.loader), batch.ids)

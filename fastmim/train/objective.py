@@ -36,7 +36,8 @@ class Objective(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            batch: images (B, C, *img_size) and seeds of a process's part of an update; labels where the data have any.
+            batch: images (B, C, *img_size), labels where the data have any, and ids of a process's part of an update.
+                Where the run reads patches alone (the setting patchwise), images are `fastmim.Patches`.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
@@ -73,8 +74,8 @@ class Distill(Objective):
             "predicted": compare the student's predictions with the teacher's states of the predicted patches.
         sees: the teacher encodes "visible" patches alone or "all".
         taps: blocks of the student whose states are compared; default the last. Without use for on="predicted".
-        teacher_taps: blocks of the teacher; default the last. As many as `taps`; one state of the student is compared
-            with the mean of the normalised states of several.
+        teacher_taps: blocks of the teacher; default the last. As many as `taps`, compared in the order given; one state
+            of the student is compared with the mean of the normalised states of several.
         norm_target: "layer": targets are normalised over their width, without weights; "l2": targets and predictions
             are scaled to length 1; None.
         loss: "squared", "absolute", "huber" (delta 1), or "cosine": 1 - cos.
@@ -231,10 +232,12 @@ _ERRORS: dict[str, Callable[..., Tensor]] = {
 
 
 def _taps(name: str, taps: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """Return block numbers in ascending order; default the last."""
+    """Return the checked numbers of blocks; default the last."""
     if taps is None:
         return (depth - 1,)
-    return tuple(sorted(check_count(name, tap, 0, depth - 1) for tap in taps))
+    if not taps:
+        raise ValueError(f"{name} must name at least one block, got {taps!r}")
+    return tuple(check_count(name, tap, 0, depth - 1) for tap in taps)
 
 
 @torch.no_grad()
@@ -278,7 +281,10 @@ def imported(name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"objective {name} can't be imported: {error}") from None
+        raise ValueError(
+            f"objective {name} can't be imported: {error}; {module} must be installed, on PYTHONPATH, or in the folder "
+            "in which `python -m fastmim` is started"
+        ) from None
 
 
 def _teacher(path: Any, model: nn.Module) -> nn.Module | None:

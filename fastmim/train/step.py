@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..data import Batch
+from .._patches import Patches
+from ..data import Batch, PatchBatch
+from ..data.masks import joined, tensors
+from ..masking import Mask
 from .config import DTYPES, Config
 from .distributed import Processes, accumulating
 from .masks import Masks
@@ -73,12 +76,12 @@ class Update:
         self.model, self.optimizer, self.average = objective.model, optimizer, average
         self.after_update: Callable[[], None] = getattr(objective, "after_update", lambda: None)
 
-    def __call__(self, batch: Batch, seeds: Tensor, lr: float | Tensor, progress: float = 0.0) -> Results:
+    def __call__(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float | Tensor, progress: float = 0.0) -> Results:
         """Update the weights by a batch.
 
         Args:
-            batch: images (B, C, H, W) uint8.
-            seeds: (B,) int64, of the masks.
+            batch: images (B, C, H, W) uint8, or patches with their masks.
+            seeds: (B,) int64, of the masks of images.
             lr: the learning rate; if a tensor, float32 on the device.
             progress: share of the run that is done.
         """
@@ -86,20 +89,20 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = seeds.to(device, non_blocking=True)
-        images = self._prepared(batch.images.to(device, non_blocking=True))
-        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        micro = config.micro_batch_size or len(images)
+        batch = _mapped(batch, lambda values: values.to(device, non_blocking=True))
+        size = len(seeds)
+        micro = config.micro_batch_size or size
         total = torch.zeros((), device=device, dtype=torch.float64)
-        for start in range(0, len(images), micro):
-            rows = slice(start, start + micro)
-            part = Batch(images[rows], None if labels is None else labels[rows], batch.ids[rows])
-            count = len(part.images)
-            with accumulating(self.parallel, more=start + micro < len(images)):
+        for start in range(0, size, micro):
+            rows = slice(start, min(start + micro, size))
+            part, mask = self._part(batch, rows)
+            with accumulating(self.parallel, more=rows.stop < size):
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                    scores = self.objective.scores(part) if self.masks.ranks else None
-                    mask = self.masks(seeds[rows], progress, scores)
+                    if mask is None:
+                        scores = self.objective.scores(part) if self.masks.ranks else None
+                        mask = self.masks(seeds[rows], progress, scores)
                     loss = self.parallel(part, mask)
-                loss = loss * (count / len(images))
+                loss = loss * ((rows.stop - start) / size)
                 loss.backward()
             total += loss.detach()
         loss = self.processes.mean(total)
@@ -114,15 +117,34 @@ class Update:
             self.average.update()
         return Results(loss, norm, skipped)
 
-    def _prepared(self, images: Tensor) -> Tensor:
-        """Return uint8 images as they are, which the kernels normalise by float32 constants; normalise for float64."""
+    def _part(self, batch: Batch | PatchBatch, rows: slice) -> tuple[Batch, Mask | None]:
+        """Return rows of a batch for the objective, and their mask if they are patches."""
+        part = _mapped(batch, lambda values: values[rows])
+        images, mask = (part.patches, part.mask) if isinstance(part, PatchBatch) else (part.images, None)
+        return Batch(self._prepared(images), part.labels, batch.ids[rows]), mask
+
+    def _prepared(self, images: Any) -> Any:
+        """Return uint8 images or patches as they are, which the kernels normalise by float32 constants.
+
+        For float64 they are normalised here.
+        """
         if self.dtype != torch.float64:
             return images
-        stats = (
-            torch.tensor(stat, dtype=self.dtype, device=images.device) for stat in (self.model.mean, self.model.std)
+        if isinstance(images, Patches):
+            return Patches(self._normalized(images.visible, 2), self._normalized(images.predicted, 2))
+        return self._normalized(images, 1)
+
+    def _normalized(self, values: Tensor, axis: int) -> Tensor:
+        """Return uint8 values normalised in float64; `axis` holds the channels, or (channel, pixel) flattened."""
+        channels = len(self.model.mean)
+        apart = values.to(self.dtype).unflatten(axis, (channels, -1))
+        shape = [channels, *[1] * (apart.dim() - axis - 1)]
+        mean, std = (
+            torch.tensor(stat, dtype=self.dtype, device=values.device).view(shape)
+            for stat in (self.model.mean, self.model.std)
         )
-        mean, std = (stat[:, None, None] for stat in stats)
-        return (images.to(self.dtype) / 255 - mean) / std
+        normalized: Tensor = (apart / 255 - mean) / std
+        return normalized.flatten(axis, axis + 1)
 
     def _clip(self) -> Tensor:
         """Return the norm of the gradient, and have the optimiser clip it.
@@ -143,10 +165,10 @@ class Update:
 class GraphedUpdate:
     """`Update` whose kernels are captured in a CUDA graph, which later updates replay on their own batches.
 
-    Images, seeds and learning rate are copied on the current stream into memory that stays, while the loader copies the
-    next batch on its own stream. The first update runs kernel by kernel on the stream of the capture, as PyTorch asks
-    for. At the second the kernels are captured, which computes nothing, and replayed. Batches of another shape, and all
-    batches if the capture fails, are updated kernel by kernel.
+    Images or patches and masks, seeds and learning rate are copied on the current stream into memory that stays, while
+    the loader copies the next batch on its own stream. The first update runs kernel by kernel on the stream of the
+    capture, as PyTorch asks for. At the second the kernels are captured, which computes nothing, and replayed. Batches
+    of another shape, and all batches if the capture fails, are updated kernel by kernel.
 
     Args:
         update: is captured.
@@ -157,57 +179,55 @@ class GraphedUpdate:
         self.update, self.say = update, say
         device = update.processes.device
         self.stream = torch.cuda.Stream(device)
-        self.inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        self.inputs: tuple[Batch | PatchBatch, Tensor, Tensor] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = self.reported = False
 
-    def __call__(self, batch: Batch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
+    def __call__(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
         """Update the weights by a batch, as `Update` does."""
-        images = batch.images
         if self.failed:
             return self.update(batch, seeds, lr, progress)
         if self.inputs is None:
-            return self._warm_up(images, seeds, lr)
-        if images.shape != self.inputs[0].shape:
+            return self._warm_up(batch, seeds, lr)
+        kept = [values.shape for values in _tensors(self.inputs[0])]
+        if kept != [values.shape for values in _tensors(batch)]:
             if not self.reported:
                 self.reported = True
-                self.say(f"cuda_graphs: off for batches of another shape than {list(self.inputs[0].shape)}")
+                self.say(f"cuda_graphs: off for batches of another shape than {list(kept[0])}")
             return self.update(batch, seeds, lr, progress)
         if self.graph is None and not self._capture(self.inputs):
             return self.update(batch, seeds, lr, progress)
         assert self.graph is not None
-        self._copy(images, seeds, lr)
+        self._copy(batch, seeds, lr)
         self.graph.replay()
         # the next replay writes to the same memory
         return Results(*(result.clone() for result in self.results))
 
-    def _copy(self, images: Tensor, seeds: Tensor, lr: float) -> None:
+    def _copy(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float) -> None:
         assert self.inputs is not None
-        for kept, given in zip(self.inputs, (images, seeds)):
+        static, own, rate = self.inputs
+        for kept, given in zip([*_tensors(static), own], [*_tensors(batch), seeds]):
             kept.copy_(given, non_blocking=True)
-        self.inputs[2].fill_(lr)
+        rate.fill_(lr)
 
-    def _run(self, images: Tensor, seeds: Tensor, lr: Tensor) -> Results:
-        return self.update(Batch(images, None, seeds), seeds, lr)
-
-    def _warm_up(self, images: Tensor, seeds: Tensor, lr: float) -> Results:
+    def _warm_up(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float) -> Results:
         """Update on the stream of the capture."""
         device = self.update.processes.device
         self.inputs = (
-            torch.empty_like(images, device=device),
+            _mapped(batch._replace(labels=None), lambda values: torch.empty_like(values, device=device)),
             torch.empty_like(seeds, device=device),
             # float32 is what fused optimisers read
             torch.zeros((), device=device),
         )
-        self._copy(images, seeds, lr)
+        self._copy(batch, seeds, lr)
         current = torch.cuda.current_stream(device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            results = self._run(*self.inputs)
+            results = self.update(*self.inputs)
         current.wait_stream(self.stream)
         return results
 
-    def _capture(self, inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
+    def _capture(self, inputs: tuple[Batch | PatchBatch, Tensor, Tensor]) -> bool:
         """Capture the update of `inputs`; return False, and say why, if that fails."""
         optimizer, graph = self.update.optimizer, torch.cuda.CUDAGraph()
         for group in optimizer.param_groups:
@@ -219,7 +239,7 @@ class GraphedUpdate:
                 torch.cuda.stream(torch.cuda.current_stream(self.update.processes.device)),
                 torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
             ):
-                self.results = self._run(*inputs)
+                self.results = self.update(*inputs)
         except RuntimeError as error:
             self.failed = True
             optimizer.zero_grad()
@@ -250,3 +270,19 @@ def graphed(update: Update, say: Callable[[str], None]) -> Update | GraphedUpdat
             say(f"cuda_graphs: off with {reason}")
             return update
     return GraphedUpdate(update, say)
+
+
+def _mapped(batch: Batch | PatchBatch, function: Callable[[Tensor], Tensor]) -> Batch | PatchBatch:
+    """Return a batch of function(each tensor but the ids, which stay on the host)."""
+    labels = None if batch.labels is None else function(batch.labels)
+    if isinstance(batch, Batch):
+        return batch._replace(images=function(batch.images), labels=labels)
+    patches = Patches(function(batch.patches.visible), function(batch.patches.predicted))
+    return batch._replace(patches=patches, mask=joined([batch.mask], function), labels=labels)
+
+
+def _tensors(batch: Batch | PatchBatch) -> list[Tensor]:
+    """Return images, or patches and the tensors of their mask."""
+    if isinstance(batch, Batch):
+        return [batch.images]
+    return [batch.patches.visible, batch.patches.predicted, *tensors(batch.mask)]

@@ -222,7 +222,7 @@ def test_tensors_without_values_are_laid_out_as_those_with(monkeypatch):
     with triton_fill.without_gpu(), Layouts() as without:
         monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **_: True)
         triton_fill.training_step(step)
-    monkeypatch.setattr(importlib.import_module("fastmim.nn.fused"), "emulated", lambda device: False)
+    monkeypatch.setattr(importlib.import_module("fastmim.nn.narrow"), "emulated", lambda device: False)
     with Layouts() as real:
         triton_fill.training_step(step)
     assert len(real.calls) > 100 and without.calls == real.calls

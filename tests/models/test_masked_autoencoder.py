@@ -394,6 +394,7 @@ def bad_calls(model: MaskedAutoencoder):
     yield lambda: model(images[:, :, None]), ValueError, r"images must have shape \(any, 3, 12, 8\)"
     yield lambda: model(images, mask=masking.random(BATCH, 9, 0.5)), ValueError, "of 3 images of 8 patches; got 3 of 9"
     yield lambda: model(images, mask=mask, noise=torch.rand(BATCH, 8)), ValueError, "noise or mask, not both"
+    yield lambda: model.predict(images, None), TypeError, "mask must be a fastmim.Mask"
     yield lambda: model(patches), ValueError, "Patches need their mask"
     yield (
         lambda: model(patches, mask=masking.random(BATCH, 8, 0.75)),

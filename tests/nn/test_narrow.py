@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmim
-from fastmim.nn import fused
+from fastmim.nn import fused, narrow
 
 # `fastmim.nn.chain` is imported by its name, as in other tests of modules
 chain = importlib.import_module("fastmim.nn.chain")
@@ -27,7 +27,7 @@ IMAGES = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(4
 @pytest.fixture(autouse=True)
 def native(monkeypatch):
     """Multiply in 16 bits on every processor."""
-    monkeypatch.setattr(fused, "emulated", lambda device: False)
+    monkeypatch.setattr(narrow, "emulated", lambda device: False)
 
 
 def build() -> fastmim.MaskedAutoencoderViT:
@@ -67,7 +67,7 @@ def recorded():
     """Yield the list of sets of copies made inside."""
     made = []
 
-    class Recorded(fused.NarrowWeights):
+    class Recorded(narrow.NarrowWeights):
         def __init__(self, *args) -> None:
             super().__init__(*args)
             made.append(self)
@@ -183,7 +183,7 @@ def test_nothing_changes_without_autocast():
 
 
 def test_nothing_changes_where_products_are_in_float32(monkeypatch):
-    monkeypatch.setattr(fused, "emulated", lambda device: True)
+    monkeypatch.setattr(narrow, "emulated", lambda device: True)
     with recorded() as made:
         loss_of(build()).backward()
     assert not made
@@ -266,8 +266,8 @@ def test_nothing_is_read_on_the_host():
 
     weights = list(build().parameters())
     with Ops():
-        narrow = fused.NarrowWeights(weights, torch.bfloat16)
-        assert all(narrow.of(weight).dtype == torch.bfloat16 for weight in weights)
+        copies = narrow.NarrowWeights(weights, torch.bfloat16)
+        assert all(copies.of(weight).dtype == torch.bfloat16 for weight in weights)
     assert set(called) == {"aten::empty_like", "aten::_foreach_copy_"}
 
 

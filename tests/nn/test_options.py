@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim import _dispatch
-from fastmim.nn import Attention, Block, fused, run_blocks
+from fastmim.nn import Attention, Block, narrow, run_blocks
 from fastmim.nn.block import count_kept
 from fastmim.nn.rope import rotate, rotate_packed
 
@@ -619,7 +619,7 @@ def test_small_layer_scale_under_autocast(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_cast_a_weight(dtype, monkeypatch):
     """The layers of a memory are among those whose weights are cast at once."""
-    monkeypatch.setattr(fused, "emulated", lambda device: False)
+    monkeypatch.setattr(narrow, "emulated", lambda device: False)
     chain, cast = nn.ModuleList(Block(DIM, HEADS, kv_dim=WIDTH) for _ in range(2)), []
     shapes = {tuple(p.shape) for p in chain.parameters() if p.dim() == 2}
 

@@ -49,6 +49,22 @@ def test_dmae_equals_its_formula():
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.fault
+def test_blocks_are_compared_in_the_order_given():
+    torch.manual_seed(0)
+    student, teacher = model_of(), model_of()
+    distill = Distill(student, teacher, taps=[1, 0], teacher_taps=[0, 2], norm_target=None, loss="squared")
+    batch, mask = images_of(), masking.random(3, 16, 0.75)
+    pairs = zip(
+        distill.projections,
+        student.encode(batch.images, mask, taps=[1, 0])[1],
+        teacher.encode(batch.images, mask, taps=[0, 2])[1],
+        strict=True,
+    )
+    expected = sum(F.mse_loss(projection(ours), theirs) for projection, ours, theirs in pairs) / 2
+    torch.testing.assert_close(distill(batch, mask), expected, rtol=1e-12, atol=0)
+
+
 def test_features_of_predicted_patches_are_those_of_the_whole_image():
     torch.manual_seed(0)
     teacher = model_of()
@@ -108,6 +124,8 @@ def test_a_teacher_that_is_the_average_moves_with_the_student():
         (dict(momentum=0.9, on="all"), "on must be one of visible, predicted"),
         (dict(momentum=0.9, on="predicted"), 'needs sees="all"'),
         (dict(momentum=0.9, taps=[3]), "taps"),
+        (dict(momentum=0.9, taps=[]), "taps must name at least one block"),
+        (dict(momentum=0.9, teacher_taps=()), "teacher_taps must name at least one block"),
         (dict(momentum=0.9, taps=[0, 1], teacher_taps=[0, 1, 2]), "of one length"),
         (dict(momentum=0.9, own=-1), "own must not be negative"),
     ],
@@ -235,6 +253,7 @@ def test_the_setting_of_a_mask_changes_the_run(config, tmp_path):
         ({"mask": {"mask_ratio": 1.5}}, "mask_ratio must be"),
         ({"mask": {"mask_ratio": [0.5, 0.6, 0.7]}}, r"a number, or \[first, last\]"),
         ({"mask": {"mask_ratio": 0.5, "seeds": 1}}, "no option 'seeds'"),
+        ({"mask": {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}}, "needs an objective with scores"),
         ({"objective": "mae", "objective_options": {"own": 1}}, "objective_options must be empty"),
         ({"objective": "nonsense"}, 'objective must be "mae", "distill" or'),
         ({"objective": "no.such:Thing"}, "can't be imported"),
@@ -248,4 +267,5 @@ def test_settings_are_refused(changes, message):
 
 def test_an_objective_without_scores_says_so(config):
     with pytest.raises(TypeError, match="must define scores"):
-        Trainer(config(mask={"kind": "hardest", "mask_ratio": 0.5, "share": 0.5})).run()
+        mask = {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}
+        Trainer(config(mask=mask, objective="fastmim.train.objective:PixelObjective")).run()

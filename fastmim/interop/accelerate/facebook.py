@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...nn.fused import linear, untouched
+from ...nn.fused import linear
+from ...nn.stock import untouched
 from ...ops._define import transformed
 from .layers import decoder_embed, embeds, inverse, maskable, rows, visible_tokens
 from .recognise import differs, replaced, side_effects

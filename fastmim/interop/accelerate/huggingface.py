@@ -13,7 +13,8 @@ from transformers.models.vit_mae.modeling_vit_mae import ViTMAEMLP
 from transformers.utils.generic import can_return_tuple
 
 from ... import ops
-from ...nn.fused import linear, untouched
+from ...nn.fused import linear
+from ...nn.stock import untouched
 from ...ops._define import transformed
 from .layers import (
     attention_serves,

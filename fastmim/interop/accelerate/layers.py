@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ... import ops
 from ..._autocast import autocast_dtype
-from ...nn.fused import emulated, gelu_linear, is_stock, linear, linear_of, linears_of, norm_linear, watched
+from ...nn.fused import gelu_linear, linear, linear_of, linears_of, norm_linear
+from ...nn.narrow import emulated
 from ...nn.patch_embed import cuts_patches
+from ...nn.stock import is_stock, watched
 from ...ops._define import transformed
 
 MAX_HEAD_DIM, MAX_LENGTH = 128, 1024

@@ -7,7 +7,7 @@ from lightly.models.modules.masked_vision_transformer import MaskedVisionTransfo
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
 from torch import Tensor, nn
 
-from ...nn.fused import untouched
+from ...nn.stock import untouched
 from .layers import embed, embeds, positions
 from .recognise import overridden, replaced, unknown
 from .stock import is_idle, only_runs

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._dispatch import reference_serves
-from ...nn.fused import watched
+from ...nn.stock import watched
 from .swap import Fast, fast_class
 
 # names that a method may use besides its module's own parts: functions of tensors and of numbers

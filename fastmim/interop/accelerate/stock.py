@@ -1,6 +1,6 @@
 """Predicates on the parts of a module: stock layers, and parts that do nothing.
 
-"Stock" as in `fastmim.nn.fused.is_stock`: of exactly that class, without hooks and with plain parameters, so that the
+"Stock" as in `fastmim.nn.stock.is_stock`: of exactly that class, without hooks and with plain parameters, so that the
 weights alone say what the part computes.
 """
 
@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from ...nn.fused import is_stock, untouched
+from ...nn.stock import is_stock, untouched
 from .layers import SERVED
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from ...nn.fused import untouched
+from ...nn.stock import untouched
 
 
 class Fast(nn.Module):

@@ -1,9 +1,9 @@
-"""`fastmim.load` and the exports: from checkpoints of other libraries to `MaskedAutoencoderViT`, and back.
+"""`fastmim.load` and the exports: from checkpoints of other libraries to fastmim's models, and back.
 
 - `load`: fastmim.load, from a file or a directory to a model.
 - `files`: read files without running anything in them; describe files of other kinds.
 - `encoders`: find the encoder in the content of a file.
-- `facebook`, `huggingface`, `timm`, `lightly`: parameter names and exports of each library.
+- `facebook`, `huggingface`, `timm`, `lightly`, `videomae`: parameter names and exports of each library.
 - `weights`: settings from weights, checks of names and shapes, and assembly of a model.
 - `grids`: the grid of a position table, and interpolation to another.
 """

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import files, huggingface, lightly
+from . import files, huggingface, lightly, videomae
 from .weights import Weights, allowed, check_new
 
 # parts of names that DataParallel, DDP, FSDP, torch.compile and activation checkpointing add
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# name of the patch embedding, and the prefix that an encoder's names have where a decoder stands beside it
-PATCHES = {"patch_embed.proj.weight": lightly.ENCODER, huggingface.PATCHES: huggingface.ENCODER}
+# name of the patch embedding, and the prefixes that an encoder's names have where a decoder stands beside it
+PATCHES = {"patch_embed.proj.weight": (lightly.ENCODER,), huggingface.PATCHES: huggingface.ENCODERS}
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,17 @@ def _find(content: Mapping[Any, Any]) -> list[Encoder]:
     """Return all encoders in a file's content."""
     found: dict[tuple[tuple[str, ...], str], Encoder] = {}
     for path, state in _mappings(content):
-        for key in [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]:
-            name = _unwrapped(key)
+        keys = [key for key, value in state.items() if isinstance(key, str) and isinstance(value, Tensor)]
+        names = dict.fromkeys(map(_unwrapped, keys))
+        for name in names:
             for patches, inner in PATCHES.items():
                 if f".{name}".endswith(f".{patches}"):
                     prefix = name.removesuffix(patches)
-                    if f".{prefix}".endswith(f".{inner}"):
-                        prefix = prefix.removesuffix(inner)
+                    for part in inner:
+                        if f".{prefix}".endswith(f".{part}"):
+                            prefix = prefix.removesuffix(part)
+                    if prefix.removesuffix(videomae.ENCODER) + videomae.PROJECTION in names:
+                        prefix = prefix.removesuffix(videomae.ENCODER)
                     found.setdefault((path, prefix), Encoder(path, state, prefix))
     return list(found.values())
 
@@ -81,7 +85,7 @@ def choose(content: Mapping[Any, Any], key: str | None, source: str) -> Encoder:
     if not found:
         raise ValueError(
             f"{source} is not a checkpoint of a ViT masked autoencoder with the parameter names of "
-            f"facebookresearch/mae, Hugging Face, timm or lightly: {_describe(content)}"
+            f"facebookresearch/mae, Hugging Face, timm, lightly or VideoMAE: {_describe(content)}"
         )
     fitting = found
     if key is not None:

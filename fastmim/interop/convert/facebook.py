@@ -37,7 +37,7 @@ def to_facebook(model: MaskedAutoencoderViT, path: str | os.PathLike[str] | None
         for name, value in model.state_dict().items()
     }
     if path is not None:
-        _write(Path(path), {"model": weights})
+        write(Path(path), {"model": weights})
     return weights
 
 
@@ -47,7 +47,7 @@ def settings_of_args(args: Namespace) -> dict[str, Any]:
     return {"norm_pix_loss": norm_pix_loss} if isinstance(norm_pix_loss, bool) else {}
 
 
-def _write(path: Path, value: object) -> None:
+def write(path: Path, value: object) -> None:
     """Save to a temporary file, then rename it to `path`, so that a failure keeps the file that was there."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

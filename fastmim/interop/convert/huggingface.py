@@ -1,4 +1,4 @@
-"""Conversion from and to Hugging Face's ViTMAE."""
+"""Conversion from and to Hugging Face's ViTMAE, and from its VideoMAE."""
 
 import math
 import re
@@ -9,8 +9,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..._checks import import_error
+from ..._checks import axes, import_error
 from ...models.mae import MaskedAutoencoderViT
+from ...models.video import VideoMAE
+from . import videomae
 from .weights import Weights, assemble, assign, check, check_new, settings_of_model
 
 # matches the names of transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
@@ -19,7 +21,7 @@ _BLOCK = re.compile(
     r"(?:(?:vit\.)?(?:encoder\.layer|layers)|(decoder)\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)"
 )
 _QKV = re.compile(r"attention\.(?:attention\.)?(?:(q)uery|(k)ey|(v)alue|(q)_proj|(k)_proj|(v)_proj)\.(weight|bias)")
-_BLOCK_NAMES = {
+BLOCK_NAMES = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
     "attention.output.dense": "attn.proj",
@@ -40,7 +42,10 @@ _NAMES = {
     "decoder.decoder_norm": "decoder_norm",
     "decoder.decoder_pred": "decoder_pred",
 }
-ENCODER = "vit."
+# of VideoMAE's last norm, which no config gives
+HEAD_NORM_EPS = 1e-5
+# of ViTMAE and VideoMAE
+ENCODERS = "vit.", "videomae."
 PATCHES = "embeddings.patch_embeddings.projection.weight"
 # ViTMAEConfig's values of the keys that a config.json leaves out
 _DEFAULTS = dict(
@@ -48,6 +53,11 @@ _DEFAULTS = dict(
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-12, image_size=224, patch_size=16,
     num_channels=3, qkv_bias=True, decoder_num_attention_heads=16, decoder_hidden_size=512,
     decoder_num_hidden_layers=8, decoder_intermediate_size=2048, norm_pix_loss=False,
+)  # fmt: skip
+# VideoMAEConfig's
+_VIDEO_DEFAULTS = {name: value for name, value in _DEFAULTS.items() if name != "qkv_bias"} | dict(
+    num_frames=16, tubelet_size=2, qv_bias=True, use_mean_pooling=True, decoder_num_attention_heads=6,
+    decoder_hidden_size=384, decoder_num_hidden_layers=4, decoder_intermediate_size=1536, norm_pix_loss=True,
 )  # fmt: skip
 
 
@@ -76,36 +86,46 @@ _ALLOWED: dict[str | type, tuple[Callable[[Any], bool], str]] = {
     "num_hidden_layers": _COUNT,
     "decoder_num_hidden_layers": _COUNT,
     "hidden_act": (lambda value: value == "gelu", '"gelu"'),
+    "use_mean_pooling": (lambda value: value is False, "false, for a norm after the encoder"),
     "hidden_dropout_prob": _DROPOUT,
     "attention_probs_dropout_prob": _DROPOUT,
 }
 
 
-def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT:
-    """Convert a Hugging Face `ViTMAEForPreTraining` to a `MaskedAutoencoderViT` with its weights and settings.
+def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT | VideoMAE:
+    """Convert a Hugging Face `ViTMAEForPreTraining` or `VideoMAEForPreTraining` with its weights and settings.
 
-    The same images and noise give the same loss and predictions. Weights are copied, with their dtype and device, from
-    the names of transformers 4 or 5. The published checkpoints (facebook/vit-mae-*) are CC-BY-NC-4.0; converted models
-    stay under that licence.
+    The same images and noise, or videos and mask, give the same loss and predictions; Hugging Face's videos are
+    (B, T, C, H, W). Weights are copied, with their dtype and device, from the names of transformers 4 or 5. The
+    published checkpoints (facebook/vit-mae-*, MCG-NJU/videomae-*) are CC-BY-NC-4.0; converted models stay under that
+    licence.
 
     Args:
-        model: a transformers `ViTMAEForPreTraining`.
+        model: a transformers `ViTMAEForPreTraining` or `VideoMAEForPreTraining`.
 
     Returns:
-        The model, in the training mode of `model`.
+        A `MaskedAutoencoderViT` or `VideoMAE`, in the training mode of `model`.
 
     Raises:
-        TypeError: `model` is not a ViTMAEForPreTraining.
-        ValueError: a setting that `MaskedAutoencoderViT` does not have, such as another activation or dropout; names
-            left over or missing.
+        TypeError: `model` is of another type.
+        ValueError: a setting that fastmim's model does not have, such as another activation or dropout; names left over
+            or missing.
     """
     config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "vit_mae" or not hasattr(model, "decoder"):
-        raise TypeError(f"model must be a transformers ViTMAEForPreTraining, got {type(model).__name__}")
-    settings = settings_of_config(
-        {name: getattr(config, name) for name in _DEFAULTS if hasattr(config, name)}, "model.config"
-    )
-    converted = assemble(rename(model.state_dict(), "model"), settings, "model")
+    kind = getattr(config, "model_type", None)
+    if kind not in ("vit_mae", "videomae") or not hasattr(model, "decoder"):
+        raise TypeError(
+            f"model must be a transformers ViTMAEForPreTraining or VideoMAEForPreTraining, got {type(model).__name__}"
+        )
+    defaults = _DEFAULTS if kind == "vit_mae" else _VIDEO_DEFAULTS
+    given = {name: getattr(config, name) for name in defaults if hasattr(config, name)}
+    state = model.state_dict()
+    converted: MaskedAutoencoderViT | VideoMAE
+    if kind == "vit_mae":
+        converted = assemble(rename(state, "model"), settings_of_config(given, "model.config"), "model")
+    else:
+        settings = settings_of_video_config(given, "model.config")
+        converted = videomae.assemble_video(videomae.rename(state, "model"), settings, "model", norm_eps=HEAD_NORM_EPS)
     converted.train(model.training)
     return converted
 
@@ -172,8 +192,34 @@ def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         ValueError: a value that ViTMAE does not allow, or that `MaskedAutoencoderViT` does not have.
     """
-    config = {**_DEFAULTS, **given}
-    for name, default in _DEFAULTS.items():
+    config = _checked(given, _DEFAULTS, source)
+    return dict(
+        img_size=config["image_size"],
+        patch_size=config["patch_size"],
+        qkv_bias=config["qkv_bias"],
+        **_sizes(config),
+    )
+
+
+def settings_of_video_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the constructor arguments of `VideoMAE` for the keys `given` of a VideoMAEConfig.
+
+    Raises:
+        ValueError: a value that `VideoMAE` does not have.
+    """
+    config = _checked(given, _VIDEO_DEFAULTS, source)
+    return dict(
+        img_size=(config["num_frames"], *axes("image_size", config["image_size"], 2)),
+        patch_size=(config["tubelet_size"], *axes("patch_size", config["patch_size"], 2)),
+        qkv_bias=config["qv_bias"],
+        **_sizes(config) | dict(norm_pix_loss="channel" if config["norm_pix_loss"] else False),
+    )
+
+
+def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the values of a config for all keys of `defaults`."""
+    config = {**defaults, **given}
+    for name, default in defaults.items():
         value = config[name]
         fits, meaning = _ALLOWED[name if name in _ALLOWED else type(default)]
         if not fits(value):
@@ -182,9 +228,12 @@ def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         width, heads = config[f"{side}hidden_size"], config[f"{side}num_attention_heads"]
         if width % heads:
             raise ValueError(f"{source}.{side}hidden_size must be a multiple of {heads} heads, got {width}")
+    return config
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the constructor arguments that images and videos share."""
     return dict(
-        img_size=config["image_size"],
-        patch_size=config["patch_size"],
         in_chans=config["num_channels"],
         embed_dim=config["hidden_size"],
         depth=config["num_hidden_layers"],
@@ -196,7 +245,6 @@ def settings_of_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
         decoder_mlp_ratio=config["decoder_intermediate_size"] / config["decoder_hidden_size"],
         norm_layer=partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
         norm_pix_loss=config["norm_pix_loss"],
-        qkv_bias=config["qkv_bias"],
     )
 
 
@@ -234,7 +282,7 @@ def _new_name(key: str) -> tuple[str, str | None]:
         if qkv is not None:
             return f"{prefix}.attn.qkv.{qkv[7]}", next(filter(None, qkv.groups()[:6]))
         name, _, kind = block[3].rpartition(".")
-        return f"{prefix}.{_BLOCK_NAMES.get(name, name)}.{kind}", None
+        return f"{prefix}.{BLOCK_NAMES.get(name, name)}.{kind}", None
     bare = key.removeprefix("vit.")
     name, _, kind = bare.rpartition(".")
     if kind in ("weight", "bias") and name in _NAMES:

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..._checks import axes
 from ...models.mae import MaskedAutoencoderViT
-from . import encoders, facebook, files, huggingface, lightly
+from ...models.video import VideoMAE
+from . import encoders, facebook, files, huggingface, lightly, videomae
 from .grids import Grid, find_grid, resize
 from .weights import DECODER_HEADS, HEADS, Weights, assemble, logger, patterns, settings_of_weights
 
@@ -21,8 +22,11 @@ def load(
     grid_size: tuple[int, int] | None = None,
     key: str | None = None,
     **settings: Any,
-) -> MaskedAutoencoderViT:
-    """Load a checkpoint of facebookresearch/mae, Hugging Face, timm, lightly or fastmim as a `MaskedAutoencoderViT`.
+) -> MaskedAutoencoderViT | VideoMAE:
+    """Load a checkpoint of facebookresearch/mae, Hugging Face, timm, lightly, VideoMAE or fastmim.
+
+    A checkpoint of images becomes a `MaskedAutoencoderViT`, one of videos (VideoMAE, VideoMAE V2, Hugging Face's
+    VideoMAE) a `VideoMAE`.
 
     Reads `.pth`, `.pt`, `.bin` and `.ckpt` files of PyTorch, `.safetensors` files, and directories that Hugging Face or
     timm wrote, shards included. Nothing in a file is run: PyTorch files are read with `weights_only`, which allows
@@ -34,9 +38,11 @@ def load(
 
     Sizes are read from the tensors, or from Hugging Face's config.json. The numbers of heads are in no tensor. They are
     taken from the config, else from the published models of the same width (192: 3, 384: 6, 768: 12, 1024: 16,
-    1280: 16; decoder 192: 6, 256: 8, 512: 16), else they must be given. `norm_pix_loss` is taken from the config or the
-    training arguments, else False; the eps of the norms from the config, else 1e-6. Of lightly's models, those built on
-    timm are read, with the attribute names of its examples: backbone, decoder, decoder_embed, prediction_head.
+    1280: 16; decoder 192: 6, 256: 8, 512: 16; of videos 1408: 16, and decoder 192: 3, 384: 6, 512: 8, 640: 8), else
+    they must be given. The size of videos is that of the config, else 16 frames of 224 by 224. `norm_pix_loss` is taken
+    from the config or the training arguments, else False, of videos "channel"; the eps of the norms from the config,
+    else 1e-6. Of lightly's models, those built on timm are read, with the attribute names of its examples: backbone,
+    decoder, decoder_embed, prediction_head.
 
     The logger "fastmim.interop" warns of everything that is assumed, initialised anew, converted to another dtype or
     not finite; numbers of heads that follow from the width are logged as information.
@@ -53,12 +59,13 @@ def load(
             ignored. Names are without the prefix of the encoder's names; names without that prefix
             ("criterion.weight" beside "model.*") are as in the file. Default: none.
         grid_size: (rows, columns) of the checkpoint's position table. Default: that of the config; else the grid whose
-            sine-cosine table it is; else that of `img_size`, if it has as many patches; else a square.
+            sine-cosine table it is; else that of `img_size`, if it has as many patches; else a square. None of videos.
         key: name of the part of the file that holds the encoder, as the error about several lists it ("teacher",
             "model_ema"); the rest of the file is ignored. Default: the whole file.
-        settings: constructor arguments of `MaskedAutoencoderViT`, in place of those read. With an `img_size` of another
-            grid, the position tables of encoder and decoder are interpolated in 2-D: bicubic without antialiasing, as
-            in facebookresearch/mae.
+        settings: constructor arguments of `MaskedAutoencoderViT` or `VideoMAE`, in place of those read. With an
+            `img_size` of another grid, the position tables of encoder and decoder are interpolated in 2-D: bicubic
+            without antialiasing, as in facebookresearch/mae. Those of videos are in no published file, and are
+            computed.
 
     Returns:
         The model, on the CPU, in the dtype of the file; for several dtypes, in one that holds all their values.
@@ -85,22 +92,31 @@ def load(
     tensors, outside = encoders.tensors(encoders.choose(content, key, source), key, leftover, source)
     weights = _rename(tensors, source)
     found = settings_of_weights(weights, source)
-    patch = found["patch_size"]
+    patch, video = found["patch_size"], len(found["patch_size"]) == 3
+    if video and grid_size is not None:
+        raise ValueError(f"grid_size is of images, but {source} is of videos: pass img_size, got grid_size {grid_size}")
     config = file.parent / "config.json"
-    if any(name.endswith(huggingface.PATCHES) for name in tensors) and config.is_file():
-        found |= huggingface.settings_of_config(_read_config(config), str(config))
-        given_grid = given_grid or (f"image_size of {config}", _grid("image_size", found["img_size"], patch))
-    elif isinstance(content.get("args"), Namespace):
+    theirs = any(name.endswith(huggingface.PATCHES) for name in tensors)
+    if theirs and config.is_file():
+        found |= _settings_of_config(config, video)
+        if not video:
+            given_grid = given_grid or (f"image_size of {config}", _grid("image_size", found["img_size"], patch))
+    elif isinstance(content.get("args"), Namespace) and not video:
         found |= facebook.settings_of_args(content["args"])
-    new_grid = None if settings.get("img_size") is None else _grid("img_size", settings["img_size"], patch)
-    grid = find_grid(weights, source, given_grid, new_grid)
-    if grid is not None:
-        found["img_size"] = grid[0] * patch[0], grid[1] * patch[1]
-        resize(weights, grid, new_grid or grid)
+    if not video:
+        new_grid = None if settings.get("img_size") is None else _grid("img_size", settings["img_size"], patch)
+        grid = find_grid(weights, source, given_grid, new_grid)
+        if grid is not None:
+            found["img_size"] = grid[0] * patch[0], grid[1] * patch[1]
+            resize(weights, grid, new_grid or grid)
     found |= settings
     for name, width, standard in (
-        ("num_heads", found["embed_dim"], HEADS),
-        ("decoder_num_heads", found.get("decoder_embed_dim", 512), DECODER_HEADS),
+        ("num_heads", found["embed_dim"], videomae.HEADS if video else HEADS),
+        (
+            "decoder_num_heads",
+            found.get("decoder_embed_dim", 384 if video else 512),
+            videomae.DECODER_HEADS if video else DECODER_HEADS,
+        ),
     ):
         if name in found:
             continue
@@ -108,10 +124,15 @@ def load(
             raise ValueError(f"{path} does not give {name}, and no published model has width {width}: pass {name}=")
         found[name] = standard[width]
         logger.info("%s: %s is assumed to be %d, as in published models of width %d", path, name, found[name], width)
-    model = assemble(weights, found, source, missing, leftover, outside)
+    model: MaskedAutoencoderViT | VideoMAE
+    if video:
+        eps = huggingface.HEAD_NORM_EPS if theirs and "norm_layer" not in settings else None
+        model = videomae.assemble_video(weights, found, source, missing, leftover, outside, norm_eps=eps)
+    else:
+        model = assemble(weights, found, source, missing, leftover, outside)
     if "img_size" not in found:
-        size = model.patch_embed.img_size
-        logger.warning("%s has no position table: image size %d by %d is assumed; pass img_size= if not", path, *size)
+        size = " by ".join(map(str, model.img_size))
+        logger.warning("%s has no position table: image size %s is assumed; pass img_size= if not", path, size)
     broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
     if broken:
         logger.warning("%s has NaN or infinite values in %s", path, ", ".join(broken))
@@ -119,7 +140,9 @@ def load(
 
 
 def _rename(weights: Weights, source: str) -> Weights:
-    """Give the tensors of any known library the names of `MaskedAutoencoderViT`."""
+    """Give the tensors of any known library fastmim's names."""
+    if videomae.is_named(weights):
+        return videomae.rename(weights, source)
     if "patch_embed.proj.weight" in weights:
         return weights
     if lightly.is_named(weights):
@@ -127,12 +150,17 @@ def _rename(weights: Weights, source: str) -> Weights:
     return huggingface.rename(weights, source)
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _settings_of_config(path: Path, video: bool) -> dict[str, Any]:
+    """Return the settings in a config.json of images or videos."""
     config = files.read_json(path)
     kind = config.get("model_type")
+    if video:
+        if kind != "videomae":
+            raise ValueError(f"{path} must be of model_type videomae, got {kind!r}")
+        return huggingface.settings_of_video_config(config, str(path))
     if kind not in ("vit_mae", "vit"):
         raise ValueError(f"{path} must be of model_type vit_mae (or vit, an encoder), got {kind!r}")
-    return config
+    return huggingface.settings_of_config(config, str(path))
 
 
 def _grid(name: str, image: object, patch: tuple[int, int]) -> Grid:

@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..._checks import FLOATING
 from ...models.mae import MaskedAutoencoderViT
+from ...models.masked_autoencoder import MaskedAutoencoder
 from .files import GATHER_ZERO
 
 Weights = dict[str, Tensor]
+Model = TypeVar("Model", bound=MaskedAutoencoder)
 
 # numbers of heads by width, of the published models and fastmim's named sizes; no tensor holds them
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
@@ -33,18 +35,16 @@ def settings_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str,
     """Return the constructor arguments that shapes give: all but the numbers of heads, image size and loss.
 
     Raises:
-        ValueError: no patch embedding of images.
+        ValueError: no patch embedding of images or videos.
     """
     projection = weights.get("patch_embed.proj.weight")
-    if projection is None or projection.dim() != 4 or not projection.numel():
+    if projection is None or projection.dim() not in (4, 5) or not projection.numel():
         got, hint = "none", ""
         if projection is not None:
             got = f"shape {tuple(projection.shape)}"
-            if projection.dim() == 5:
-                hint = ": a model of videos or volumes, such as VideoMAE; only models of images are supported"
-            elif not projection.numel():
+            if not projection.numel():
                 hint = f": an empty tensor, as DeepSpeed's ZeRO-3 saves; {GATHER_ZERO}"
-        raise ValueError(f"{source} must have a patch embedding (width, channels, height, width), got {got}{hint}")
+        raise ValueError(f"{source} must have a patch embedding (width, channels, *patch_size), got {got}{hint}")
     width, channels, *patch = projection.shape
     settings: dict[str, Any] = {"patch_size": tuple(patch), "in_chans": channels, "embed_dim": width}
     settings["qkv_bias"] = "blocks.0.attn.qkv.bias" in weights or "blocks.0.attn.qkv.weight" not in weights
@@ -168,8 +168,10 @@ def assemble(
     allow_missing: Sequence[str] = (),
     allow_leftover: Sequence[str] = (),
     outside: Iterable[str] = (),
-) -> MaskedAutoencoderViT:
-    """Build a model of `settings` with `weights`, in one dtype that holds all their values.
+    *,
+    kind: type[Model] = MaskedAutoencoderViT,  # type: ignore[assignment]
+) -> Model:
+    """Build a model of a `kind` and `settings` with `weights`, in one dtype that holds all their values.
 
     Missing weights that are allowed are initialised anew. New weights and conversions of dtype are logged.
 
@@ -178,7 +180,7 @@ def assemble(
     """
     # on the meta device there is nothing to initialise, so that no random number is drawn
     with torch.device("meta"):
-        model = MaskedAutoencoderViT(**settings)
+        model = kind(**settings)
     missing = check(model, weights, source, allow_missing, allow_leftover, outside)
     used = {name: weights[name] for name in model.state_dict() if name in weights}
     dtypes = {name: value.dtype for name, value in used.items()}
@@ -193,6 +195,6 @@ def assemble(
         whole = set(decoder) <= set(missing)
         names = ["the whole decoder"] * whole + [name for name in missing if not (whole and name in decoder)]
         logger.warning("%s lacks %s: initialised anew", source, ", ".join(names))
-        model = MaskedAutoencoderViT(**settings).to(device=next(iter(used.values())).device, dtype=dtype)
+        model = kind(**settings).to(device=next(iter(used.values())).device, dtype=dtype)
     assign(model, used)
     return model

@@ -261,7 +261,7 @@ def test_an_encoder_alone_gives_the_same_features(kind, tmp_path):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_only_a_vit_mae_with_its_decoder(model, name):
-    with pytest.raises(TypeError, match=rf"ViTMAEForPreTraining, got {name}$"):
+    with pytest.raises(TypeError, match=rf"VideoMAEForPreTraining, got {name}$"):
         from_huggingface(model)
 
 

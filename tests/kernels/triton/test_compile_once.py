@@ -74,7 +74,7 @@ def test_a_step_compiles_as_many_kernels_for_eight_batch_sizes_as_for_one(mask_r
         compiled_in([(batch, mask_ratio, 0.3) for batch in BATCHES]), compiled_in([(64, mask_ratio, 0.3)])
     ):
         assert counts == once, model
-        assert len(once) >= 12 and sum(once.values()) <= 21
+        assert len(once) >= 12 and sum(once.values()) <= 24
 
 
 def test_another_number_of_visible_tokens_compiles_another_tile_of_attention_and_nothing_else():
@@ -82,7 +82,7 @@ def test_another_number_of_visible_tokens_compiles_another_tile_of_attention_and
     for (model, counts), (_, once) in zip(compiled_in(steps), compiled_in([(64, 0.75, 0.3)])):
         more = [kernel for kernel, count in counts.items() if count > once.get(kernel, 0)]
         assert all("attention" in kernel for kernel in more), model
-        assert sum(counts.values()) <= 26, model
+        assert sum(counts.values()) <= 29, model
 
 
 def test_every_op_compiles_its_kernels_once_for_all_batch_sizes():
