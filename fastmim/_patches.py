@@ -59,4 +59,8 @@ pytree.register_pytree_node(
     lambda patches: ([patches.visible, patches.predicted], None),
     _unflatten,
     serialized_type_name="fastmim.Patches",
+    flatten_with_keys_fn=lambda patches: (
+        [(pytree.GetAttrKey(field.name), getattr(patches, field.name)) for field in fields(Patches)],
+        None,
+    ),
 )

@@ -1,8 +1,10 @@
 """Visible and predicted patches of a batch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from .._checks import can_be_read, check_count, check_ids, check_same, check_tensor
@@ -93,3 +95,37 @@ class Mask:
         keep, predict, restore = (t.to(device) for t in (self.ids_keep, self.ids_predict, self.ids_restore))
         valid = (None if t is None else t.to(device) for t in (self.valid_keep, self.valid_predict))
         return Mask(keep, predict, restore, self.num_patches, *valid)
+
+
+_TENSORS = "ids_keep", "ids_predict", "ids_restore", "valid_keep", "valid_predict"
+
+
+def _flatten(mask: Mask) -> tuple[list[Tensor], list[Any]]:
+    """Return the tensors of a mask, and its number of patches followed by their names."""
+    given = {name: value for name in _TENSORS if (value := getattr(mask, name)) is not None}
+    return list(given.values()), [mask.num_patches, *given]
+
+
+def _unflatten(values: Any, context: list[Any]) -> Mask:
+    """Return a mask of values that are not checked: a tree may hold anything in their place."""
+    mask = object.__new__(Mask)
+    num_patches, *names = context
+    given = dict(zip(names, values))
+    for name, value in [("num_patches", num_patches), *((name, given.get(name)) for name in _TENSORS)]:
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+def _flatten_with_keys(mask: Mask) -> tuple[list[tuple[Any, Tensor]], list[Any]]:
+    """Return what `_flatten` does, each tensor with its place in the mask; torch.export names inputs by these."""
+    values, context = _flatten(mask)
+    return [(pytree.GetAttrKey(name), value) for name, value in zip(context[1:], values)], context
+
+
+pytree.register_pytree_node(
+    Mask,
+    _flatten,
+    _unflatten,
+    serialized_type_name="fastmim.Mask",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -302,11 +302,16 @@ class Encoder(nn.Module):
         check_same("device", patches=patches.visible, model=self.cls_token)
 
     def _check_mask(self, mask: Mask, first: Tensor) -> None:
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
+        check_is_mask(mask)
         if mask.num_patches != self.num_patches or mask.ids_keep.shape[0] != first.shape[0]:
             raise ValueError(
                 f"mask must be of {first.shape[0]} images of {self.num_patches} patches; "
                 f"got {mask.ids_keep.shape[0]} of {mask.num_patches}"
             )
         check_same("device", images=first, mask=mask.ids_keep)
+
+
+def check_is_mask(mask: object) -> None:
+    """Check that `mask` is a `Mask`."""
+    if not isinstance(mask, Mask):
+        raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")

@@ -18,7 +18,7 @@ from ..nn import Block, linear, run_blocks
 from ..nn.patch_embed import normalized
 from ..ops.patches import as_images
 from .arguments import check_sizes
-from .encoder import Encoder, LayerNorm, Position
+from .encoder import Encoder, LayerNorm, Position, check_is_mask
 from .inputs import first_tensor, patchify, unpatchify
 from .output import MAEOutput
 from .pictures import paste
@@ -168,6 +168,7 @@ class MaskedAutoencoder(Encoder):
 
     def predict(self, images: Any, mask: Mask, context: Tensor | None = None) -> Tensor:
         """Return `decode` of `encode`: predictions (B, M, out_dim)."""
+        check_is_mask(mask)
         if self.decoder in (None, "cross") or not self._owns("decode"):
             return self.decode(self.encode(images, mask), mask, context)
         self._check_context(context, mask)
@@ -247,6 +248,7 @@ class MaskedAutoencoder(Encoder):
         Raises:
             TypeError, ValueError: as `fastmim.ops.pixel_loss`.
         """
+        check_is_mask(mask)
         self._check_inputs(images, mask)
         if weight is None:
             weight = mask.mask.gather(1, mask.ids_predict.long())
@@ -391,8 +393,7 @@ class MaskedAutoencoder(Encoder):
 
     def _check_context(self, context: Tensor | None, mask: Mask) -> None:
         """Check the mask, and the latent of a second view."""
-        if not isinstance(mask, Mask):
-            raise TypeError(f"mask must be a fastmim.Mask (see fastmim.masking), got {type(mask).__name__}")
+        check_is_mask(mask)
         if self.decoder != "both":
             if context is not None:
                 raise ValueError(f'context is for the decoder "both" only; this one is {self.decoder!r}')
@@ -424,8 +425,14 @@ class MaskedAutoencoder(Encoder):
         Args:
             images: (B, C, *img_size), the images that `out` was computed from.
             out: output of the model.
+
+        Raises:
+            TypeError, ValueError: images as in `forward`; an `out` of another type, batch or number of patches.
         """
         self._check_images(images)
+        if not isinstance(out, MAEOutput):
+            raise TypeError(f"out must be an MAEOutput, got {type(out).__name__}")
+        check_tensor("out.mask", out.mask, (images.shape[0], self.num_patches), letters="that of images")
         target = self.patchify(normalized(images, *self._target_stats(images), None).float())
         mean, std = (0.0,) * self.in_chans, (1.0,) * self.in_chans
         if not self._targets_are_pixels:

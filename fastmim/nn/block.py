@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_count, check_number
+from .._checks import check_count, check_number, check_tensor
 from .attention import Attention, Scoring, check_memory
 from .fused import gelu_linear, linear_of, norm_linear
 from .layer_scale import LayerScale, folded, folds, scaled, scaled_linear
@@ -212,6 +212,7 @@ class Block(nn.Module):
 
     def _check(self, x: Tensor, num_queries: int | None, options: Options) -> None:
         """Check that `options` are those of the attentions that the block has, and their shapes; x (B, S, D)."""
+        check_tensor("x", x, (None, None, None), letters="(batch, tokens, width)")
         if num_queries is not None:
             check_count("num_queries", num_queries, 0, x.shape[1])
         check_memory(options.memory, x, self.kv_dim)

@@ -157,6 +157,8 @@ def run_blocks(
     """
     blocks = list(blocks)
     depth = len(blocks)
+    if not isinstance(taps, Iterable):
+        raise TypeError(f"taps must be a sequence of ints, got {type(taps).__name__}")
     taps = [check_count("taps", tap, 0, depth - 1) for tap in taps]
     if num_queries is not None:
         check_count("num_queries", num_queries, 0, x.shape[1])

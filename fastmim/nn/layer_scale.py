@@ -19,7 +19,12 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
+        self.value = value
         self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def reset_parameters(self) -> None:
+        """Set all factors to their initial value."""
+        nn.init.constant_(self.gamma, self.value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., D) times the factors (D,)."""

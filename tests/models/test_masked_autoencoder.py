@@ -409,12 +409,43 @@ def bad_calls(model: MaskedAutoencoder):
     both = build(decoder="both")
     yield lambda: both(images), ValueError, "context must be given"
     yield lambda: both(images, context=latent), ValueError, r"context must have shape \(3, 9, 24\).*got \(3, 5, 24\)"
+    whole = both.encode(images)
+    yield lambda: both(images, context=whole[:2]), ValueError, r"context must have shape \(3, 9, 24\).*got \(2, 9, 24\)"
+    yield lambda: model.predict(images, None), TypeError, "mask must be a fastmim.Mask"
+    yield lambda: model.loss(torch.zeros(3, 6, 36), images, None), TypeError, "mask must be a fastmim.Mask"
+    yield lambda: model.encode(images, taps=1), TypeError, "taps must be a sequence of ints, got int"
+    out = model(images)
+    yield lambda: model.reconstruct(images, out.pred), TypeError, "out must be an MAEOutput, got Tensor"
+    yield lambda: model.reconstruct(images[:2], out), ValueError, r"out.mask must have shape \(2, 8\).*got \(3, 8\)"
 
 
 def test_bad_calls_are_refused():
     for call, error, message in bad_calls(build()):
         with pytest.raises(error, match=message):
             call()
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("kind", ["patches", "ragged"])
+def test_export_takes_masks_and_patches(kind):
+    """Both were refused as inputs of torch.export."""
+    model = build(decoder="cross", pos_embed="rope", depth=1, decoder_depth=1)
+    images = draw(model)
+    mask = masks(model)["ragged" if kind == "ragged" else "some"]
+    inputs = images if kind == "ragged" else Patches(torch.rand(BATCH, 2, 36), torch.rand(BATCH, 4, 36))
+    if kind == "patches":
+        mask = masking.random(BATCH, 8, 0.75, decode_ratio=2 / 3)
+    program = torch.export.export(model, (inputs,), dict(mask=mask))
+    torch.testing.assert_close(program.module()(inputs, mask=mask).loss, model(inputs, mask=mask).loss)
+
+
+@pytest.mark.fault
+def test_masks_are_trees():
+    mask = masks(build())["ragged"]
+    ones = pytree.tree_map(torch.ones_like, mask)
+    assert type(ones) is fastmim.Mask and ones.num_patches == 8 and ones.valid_keep.all()
+    leaves, spec = pytree.tree_flatten(masking.random(2, 8, 0.75))
+    assert [len(leaves), pytree.tree_unflatten(leaves, spec).valid_keep] == [3, None]
 
 
 @pytest.mark.fault

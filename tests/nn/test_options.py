@@ -449,6 +449,25 @@ def test_wrong_block(wrong, error, message):
         Block(DIM, HEADS, **wrong)
 
 
+@pytest.mark.fault
+def test_tokens_without_a_batch():
+    with pytest.raises(ValueError, match=r"x must have shape \(any, any, any\).*got \(7, 24\)"):
+        Block(DIM, HEADS)(torch.randn(TOKENS, DIM))
+
+
+@pytest.mark.fault
+def test_layer_scale_after_the_meta_device():
+    """`to_empty` leaves memory as it was, and `reset_parameters` of each module fills it."""
+    with torch.device("meta"):
+        block = Block(DIM, HEADS, layer_scale=0.1)
+    block.to_empty(device="cpu")
+    nn.init.constant_(block.ls1.gamma, math.nan)
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(block.ls1.gamma, torch.full((DIM,), 0.1))
+
+
 # ---- drop path -------------------------------------------------------------------------------------------------------
 
 
