@@ -91,7 +91,10 @@ def test_a_replayed_run_copies_patches_and_masks(config, packed, tmp_path, monke
     [
         ({"reconstruct_every": 5}, "reconstruct_every, which draws whole images"),
         ({"mask": {"kind": "random", "mask_ratio": [0.5, 0.75]}}, "masks that change while the run goes on"),
-        ({"mask": {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}}, "masks of kind 'hardest'"),
+        (
+            {"mask": {"kind": "hardest", "mask_ratio": 0.5, "share": 0.5}, "objective": f"{__name__}:Sees"},
+            "masks of kind 'hardest'",
+        ),
         ({"objective": "distill", "objective_options": {"momentum": 0.9, "sees": "all"}}, "a teacher that sees all"),
         ({"decode_ratio": 1.0}, None),
         ({"objective": f"{__name__}:Sees"}, None),
