@@ -303,14 +303,14 @@ class MaskedAutoencoder(Encoder):
         if mask is not None:
             return mask
         first = first_tensor(images)
-        return masking.random(
-            first.shape[0],
-            self.num_patches,
-            mask_ratio,
-            decode_ratio=decode_ratio,
-            noise=noise,
-            device=first.device,
-        )
+        if noise is None:
+            return self._draw(first.shape[0], mask_ratio, decode_ratio, first.device)
+        options: dict[str, Any] = dict(decode_ratio=decode_ratio, noise=noise, device=first.device)
+        return masking.random(first.shape[0], self.num_patches, mask_ratio, **options)
+
+    def _draw(self, batch: int, mask_ratio: float, decode_ratio: float, device: torch.device) -> Mask:
+        """Draw masks of the model's kind."""
+        return masking.random(batch, self.num_patches, mask_ratio, decode_ratio=decode_ratio, device=device)
 
     def _scored(self, pred: Tensor, images: Any, mask: Mask, returned: Tensor | None = None) -> MAEOutput:
         """Return the output of a step with the loss of predictions (B, M, P); `returned` is its `pred` if another."""

@@ -5,11 +5,11 @@ Letters: B batch, L patches, K visible, M predicted.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import masking
 from ..masking import Mask
-from .inputs import first_tensor
 from .masked_autoencoder import MaskedAutoencoder
 from .output import MAEOutput
 
@@ -69,15 +69,8 @@ class Pixio(MaskedAutoencoder):
         """
         return super().forward(images, mask_ratio, decode_ratio, noise, mask)
 
-    def _mask(
-        self, images: Any, mask_ratio: float, decode_ratio: float, noise: Tensor | None, mask: Mask | None
-    ) -> Mask:
-        if mask is not None or noise is not None:
-            return super()._mask(images, mask_ratio, decode_ratio, noise, mask)
-        self._check_inputs(images, None)
-        first = first_tensor(images)
-        size = first.shape[0], self.grid_size, self.cell
-        return masking.cells(*size, mask_ratio, decode_ratio=decode_ratio, device=first.device)
+    def _draw(self, batch: int, mask_ratio: float, decode_ratio: float, device: torch.device) -> Mask:
+        return masking.cells(batch, self.grid_size, self.cell, mask_ratio, decode_ratio=decode_ratio, device=device)
 
 
 def _pixio(sizes: dict[str, Any], overrides: dict[str, Any]) -> Pixio:

@@ -6,11 +6,11 @@ Letters: B batch, T frames, L patches, each of a few frames, D width.
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from .. import masking
 from ..masking import Mask
-from .inputs import first_tensor
 from .masked_autoencoder import MaskedAutoencoder
 from .output import MAEOutput
 from .positions import sincos_interleaved
@@ -100,15 +100,9 @@ class VideoMAE(MaskedAutoencoder):
         """
         return super().forward(images, mask_ratio, decode_ratio, noise, mask)
 
-    def _mask(
-        self, images: Any, mask_ratio: float, decode_ratio: float, noise: Tensor | None, mask: Mask | None
-    ) -> Mask:
-        if mask is not None or noise is not None:
-            return super()._mask(images, mask_ratio, decode_ratio, noise, mask)
-        self._check_inputs(images, None)
-        first = first_tensor(images)
+    def _draw(self, batch: int, mask_ratio: float, decode_ratio: float, device: torch.device) -> Mask:
         cells: dict[str, Any] = {} if decode_ratio == 1 else dict(decode="running_cell", decode_ratio=decode_ratio)
-        return masking.tube(first.shape[0], self.grid_size, mask_ratio, device=first.device, **cells)
+        return masking.tube(batch, self.grid_size, mask_ratio, device=device, **cells)
 
 
 def _videomae(defaults: dict[str, Any], overrides: dict[str, Any]) -> VideoMAE:
