@@ -22,7 +22,7 @@ import numpy as np
 from .crops import Crops
 from .images import Unreadable
 from .philox import Ints
-from .resample import Cut, Pixels
+from .resample import Pixels, Resampled, cut_from
 
 INDEX = "packed.json"
 FORMAT = "fastmim packed dataset 1"
@@ -167,13 +167,13 @@ class Packed:
         columns = samples[:, None] // self._shard_size, start + 3 * (width * top + left), 3 * width
         return np.stack(np.broadcast_arrays(*columns, box_height, box_width, flip), 2)
 
-    def cut(self, places: Ints, crops: Crops, ids: Ints | None, threads: int) -> Cut:
+    def cut(self, places: Ints, crops: Crops, ids: Ints | None, threads: int) -> Resampled:
         """Return the crops at `places` (m, 6), to be resampled from mapped memory."""
         shards = places[:, 0].tolist()
         numbers = {shard: number for number, shard in enumerate(dict.fromkeys(shards))}
         boxes = places.copy()
         boxes[:, 0] = [numbers[shard] for shard in shards]
-        return Cut([self._mapped(shard) for shard in numbers], boxes, crops.size, crops.patch, ids, threads)
+        return cut_from([self._mapped(shard) for shard in numbers], boxes, crops, ids, threads)
 
     def checksum(self, sample: int) -> int:
         """Return the CRC-32 of an image's pixels, 0 where there are none."""
