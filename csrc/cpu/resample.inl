@@ -279,8 +279,8 @@ static void deinterleave(const uint8_t* lines, int64_t stride, int64_t height, i
   }
 }
 
-// Fetch into the second cache the pixels under a part of the result. A function that only fetches has no effect that GCC
-// knows of, and calls of it would be removed.
+// Fetch into the second cache the pixels under a part of the result. A function that only fetches has no effect that
+// GCC knows of, and calls of it would be removed.
 __attribute__((always_inline)) static inline void resample_fetch(const Resample& args, const Weights& across,
                                                                  const Weights& down, int64_t left, int64_t width,
                                                                  int64_t top, int64_t height) {
