@@ -1,24 +1,74 @@
-"""The loader of a run."""
+"""The loader of a run, chosen by what its data hold."""
 
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from ..data import ImageLoader
-from ..data.base_loader import TooFewImages
+from ..data import ArrayLoader, ImageLoader
+from ..data.array_files import STORES, SUFFIXES
+from ..data.base_loader import Loader, TooFewImages
+from ..data.formats import readable_suffixes
+from ..data.lock import NAME as LOCK
 from ..data.packed import INDEX
+from ..data.sources import STATS
+from ..data.stats import FORMAT
+from ..models.masked_autoencoder import MaskedAutoencoder
 from . import digits
-from .config import Config, ConfigError
+from .config import Config
 from .distributed import Processes
 from .masks import Masks
+from .objective import takes_pairs
+from .values import ConfigError
+
+Kind = Literal["images", "arrays"]
 
 
-def open_loader(config: Config, processes: Processes) -> ImageLoader:
+def kind_of(source: Path, axes: int, in_chans: int) -> Kind:
+    """Return the loader of a source: "images" for `ImageLoader`, "arrays" for `ArrayLoader`.
+
+    The first file of the source, in the order of names, that a loader reads decides by its suffix. TIFF files, which
+    both read, are images for a model of 3 channels on 2 axes, else arrays. What `fastmim pack` wrote, tar files and
+    lists of pairs are images.
+
+    Args:
+        source: a file or a folder.
+        axes, in_chans: axes and channels of the model's input.
+    """
+    pictures: Kind = "images" if (axes, in_chans) == (2, 3) else "arrays"
+    if (source / INDEX).is_file():
+        return "images"
+    for name in _names(source):
+        is_array, is_image = name.endswith(SUFFIXES), name.endswith((*readable_suffixes(), ".tar"))
+        if is_array or is_image:
+            return pictures if is_array and is_image else "arrays" if is_array else "images"
+    return "images" if source.is_file() else pictures
+
+
+def _names(source: Path) -> Iterator[str]:
+    """Yield the names of files below a folder, but for folders of runs, or that of a file; in lower case."""
+    if not source.is_dir() or source.name.lower().endswith(STORES):
+        yield source.name.lower()
+        return
+    for _, folders, files in os.walk(source):
+        if LOCK in files:
+            folders.clear()
+            continue
+        yield from (name.lower() for name in sorted(folders) if name.lower().endswith(STORES))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not name.lower().endswith(STORES))
+        yield from sorted(name.lower() for name in files if not name.startswith("."))
+
+
+def open_loader(config: Config, processes: Processes) -> Loader:
     """Open the loader of this process, which gives its share of every global batch: patches with `config.patchwise`.
 
     Raises:
-        ConfigError: no images, or fewer than a batch; patchwise is true, and something needs whole images.
+        ConfigError: no samples, fewer than a batch, or others than the model takes; patchwise is true, and something
+            needs whole images.
     """
     folder, source = Path(config.output_dir), Path(config.data)
     if config.data in digits.NAMES:
@@ -26,31 +76,68 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
             digits.write(config.data, folder / "data")
         processes.broadcast(None)
         source = folder / "data" / config.data / "train"
-    patches = _patches(config, source)
+    with torch.device("meta"):
+        model = config.build()
+    common: dict[str, Any] = dict(
+        batch_size=config.batch_size // processes.world,
+        device=processes.device,
+        seed=config.seed,
+        shard=(processes.rank, processes.world),
+        num_threads=config.num_threads,
+        quarantine=folder / f"quarantine-{processes.rank}.jsonl",
+    )
+    kind = kind_of(source, len(model.grid_size), model.in_chans)
+    opener = {"images": _images, "arrays": _arrays}[kind]
     try:
-        return ImageLoader(
-            source,
-            config.batch_size // processes.world,
-            image_size=config.image_size,
-            scale=config.crop_scale,
-            flip=config.flip,
-            backend=config.backend,
-            device=processes.device,
-            seed=config.seed,
-            shard=(processes.rank, processes.world),
-            num_threads=config.num_threads,
-            quarantine=folder / f"quarantine-{processes.rank}.jsonl",
-            **patches,
-        )
+        loader = opener(config, source, model, common)
+    except ConfigError:
+        raise
     except TooFewImages as error:
         raise ConfigError(
-            f"batch_size must be at most the {error.samples} images of data {config.data}, got {config.batch_size}"
+            f"batch_size must be at most the {error.samples} {kind} of data {config.data}, got {config.batch_size}"
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
+    if (
+        takes_pairs(model)
+        and config.objective == "mae"
+        and not getattr(loader, "gives_pairs", config.inner is not None)
+    ):
+        raise ConfigError(f"inner must be given for model {config.model}, which takes pairs of views; got none")
+    return loader
 
 
-def _patches(config: Config, source: Path) -> dict[str, Any]:
+def normalised(config: Config, loader: Loader) -> Config:
+    """Return the config with the mean and deviation by which a loader of arrays normalises, measured ones too."""
+    if not isinstance(loader, ArrayLoader) or loader.crops.mean is None:
+        return config
+    stats = {"mean": list(loader.crops.mean), "std": list(loader.crops.std or ())}
+    return replace(config, data_options={**config.data_options, **stats})
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ImageLoader:
+    if (len(model.grid_size), model.in_chans) != (2, 3):
+        raise ConfigError(
+            f"data {config.data} holds pictures, of 3 channels on 2 axes; got in_chans {model.in_chans} and image_size "
+            f"{list(model.img_size)}"
+        )
+    return ImageLoader(
+        source,
+        **common,
+        image_size=(model.img_size[0], model.img_size[1]),
+        scale=config.crop_scale,
+        flip=config.flip,
+        backend=config.backend,
+        inner=config.inner,
+        **_patches(config, source, model),
+        **_options(config, ("ratio", "repeats")),
+    )
+
+
+def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
     """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
 
     "auto" reads patches where that saves reading: those of a packed source, without those neither kept nor predicted.
@@ -61,13 +148,12 @@ def _patches(config: Config, source: Path) -> dict[str, Any]:
     auto = config.patchwise == "auto"
     if not config.patchwise or (auto and not (source / INDEX).is_file()):
         return {}
-    with torch.device("meta"):
-        model = config.build()
-    masks = Masks(config.mask_settings, model.patch_embed.grid_size)
+    masks = Masks(config.mask_settings, model.grid_size)
     needs_images = {
         f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
         "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
         "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
+        "a model that takes pairs, of which one is whole": takes_pairs(model) or config.inner is not None,
         "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
         "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
     }
@@ -79,3 +165,65 @@ def _patches(config: Config, source: Path) -> dict[str, Any]:
     if auto and (config.objective not in ("mae", "distill") or sum(masks.counts) == model.num_patches):
         return {}
     return {"patch_size": model.patch_size, "masking": masks}
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+ARRAY_OPTIONS = ("channels_last", "key", "flips", "repeats", "nodata", "mean", "std")
+
+
+def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ArrayLoader:
+    for name in ("patchwise", "inner"):
+        if getattr(config, name) not in ("auto", False, None):
+            raise ConfigError(f"{name} is for pictures, and data {config.data} holds arrays")
+    options, axes = _options(config, ARRAY_OPTIONS), len(model.grid_size)
+    path, measured = source / STATS, None
+    command = f"fastmim stats {source} --axes {axes}"
+    if not {"mean", "std"} & {*options, *config.model_options} and path.is_file():
+        measured = _measured(path)
+        options |= {"mean": measured["mean"], "std": measured["std"]}
+    loader = ArrayLoader(
+        [source] if source.is_file() or source.name.lower().endswith(STORES) else source,
+        **common,
+        crop=model.img_size,
+        axes=axes,
+        patch_size=model.patch_size,
+        **options,
+    )
+    layout = loader.layout
+    if layout.channels != model.in_chans:
+        raise ConfigError(
+            f"in_chans must be {layout.channels}, the channels of data {config.data}; got {model.in_chans}"
+        )
+    now = loader.source.identity(), len(loader.source.names)
+    if measured is not None and (measured["of"]["data"], measured["done"]) != now:
+        raise ConfigError(f"{path} is not of the arrays that are there now: run {command} again")
+    if loader.crops.mean is None and (layout.dtype not in ("uint8", "uint16") or model.mean is None):
+        given = "model_options.mean is for uint8 and uint16; " if "mean" in config.model_options else ""
+        raise ConfigError(
+            f"data {config.data} holds {layout.dtype} arrays, whose mean and deviation must be known: {given}run "
+            f"{command}, or give data_options.mean and data_options.std"
+        )
+    return loader
+
+
+def _measured(path: Path) -> dict[str, Any]:
+    """Return what `fastmim stats` wrote."""
+    try:
+        held: dict[str, Any] = json.loads(path.read_text())
+        if held["format"] != FORMAT or not {"mean", "std", "done"} <= set(held):
+            raise ValueError(f"format {held['format']!r}")
+        held["of"]["data"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path} is no file of fastmim stats: {error!r}") from None
+    return held
+
+
+def _options(config: Config, allowed: tuple[str, ...]) -> dict[str, Any]:
+    """Return the further options of the loader."""
+    for name in config.data_options:
+        if name not in allowed:
+            raise ConfigError(
+                f"data_options has no {name!r} for data {config.data}; valid ones are {', '.join(allowed)}"
+            )
+    return dict(config.data_options)
