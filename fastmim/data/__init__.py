@@ -11,6 +11,7 @@ the middle of an epoch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
 # - `tar_members`, `tars`, `packed`, `sources`: reading samples.
 # - `array_files`, `array_crops`: arrays in files, and crops of them.
+# - `patch_shards`, `patch_writer`: arrays that were cut into patches, each of which is one contiguous read.
 # - `decoders`: choice of a decoding backend.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.
 # - `quarantine`, `loader_state`: unreadable files, saved states.
