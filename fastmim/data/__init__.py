@@ -13,6 +13,8 @@ the middle of an epoch.
 # - `tar_members`, `tars`, `packed`, `sources`: reading samples.
 # - `array_files`, `array_crops`: arrays in files, and crops of them.
 # - `clip_files`, `clip_decoders`, `clip_crops`: videos in files, frames of them, and clips.
+# - `clip_packed`, `clip_pack`: videos that were cut into patches of several frames.
+# - `patch_shards`, `patch_writer`: arrays that were cut into patches, each of which is one contiguous read.
 # - `decoders`: choice of a decoding backend.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.
 # - `quarantine`, `loader_state`: unreadable files, saved states.

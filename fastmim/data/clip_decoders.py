@@ -21,6 +21,15 @@ SKIPPING = ("h264", "hevc")
 MISSING = 0.5
 
 
+# is applied to each frame as soon as it is decoded
+Change = Callable[[Pixels], Pixels]
+
+
+def same(frame: Pixels) -> Pixels:
+    """Return a frame as it is."""
+    return frame
+
+
 class Video(Protocol):
     """A video that is open."""
 
@@ -28,8 +37,8 @@ class Video(Protocol):
     def frames(self) -> int:
         """Number of frames."""
 
-    def read(self, numbers: Sequence[int]) -> list[Pixels]:
-        """Return the frames `numbers` in RGB, (height, width, 3) each, upright. Raises Unreadable."""
+    def read(self, numbers: Sequence[int], change: Change = same) -> list[Pixels]:
+        """Return change(frame) of the frames `numbers` in RGB, (height, width, 3) each, upright. Raises Unreadable."""
 
 
 # ---- PyAV ------------------------------------------------------------------------------------------------------------
@@ -71,19 +80,19 @@ class _Opened:
             context.options = {"err_detect": "explode"}
             yield container, streams[0]
 
-    def read(self, numbers: Sequence[int]) -> list[Pixels]:
+    def read(self, numbers: Sequence[int], change: Change = same) -> list[Pixels]:
         wanted = frozenset(numbers)
         keys = self._index.keys[self._index.keys <= min(wanted)]
-        found = self._found(wanted, int(keys[-1])) if len(keys) and keys[-1] else None
+        found = self._found(wanted, change, int(keys[-1])) if len(keys) and keys[-1] else None
         if found is None:
-            found = self._found(wanted, 0)
+            found = self._found(wanted, change, 0)
         if found is None:
             raise Unreadable(f"some frame of {min(wanted)} to {max(wanted)} can't be decoded")
         if len(shapes := {found[number].shape for number in numbers}) > 1:
             raise Unreadable(f"frames of several sizes: {', '.join(f'{w}x{h}' for h, w, _ in sorted(shapes))}")
         return [found[number] for number in numbers]
 
-    def _found(self, wanted: frozenset[int], start: int) -> dict[int, Pixels] | None:
+    def _found(self, wanted: frozenset[int], change: Change, start: int) -> dict[int, Pixels] | None:
         """Return the frames wanted, decoded from a key frame on; None if some can't be.
 
         After a key frame in the middle, frames may refer to others before it, as where x264 refreshes by columns.
@@ -91,7 +100,7 @@ class _Opened:
         from av import FFmpegError
 
         try:
-            found = {number: _rgb(frame) for number, frame in self._decoded(wanted, start) if number in wanted}
+            found = {number: change(_rgb(frame)) for number, frame in self._decoded(wanted, start) if number in wanted}
         except FFmpegError:
             if not start:
                 raise
@@ -214,8 +223,8 @@ class _TorchCodec:
         self._decoder = VideoDecoder(path, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
         self.frames = len(self._decoder)
 
-    def read(self, numbers: Sequence[int]) -> list[Pixels]:
-        return list(self._decoder.get_frames_at(list(numbers)).data.numpy())
+    def read(self, numbers: Sequence[int], change: Change = same) -> list[Pixels]:
+        return [change(frame) for frame in self._decoder.get_frames_at(list(numbers)).data.numpy()]
 
 
 @contextmanager

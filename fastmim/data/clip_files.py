@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from . import formats
+from .clip_packed import PackedVideos
 from .images import Unreadable
+from .packed import INDEX
 from .sources import Files, folder, listed, paths_of
 
 SUFFIXES = (
@@ -33,8 +35,8 @@ class VideoFiles(Files):
         return path
 
 
-def open_videos(source: object) -> VideoFiles:
-    """Return the videos of a folder, of a list of files, or of a text file that lists them.
+def open_videos(source: object) -> VideoFiles | PackedVideos:
+    """Return the videos of a folder, packed or not, of a list of files, or of a text file that lists them.
 
     Raises:
         TypeError: `source` is neither a path nor a list of paths.
@@ -42,6 +44,8 @@ def open_videos(source: object) -> VideoFiles:
     """
     given = paths_of(source)
     try:
+        if isinstance(given, Path) and (given / INDEX).exists():
+            return PackedVideos(given)
         if not isinstance(given, Path):
             opened = _listed(given)
         elif given.is_dir():

@@ -15,6 +15,7 @@ from .base_loader import Loader, check_bool
 from .clip_crops import Clips, MultiScaleCrops
 from .clip_decoders import BACKENDS, choose
 from .clip_files import VideoFiles, open_videos
+from .clip_packed import PackedReader, PackedVideos
 from .crops import Crops
 from .feeds import Ahead, Feed, Supply
 from .loader import Batch, PatchBatch, interval, patch_of
@@ -42,8 +43,11 @@ class ClipLoader(Loader):
     patch are in the order (3, frames, height, width).
 
     Args:
-        source: a folder of videos, whose subfolders are classes if no video lies beside them; a list of files; or a
-            .txt or .csv file with a line "path label" for each video, as VideoMAE's, the path relative to its folder.
+        source: a folder of videos, whose subfolders are classes if no video lies beside them; a list of files; a .txt
+            or .csv file with a line "path label" for each video, as VideoMAE's, the path relative to its folder; or a
+            folder that `fastmim pack --frame-stride` wrote. From packed videos, crops are whole patches of the size at
+            which frames are stored, at random positions of patches; without masking only the crop is read, and with it
+            only the patches of the mask, each in one piece.
         batch_size: number of different videos in a batch of this shard.
         num_frames: frames of a clip.
         sampling_rate: frames of the video from one frame of a clip to the next: 4 for Kinetics and 2 for
@@ -70,7 +74,7 @@ class ClipLoader(Loader):
     """
 
     noun = "videos"
-    source: VideoFiles
+    source: VideoFiles | PackedVideos
 
     def __init__(
         self,
@@ -108,7 +112,6 @@ class ClipLoader(Loader):
         shares = interval("scale", (1, 1) if scale is None else scale, 1.0)
         ratios = interval("ratio", (3 / 4, 4 / 3) if ratio is None else ratio, None)
         crops = kind((height, width), shares, ratios, flip, repeats, None if tube is None else tube[1:])
-        self.backend = choose(backend)
         super().__init__(
             lambda: open_videos(source),
             batch_size,
@@ -121,6 +124,11 @@ class ClipLoader(Loader):
             on_error=on_error,
             quarantine=quarantine,
         )
+        if isinstance(self.source, PackedVideos):
+            self.backend = "packed"
+            _check_packed(self.source, sampling_rate, (num_frames, height, width), tube, scale)
+        else:
+            self.backend = choose(backend)
         self.clips = Clips(num_frames, sampling_rate, crops, 1 if tube is None else tube[0])
         self._masks: Masks | None = None
         if tube is not None and masking is not None:
@@ -131,7 +139,11 @@ class ClipLoader(Loader):
 
     def _feed(self, device: torch.device) -> Callable[[Supply, threading.Event], Feed]:
         order, masks, threads = self.order, self._masks, self.num_threads
-        reader = ClipReader(self.source, self.clips, self.backend)
+        reader: ClipReader | PackedReader
+        if isinstance(self.source, PackedVideos):
+            reader = PackedReader(self.source, self.clips)
+        else:
+            reader = ClipReader(self.source, self.clips, self.backend)
         return lambda supply, stopped: Ahead(
             supply, reader.prepare, reader, threads, order.seed, order.batch_size, masks, stopped
         )
@@ -182,3 +194,21 @@ class ClipReader:
 
     def close(self) -> None:
         pass
+
+
+def _check_packed(
+    source: PackedVideos, sampling_rate: int, clip: tuple[int, ...], tube: tuple[int, ...] | None, scale: object
+) -> None:
+    """Check that clips can be taken from packed videos as they are."""
+    if sampling_rate != source.frame_stride:
+        raise ValueError(
+            f"sampling_rate must be {source.frame_stride}, the step of the frames packed in {source.root}; "
+            f"got {sampling_rate}"
+        )
+    patch = source.patch_size
+    if any(size % p for size, p in zip(clip, patch)):
+        raise ValueError(f"clips of {clip} must be whole patches of {patch}, the size packed in {source.root}")
+    if tube is not None and tuple(tube) != patch:
+        raise ValueError(f"patch_size must be {patch}, the size packed in {source.root}; got {tuple(tube)}")
+    if scale is not None:
+        raise ValueError(f"scale must be None with packed videos, whose pixels are served as they are; got {scale}")

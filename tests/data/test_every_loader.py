@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ import test_loader
 import torch
 import videos
 from photos import picture
+
+from fastmim.data.clip_pack import pack_videos
 
 SAMPLES = 13
 
@@ -33,7 +37,26 @@ def clips(root):
     return test_clips.load
 
 
-@pytest.fixture(scope="module", params=[images, arrays, clips], ids=lambda write: write.__name__)
+def packed_clips(root):
+    with tempfile.TemporaryDirectory() as folder:
+        clips(Path(folder))
+        pack_videos(folder, root, frame_stride=3, patch_size=(2, 8, 8))
+    return test_clips.load
+
+
+def damage(root):
+    """Make sample 5 unreadable."""
+    if not (root / "shard-00000.bin").exists():
+        sorted(root.iterdir())[5].write_bytes(b"neither picture nor video")
+        return
+    with open(root / "shard-00000.bin", "r+b") as file:
+        # 14 frames, of which every third is packed, and the last twice
+        bytes_of_sample = 3 * 6 * 48 * 64
+        file.seek(5 * bytes_of_sample)
+        file.write(bytes(bytes_of_sample))
+
+
+@pytest.fixture(scope="module", params=[images, arrays, clips, packed_clips], ids=lambda write: write.__name__)
 def loader_of(request, tmp_path_factory):
     """Folder of a source, and a function that opens a loader on a folder."""
     root = tmp_path_factory.mktemp(request.param.__name__)
@@ -76,7 +99,7 @@ def test_resuming_is_exact(loader_of, drop_last, tmp_path):
     """Resuming at each batch of two epochs, with a file that can't be read."""
     root, load = loader_of
     own = shutil.copytree(root, tmp_path / "own")
-    sorted(own.iterdir())[5].write_bytes(b"neither picture nor video")
+    damage(own)
     options = {"batch_size": 2, "shard": (1, 2), "drop_last": drop_last}
     loader, batches, states = load(own, **options), [], []
     for _ in range(2):
