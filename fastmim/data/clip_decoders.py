@@ -88,8 +88,6 @@ class _Opened:
             found = self._found(wanted, change, 0)
         if found is None:
             raise Unreadable(f"some frame of {min(wanted)} to {max(wanted)} can't be decoded")
-        if len(shapes := {found[number].shape for number in numbers}) > 1:
-            raise Unreadable(f"frames of several sizes: {', '.join(f'{w}x{h}' for h, w, _ in sorted(shapes))}")
         return [found[number] for number in numbers]
 
     def _found(self, wanted: frozenset[int], change: Change, start: int) -> dict[int, Pixels] | None:
@@ -99,12 +97,18 @@ class _Opened:
         """
         from av import FFmpegError
 
+        found, sizes = dict[int, Pixels](), set[str]()
         try:
-            found = {number: change(_rgb(frame)) for number, frame in self._decoded(wanted, start) if number in wanted}
+            for number, frame in self._decoded(wanted, start):
+                if number in wanted:
+                    found[number] = change(_rgb(frame))
+                    sizes.add(f"{frame.width}x{frame.height}")
         except FFmpegError:
             if not start:
                 raise
             return None
+        if len(sizes) > 1:
+            raise Unreadable(f"frames of several sizes: {', '.join(sorted(sizes))}")
         return found if len(found) == len(wanted) else None
 
     def _decoded(self, wanted: frozenset[int], start: int = 0) -> Iterator[tuple[int, Any]]:

@@ -7,7 +7,7 @@ import torch
 import videos
 from test_clips import MASKS, load, names_of, patches_of
 
-from fastmim import masking
+from fastmim import cli, masking
 from fastmim.data import clip_decoders
 from fastmim.data.clip_pack import pack_videos
 from fastmim.data.patch_shards import PatchShards
@@ -174,3 +174,22 @@ def test_a_bad_argument_is_named(clips, packed, tmp_path):
         writer.add(np.zeros((2, 8), np.float32))
     with pytest.raises(ValueError, match="source must be packed videos, got packed arrays of 1 axes"):
         load(tmp_path / "arrays")
+
+
+def test_the_commands(clips, tmp_path, capsys):
+    for sample in range(11):
+        (tmp_path / f"{sample:02}.mp4").write_bytes((clips / names_of(clips)[sample]).read_bytes())
+    (tmp_path / "07.mp4").write_bytes(b"no video")
+    given, out = str(tmp_path), str(tmp_path / "out")
+    options = ["--clip-length", "4", "--tube", "2", "8", "8"]
+    assert cli.main(["pack", given, out, *options]) == 1
+    assert "--clip-length and --tube need --frame-stride" in capsys.readouterr().err
+    assert cli.main(["pack", given, out, *options, "--frame-stride", "3", "--short-side", "32"]) == 0
+    assert f"{out}: 10 videos; 1 can't be read" in capsys.readouterr().out
+    assert len(next(iter(load(out, 10))).ids) == 10
+    assert cli.main(["check-data", given, "--videos"]) == 1
+    assert "11 videos, 1 can't be read, listed in" in capsys.readouterr().out
+    (tmp_path / "07.mp4").unlink()
+    assert cli.main(["check-data", given, "--videos", "--threads", "1"]) == 0
+    assert cli.main(["check-data", out, "--videos"]) == 1
+    assert "11 videos, 1 can't be read" in capsys.readouterr().out
