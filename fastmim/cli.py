@@ -55,7 +55,36 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="length to which the shorter side is reduced; smaller images keep their size. Default: 256",
     )
+    _add_pack_videos(parser)
     _add_threads(parser)
+
+
+def _add_pack_videos(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "videos, for ClipLoader: SOURCE is a folder, or a file of paths and labels"
+    ).add_argument
+    add("--frame-stride", type=_count, metavar="N", help="pack every N-th frame: the sampling_rate of clips")
+    add("--clip-length", type=_count, metavar="N", help="most frames to pack of a video, from its middle. Default: all")
+    add("--tube", type=_count, nargs=3, metavar="N", help="frames, height and width of a patch. Default: 2 16 16")
+
+
+def _pack_videos(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .data.clip_files import open_videos
+    from .data.clip_pack import pack_videos
+
+    if args.frame_stride is None:
+        raise ValueError("--clip-length and --tube need --frame-stride, which packs videos")
+    total = len(open_videos(args.source).names)
+    options = {"short_side": args.short_side, "frame_stride": args.frame_stride, "clip_length": args.clip_length}
+    if args.tube is not None:
+        options["patch_size"] = args.tube
+    with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
+        packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
+    bad = len(packed.reasons)
+    print(f"{args.out}: {total - bad} videos" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
+    return 0
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -64,7 +93,11 @@ def _pack(args: argparse.Namespace) -> int:
     Writes uint8 shards that are mapped into memory, with checksums and labels: about 260 KB an image at --short-side
     256. Give OUT to ImageLoader, or to another command, as the source. The same command continues after an
     interruption. On a finished dataset it packs the files that were repaired or changed since.
+
+    With --frame-stride SOURCE holds videos, and OUT is a source of ClipLoader.
     """
+    if (args.frame_stride, args.clip_length, args.tube) != (None, None, None):
+        return _pack_videos(args)
     from tqdm import tqdm
 
     from .data.pack import pack
@@ -85,6 +118,7 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
+    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     _add_threads(parser)
 
 
@@ -95,20 +129,22 @@ def _check_data(args: argparse.Namespace) -> int:
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
     not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
-    dataset all checksums are compared.
+    dataset all checksums are compared. With --videos every frame of each video is decoded.
     """
     from collections import Counter
 
     from tqdm import tqdm
 
-    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source
+    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source, check_videos
+    from .data.clip_files import open_videos
     from .data.decoders import installed
     from .data.packed import Packed
 
-    source = open_source(args.source)
+    noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
+    source = open_videos(args.source) if args.videos else open_source(args.source)
     quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
     found = tqdm(
-        check_source(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
+        check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )
     counts: Counter[str] = Counter()
     for sample, (name, kind, reason) in enumerate(found):
@@ -121,8 +157,8 @@ def _check_data(args: argparse.Namespace) -> int:
             found.write(f"{kind}: {name!a}: {reason}")
     bad = counts[UNREADABLE]
     listing = f", {quarantine.listing()}" if bad else ""
-    print(f"{args.source}: {len(source.names)} images, {bad} can't be read{listing}")
-    if not isinstance(source, Packed):
+    print(f"{args.source}: {len(source.names)} {noun}, {bad} can't be read{listing}")
+    if not args.videos and not isinstance(source, Packed):
         print(f"served: {counts[DAMAGED]} damaged but decodable, {counts[DIM]} of 16 bits that use less than 12")
         if not installed("simplejpeg"):
             print("damage in JPEGs wasn't looked for: pip install 'fastmim[jpeg]'")
