@@ -43,7 +43,8 @@ class Config:
 
     Args:
         data: "digits", the digits inside scikit-learn; or what a loader of `fastmim.data` reads, chosen by
-            `fastmim.train.data.kind_of`: images for `ImageLoader`, arrays of 1 to 3 axes for `ArrayLoader`.
+            `fastmim.train.data.kind_of`: images for `ImageLoader`, arrays of 1 to 3 axes for `ArrayLoader`, videos for
+            `ClipLoader`.
         output_dir: the folder of checkpoints, metrics and the final model. A run in a folder that has checkpoints
             continues from them; one process or job may use it at a time. Below `data` it is left out of the images.
         seed: seed of weights, order, crops and masks.
@@ -64,11 +65,12 @@ class Config:
             made of (model, **objective_options) whose forward(batch, mask) returns the loss.
         objective_options: those of the objective; for "distill" `teacher` is the path of a checkpoint.
         ema: momentum of an average of the weights, which checkpoints hold beside them; none: no average.
-        crop_scale: least and largest share of a picture's area that a crop takes; without use for arrays.
+        crop_scale: least and largest share of a picture's area that a crop takes; without use for arrays, and for
+            videos, whose crops are VideoMAE's unless `data_options` has `scale`.
         flip: mirror half of the crops; without use for arrays, for which `data_options` names the axes, `flips`.
         inner: least and largest share of a crop's area that a second crop inside it takes, for models of two views.
         data_options: further arguments of the loader: ratio and repeats of `ImageLoader`; channels_last, key, flips,
-            repeats, nodata, mean and std of `ArrayLoader`.
+            repeats, nodata, mean and std of `ArrayLoader`; sampling_rate, scale, ratio and repeats of `ClipLoader`.
         backend, num_threads: decoder and threads of the loader.
         patchwise: true: the loader reads the patches that are kept or predicted, instead of whole images, with the same
             results; not with a mask that changes or ranks patches, an objective that sees all patches, or
@@ -167,7 +169,7 @@ class Config:
         one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
         one_of("device", self.device, ("auto", "cpu", "cuda"))
         one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
-        one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
+        one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg", "pyav", "torchcodec"))
         if self.compile and self.cuda_graphs and self.micro_batch_size is not None:
             # a replay writes to the memory in which the one before it left its gradients
             raise ConfigError(

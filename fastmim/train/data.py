@@ -9,12 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-from ..data import ArrayLoader, ImageLoader
-from ..data.array_files import STORES, SUFFIXES
+from ..data import ArrayLoader, ClipLoader, ImageLoader
+from ..data.array_files import STORES
+from ..data.array_files import SUFFIXES as ARRAYS
 from ..data.base_loader import Loader, TooFewImages
+from ..data.clip_files import SUFFIXES as VIDEOS
 from ..data.formats import readable_suffixes
 from ..data.lock import NAME as LOCK
-from ..data.packed import INDEX
+from ..data.packed import INDEX, read_json
+from ..data.patch_shards import FORMAT as PATCHES
 from ..data.sources import STATS
 from ..data.stats import FORMAT
 from ..models.masked_autoencoder import MaskedAutoencoder
@@ -25,28 +28,40 @@ from .masks import Masks
 from .objective import takes_pairs
 from .values import ConfigError
 
-Kind = Literal["images", "arrays"]
+Kind = Literal["images", "arrays", "clips"]
 
 
 def kind_of(source: Path, axes: int, in_chans: int) -> Kind:
-    """Return the loader of a source: "images" for `ImageLoader`, "arrays" for `ArrayLoader`.
+    """Return the loader of a source: "images" for `ImageLoader`, "arrays" for `ArrayLoader`, "clips" for `ClipLoader`.
 
     The first file of the source, in the order of names, that a loader reads decides by its suffix. TIFF files, which
-    both read, are images for a model of 3 channels on 2 axes, else arrays. What `fastmim pack` wrote, tar files and
-    lists of pairs are images.
+    two read, are images for a model of 3 channels on 2 axes, else arrays. What `fastmim pack` wrote is what was packed;
+    tar files are images, and so are text files, which list pairs, but for a model of 3 axes, for which they list clips.
 
     Args:
         source: a file or a folder.
         axes, in_chans: axes and channels of the model's input.
     """
-    pictures: Kind = "images" if (axes, in_chans) == (2, 3) else "arrays"
+    like: Kind = "images" if (axes, in_chans) == (2, 3) else "arrays"
     if (source / INDEX).is_file():
-        return "images"
+        return _packed(source)
+    suffixes = {"images": (*readable_suffixes(), ".tar"), "arrays": ARRAYS, "clips": VIDEOS}
     for name in _names(source):
-        is_array, is_image = name.endswith(SUFFIXES), name.endswith((*readable_suffixes(), ".tar"))
-        if is_array or is_image:
-            return pictures if is_array and is_image else "arrays" if is_array else "images"
-    return "images" if source.is_file() else pictures
+        kinds: list[Any] = [kind for kind, ends in suffixes.items() if name.endswith(ends)]
+        if kinds:
+            found: Kind = like if len(kinds) > 1 else kinds[0]
+            return found
+    if source.is_file():
+        return "clips" if axes == 3 else "images"
+    return like
+
+
+def _packed(source: Path) -> Kind:
+    """Return the kind of what was packed."""
+    index = read_json(source / INDEX)
+    if index.get("format") != PATCHES:
+        return "images"
+    return "clips" if "frame_stride" in index.get("settings", {}) else "arrays"
 
 
 def _names(source: Path) -> Iterator[str]:
@@ -86,24 +101,23 @@ def open_loader(config: Config, processes: Processes) -> Loader:
         num_threads=config.num_threads,
         quarantine=folder / f"quarantine-{processes.rank}.jsonl",
     )
-    kind = kind_of(source, len(model.grid_size), model.in_chans)
-    opener = {"images": _images, "arrays": _arrays}[kind]
     try:
-        loader = opener(config, source, model, common)
+        kind = kind_of(source, len(model.grid_size), model.in_chans)
+        loader = {"images": _images, "arrays": _arrays, "clips": _clips}[kind](config, source, model, common)
     except ConfigError:
         raise
     except TooFewImages as error:
+        noun = {"images": "images", "arrays": "arrays", "clips": "videos"}[kind]
         raise ConfigError(
-            f"batch_size must be at most the {error.samples} {kind} of data {config.data}, got {config.batch_size}"
+            f"batch_size must be at most the {error.samples} {noun} of data {config.data}, got {config.batch_size}"
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
-    if (
-        takes_pairs(model)
-        and config.objective == "mae"
-        and not getattr(loader, "gives_pairs", config.inner is not None)
-    ):
-        raise ConfigError(f"inner must be given for model {config.model}, which takes pairs of views; got none")
+    # a list of pairs is a file
+    if takes_pairs(model) and config.objective == "mae" and config.inner is None and not source.is_file():
+        raise ConfigError(
+            f"inner must be given for model {config.model}, which takes pairs of views, unless data is a list of pairs"
+        )
     return loader
 
 
@@ -137,34 +151,28 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
     )
 
 
-def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
-    """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
+# ---- clips -----------------------------------------------------------------------------------------------------------
 
-    "auto" reads patches where that saves reading: those of a packed source, without those neither kept nor predicted.
 
-    Raises:
-        ConfigError: patchwise is true, and something needs whole images.
-    """
-    auto = config.patchwise == "auto"
-    if not config.patchwise or (auto and not (source / INDEX).is_file()):
-        return {}
-    masks = Masks(config.mask_settings, model.grid_size)
-    needs_images = {
-        f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
-        "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
-        "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
-        "a model that takes pairs, of which one is whole": takes_pairs(model) or config.inner is not None,
-        "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
-        "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
-    }
-    for reason, applies in needs_images.items():
-        if applies and auto:
-            return {}
-        if applies:
-            raise ConfigError(f'patchwise must be "auto" or false with {reason}; got true')
-    if auto and (config.objective not in ("mae", "distill") or sum(masks.counts) == model.num_patches):
-        return {}
-    return {"patch_size": model.patch_size, "masking": masks}
+def _clips(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ClipLoader:
+    if (len(model.grid_size), model.in_chans) != (3, 3):
+        raise ConfigError(
+            f"data {config.data} holds videos, of 3 channels on 3 axes; got in_chans {model.in_chans} and image_size "
+            f"{list(model.img_size)}"
+        )
+    if config.inner is not None:
+        raise ConfigError(f"inner must be none for videos, which data {config.data} holds; got {list(config.inner)}")
+    frames, height, width = model.img_size
+    return ClipLoader(
+        [source] if source.name.lower().endswith(VIDEOS) else source,
+        **common,
+        num_frames=frames,
+        image_size=(height, width),
+        flip=config.flip,
+        backend=config.backend,
+        **_patches(config, source, model),
+        **_options(config, ("sampling_rate", "scale", "ratio", "repeats")),
+    )
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
@@ -175,7 +183,7 @@ ARRAY_OPTIONS = ("channels_last", "key", "flips", "repeats", "nodata", "mean", "
 def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ArrayLoader:
     for name in ("patchwise", "inner"):
         if getattr(config, name) not in ("auto", False, None):
-            raise ConfigError(f"{name} is for pictures, and data {config.data} holds arrays")
+            raise ConfigError(f"{name} is not for arrays, which data {config.data} holds; got {getattr(config, name)}")
     options, axes = _options(config, ARRAY_OPTIONS), len(model.grid_size)
     path, measured = source / STATS, None
     command = f"fastmim stats {source} --axes {axes}"
@@ -217,6 +225,39 @@ def _measured(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no file of fastmim stats: {error!r}") from None
     return held
+
+
+# ---- settings that several loaders share -----------------------------------------------------------------------------
+
+
+def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
+    """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
+
+    "auto" reads patches where that saves reading: those of a packed source, without those neither kept nor predicted.
+
+    Raises:
+        ConfigError: patchwise is true, and something needs whole images.
+    """
+    auto = config.patchwise == "auto"
+    if not config.patchwise or (auto and not (source / INDEX).is_file()):
+        return {}
+    masks = Masks(config.mask_settings, model.grid_size)
+    needs_images = {
+        f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
+        "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
+        "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
+        "a model that takes pairs, of which one is whole": takes_pairs(model) or config.inner is not None,
+        "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
+        "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
+    }
+    for reason, applies in needs_images.items():
+        if applies and auto:
+            return {}
+        if applies:
+            raise ConfigError(f'patchwise must be "auto" or false with {reason}; got true')
+    if auto and (config.objective not in ("mae", "distill") or sum(masks.counts) == model.num_patches):
+        return {}
+    return {"patch_size": model.patch_size, "masking": masks}
 
 
 def _options(config: Config, allowed: tuple[str, ...]) -> dict[str, Any]:

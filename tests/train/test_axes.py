@@ -220,7 +220,7 @@ BAD = [
     ({"mean": [20, 20]}, "data .*series: mean must hold 3 numbers, one per channel; got 2"),
     ({"image_size": [200], "mean": [20] * 3}, r"data .*series: crop \(200,\) must fit into the arrays"),
     ({"inner": [0.3, 0.6]}, "inner must be none for model MaskedAutoencoder, which takes one view"),
-    ({"patchwise": True}, "patchwise is for pictures, and data .*series holds arrays"),
+    ({"patchwise": True}, "patchwise is not for arrays, which data .*series holds; got True"),
     (
         {"data_options": {"ratio": [1, 1]}},
         "data_options has no 'ratio' for data .*series; valid ones are channels_last",

@@ -25,6 +25,8 @@ SYSTEMS = {
     "croco_vit_base_patch16": {"inner": [0.3, 0.6]},
     "croco2_vit_base_patch16": {"inner": [0.3, 0.6]},
     "pixio_vit_base_patch16": {"mask": {"kind": "cells", "cell": 2, "mask_ratio": 0.75}, "model_options.cell": 2},
+    "cropmae_vit_small_patch16": {"inner": [0.3, 0.6]},
+    "simmim_vit_base_patch16": {"mask": {"kind": "cells", "cell": 2, "mask_ratio": 0.6}},
     "MaskedAutoencoder": {"model_options.decoder": "cross"},
 }
 
@@ -130,7 +132,10 @@ def test_settings_of_an_earlier_version_still_resume(config, straight, tmp_path)
 
 
 BAD = [
-    ({"model": "CroCo"}, "inner must be given for model CroCo, which takes pairs of views; got none"),
+    (
+        {"model": "CroCo"},
+        "inner must be given for model CroCo, which takes pairs of views, unless data is a list of pairs",
+    ),
     ({"inner": [0.3, 0.6]}, "inner must be none for model mae_vit_tiny_patch16, which takes one view"),
     ({"model": "CroCo", "inner": [0.6, 0.3]}, r"inner must be two ascending shares in \(0, 1\], got \[0.6, 0.3\]"),
     (
