@@ -64,6 +64,14 @@ def _packed(source: Path) -> Kind:
     return "clips" if "frame_stride" in index.get("settings", {}) else "arrays"
 
 
+def _holds_patches(source: Path, model: MaskedAutoencoder) -> bool:
+    """Return whether patches of a model are read from a source without what is around them."""
+    if not (source / INDEX).is_file():
+        return False
+    index = read_json(source / INDEX)
+    return index.get("format") != PATCHES or index.get("patch_size") == list(model.patch_size)
+
+
 def _names(source: Path) -> Iterator[str]:
     """Yield the names of files below a folder, but for folders of runs, or that of a file; in lower case."""
     if not source.is_dir() or source.name.lower().endswith(STORES):
@@ -177,14 +185,16 @@ def _clips(config: Config, source: Path, model: MaskedAutoencoder, common: dict[
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
-ARRAY_OPTIONS = ("channels_last", "key", "flips", "repeats", "nodata", "mean", "std")
+ARRAY_OPTIONS = ("channels_last", "key", "sample_axis", "flips", "repeats", "nodata", "mean", "std")
 
 
 def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ArrayLoader:
-    for name in ("patchwise", "inner"):
-        if getattr(config, name) not in ("auto", False, None):
-            raise ConfigError(f"{name} is not for arrays, which data {config.data} holds; got {getattr(config, name)}")
+    if config.inner is not None:
+        raise ConfigError(f"inner must be none for arrays, which data {config.data} holds; got {list(config.inner)}")
     options, axes = _options(config, ARRAY_OPTIONS), len(model.grid_size)
+    if isinstance(options.get("nodata"), int):
+        # the loader tells numbers apart by their text, since NaN is no other's equal
+        options["nodata"] = float(options["nodata"])
     path, measured = source / STATS, None
     command = f"fastmim stats {source} --axes {axes}"
     if not {"mean", "std"} & {*options, *config.model_options} and path.is_file():
@@ -195,7 +205,7 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         **common,
         crop=model.img_size,
         axes=axes,
-        patch_size=model.patch_size,
+        **{"patch_size": model.patch_size, **_patches(config, source, model)},
         **options,
     )
     layout = loader.layout
@@ -233,13 +243,14 @@ def _measured(path: Path) -> dict[str, Any]:
 def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
     """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
 
-    "auto" reads patches where that saves reading: those of a packed source, without those neither kept nor predicted.
+    "auto" reads patches where that saves reading: those of a packed source, of the size in which it was cut, without
+    those neither kept nor predicted.
 
     Raises:
         ConfigError: patchwise is true, and something needs whole images.
     """
     auto = config.patchwise == "auto"
-    if not config.patchwise or (auto and not (source / INDEX).is_file()):
+    if not config.patchwise or (auto and not _holds_patches(source, model)):
         return {}
     masks = Masks(config.mask_settings, model.grid_size)
     needs_images = {

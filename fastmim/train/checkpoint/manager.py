@@ -168,7 +168,10 @@ class CheckpointManager:
         }
         was, now = added | saved["config"], self.config.to_dict()
         changed = {
-            key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
+            key: f"{key} was {was.get(key)!r}, is {value!r}"
+            for key, value in now.items()
+            # NaN differs from itself
+            if was.get(key) != value and repr(was.get(key)) != repr(value)
         }
         if wrong := [changed[key] for key in IDENTITY if key in changed]:
             raise ConfigError(f"output_dir {self.run} holds another run: {'; '.join(wrong)}; choose another output_dir")
