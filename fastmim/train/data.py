@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from ..data import ArrayLoader, ClipLoader, ImageLoader
-from ..data.array_files import STORES
-from ..data.array_files import SUFFIXES as ARRAYS
+from ..data.array_formats import STORES
+from ..data.array_formats import SUFFIXES as ARRAYS
 from ..data.base_loader import Loader, TooFewImages
 from ..data.clip_files import SUFFIXES as VIDEOS
 from ..data.formats import readable_suffixes

@@ -20,7 +20,7 @@ from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
 from .checkpoint.manager import CheckpointManager
-from .config import DTYPES, Config, ConfigError
+from .config import DTYPES, Config
 from .data import normalised, open_loader
 from .distributed import joined, parallelize, whole
 from .masks import Masks
@@ -29,6 +29,7 @@ from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
 from .step import AnyBatch, Average, Update, graphed
+from .values import ConfigError
 
 
 class StepResult(NamedTuple):

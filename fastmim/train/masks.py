@@ -118,9 +118,9 @@ class Masks:
         if self.kind == "cells":
             pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.grid) - 1]
             filled = pool(valid.view(-1, 1, *self.grid).float(), options["cell"]).flatten(1) > 0
-        count = filled.sum(1, keepdim=True)
+        count: Tensor = filled.sum(1, keepdim=True)
         if self.kind == "blocks":
-            return count > options["num_masked"]
+            return count > int(options["num_masked"])
         if self.kind == "tube" or ratio is None:
             return count >= 1
         # as masking.random and masking.cells count

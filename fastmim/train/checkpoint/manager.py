@@ -14,9 +14,10 @@ from torch import nn
 from ..._version import __version__
 from ...data.base_loader import Loader
 from ...data.lock import Lock
-from ..config import IDENTITY, Config, ConfigError
+from ..config import IDENTITY, Config
 from ..distributed import Processes
 from ..step import Average
+from ..values import ConfigError
 from . import state, store
 from .writer import BackgroundWriter
 
