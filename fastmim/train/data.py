@@ -147,7 +147,8 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
             f"{list(model.img_size)}"
         )
     return ImageLoader(
-        source,
+        # a URL is no path
+        config.data if "://" in config.data else source,
         **common,
         image_size=(model.img_size[0], model.img_size[1]),
         scale=config.crop_scale,
