@@ -1,6 +1,5 @@
 """The loader of a run, chosen by what its data hold."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,8 +17,7 @@ from ..data.formats import readable_suffixes
 from ..data.lock import NAME as LOCK
 from ..data.packed import INDEX, read_json
 from ..data.patch_shards import FORMAT as PATCHES
-from ..data.sources import STATS
-from ..data.stats import FORMAT
+from ..data.stats import measured_of
 from ..models.masked_autoencoder import MaskedAutoencoder
 from . import digits
 from .config import Config
@@ -196,10 +194,12 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
     if isinstance(options.get("nodata"), int):
         # the loader tells numbers apart by their text, since NaN is no other's equal
         options["nodata"] = float(options["nodata"])
-    path, measured = source / STATS, None
-    command = f"fastmim stats {source} --axes {axes}"
-    if not {"mean", "std"} & {*options, *config.model_options} and path.is_file():
-        measured = _measured(path)
+    command, measured = f"fastmim stats {source} --axes {axes}", None
+    if "nodata" in options:
+        command += f" --nodata={options['nodata']:g}"
+    if not {"mean", "std"} & {*options, *config.model_options}:
+        measured = measured_of(source)
+    if measured is not None:
         options |= {"mean": measured["mean"], "std": measured["std"]}
     loader = ArrayLoader(
         [source] if source.is_file() or source.name.lower().endswith(STORES) else source,
@@ -214,9 +214,13 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         raise ConfigError(
             f"in_chans must be {layout.channels}, the channels of data {config.data}; got {model.in_chans}"
         )
-    now = loader.source.identity(), len(loader.source.names)
-    if measured is not None and (measured["of"]["data"], measured["done"]) != now:
-        raise ConfigError(f"{path} is not of the arrays that are there now: run {command} again")
+    if measured is not None:
+        nodata = None if loader.crops.nodata is None else repr(loader.crops.nodata)
+        now = loader.source.identity(), len(loader.source.names), nodata
+        if (measured["of"]["data"], measured["done"], measured["of"]["nodata"]) != now:
+            raise ConfigError(
+                f"data {config.data}: its statistics are of other arrays or another nodata: run {command} again"
+            )
     if loader.crops.mean is None and (layout.dtype not in ("uint8", "uint16") or model.mean is None):
         given = "model_options.mean is for uint8 and uint16; " if "mean" in config.model_options else ""
         raise ConfigError(
@@ -224,18 +228,6 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
             f"{command}, or give data_options.mean and data_options.std"
         )
     return loader
-
-
-def _measured(path: Path) -> dict[str, Any]:
-    """Return what `fastmim stats` wrote."""
-    try:
-        held: dict[str, Any] = json.loads(path.read_text())
-        if held["format"] != FORMAT or not {"mean", "std", "done"} <= set(held):
-            raise ValueError(f"format {held['format']!r}")
-        held["of"]["data"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is no file of fastmim stats: {error!r}") from None
-    return held
 
 
 # ---- settings that several loaders share -----------------------------------------------------------------------------
