@@ -49,6 +49,12 @@ class PatchBatch(NamedTuple):
     labels: Tensor | None
     ids: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> "PatchBatch":
+        """Return a batch of patches (B, K + M, P)."""
+        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
+        return cls(Patches(visible, predicted), mask, labels, ids)
+
 
 class PairBatch(NamedTuple):
     """A batch of two views of each image.
@@ -158,9 +164,9 @@ class ImageLoader(Loader):
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
-        intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
-        patch = _patch((height, width), patch_size, masking)
-        second = None if inner is None else _interval("inner", inner, 1.0)
+        intervals = interval("scale", scale, 1.0), interval("ratio", ratio, None)
+        patch = patch_of((height, width), patch_size, masking)
+        second = None if inner is None else interval("inner", inner, 1.0)
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -208,13 +214,13 @@ class ImageLoader(Loader):
                 return Batch(images, labels, ids)
             first, second = images.unflatten(0, (-1, 2)).unbind(1)
             return PairBatch(first, second, labels, ids)
-        counts, (height, width) = [mask.ids_keep.shape[1], mask.ids_predict.shape[1]], self.crops.size
         if self.crops.inner is None:
-            return PatchBatch(Patches(*values.split(counts, 1)), mask, labels, ids)
+            return PatchBatch.of(values, mask, labels, ids)
+        height, width = self.crops.size
         split = 3 * height * width
         images = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
-        patches = Patches(*values[:, split:].unflatten(1, (sum(counts), -1)).split(counts, 1))
-        return PairBatch(images, PatchBatch(patches, mask, labels, ids), labels, ids)
+        patches = values[:, split:].unflatten(1, (mask.ids_keep.shape[1] + mask.ids_predict.shape[1], -1))
+        return PairBatch(images, PatchBatch.of(patches, mask, labels, ids), labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops
@@ -230,8 +236,8 @@ class ImageLoader(Loader):
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int, int] | None:
-    """Check the arguments of patches, and return (height, width) of one."""
+def patch_of(size: tuple[int, ...], patch_size: Any, masking: object) -> Any:
+    """Check the arguments of patches, and return the size of one, or None without patches."""
     if (patch_size is None) != (masking is None):
         given, other = ("patch_size", "masking")[:: 1 if masking is None else -1]
         raise ValueError(f"pass both or neither of patch_size and masking; got {given} without {other}")
@@ -239,13 +245,15 @@ def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int
         return None
     if not callable(masking):
         raise TypeError(f"masking must be a function of seeds that returns a mask, got {type(masking).__name__}")
-    height, width = axes("patch_size", patch_size, 2)
-    if size[0] % height or size[1] % width:
-        raise ValueError(f"patch_size must divide image_size {size}, got {patch_size!r}")
-    return height, width
+    patch = tuple(axes("patch_size", patch_size, len(size)))
+    if any(whole % part for whole, part in zip(size, patch)):
+        raise ValueError(
+            f"patch_size must divide {'image_size' if len(size) == 2 else 'clips'} {size}, got {patch_size!r}"
+        )
+    return patch
 
 
-def _interval(name: str, value: object, most: float | None) -> tuple[float, float]:
+def interval(name: str, value: object, most: float | None) -> tuple[float, float]:
     """Check a pair of positive numbers in ascending order."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (low, high), got {value!r}")

@@ -21,6 +21,7 @@ import numpy as np
 
 from .crops import Crops
 from .images import Unreadable
+from .lock import NAME as LOCK
 from .philox import Ints
 from .resample import Pixels, Resampled, cut_from
 
@@ -33,6 +34,15 @@ SMALL = 2**30
 def shard_files(root: Path, shard: int) -> tuple[Path, Path]:
     """Return the paths of a shard's pixels and of its index."""
     return root / f"shard-{shard:05d}.bin", root / f"shard-{shard:05d}.json"
+
+
+def make_folder(root: Path) -> None:
+    """Create the output folder if it doesn't exist; raise ValueError if it holds other files."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"out must be a folder, got the file {root}")
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / INDEX).exists() and any(path.suffix != ".part" and path.name != LOCK for path in root.iterdir()):
+        raise ValueError(f"out must be new, empty, or from the same `fastmim pack`; {root} holds other files")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
