@@ -3,7 +3,8 @@
 Masked: the patches whose loss a moving average of the model predicts to be the largest, and random ones beside them;
 the share of the former rises from 0 to 0.5 of the removed patches. A second decoder learns the order of the losses.
 Paid for visible and predicted patches alone: encoder, both decoders, both losses. The average reads whole images.
-Differs: the second decoder predicts one number for a patch, where the paper takes the mean of P.
+Differs: the second decoder predicts one number for a patch, where the paper takes the mean of P; the average's momentum
+is constant.
 """
 
 import copy

@@ -23,16 +23,17 @@ class Selfie(nn.Module):
         self.network = nn.Sequential(
             nn.Conv2d(3, dim, 3, padding=1), nn.GELU(), nn.Conv2d(dim, dim, 3, stride=2, padding=1), nn.GELU()
         )
+        self.scale = nn.LayerNorm(dim)
         self.query = nn.Parameter(0.02 * torch.randn(dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.rows, self.columns = (nn.Parameter(0.02 * torch.randn(size, dim)) for size in grid)
 
     def embed(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Return the network's features (B, K, D) of the patches ids (B, K)."""
+        """Return the network's features (B, K, D) of the patches `ids` (B, K)."""
         pixels = ops.gather_patches(images, ids, self.patch)
         features = self.network(pixels.flatten(0, 1).unflatten(1, (3, self.patch, self.patch)))
-        return features.mean((2, 3)).unflatten(0, ids.shape)
+        return self.scale(features.mean((2, 3))).unflatten(0, ids.shape)
 
     def forward(self, images: Tensor) -> Tensor:
         mask = masking.random(len(images), self.num_patches, 0.25)

@@ -54,6 +54,21 @@ def test_selfie_embeds_each_patch_once(recipe, tokens_of):
     torch.testing.assert_close(model.embed(images, ids)[:, :1], alone)
 
 
+def test_selfie_candidates_are_the_removed_patches(recipe, monkeypatch):
+    module = recipe("selfie")
+    model, (images,) = module.example()
+    asked, embed, mask = [], model.embed, module.masking.random(8, 16, 0.25)
+    model.embed = lambda x, ids: asked.append(ids) or embed(x, ids)
+    monkeypatch.setattr(module.masking, "random", lambda *_, **__: mask)
+    loss = model(images)
+    assert asked[0] is mask.ids_keep and asked[1] is mask.ids_predict
+    # positions tell which of them is asked for
+    with torch.no_grad():
+        model.rows += torch.randn(4, 1)
+        model.columns += torch.randn(4, 32)
+    assert model(images) != loss
+
+
 def test_hybrid_distill_drops_redundant_tokens_of_all_three(recipe, tokens_of):
     module = recipe("hybrid_distill")
     model, (images,) = module.example()

@@ -35,12 +35,14 @@ def test_m3ae_ignores_padding_and_hidden_words(recipe, tokens_of):
 
 
 def test_m3ae_decodes_pixels_from_the_middle(recipe):
-    model, (images, words, real) = recipe("m3ae").example()
-    latent, text = model.image.encode(images), model.read(words, real)
-    middle, image, _ = model.fuse(latent, text, real)
-    first = model.to_text[0](latent, memory=text, memory_mask=real)
-    torch.testing.assert_close(middle, first)
-    assert not torch.allclose(image, first)
+    model, batch = recipe("m3ae").example()
+    fused, fuse, decoded, decode = [], model.fuse, [], model.image.decode
+    model.fuse = lambda *args: fused.append((args, fuse(*args))) or fused[-1][1]
+    model.image.decode = lambda latent, mask: decoded.append(latent) or decode(latent, mask)
+    model(*batch)
+    (latent, text, real), (middle, image, _) = fused[0]
+    assert decoded[0] is middle and not torch.allclose(image, middle)
+    torch.testing.assert_close(middle, model.to_text[0](latent, memory=text, memory_mask=real))
 
 
 def test_croma_attention_is_biased_by_distance(recipe, tokens_of):
@@ -58,14 +60,16 @@ def test_croma_attention_is_biased_by_distance(recipe, tokens_of):
 def test_croma_scores_each_image_where_it_is_removed(recipe, monkeypatch):
     module = recipe("croma")
     model, (optical, radar) = module.example()
-    gathered = []
-    gather = module.ops.gather_patches
+    gathered, placed = [], []
+    gather, unshuffle = module.ops.gather_patches, module.ops.unshuffle
     monkeypatch.setattr(module.ops, "gather_patches", lambda x, ids, p: gathered.append(ids) or gather(x, ids, p))
+    monkeypatch.setattr(module.ops, "unshuffle", lambda x, ids, *rest: placed.append(ids) or unshuffle(x, ids, *rest))
     drawn = [module.masking.random(8, 64, 0.75) for _ in range(2)]
     given = iter(drawn)
     monkeypatch.setattr(module.masking, "random", lambda *_, **__: next(given))
     model(optical, radar)
     assert [ids is mask.ids_predict for ids, mask in zip(gathered, drawn)] == [True, True]
+    assert placed[0] is drawn[1].ids_restore  # tokens are the radar image's
 
 
 def test_hicmae_decoder_blocks_read_the_encoders_states(recipe, tokens_of):
