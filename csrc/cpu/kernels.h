@@ -117,10 +117,11 @@ struct Resample {
   int64_t out_width, out_height;
   bool flip;  // mirror the result
   int64_t patch_width, patch_height, count;
-  const int64_t* ids;  // (count,) patches, null: all of them
-  bool planar;         // a patch is (3, height, width), otherwise (height, width, 3)
-  uint8_t* out;        // (count, a patch)
-  char* scratch;       // of resample_scratch() bytes
+  const int64_t* ids;   // (count,) patches, null: all of them
+  bool planar;          // a patch is (3, height, width), otherwise (height, width, 3)
+  uint8_t* out;         // (count, a patch)
+  char *across, *down;  // weights of each axis, zero before the first call with its sizes
+  char* scratch;
 };
 
 // the next `count` values of memory whose start is moved past them

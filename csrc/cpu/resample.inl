@@ -18,16 +18,21 @@ static inline double cubic(double x) {
   return x < 1 ? near : x < 2 ? far : 0;
 }
 
-// with kResampleMargin pixels more, which repeat the last with weight 0
-static Weights resample_weights(int64_t in, int64_t out, int64_t copies, bool mirrored, char*& memory) {
+// Weights of a pixel once, with kResampleMargin pixels more, which repeat the last with weight 0. `table` holds them
+// from one call to the next.
+static Weights resample_weights(int64_t in, int64_t out, char* table, char* memory) {
   const int64_t size = out + kResampleMargin;
   const double scale = double(in) / double(out), stretch = std::max(scale, 1.0), support = 2 * stretch;
+  // pairs, and the shift
+  int64_t* known = scratch_of<int64_t>(table, 2);
+  int32_t *first = scratch_of<int32_t>(table, size), *count = scratch_of<int32_t>(table, size),
+          *weight = scratch_of<int32_t>(table, (resample_taps(in, out) + 1) / 2 * size);
+  if (known[0] != 0) return {known[0], size, int(known[1]), scale, first, count, weight};
   const int32_t most = int32_t(std::ceil(support)) * 2 + 1;
-  int32_t *first = scratch_of<int32_t>(memory, size), *count = scratch_of<int32_t>(memory, size);
   double *centre = scratch_of<double>(memory, out), *total = scratch_of<double>(memory, out);
   int32_t taps = 1;
   for (int64_t i = 0; i < out; ++i) {
-    centre[i] = scale * (double(mirrored ? out - 1 - i : i) + 0.5);
+    centre[i] = scale * (double(i) + 0.5);
     total[i] = 0;
     first[i] = std::max(int32_t(centre[i] - support + 0.5), 0);
     count[i] = std::clamp(int32_t(std::min(centre[i] + support + 0.5, double(in))) - first[i], 1, most);
@@ -52,17 +57,33 @@ static Weights resample_weights(int64_t in, int64_t out, int64_t copies, bool mi
   const double unit = 1 << shift;
   const auto fixed = [unit](double w) { return int32_t(w * unit + (w < 0 ? -0.5 : 0.5)); };
   const int64_t pairs = (taps + 1) / 2;
-  int32_t* weight = scratch_of<int32_t>(memory, pairs * size * copies);
   for (int64_t p = 0; p < pairs; ++p) {
     const double *low = values + 2 * p * out, *high = 2 * p + 1 < taps ? low + out : nullptr;
-    int32_t* pair = weight + p * size * copies;
-    for (int64_t i = 0; i < out; ++i) {
-      const int32_t both = (fixed(low[i]) & 0xFFFF) | int32_t(uint32_t(high ? fixed(high[i]) : 0) << 16);
-      for (int64_t c = 0; c < copies; ++c) pair[i * copies + c] = both;
-    }
-    std::fill(pair + out * copies, pair + size * copies, 0);
+    int32_t* pair = weight + p * size;
+    for (int64_t i = 0; i < out; ++i)
+      pair[i] = (fixed(low[i]) & 0xFFFF) | int32_t(uint32_t(high ? fixed(high[i]) : 0) << 16);
+    std::fill(pair + out, pair + size, 0);
   }
-  return {pairs, size * copies, shift, scale, first, count, weight};
+  known[0] = pairs, known[1] = shift;
+  return {pairs, size, shift, scale, first, count, weight};
+}
+
+// `copies` of each weight, and mirrored
+static Weights resample_copied(const Weights& once, int64_t copies, bool mirrored, char*& memory) {
+  const int64_t size = once.stride, out = size - kResampleMargin;
+  int32_t *first = scratch_of<int32_t>(memory, size), *count = scratch_of<int32_t>(memory, size),
+          *weight = scratch_of<int32_t>(memory, once.pairs * size * copies);
+  for (int64_t i = 0; i < size; ++i) {
+    const int64_t pixel = std::min(i, out - 1), from = mirrored ? out - 1 - pixel : pixel;
+    first[i] = once.first[from], count[i] = once.count[from];
+  }
+  for (int64_t p = 0; p < once.pairs; ++p) {
+    const int32_t* from = once.weight + p * size;
+    int32_t* to = weight + p * size * copies;
+    for (int64_t i = 0; i < out; ++i) std::fill_n(to + i * copies, copies, from[mirrored ? out - 1 - i : i]);
+    std::fill(to + out * copies, to + size * copies, 0);
+  }
+  return {once.pairs, size * copies, once.shift, once.scale, first, count, weight};
 }
 
 // 16 bytes of a line are of 6 pixels, whose windows then begin within 8 of the input
@@ -299,8 +320,9 @@ __attribute__((always_inline)) static inline void resample_fetch(const Resample&
 static int64_t resample(const Resample& args) {
   char* memory = args.scratch;
   const int64_t copies = is_near(double(args.width) / double(args.out_width)) ? 3 : 4;
-  const Weights across = resample_weights(args.width, args.out_width, copies, args.flip, memory);
-  const Weights down = resample_weights(args.height, args.out_height, 1, false, memory);
+  const Weights down = resample_weights(args.height, args.out_height, args.down, memory);
+  const Weights once = resample_weights(args.width, args.out_width, args.across, memory);
+  const Weights across = resample_copied(once, copies, args.flip, memory);
   int32_t* place = scratch_of<int32_t>(memory, 3 * (args.out_width + kResampleMargin));
   for (int64_t x = 0; x < args.out_width + kResampleMargin; ++x) {
     for (int c = 0; c < 3; ++c) {
