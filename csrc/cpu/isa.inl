@@ -16,6 +16,8 @@ namespace FASTMIM_ISA {
 #include "attention.inl"
 #include "loss.inl"
 #include "norm.inl"
+#include "resample_weights.inl"
+//
 #include "resample.inl"
 #include "tokens.inl"
 
