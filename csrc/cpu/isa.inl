@@ -5,6 +5,8 @@ namespace FASTMIM_ISA {
 
 #include "vector.inl"
 //
+#include "functions.inl"
+//
 #include "masking.inl"
 //
 #include "patches.inl"
@@ -37,5 +39,6 @@ namespace FASTMIM_ISA {
    FASTMIM_ISA::bias_gelu_backward,      \
    FASTMIM_ISA::add_row,                 \
    FASTMIM_ISA::add_rows,                \
+   FASTMIM_ISA::sum_rows,                \
    FASTMIM_ISA::copy_row,                \
    FASTMIM_ISA::resample}
