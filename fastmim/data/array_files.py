@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .._checks import check_count
 from . import formats
 from .array_formats import DESCRIPTIONS, STORES, SUFFIXES, Array, format_of
 from .images import Unreadable
@@ -168,6 +169,8 @@ def open_arrays(source: object, key: str | None = None, sample_axis: int | None 
             sample_axis with a packed dataset.
     """
     given = paths_of(source)
+    if sample_axis is not None:
+        check_count("sample_axis", sample_axis, 0, 4)
     if isinstance(given, Path):
         if not given.is_dir():
             raise ValueError(f"source must be a folder or a list of files; got {given}")

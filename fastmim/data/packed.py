@@ -102,7 +102,10 @@ class Packed:
         self.root = root.absolute()
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
-            raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")
+            arrays = "patches" in str(info.get("format"))
+            hint = "; it holds arrays, which ArrayLoader and check-data --arrays read" if arrays else ""
+            got = f"{info.get('format')!r}{hint}"
+            raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {got}")
         if not info["complete"]:
             raise ValueError(f"packed dataset {root} is not finished: run the same `fastmim pack` again")
         self.classes: list[str] = info["classes"]
