@@ -22,7 +22,7 @@ Model = TypeVar("Model", bound=MaskedAutoencoder)
 # numbers of heads by width, of the published models and fastmim's named sizes; no tensor holds them
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {192: 6, 256: 8, 512: 16}
-DECODER = ("decoder_*", "mask_token")
+DECODER = ("decoder_*", "mask_token", "mixture.*")
 NORMS = {"norm", "norm1", "norm2", "decoder_norm"}
 
 logger = logging.getLogger("fastmim.interop")
@@ -51,6 +51,8 @@ def settings_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str,
     decoder = weights.get("decoder_embed.weight")
     if decoder is not None and decoder.dim() == 2:
         settings["decoder_embed_dim"] = decoder.shape[0]
+    elif "decoder_blocks.0.cross_attn.q.weight" in weights:
+        settings["decoder_embed_dim"] = weights["decoder_blocks.0.cross_attn.q.weight"].shape[0]
     for side in ("", "decoder_") if "decoder_embed_dim" in settings else ("",):
         indices = {match[1] for key in weights if (match := re.match(rf"{side}blocks\.(\d+)\.", key))}
         settings[f"{side}depth"] = len(indices)
