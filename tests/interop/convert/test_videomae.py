@@ -90,6 +90,8 @@ def test_named_models_have_the_public_sizes(name, decoder):
     if name == "giant_patch14":
         assert model.num_patches == 2048 and len(model.blocks) == 40
         assert model.blocks[0].attn.head_dim == 88 and model.blocks[0].mlp.fc1.out_features == 6144
+        # the published code gives both sides one ratio: int(512 * 48 / 11)
+        assert model.decoder_blocks[0].mlp.fc1.out_features == 2234
         return
     # the published file has 94.21 million values, none of them the keys' bias
     trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
