@@ -49,17 +49,26 @@ class PatchBatch(NamedTuple):
     labels: Tensor | None
     ids: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> "PatchBatch":
+        """Return a batch of patches (B, K + M, P)."""
+        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
+        return cls(Patches(visible, predicted), mask, labels, ids)
+
 
 class PairBatch(NamedTuple):
     """A batch of two views of each image.
 
-    images, pair: uint8 (B, 3, H, W), the crop and the second crop inside it. Both are views of one tensor, in which
-        they take turns; the values of each are in channels_last order.
+    images: uint8 (B, 3, H, W) in channels_last order, the first view, which is always whole: with `inner` the crop.
+    pair: the second view, which a model reconstructs: with `inner` the crop inside the first; uint8 (B, 3, H, W), or
+        with `patch_size` a `PatchBatch` of its patches and their mask, with the same labels and ids.
     labels, ids: as in `Batch`.
+
+    The images and what `pair` holds of pixels are views of one tensor.
     """
 
     images: Tensor
-    pair: Tensor
+    pair: Tensor | PatchBatch
     labels: Tensor | None
     ids: Tensor
 
@@ -120,7 +129,8 @@ class ImageLoader(Loader):
         inner: (low, high) share of each crop's area that a second crop, inside the first, covers: yield `PairBatch`
             instead of `Batch`, as CropMAE does (Eymaël et al., ECCV 2024). It is resampled from the image itself, its
             `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
-            the same as without `inner`.
+            the same as without `inner`. With patch_size, patches of the second crops alone are read, and the first ones
+            whole: masks and ids are those of the second.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -154,11 +164,9 @@ class ImageLoader(Loader):
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
-        intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
-        patch = _patch((height, width), patch_size, masking)
-        second = None if inner is None else _interval("inner", inner, 1.0)
-        if second is not None and patch is not None:
-            raise ValueError(f"inner must be None with patch_size, which reads one view of an image; got {inner!r}")
+        intervals = interval("scale", scale, 1.0), interval("ratio", ratio, None)
+        patch = patch_of((height, width), patch_size, masking)
+        second = None if inner is None else interval("inner", inner, 1.0)
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -200,13 +208,19 @@ class ImageLoader(Loader):
         )
 
     def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch | PairBatch:
-        if self.crops.inner is not None:
-            images, pair = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
-            return PairBatch(images, pair, labels, ids)
         if mask is None:
-            return Batch(values.permute(0, 3, 1, 2), labels, ids)
-        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
+            images = values.permute(0, 3, 1, 2)
+            if self.crops.inner is None:
+                return Batch(images, labels, ids)
+            first, second = images.unflatten(0, (-1, 2)).unbind(1)
+            return PairBatch(first, second, labels, ids)
+        if self.crops.inner is None:
+            return PatchBatch.of(values, mask, labels, ids)
+        height, width = self.crops.size
+        split = 3 * height * width
+        images = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
+        patches = values[:, split:].unflatten(1, (mask.ids_keep.shape[1] + mask.ids_predict.shape[1], -1))
+        return PairBatch(images, PatchBatch.of(patches, mask, labels, ids), labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops
@@ -222,8 +236,8 @@ class ImageLoader(Loader):
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int, int] | None:
-    """Check the arguments of patches, and return (height, width) of one."""
+def patch_of(size: tuple[int, ...], patch_size: Any, masking: object) -> Any:
+    """Check the arguments of patches, and return the size of one, or None without patches."""
     if (patch_size is None) != (masking is None):
         given, other = ("patch_size", "masking")[:: 1 if masking is None else -1]
         raise ValueError(f"pass both or neither of patch_size and masking; got {given} without {other}")
@@ -231,13 +245,15 @@ def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int
         return None
     if not callable(masking):
         raise TypeError(f"masking must be a function of seeds that returns a mask, got {type(masking).__name__}")
-    height, width = axes("patch_size", patch_size, 2)
-    if size[0] % height or size[1] % width:
-        raise ValueError(f"patch_size must divide image_size {size}, got {patch_size!r}")
-    return height, width
+    patch = tuple(axes("patch_size", patch_size, len(size)))
+    if any(whole % part for whole, part in zip(size, patch)):
+        raise ValueError(
+            f"patch_size must divide {'image_size' if len(size) == 2 else 'clips'} {size}, got {patch_size!r}"
+        )
+    return patch
 
 
-def _interval(name: str, value: object, most: float | None) -> tuple[float, float]:
+def interval(name: str, value: object, most: float | None) -> tuple[float, float]:
     """Check a pair of positive numbers in ascending order."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (low, high), got {value!r}")

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .images import Unreadable
 from .packed import Packed
+from .patch_shards import PatchShards
 from .prefetch import Position
 from .quarantine import LIMIT
 from .sources import Source, digest
@@ -26,7 +27,7 @@ def contents(source: Source) -> list[int]:
     only after those bytes is taken for unchanged. For packed datasets it is the checksum of the pixels.
     """
     compared = _evenly_spread(len(source.names), SIZES)
-    if isinstance(source, Packed):
+    if isinstance(source, (Packed, PatchShards)):
         return [source.checksum(sample) for sample in compared]
     numbers = [_size(source, sample) for sample in compared]
     for place in _evenly_spread(len(numbers), HEADS):
@@ -41,7 +42,7 @@ def contents(source: Source) -> list[int]:
 
 def former_identity(source: Source) -> str:
     """Return the identity that states of an earlier version stored, which depended on file sizes too."""
-    if isinstance(source, Packed):
+    if isinstance(source, (Packed, PatchShards)):
         return source.identity()
     sizes = [_size(source, sample) for sample in _evenly_spread(len(source.names), SIZES)]
     total = digest(source.names, source.labels)
