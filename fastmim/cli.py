@@ -456,6 +456,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="a .pth file (facebook), a folder (huggingface), a .safetensors file (timm)",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights that a run with the setting ema keeps"
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -464,7 +467,8 @@ def _export(args: argparse.Namespace) -> int:
     from .train.load_run import load_model
 
     # timm's model has no decoder
-    model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
+    missing = "decoder" if args.to == "timm" else ()
+    model = load_model(args.checkpoint, key=args.key, allow_missing=missing, ema=args.ema)
     difference = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
     return 0

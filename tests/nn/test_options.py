@@ -363,6 +363,7 @@ def test_taps(taps, num_queries, hooked):
         (dict(num_queries=-1), ValueError, r"num_queries must be in 0..7, got -1"),
         (dict(taps=[2]), ValueError, r"taps must be in 0..1, got 2"),
         (dict(taps=[-1]), ValueError, r"taps must be in 0..1, got -1"),
+        (dict(blocks=[], taps=[0]), ValueError, r"taps must be empty without blocks, got \[0\]"),
         (dict(taps=[0.5]), TypeError, r"taps must be an int, got float 0.5"),
         (dict(norm=None), ValueError, "norm must be given without taps"),
         (dict(norm=None, taps=[0], head=nn.Linear(DIM, 5)), ValueError, "norm must be given.* with a head"),
