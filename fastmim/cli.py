@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .data.formats import describe
-from .data.quarantine import NAME, Quarantine
+from .data.quarantine import NAME, Quarantine, listing_of
 from .data.sources import open_source
 from .data.threads import available_cpus
 
@@ -106,7 +106,7 @@ def _check_data(args: argparse.Namespace) -> int:
     from .data.packed import Packed
 
     source = open_source(args.source)
-    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
         check_source(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
     )

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from . import formats
+from .folders import Contents, Files, folder, listed
 from .images import Unreadable
 from .philox import Ints
-from .sources import Contents, Files, folder, listed, paths_of
+from .sources import paths_of
 from .transfer import Values
 
 

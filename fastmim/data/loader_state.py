@@ -3,11 +3,11 @@
 import zlib
 from typing import Any, NamedTuple
 
+from .base_source import Source, Summed, digest
 from .images import Unreadable
 from .packed import Packed
 from .prefetch import Position
 from .quarantine import LIMIT
-from .sources import Source, digest
 
 FORMAT = 1
 # at least this many files, evenly spread, are compared by size (all if there are fewer)
@@ -26,7 +26,7 @@ def contents(source: Source) -> list[int]:
     only after those bytes is taken for unchanged. For packed datasets it is the checksum of the pixels.
     """
     compared = _evenly_spread(len(source.names), SIZES)
-    if isinstance(source, Packed):
+    if isinstance(source, Summed):
         return [source.checksum(sample) for sample in compared]
     numbers = [_size(source, sample) for sample in compared]
     for place in _evenly_spread(len(numbers), HEADS):

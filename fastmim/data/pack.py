@@ -13,6 +13,7 @@ import numpy as np
 
 from .._checks import check_count
 from . import images
+from .base_source import Source
 from .formats import first_names
 from .images import Note, Notes, Unreadable
 from .lock import NAME as LOCK
@@ -20,7 +21,7 @@ from .lock import Lock
 from .packed import FORMAT, INDEX, Packed, read_json, replaced, shard_files, write_json
 from .quarantine import NAME, Quarantine
 from .resample import Pixels, resized
-from .sources import Source, open_source
+from .sources import open_source
 from .threads import map_ahead
 
 logger = logging.getLogger("fastmim.data")
@@ -69,7 +70,7 @@ def pack(
     header = {
         "format": FORMAT,
         "plan": hashlib.sha256(f"{opened.identity()} {short_side} {shard_size}".encode()).hexdigest(),
-        "source": str(opened.root),
+        "source": opened.title,
         "samples": total,
         "short_side": short_side,
         "shard_size": shard_size,

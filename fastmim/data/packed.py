@@ -88,8 +88,11 @@ class Packed:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
+    chunks: Ints | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.title = str(self.root)
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
             raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")
