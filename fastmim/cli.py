@@ -11,12 +11,13 @@ from pathlib import Path
 
 from .data.formats import describe
 from .data.quarantine import NAME, Quarantine, listing_of
+from .data.remote import is_url
 from .data.sources import open_source
 from .data.threads import available_cpus
 
 SOURCE = (
-    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
-    "or a packed dataset"
+    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
+    "URLs, Parquet files, a folder of save_to_disk, or a packed dataset"
 )
 
 
@@ -38,6 +39,11 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _source(text: str) -> str | Path:
+    """Return a URL as it is, or a path."""
+    return text if is_url(text) else _path(text)
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=available_cpus(), metavar="N", help="default: all CPUs")
 
@@ -46,7 +52,7 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side",
@@ -81,7 +87,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )

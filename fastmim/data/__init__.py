@@ -9,7 +9,9 @@ the middle of an epoch.
 #   masks of samples.
 # - `resample`: crops, or patches of them, resized to their size in a batch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
-# - `base_source`, `folders`, `tar_members`, `tars`, `packed`, `sources`: what a source is, each kind, which to open.
+# - `base_source`, `chunks`: what a source is, parts of one that are read whole.
+# - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `packed`: kinds of sources.
+# - `sources`: which kind a path or an object is.
 # - `array_files`, `array_crops`: arrays in files, and crops of them.
 # - `decoders`: choice of a decoding backend.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.

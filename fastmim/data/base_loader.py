@@ -76,7 +76,7 @@ class Loader(ABC):
         rank, world = _shard(shard)
         self.device = device_of(device)
         self.source = open_source()
-        self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
+        self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last, self.source.chunks)
         if not len(self.order):
             raise TooFewImages(len(self.source.names), batch_size, world, self.noun)
         self._repeats = repeats

@@ -190,10 +190,8 @@ class ImageLoader(Loader):
         decoder = make(self.backend, crops, device, threads)
 
         def prepare(sample: int, draws: Floats, mask: Any) -> tuple[Any, Any]:
-            data = source.read(sample)
-            assert isinstance(data, bytes)
             ids = None if mask is None else ids_of(mask)
-            return decoder.prepare(data, draws, notes.on(source.names[sample]), ids), mask
+            return decoder.prepare(source.read(sample), draws, notes.on(source.names[sample]), ids), mask
 
         return lambda supply, stopped: Ahead(
             supply, prepare, decoder, threads, order.seed, order.batch_size, masks, stopped

@@ -32,7 +32,8 @@ def contents(source: Source) -> list[int]:
     for place in _evenly_spread(len(numbers), HEADS):
         try:
             head = source.read(compared[place], HEAD_BYTES)
-            assert isinstance(head, bytes)
+            # a dataset may augment its pixels at random
+            head = head if isinstance(head, bytes) else b""
             numbers[place] = zlib.crc32(head, numbers[place] & 0xFFFFFFFF)
         except Unreadable:
             numbers[place] = -1

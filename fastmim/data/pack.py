@@ -195,8 +195,7 @@ class _Packing:
             except Unreadable:
                 self.kept.append(self.source.names[sample])
                 return False, before
-            assert isinstance(data, bytes)
-            return (False, [*now, before[3]]) if now and before[3] == zlib.crc32(data) else (True, before)
+            return (False, [*now, before[3]]) if now and before[3] == _checksum(data) else (True, before)
 
         found = list(map_ahead(self.threads, compare, samples))
         again = {sample for sample, (changed, _) in zip(samples, found) if changed}
@@ -292,20 +291,23 @@ class _Packing:
             data = self.source.read(sample)
         except Unreadable as error:
             return error, None
-        assert isinstance(data, bytes)
         note = self.notes.on(self.source.names[sample])
-        return _reduced(data, self.header["short_side"], note), stamp and [*stamp, zlib.crc32(data)]
+        return _reduced(data, self.header["short_side"], note), stamp and [*stamp, _checksum(data)]
 
 
-def _reduced(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
+def _checksum(data: bytes | Pixels) -> int:
+    return zlib.crc32(data if isinstance(data, bytes) else data.data)
+
+
+def _reduced(data: bytes | Pixels, short_side: int, note: Note) -> Pixels | Unreadable:
     """Return the decoded image, reduced so that its shorter side is at most `short_side`."""
     try:
-        image = images.decode(data, note)
+        image = np.asarray(images.decode(data, note)) if isinstance(data, bytes) else data
     except Unreadable as error:
         return error
-    width, height = image.size
+    height, width = image.shape[:2]
     share = short_side / min(width, height)
     if share >= 1:
-        return np.asarray(image)
+        return image
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
     return resized(image, size)

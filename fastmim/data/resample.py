@@ -98,7 +98,7 @@ def cut(image: Any, boxes: Ints | Sequence[Crop], crops: Crops, ids: Ints | None
 
 
 def resized(image: Any, size: tuple[int, int]) -> Pixels:
-    """Return a whole PIL image resized to `size` (H, W)."""
+    """Return a whole image, pixels (H, W, 3) or a PIL image, resized to `size` (H, W)."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     out: Pixels = Cut([pixels], np.array([[0, 0, 3 * width, height, width, 0]]), size).made()[0]

@@ -121,30 +121,37 @@ def labels_of(title: str, names: list[str], labels: list[int | None]) -> Ints | 
 # ---- the content of a tar file ---------------------------------------------------------------------------------------
 
 
-def content_of(path: Path, title: str | None = None) -> Content:
-    """Return the content of a tar file, of which only headers and labels are read; `title` is its name in messages.
+def content_of(path: Path) -> Content:
+    """Return the content of a tar file, as `content_in` does."""
+    try:
+        # opening a pipe would block
+        if not path.is_file():
+            reason = "no regular file" if path.exists() else "no such file"
+            raise ValueError(f"source {path} can't be read as an uncompressed tar file: {reason}")
+        with open(path, "rb") as file:
+            return content_in(file, str(path))
+    except OSError as error:
+        raise ValueError(f"source {path} can't be read: {type(error).__name__}: {error.strerror}") from error
+
+
+def content_in(file: BinaryIO, title: str) -> Content:
+    """Return the content of an open tar file, of which only headers and labels are read.
 
     Links are followed within the file, and sparse members are expanded. Every member with the name of an image counts;
-    one that can't be read raises Unreadable only when it is read.
+    one that can't be read raises Unreadable only when it is read. `title` names the file in messages.
 
     Raises:
         ValueError: the file is incomplete, is no uncompressed tar file, or has labels that don't fit its images.
     """
-    shown, found = title or str(path), _Members()
+    found = _Members()
     try:
-        # opening a pipe would block
-        if not path.is_file():
-            raise ValueError("no regular file" if path.exists() else "no such file")
-        with open(path, "rb") as file:
-            for member, end in members(file):
-                found.add(member, end)
-            labels = _labels(shown, file, found)
-    except OSError as error:
-        raise ValueError(f"source {shown} can't be read: {type(error).__name__}: {error.strerror}") from error
+        for member, end in members(file):
+            found.add(member, end)
+        labels = _labels(title, file, found)
     except _LabelError:
         raise
     except ValueError as error:
-        raise ValueError(f"source {shown} can't be read as an uncompressed tar file: {error}") from error
+        raise ValueError(f"source {title} can't be read as an uncompressed tar file: {error}") from error
     images = [Image(file.name, found.place(file), label) for file, label in zip(found.images, labels)]
     return Content(images, found.left_out)
 

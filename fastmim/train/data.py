@@ -8,6 +8,7 @@ import torch
 from ..data import ImageLoader
 from ..data.base_loader import TooFewImages
 from ..data.packed import INDEX
+from ..data.remote import is_url
 from . import digits
 from .config import Config, ConfigError
 from .distributed import Processes
@@ -20,7 +21,7 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
     Raises:
         ConfigError: no images, or fewer than a batch; patchwise is true, and something needs whole images.
     """
-    folder, source = Path(config.output_dir), Path(config.data)
+    folder, source = Path(config.output_dir), config.data if is_url(config.data) else Path(config.data)
     if config.data in digits.NAMES:
         if processes.first:
             digits.write(config.data, folder / "data")
@@ -50,7 +51,7 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
 
 
-def _patches(config: Config, source: Path) -> dict[str, Any]:
+def _patches(config: Config, source: str | Path) -> dict[str, Any]:
     """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
 
     "auto" reads patches where that saves reading: those of a packed source, without those neither kept nor predicted.
@@ -59,7 +60,7 @@ def _patches(config: Config, source: Path) -> dict[str, Any]:
         ConfigError: patchwise is true, and something needs whole images.
     """
     auto = config.patchwise == "auto"
-    if not config.patchwise or (auto and not (source / INDEX).is_file()):
+    if not config.patchwise or (auto and not Path(source, INDEX).is_file()):
         return {}
     with torch.device("meta"):
         model = config.build()
