@@ -10,7 +10,7 @@ the middle of an epoch.
 # - `resample`: crops, or patches of them, resized to their size in a batch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
 # - `base_source`, `chunks`: what a source is, parts of one that are read whole.
-# - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `packed`: kinds of sources.
+# - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `pairs`, `packed`: kinds of sources.
 # - `sources`: which kind a path or an object is.
 # - `array_files`, `array_crops`: arrays in files, and crops of them.
 # - `decoders`: choice of a decoding backend.
@@ -20,6 +20,6 @@ the middle of an epoch.
 # - `lock`, `pack`, `check_data`, `stats`: locks of folders, and the commands `fastmim pack`, `check-data` and `stats`.
 
 from .array_loader import ArrayBatch, ArrayLoader
-from .loader import Batch, ImageLoader, PairBatch, PatchBatch
+from .loader import Batch, CovisibleBatch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ImageLoader", "PairBatch", "PatchBatch"]
+__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "CovisibleBatch", "ImageLoader", "PairBatch", "PatchBatch"]

@@ -8,13 +8,24 @@ import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from .philox import Ints
 from .resample import Pixels
 
 # size in bytes, modification time and change time in ns
 Stamp = tuple[int, int, int]
+
+
+class Pair(NamedTuple):
+    """A pair of pictures: bytes of files or pixels (H, W, 3) of both, and the mask of what both show, or None.
+
+    The mask is the bytes of a file, or uint8 (h, w) of 0 and 1 that covers the first picture.
+    """
+
+    first: bytes | Pixels
+    second: bytes | Pixels
+    mask: bytes | Pixels | None = None
 
 
 class Source(Protocol):
@@ -39,8 +50,11 @@ class Source(Protocol):
     def root(self) -> Path | None:
         """The folder in which unreadable samples are listed; None where the source has none."""
 
-    def read(self, sample: int, most: int = -1) -> bytes | Pixels:
-        """Return the bytes of a file, or its first `most` bytes, or decoded pixels (H, W, 3). Raises Unreadable."""
+    def read(self, sample: int, most: int = -1) -> bytes | Pixels | Pair:
+        """Return the bytes of a file, or its first `most` bytes, or decoded pixels (H, W, 3), or a pair of these.
+
+        Raises Unreadable.
+        """
 
     def stamp(self, sample: int) -> Stamp | None:
         """Return the stamp of a file; None if there is none or it doesn't exist."""

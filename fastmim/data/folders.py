@@ -36,21 +36,26 @@ class Files:
         self.title = str(root)
 
     def read(self, sample: int, most: int = -1) -> bytes:
-        try:
-            # opening a pipe would block
-            handle = os.open(self.root / self.names[sample], os.O_RDONLY | os.O_NONBLOCK)
-            with open(handle, "rb") as file:
-                if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise Unreadable("no regular file")
-                return file.read(most)
-        except OSError as error:
-            raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+        return read_file(self.root / self.names[sample], most)
 
     def stamp(self, sample: int) -> Stamp | None:
         return stamp_of(self.root / self.names[sample])
 
     def identity(self) -> str:
         return digest(self.names, self.labels).hexdigest()
+
+
+def read_file(path: Path, most: int = -1) -> bytes:
+    """Return the bytes of a file, or its first `most` bytes. Raises Unreadable."""
+    try:
+        # opening a pipe would block
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise Unreadable("no regular file")
+            return file.read(most)
+    except OSError as error:
+        raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
 
 class Contents(NamedTuple):

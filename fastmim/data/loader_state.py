@@ -3,7 +3,7 @@
 import zlib
 from typing import Any, NamedTuple
 
-from .base_source import Source, Summed, digest
+from .base_source import Pair, Source, Summed, digest
 from .images import Unreadable
 from .packed import Packed
 from .prefetch import Position
@@ -33,7 +33,8 @@ def contents(source: Source) -> list[int]:
         try:
             head = source.read(compared[place], HEAD_BYTES)
             # a dataset may augment its pixels at random
-            head = head if isinstance(head, bytes) else b""
+            parts = head if isinstance(head, Pair) else [head]
+            head = b"".join(part for part in parts if isinstance(part, bytes))
             numbers[place] = zlib.crc32(head, numbers[place] & 0xFFFFFFFF)
         except Unreadable:
             numbers[place] = -1

@@ -8,6 +8,8 @@ from . import formats
 from .base_source import Source
 from .folders import Files, folder, listed, walk
 from .packed import INDEX, Packed
+from .pairs import SUFFIX as PAIRS
+from .pairs import Pairs
 from .remote import RemoteTars, expanded, is_url
 from .rows import Dataset
 from .tables import SPLITS, STATE, Table, open_saved
@@ -83,14 +85,16 @@ def _from_path(path: Path) -> Source:
         return Files(path, *folder(path, formats.readable_suffixes()))
     if _is_tar(path):
         return Tars([path])
+    if path.suffix.lower() == PAIRS and path.is_file():
+        return Pairs(path)
     if _is_parquet(path) and path.is_file():
         return Table(path.parent, [path], mapped=False)
     if formats.is_archive(path.name):
         raise ValueError(f"source {path}: {COMPRESSED}")
     got = path if os.path.lexists(path) else f"{path}, which doesn't exist"
     raise ValueError(
-        "source must be a folder, a .tar file, a .parquet file, a packed dataset, a list of files, the URL of a .tar "
-        f"file or a dataset; got {got}"
+        "source must be a folder, a .tar file, a .parquet file, a .txt file of pairs, a packed dataset, a list of "
+        f"files, the URL of a .tar file or a dataset; got {got}"
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-KINDS = ("saved", "parquet", "dataset", "remote")
+KINDS = ("saved", "parquet", "dataset", "remote", "pairs")
 # rows of a group in Parquet, and images of a remote shard
 CHUNK = 6
 
@@ -42,12 +42,26 @@ class Rows:
         return image if self.form == "image" else torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def write_pairs(root, path, masks=None):
+    """Write each photograph of `root` with the first one as a pair; `masks` by sample are beside the list."""
+    files, lines = files_of(root), ["# pictures, mask and label"]
+    for sample, first in enumerate(files):
+        mask = f"{sample}.npy" if masks and sample in masks else "-"
+        if mask != "-":
+            np.save(path.with_name(mask), masks[sample])
+        lines.append(f"{first} {files[0]} {mask} {first.parent.name[-1]}")
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    return path
+
+
 def make(kind, root, out):
     """Write the photographs of `root` below `out` as a source of a kind, and return it."""
     files = files_of(root)
     if kind == "dataset":
         return Rows(root)
     out.mkdir(exist_ok=True)
+    if kind == "pairs":
+        return write_pairs(root, out / "pairs.txt")
     if kind == "remote":
         memory, urls = fsspec.filesystem("memory"), []
         for shard, start in enumerate(range(0, len(files), CHUNK)):

@@ -1,4 +1,4 @@
-"""Datasets, tables and remote shards: the samples of files, once an epoch, resumed and quarantined as files are."""
+"""Datasets, tables, pairs, remote shards: the samples of files, once an epoch, resumed and quarantined as files are."""
 
 import json
 import multiprocessing
@@ -49,7 +49,7 @@ def test_each_sample_once_an_epoch_with_the_crops_of_its_file(photographs, tmp_p
             if epoch == 0:
                 assert all(torch.equal(image, files[int(i)]) for i, image in zip(batch.ids, batch.images))
     assert len(orders) == 2
-    assert loaders[0].classes == ([] if kind in ("dataset", "remote") else ["class0", "class1", "class2"])
+    assert loaders[0].classes == ([] if kind in ("dataset", "remote", "pairs") else ["class0", "class1", "class2"])
 
 
 def test_resuming_and_pickling_are_exact_over_shards(photographs, tmp_path, kind):
@@ -78,14 +78,14 @@ def test_damaged_samples_are_quarantined_and_others_stay(own, tmp_path, kind):
         list(load(source, on_error="raise", drop_last=False, quarantine=path))
 
 
-def test_a_state_of_other_data_is_refused(photographs, own, tmp_path, kind):
-    state = load(make(kind, photographs, tmp_path / "named")).state_dict()
+def test_a_state_of_other_data_is_refused(own, tmp_path, kind):
+    state = load(make(kind, own, tmp_path / "named")).state_dict()
     (own / names_of(own)[0]).unlink()
     with pytest.raises(ValueError, match=r"state is of another loader: .*samples was 31, is 30"):
         load(make(kind, own, tmp_path / "other")).load_state_dict(state)
-    other = write_pictures(tmp_path / "other pictures", size=(50, 50))
+    write_pictures(own, size=(50, 50))
     with pytest.raises(ValueError, match=r"31 of 31 files that were compared have changed"):
-        load(make(kind, other, tmp_path / "third")).load_state_dict(state)
+        load(make(kind, own, tmp_path / "third")).load_state_dict(state)
 
 
 def _in_child(loader, answers):
@@ -122,7 +122,11 @@ def test_packing_and_checking(own, tmp_path, kind, capsys):
     assert set(packed.reasons) == {7}
     readable = [sample for sample in range(SAMPLES) if sample != 7]
     assert packed.labels[readable].tolist() == files.labels[readable].tolist()
-    assert all(np.array_equal(packed.read(sample), files.read(sample)) for sample in readable)
+    found = {sample: packed.read(sample) for sample in readable}
+    if kind == "pairs":
+        assert all(np.array_equal(pair.second, files.read(0)) for pair in found.values())
+        found = {sample: pair.first for sample, pair in found.items()}
+    assert all(np.array_equal(pixels, files.read(sample)) for sample, pixels in found.items())
 
 
 # ---- chunks ----------------------------------------------------------------------------------------------------------
