@@ -51,13 +51,18 @@ class Crops:
 
     @property
     def rows(self) -> int:
-        """Number of crops per image, with `inner` those inside others too, or per pair."""
-        return self.repeats if self.inner is None and not self.pairs else 2 * self.repeats
+        """Number of rows of a batch that an image or a pair gives: two for two views, unless one of them is patches."""
+        return 2 * self.repeats if self.views == 2 and self.patch is None else self.repeats
+
+    @property
+    def views(self) -> int:
+        """Number of crops for each repeat."""
+        return 2 if self.inner is not None or self.pairs else 1
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
         n, numbers = len(samples), np.arange(self.repeats)
-        if self.rows > self.repeats:
+        if self.views == 2:
             numbers = np.stack([numbers, INNER + numbers], 1).reshape(-1)
         pairs = np.repeat(samples, len(numbers)), np.tile(numbers, n)
         return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, len(numbers), -1)

@@ -56,13 +56,17 @@ class PatchBatch(NamedTuple):
 class PairBatch(NamedTuple):
     """A batch of two views of each image, or of pairs of images.
 
-    images, pair: uint8 (B, 3, H, W), the crop and the second crop inside it, or crops of the two images of each pair.
-        Both are views of one tensor, in which they take turns; the values of each are in channels_last order.
+    images: uint8 (B, 3, H, W) in channels_last order, the crop, or of a list of pairs the crop of the first image.
+    pair: uint8 (B, 3, H, W), the second crop inside it, or of a list of pairs the crop of the second image.
     labels, ids: as in `Batch`.
+
+    With `patch_size` the view that a model reconstructs is a `PatchBatch` of its patches and their mask, with the same
+    labels and ids, and the other is whole. With `inner` it is `pair`, as in CropMAE; of a list of pairs it is `images`,
+    as in CroCo. The pixels of both are views of one tensor.
     """
 
-    images: Tensor
-    pair: Tensor
+    images: Tensor | PatchBatch
+    pair: Tensor | PatchBatch
     labels: Tensor | None
     ids: Tensor
 
@@ -140,7 +144,8 @@ class ImageLoader(Loader):
         inner: (low, high) share of each crop's area that a second crop, inside the first, covers: yield `PairBatch`
             instead of `Batch`, as CropMAE does (Eymaël et al., ECCV 2024). It is resampled from the image itself, its
             `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
-            the same as without `inner`.
+            the same as without `inner`. With patch_size, patches of the second crops alone are read, and the first ones
+            whole: masks and ids are those of the second.
         covisible: of a list of pairs with masks, the size of patches, int or (height, width), whose shares are
             computed: yield `CovisibleBatch` instead of `PairBatch`.
 
@@ -181,8 +186,6 @@ class ImageLoader(Loader):
         patch = _patch((height, width), patch_size, masking)
         shown = None if covisible is None else _divisor("covisible", covisible, (height, width))
         second = None if inner is None else _interval("inner", inner, 1.0)
-        if second is not None and patch is not None:
-            raise ValueError(f"inner must be None with patch_size, which reads one view of an image; got {inner!r}")
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -201,9 +204,10 @@ class ImageLoader(Loader):
             self.backend = "packed"
         elif pairs:
             self.backend = _backend_of_pairs(backend)
-        for name, value, fits in (("inner", inner, not pairs), ("patch_size", patch, not pairs)):
-            if value is not None and not fits:
-                raise ValueError(f"{name} must be None with a list of pairs, got {value!r}")
+        if pairs and inner is not None:
+            raise ValueError(f"inner must be None with a list of pairs, got {inner!r}")
+        if shown is not None and patch is not None:
+            raise ValueError(f"covisible must be None with patch_size, got {covisible!r}")
         if shown is not None and not pairs:
             raise ValueError(f"covisible must be None without a list of pairs, got {covisible!r}")
         self.crops = Crops((height, width), *intervals, flip, repeats, patch, second, pairs)
@@ -222,7 +226,7 @@ class ImageLoader(Loader):
             grid = self.covisible and (crops.size[0] // self.covisible[0], crops.size[1] // self.covisible[1])
             pairs = PairReader(self.source, crops, DECODE.get(self.backend, images.decode), grid, notes)
             return lambda supply, stopped: Ahead(
-                supply, pairs.prepare, pairs, threads, order.seed, order.batch_size, None, stopped
+                supply, pairs.prepare, pairs, threads, order.seed, order.batch_size, masks, stopped
             )
         if isinstance(source := self.source, Packed):
             return lambda supply, stopped: Mapped(supply, source, crops, threads, order.seed, masks)
@@ -241,15 +245,21 @@ class ImageLoader(Loader):
     def _batch(
         self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor
     ) -> Batch | PatchBatch | PairBatch | CovisibleBatch:
-        if self.crops.rows > self.crops.repeats:
-            first, pair = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
+        if self.crops.views == 1:
+            if mask is None:
+                return Batch(values.permute(0, 3, 1, 2), labels, ids)
+            return PatchBatch(Patches(*values.split(_counts(mask), 1)), mask, labels, ids)
+        if self._masks is None:
+            first, second = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
             if mask is not None:
-                return CovisibleBatch(first, pair, mask.shares, labels, ids)
-            return PairBatch(first, pair, labels, ids)
-        if mask is None:
-            return Batch(values.permute(0, 3, 1, 2), labels, ids)
-        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
+                return CovisibleBatch(first, second, mask.shares, labels, ids)
+            return PairBatch(first, second, labels, ids)
+        (height, width), counts = self.crops.size, _counts(mask)
+        split = 3 * height * width
+        whole = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
+        patches = Patches(*values[:, split:].unflatten(1, (sum(counts), -1)).split(counts, 1))
+        read = PatchBatch(patches, mask, labels, ids)
+        return PairBatch(read, whole, labels, ids) if self.crops.pairs else PairBatch(whole, read, labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops
@@ -261,6 +271,11 @@ class ImageLoader(Loader):
             "inner": crops.inner and list(crops.inner),
             "covisible": self.covisible and list(self.covisible),
         }
+
+
+def _counts(mask: Any) -> list[int]:
+    """Return the numbers of visible and of predicted patches."""
+    return [mask.ids_keep.shape[1], mask.ids_predict.shape[1]]
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from .base_source import Pair, Source, Stamp, digest, refuse_duplicates, stamp_o
 from .crops import Crops
 from .folders import read_file
 from .images import Note, Notes, Unreadable
+from .masks import ids_of
 from .philox import Floats, Ints
-from .resample import Pixels, cut
+from .resample import Pixels, Views, cut
 from .tars import labels_of
 from .transfer import Row
 
@@ -124,8 +125,12 @@ class PairReader:
     ) -> None:
         self.source, self.crops, self._decode, self.grid, self.notes = source, crops, decode, grid, notes
 
-    def prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Pixels, "Covisible | None"]:
-        """Return the crops of a pair (2 * repeats, H, W, 3), the two of each repeat in turn, and their shares."""
+    def prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Pixels, Any]:
+        """Return the crops of a pair (2 * repeats, H, W, 3), the two of each repeat in turn, and `Covisible` or None.
+
+        With a mask return whole crops of the second picture and patches of the first, as `Views` joins them, and the
+        mask.
+        """
         pair, note = self.source.read(sample), self.notes.on(self.source.names[sample])
         assert isinstance(pair, Pair)
         pictures = []
@@ -137,8 +142,14 @@ class PairReader:
                 raise Unreadable(f"the {place} picture: {error}") from error
         sizes = np.array([picture.shape[:2] for picture in pictures])
         boxes = self.crops.boxes(draws[None], sizes[None, :, 1], sizes[None, :, 0])[0]
-        made = [cut(picture, boxes[view::2].tolist(), self.crops).made() for view, picture in enumerate(pictures)]
-        rows: Pixels = np.stack(made, 1).reshape(-1, *made[0].shape[1:])
+        ids = None if mask is None else ids_of(mask)
+        first, second = (
+            cut(picture, boxes[view::2].tolist(), self.crops, None if view else ids)
+            for view, picture in enumerate(pictures)
+        )
+        if ids is not None:
+            return Views(second, first).made(), mask
+        rows: Pixels = np.stack([first.made(), second.made()], 1).reshape(-1, *first.shape[1:])
         if self.grid is None:
             return rows, None
         if pair.mask is None:

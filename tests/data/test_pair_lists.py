@@ -8,6 +8,7 @@ from photos import SAMPLES
 from test_loader import load, names_of
 from test_named_sources import crops_of
 
+from fastmim import masking, ops
 from fastmim.data import CovisibleBatch, PairBatch, images
 from fastmim.data.crops import Crops
 from fastmim.data.pack import pack
@@ -75,6 +76,23 @@ def test_both_views_and_shares(photographs, pairs, tmp_path, packed, repeats):
                 assert (b.covisible[rows] == 1).all()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_patches_of_the_first_picture(pairs, tmp_path, packed):
+    if packed:
+        pack(pairs, source := tmp_path / "packed", short_side=64)
+    options = {"repeats": 2, "drop_last": False, "backend": "pillow"}
+    source = source if packed else pairs
+
+    def draw(seeds):
+        return masking.random(len(seeds), 16, 0.75, decode_ratio=0.5, seeds=seeds)
+
+    for a, b in zip(load(source, **options), load(source, patch_size=8, masking=draw, **options), strict=True):
+        patches, mask, labels, ids = b.images
+        assert torch.equal(a.pair, b.pair) and torch.equal(a.ids, b.ids) and ids is b.ids and labels is b.labels
+        whole = ops.gather_patches(a.images, torch.cat([mask.ids_keep, mask.ids_predict], 1), 8)
+        assert torch.equal(torch.cat([patches.visible, patches.predicted], 1), (whole * 255).round().byte())
+
+
 def test_shares_are_averages_over_the_crop():
     mask = (np.random.default_rng(1).random((24, 36)) < 0.5).astype(np.uint8)
     box = [4, 2, 20, 16, 0]
@@ -133,7 +151,7 @@ def test_pairs_that_can_not_be_read_are_named(own, tmp_path):
         ("a b c d\n", {}, "line 1: the label must be an integer, got 'd'"),
         ("a b\na b\n", {}, "must hold a file once, got a b twice"),
         ("a b\nc d", {"inner": (0.3, 0.6)}, "inner must be None with a list of pairs"),
-        ("a b\nc d", {"patch_size": 8, "masking": len}, "patch_size must be None with a list of pairs"),
+        ("a b\nc d", {"patch_size": 8, "masking": len, "covisible": 8}, "covisible must be None with patch_size"),
         ("a b\nc d", {"backend": "dali"}, "backend must be another than 'dali'"),
         ("a b\nc d", {"covisible": 7}, r"covisible must divide image_size \(32, 32\), got 7"),
     ],
