@@ -17,7 +17,7 @@ from .data.threads import available_cpus
 
 SOURCE = (
     "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
-    "URLs, Parquet files, a folder of save_to_disk, or a packed dataset"
+    "URLs, Parquet files, a folder of save_to_disk, a .txt file of pairs, or a packed dataset"
 )
 
 

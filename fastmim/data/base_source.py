@@ -1,4 +1,4 @@
-"""What a source of samples is.
+"""The interface of sources of samples.
 
 A source is a numbered list of samples. The number of a sample is its position among all samples of the source, readable
 or not, sorted by name.

@@ -34,7 +34,7 @@ class Image(NamedTuple):
 
 
 class Content(NamedTuple):
-    """What a tar file holds: its images in the order of its members, and the number of left-out members by kind."""
+    """Images of a tar file in the order of its members, and the number of left-out members by kind."""
 
     images: list[Image]
     left_out: Counter[str]

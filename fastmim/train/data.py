@@ -29,7 +29,7 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
         source = folder / "data" / config.data / "train"
     patches = _patches(config, source)
     try:
-        return ImageLoader(
+        loader = ImageLoader(
             source,
             config.batch_size // processes.world,
             image_size=config.image_size,
@@ -49,6 +49,11 @@ def open_loader(config: Config, processes: Processes) -> ImageLoader:
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
+    if loader.crops.pairs and config.objective in ("mae", "distill"):
+        raise ConfigError(
+            f"objective must be a class that takes pairs with data {config.data}, got {config.objective!r}"
+        )
+    return loader
 
 
 def _patches(config: Config, source: str | Path) -> dict[str, Any]:
