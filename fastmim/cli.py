@@ -61,7 +61,36 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="length to which the shorter side is reduced; smaller images keep their size. Default: 256",
     )
+    _add_pack_videos(parser)
     _add_threads(parser)
+
+
+def _add_pack_videos(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "videos, for ClipLoader: SOURCE is a folder, or a file of paths and labels"
+    ).add_argument
+    add("--frame-stride", type=_count, metavar="N", help="pack every N-th frame: the sampling_rate of clips")
+    add("--clip-length", type=_count, metavar="N", help="most frames to pack of a video, from its middle. Default: all")
+    add("--tube", type=_count, nargs=3, metavar="N", help="frames, height and width of a patch. Default: 2 16 16")
+
+
+def _pack_videos(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .data.clip_files import open_videos
+    from .data.clip_pack import pack_videos
+
+    if args.frame_stride is None:
+        raise ValueError("--clip-length and --tube need --frame-stride, which packs videos")
+    total = len(open_videos(args.source).names)
+    options = {"short_side": args.short_side, "frame_stride": args.frame_stride, "clip_length": args.clip_length}
+    if args.tube is not None:
+        options["patch_size"] = args.tube
+    with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
+        packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
+    bad = len(packed.reasons)
+    print(f"{args.out}: {total - bad} videos" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
+    return 0
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -70,7 +99,11 @@ def _pack(args: argparse.Namespace) -> int:
     Writes uint8 shards that are mapped into memory, with checksums and labels: about 260 KB an image at --short-side
     256. Give OUT to ImageLoader, or to another command, as the source. The same command continues after an
     interruption. On a finished dataset it packs the files that were repaired or changed since.
+
+    With --frame-stride SOURCE holds videos, and OUT is a source of ClipLoader.
     """
+    if (args.frame_stride, args.clip_length, args.tube) != (None, None, None):
+        return _pack_videos(args)
     from tqdm import tqdm
 
     from .data.pack import pack
@@ -91,6 +124,7 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
+    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     _add_threads(parser)
 
 
@@ -101,20 +135,22 @@ def _check_data(args: argparse.Namespace) -> int:
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
     not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
-    dataset all checksums are compared.
+    dataset all checksums are compared. With --videos every frame of each video is decoded.
     """
     from collections import Counter
 
     from tqdm import tqdm
 
-    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source
+    from .data.check_data import DAMAGED, DIM, UNREADABLE, check_source, check_videos
+    from .data.clip_files import open_videos
     from .data.decoders import installed
     from .data.packed import Packed
 
-    source = open_source(args.source)
+    noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
+    source = open_videos(args.source) if args.videos else open_source(args.source)
     quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
-        check_source(args.source, num_threads=args.threads), "checking", len(source.names), unit=" images", disable=None
+        check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )
     counts: Counter[str] = Counter()
     for sample, (name, kind, reason) in enumerate(found):
@@ -127,8 +163,8 @@ def _check_data(args: argparse.Namespace) -> int:
             found.write(f"{kind}: {name!a}: {reason}")
     bad = counts[UNREADABLE]
     listing = f", {quarantine.listing()}" if bad else ""
-    print(f"{args.source}: {len(source.names)} images, {bad} can't be read{listing}")
-    if not isinstance(source, Packed):
+    print(f"{args.source}: {len(source.names)} {noun}, {bad} can't be read{listing}")
+    if not args.videos and not isinstance(source, Packed):
         print(f"served: {counts[DAMAGED]} damaged but decodable, {counts[DIM]} of 16 bits that use less than 12")
         if not installed("simplejpeg"):
             print("damage in JPEGs wasn't looked for: pip install 'fastmim[jpeg]'")
@@ -255,14 +291,19 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
     from . import masking
     from .data.seeds import mask_seeds
+    from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
+    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
 
     model = load_model(args.checkpoint, key=args.key).eval()
-    height, width = model.patch_embed.img_size
+    check_takes_pictures(model, "reconstruct")
+    if takes_pairs(model):
+        raise ValueError(f"reconstruct has one view of a picture, and this {type(model).__name__} needs two")
+    height, width = model.img_size
     images = read_images(find_images(args.images, args.count), (height, width))
     seeds = mask_seeds(args.seed, 0, torch.arange(len(images)))
-    mask = masking.random(len(images), model.patch_embed.num_patches, args.mask_ratio, seeds=seeds)
+    mask = masking.random(len(images), model.num_patches, args.mask_ratio, seeds=seeds)
     with torch.no_grad():
         out = model(images, mask=mask)
     draw_grid(model, images, out, args.out)
@@ -290,19 +331,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     The accuracies are printed beside those of a random encoder of the same shape and of raw pixels.
     """
+    import copy
+
     import torch
 
-    from .interop.convert.weights import settings_of_model
-    from .models.mae import MaskedAutoencoderViT
-    from .train.evaluate import compare, read_split
+    from .train.evaluate import check_takes_pictures, compare, read_split
     from .train.load_run import load_model
 
     # features need the encoder alone
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
-    height, width = model.patch_embed.img_size
+    check_takes_pictures(model, "evaluate")
+    height, width = model.img_size
     split = read_split(args.data, (height, width), args.threads)
     torch.manual_seed(0)
-    untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
+    untrained = copy.deepcopy(model)
+    untrained.initialize_weights()
     rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)
     learnt = len(split.train.labels) if args.labels_per_class is None else f"{args.labels_per_class} a class"
     print(f"{len(split.classes)} classes, {learnt} for training, {len(split.test.labels)} for testing")

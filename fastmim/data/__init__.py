@@ -1,4 +1,5 @@
-"""Batches of random crops for pretraining: of images in folders, tar shards or packed datasets, and of arrays.
+"""Batches of random crops for pretraining: of images in folders, tar shards or packed datasets, of arrays, and
+of videos.
 
 The order of samples, the crops and the flips depend only on the seed, the epoch and the sample, so a run can resume in
 the middle of an epoch.
@@ -13,13 +14,26 @@ the middle of an epoch.
 # - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `pairs`, `packed`: kinds of sources.
 # - `sources`: which kind a path or an object is.
 # - `array_files`, `array_crops`: arrays in files, and crops of them.
+# - `clip_files`, `clip_decoders`, `clip_crops`: videos in files, frames of them, and clips.
+# - `clip_packed`, `clip_pack`: videos that were cut into patches of several frames.
+# - `patch_shards`, `patch_writer`: arrays that were cut into patches, each of which is one contiguous read.
 # - `decoders`: choice of a decoding backend.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.
 # - `quarantine`, `loader_state`: unreadable files, saved states.
-# - `base_loader`, `loader`, `array_loader`: what loaders share, `ImageLoader`, `ArrayLoader`.
+# - `base_loader`, `loader`, `array_loader`, `clip_loader`: what loaders share, and each of them.
 # - `lock`, `pack`, `check_data`, `stats`: locks of folders, and the commands `fastmim pack`, `check-data` and `stats`.
 
 from .array_loader import ArrayBatch, ArrayLoader
+from .clip_loader import ClipLoader
 from .loader import Batch, CovisibleBatch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "CovisibleBatch", "ImageLoader", "PairBatch", "PatchBatch"]
+__all__ = [
+    "ArrayBatch",
+    "ArrayLoader",
+    "Batch",
+    "ClipLoader",
+    "CovisibleBatch",
+    "ImageLoader",
+    "PairBatch",
+    "PatchBatch",
+]

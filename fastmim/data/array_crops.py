@@ -9,16 +9,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .array_files import Array, ArrayFiles
+from .array_files import Arrays
+from .array_formats import Array
 from .images import Unreadable
+from .masks import Masks, ids_of
+from .patch_shards import Stored, split
 from .philox import Floats, Ints, uniforms
 from .transfer import Row, Values
 
 AXES = 3
 # positions tried until a crop holds data
 ATTEMPTS = 10
+EMPTY = f"none of {ATTEMPTS} crops holds data"
 # random numbers of a crop, in blocks of four: flips along three axes, then positions
 BLOCKS = (AXES + AXES * ATTEMPTS + 3) // 4
+# values of a channel that are read at once from a whole array
+BLOCK = 2**22
 # dtypes of files, and of the batches made of them: models take no int16
 DTYPES = {
     **{name: name for name in ("uint8", "uint16", "float16", "float32")},
@@ -27,11 +33,12 @@ DTYPES = {
 
 
 class Layout(NamedTuple):
-    """Channels, sizes of the other axes, and dtype of the batches that an array gives."""
+    """Channels, sizes of the other axes, dtype of the batches that an array gives, and its own."""
 
     channels: int
     sizes: tuple[int, ...]
     dtype: str
+    stored: str
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class ArrayCrops:
             raise Unreadable(f"dtype {name}, where {', '.join(DTYPES)} are allowed")
         if 0 in shape:
             raise Unreadable(f"shape {shape} holds no value")
-        return Layout(channels, sizes, "float32" if self.mean is not None else DTYPES[name])
+        return Layout(channels, sizes, "float32" if self.mean is not None else DTYPES[name], name)
 
     def boxes(self, numbers: Floats, sizes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         """Yield the positions to try for a crop of an array of those sizes, as slices, from its random numbers."""
@@ -118,6 +125,13 @@ class ArrayCrops:
             part = np.asarray(array[(slice(None), *box)])
         return part
 
+    def blocks(self, array: Array, sizes: tuple[int, ...]) -> Iterator[Values]:
+        """Yield the parts of an array, one after the other."""
+        first, *others = sizes
+        rows = max(1, BLOCK // math.prod(others))
+        for start in range(0, first, rows):
+            yield self.read(array, (slice(start, min(start + rows, first)), *[slice(0, size) for size in others]))
+
     def missing(self, part: Values) -> Values | None:
         """Return where a part of an array holds no data; None without `nodata`."""
         if self.nodata is None:
@@ -127,42 +141,79 @@ class ArrayCrops:
     def holds_data(self, missing: Values) -> Values:
         """Return the patches of a crop (C, *sizes) in which some value isn't missing, (L,)."""
         assert self.patch is not None
-        grid = [edge for size, p in zip(missing.shape[1:], self.patch) for edge in (size // p, p)]
-        some = np.any(np.reshape(~missing.all(0), grid), tuple(range(1, 2 * self.axes, 2)))
-        return np.reshape(some, -1)
+        lacking: Any = split(missing, self.patch).all(tuple(range(self.axes, 2 * self.axes + 1)))
+        present: Values = ~lacking.reshape(-1)
+        return present
 
 
 class ArrayReader:
-    """Reader of crops of the arrays of a source, all of the layout of `like`; sizes may differ if crops are taken."""
+    """Reader of crops of the arrays of a source, all of the layout of `like`; sizes may differ if crops are taken.
 
-    def __init__(self, source: ArrayFiles, crops: ArrayCrops, like: Layout) -> None:
-        self.source, self.crops, self.like = source, crops, like
+    Args:
+        source: the arrays.
+        crops: the crops to take.
+        like: layout of all arrays.
+        masks: the patches of crops to read; None: whole crops.
+    """
+
+    def __init__(self, source: Arrays, crops: ArrayCrops, like: Layout, masks: Masks | None = None) -> None:
+        self.source, self.crops, self.like, self.masks = source, crops, like, masks
         column = (-1, *[1] * crops.axes)
         self._mean, self._std = (
             None if values is None else np.array(values, np.float32).reshape(column)
             for values in (crops.mean, crops.std)
         )
 
-    def prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Values, Validity | None]:
-        """Return the crops of an array (repeats, C, *crop), and which of their patches hold data. Raises Unreadable."""
+    def prepare(self, sample: int, draws: Floats, mask: Any, epoch: int) -> tuple[Values, Any]:
+        """Return the crops of an array (repeats, C, *crop), and which of their patches hold data.
+
+        With masks, return the patches (repeats, K + M, P) of the crops, and their mask: `mask`, or with missing data
+        one that is made of the patches that hold data. Raises Unreadable.
+        """
         crops, like = self.crops, self.like
         with self.source.opened(sample) as array:
             found = crops.layout(array)
             self._check(found)
-            out = np.empty((crops.repeats, like.channels, *(crops.crop or found.sizes)), like.dtype)
-            valid = [self._crop(array, numbers, found.sizes, row) for numbers, row in zip(draws, out)]
-        return out, None if crops.nodata is None else Validity(torch.from_numpy(np.stack(valid)))
+            size = crops.crop or found.sizes
+            if self.masks is None:
+                out = np.empty((crops.repeats, like.channels, *size), like.dtype)
+                valid = [self._crop(array, numbers, found.sizes, row) for numbers, row in zip(draws, out)]
+                return out, None if crops.nodata is None else Validity(torch.from_numpy(np.stack(valid)))
+            cuts = [self._cut(array, numbers, found.sizes) for numbers in draws]
+            if crops.nodata is not None:
+                data = torch.from_numpy(np.stack([cut.valid for cut in cuts]))
+                mask = self.masks.of(epoch, np.repeat(sample, len(cuts)), data)
+            ids = ids_of(mask)
+            assert crops.patch is not None
+            out = np.empty((*ids.shape, like.channels, *crops.patch), like.dtype)
+            for cut, of_row, row in zip(cuts, ids, out):
+                self._write(cut.patches(of_row), row)
+            return out.reshape(*ids.shape, -1), mask
 
     def _crop(self, array: Array, numbers: Floats, sizes: tuple[int, ...], out: Values) -> Any:
         """Write a crop to `out`, and return which of its patches hold data, or None without `nodata`."""
-        crops, valid = self.crops, None
+        crops = self.crops
         for box in crops.boxes(numbers, sizes):
             part = crops.read(array, box)[crops.turn(numbers)]
             missing = crops.missing(part)
             if missing is None or not missing.all():
-                break
-        else:
-            raise Unreadable(f"none of {ATTEMPTS} crops holds data")
+                self._write(part, out)
+                return None if missing is None else crops.holds_data(missing)
+        raise Unreadable(EMPTY)
+
+    def _cut(self, array: Array, numbers: Floats, sizes: tuple[int, ...]) -> "StoredCut | HeldCut":
+        """Return a crop of which patches can be read."""
+        crops = self.crops
+        for box in crops.boxes(numbers, sizes):
+            turn = crops.turn(numbers)
+            cut = StoredCut(crops, array, box, turn) if isinstance(array, Stored) else HeldCut(crops, array, box, turn)
+            if crops.nodata is None or cut.valid.any():
+                return cut
+        raise Unreadable(EMPTY)
+
+    def _write(self, part: Values, out: Values) -> None:
+        """Write a part of an array to `out`, normalised, with 0 where data are missing. Raises Unreadable."""
+        missing = self.crops.missing(part)
         # infinite values are reported below
         with np.errstate(over="ignore", invalid="ignore"):
             out[...] = part
@@ -171,10 +222,8 @@ class ArrayReader:
             out /= self._std
         if missing is not None:
             out[missing] = 0
-            valid = crops.holds_data(missing)
         if out.dtype.kind == "f" and not np.isfinite(out).all():
-            raise Unreadable(reason(part, crops.nodata))
-        return valid
+            raise Unreadable(reason(part, self.crops.nodata))
 
     def _check(self, found: Layout) -> None:
         """Raise Unreadable unless an array can be in a batch with the others."""
@@ -194,6 +243,60 @@ class ArrayReader:
 
     def close(self) -> None:
         pass
+
+
+class HeldCut:
+    """A crop of an array, mirrored or not.
+
+    Where the array is mapped into memory, only the patches that are asked for are read, else the whole crop.
+    """
+
+    def __init__(self, crops: ArrayCrops, array: Array, box: tuple[slice, ...], turn: tuple[slice, ...]) -> None:
+        self._crops, self._part = crops, crops.read(array, box)[turn]
+        assert crops.patch is not None
+        self._split = split(self._part, crops.patch)
+
+    @property
+    def valid(self) -> Values:
+        """The patches that hold data, (L,)."""
+        missing = self._crops.missing(self._part)
+        assert missing is not None
+        return self._crops.holds_data(missing)
+
+    def patches(self, ids: Ints) -> Values:
+        """Return patches (K, C, *patch), by their numbers in the crop, as stored."""
+        return self._split[np.unravel_index(ids, self._split.shape[: self._crops.axes])]
+
+
+class StoredCut:
+    """A crop of an array that is stored in patches, of which only those that are asked for are read.
+
+    Methods are those of HeldCut.
+    """
+
+    def __init__(self, crops: ArrayCrops, array: Stored, box: tuple[slice, ...], turn: tuple[slice, ...]) -> None:
+        assert crops.patch is not None
+        self._array, self._turn = array, turn
+        # by axis, the patches of the array in the order of those of the crop
+        self._along = [
+            np.arange(at.start // p, at.stop // p)[turned] for at, p, turned in zip(box, crops.patch, turn[1:])
+        ]
+        self._grid = tuple(map(len, self._along))
+        self._shape = (array.shape[0], *crops.patch)
+
+    def _places(self, ids: Ints) -> Ints:
+        places = [along[at] for along, at in zip(self._along, np.unravel_index(ids, self._grid))]
+        return np.ravel_multi_index(places, self._array.source.grid(self._array.sample))
+
+    @property
+    def valid(self) -> Values:
+        valid = self._array.source.valid(self._array.sample, self._places(np.arange(math.prod(self._grid))))
+        assert valid is not None
+        return valid
+
+    def patches(self, ids: Ints) -> Values:
+        read = self._array.source.read(self._array.sample, self._places(ids))
+        return read.reshape(-1, *self._shape)[(slice(None), *self._turn)]
 
 
 def reason(part: Values, nodata: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Check the files of a source before a training run: find unreadable, damaged and nearly black images."""
+"""Check the files of a source before a training run: find unreadable, damaged and nearly black images, and videos."""
 
 import io
 import os
@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from . import images
 from .base_source import Pair
+from .clip_decoders import BACKENDS, choose
+from .clip_files import open_videos
+from .clip_packed import PackedVideos
 from .decoders import installed
 from .images import Unreadable
 from .pairs import decode_mask
@@ -50,6 +53,29 @@ def check_source(source: str | os.PathLike[str] | list[str], *, num_threads: int
             if reason:
                 return Finding(name, DAMAGED, reason)
         return Finding(name, *((DIM, remarks[0]) if remarks else ()))
+
+    yield from map_ahead(num_threads, check, range(len(opened.names)))
+
+
+def check_videos(source: str | os.PathLike[str] | list[str], *, num_threads: int = 1) -> Iterator[Finding]:
+    """Decode every frame of the videos of a source, or compare the checksums of packed ones; yield findings in order.
+
+    Raises:
+        ValueError: the source holds no video, or no decoder is installed.
+    """
+    opened = open_videos(source)
+    backend = None if isinstance(opened, PackedVideos) else BACKENDS[choose("auto")]
+
+    def check(sample: int) -> Finding:
+        try:
+            if isinstance(opened, PackedVideos):
+                opened.read(sample)
+            elif backend is not None:
+                with backend.open(opened.path(sample)) as video:
+                    video.read(range(video.frames), lambda frame: frame[:0])
+        except Unreadable as error:
+            return Finding(opened.names[sample], UNREADABLE, str(error))
+        return Finding(opened.names[sample])
 
     yield from map_ahead(num_threads, check, range(len(opened.names)))
 

@@ -52,6 +52,12 @@ class PatchBatch(NamedTuple):
     labels: Tensor | None
     ids: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> "PatchBatch":
+        """Return a batch of patches (B, K + M, P)."""
+        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
+        return cls(Patches(visible, predicted), mask, labels, ids)
+
 
 class PairBatch(NamedTuple):
     """A batch of two views of each image, or of pairs of images.
@@ -60,12 +66,11 @@ class PairBatch(NamedTuple):
     pair: uint8 (B, 3, H, W), the second crop inside it, or of a list of pairs the crop of the second image.
     labels, ids: as in `Batch`.
 
-    With `patch_size` the view that a model reconstructs is a `PatchBatch` of its patches and their mask, with the same
-    labels and ids, and the other is whole. With `inner` it is `pair`, as in CropMAE; of a list of pairs it is `images`,
-    as in CroCo. The pixels of both are views of one tensor.
+    With `patch_size` the second view, which a model reconstructs, is a `PatchBatch` of its patches and their mask, with
+    the same labels and ids, and the first is whole. The pixels of both are views of one tensor.
     """
 
-    images: Tensor | PatchBatch
+    images: Tensor
     pair: Tensor | PatchBatch
     labels: Tensor | None
     ids: Tensor
@@ -182,10 +187,10 @@ class ImageLoader(Loader):
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
-        intervals = _interval("scale", scale, 1.0), _interval("ratio", ratio, None)
-        patch = _patch((height, width), patch_size, masking)
+        intervals = interval("scale", scale, 1.0), interval("ratio", ratio, None)
+        patch = patch_of((height, width), patch_size, masking)
         shown = None if covisible is None else _divisor("covisible", covisible, (height, width))
-        second = None if inner is None else _interval("inner", inner, 1.0)
+        second = None if inner is None else interval("inner", inner, 1.0)
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -223,7 +228,9 @@ class ImageLoader(Loader):
     def _feed(self, device: torch.device) -> Callable[[Supply, threading.Event], Feed]:
         order, crops, masks, notes, threads = self.order, self.crops, self._masks, self._notes, self.num_threads
         if crops.pairs:
-            grid = self.covisible and (crops.size[0] // self.covisible[0], crops.size[1] // self.covisible[1])
+            grid = None
+            if self.covisible is not None:
+                grid = crops.size[0] // self.covisible[0], crops.size[1] // self.covisible[1]
             pairs = PairReader(self.source, crops, DECODE.get(self.backend, images.decode), grid, notes)
             return lambda supply, stopped: Ahead(
                 supply, pairs.prepare, pairs, threads, order.seed, order.batch_size, masks, stopped
@@ -248,18 +255,17 @@ class ImageLoader(Loader):
         if self.crops.views == 1:
             if mask is None:
                 return Batch(values.permute(0, 3, 1, 2), labels, ids)
-            return PatchBatch(Patches(*values.split(_counts(mask), 1)), mask, labels, ids)
+            return PatchBatch.of(values, mask, labels, ids)
         if self._masks is None:
             first, second = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
             if mask is not None:
                 return CovisibleBatch(first, second, mask.shares, labels, ids)
             return PairBatch(first, second, labels, ids)
-        (height, width), counts = self.crops.size, _counts(mask)
+        height, width = self.crops.size
         split = 3 * height * width
-        whole = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
-        patches = Patches(*values[:, split:].unflatten(1, (sum(counts), -1)).split(counts, 1))
-        read = PatchBatch(patches, mask, labels, ids)
-        return PairBatch(read, whole, labels, ids) if self.crops.pairs else PairBatch(whole, read, labels, ids)
+        images = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
+        patches = values[:, split:].unflatten(1, (mask.ids_keep.shape[1] + mask.ids_predict.shape[1], -1))
+        return PairBatch(images, PatchBatch.of(patches, mask, labels, ids), labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops
@@ -273,16 +279,11 @@ class ImageLoader(Loader):
         }
 
 
-def _counts(mask: Any) -> list[int]:
-    """Return the numbers of visible and of predicted patches."""
-    return [mask.ids_keep.shape[1], mask.ids_predict.shape[1]]
-
-
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int, int] | None:
-    """Check the arguments of patches, and return (height, width) of one."""
+def patch_of(size: tuple[int, ...], patch_size: Any, masking: object) -> Any:
+    """Check the arguments of patches, and return the size of one, or None without patches."""
     if (patch_size is None) != (masking is None):
         given, other = ("patch_size", "masking")[:: 1 if masking is None else -1]
         raise ValueError(f"pass both or neither of patch_size and masking; got {given} without {other}")
@@ -293,12 +294,12 @@ def _patch(size: tuple[int, int], patch_size: Any, masking: object) -> tuple[int
     return _divisor("patch_size", patch_size, size)
 
 
-def _divisor(name: str, value: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """Check a size of patches, and return it as (height, width)."""
-    height, width = axes(name, value, 2)
-    if size[0] % height or size[1] % width:
-        raise ValueError(f"{name} must divide image_size {size}, got {value!r}")
-    return height, width
+def _divisor(name: str, value: Any, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Check a size of patches, and return it by axis."""
+    patch = tuple(axes(name, value, len(size)))
+    if any(whole % part for whole, part in zip(size, patch)):
+        raise ValueError(f"{name} must divide {'image_size' if len(size) == 2 else 'clips'} {size}, got {value!r}")
+    return patch
 
 
 def _backend_of_pairs(backend: str) -> str:
@@ -308,7 +309,7 @@ def _backend_of_pairs(backend: str) -> str:
     return choose(backend, torch.device("cpu"))
 
 
-def _interval(name: str, value: object, most: float | None) -> tuple[float, float]:
+def interval(name: str, value: object, most: float | None) -> tuple[float, float]:
     """Check a pair of positive numbers in ascending order."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (low, high), got {value!r}")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from .base_source import Pair, Source, Summed, digest
 from .images import Unreadable
 from .packed import Packed
+from .patch_shards import PatchShards
 from .prefetch import Position
 from .quarantine import LIMIT
 
@@ -43,7 +44,7 @@ def contents(source: Source) -> list[int]:
 
 def former_identity(source: Source) -> str:
     """Return the identity that states of an earlier version stored, which depended on file sizes too."""
-    if isinstance(source, Packed):
+    if isinstance(source, (Packed, PatchShards)):
         return source.identity()
     sizes = [_size(source, sample) for sample in _evenly_spread(len(source.names), SIZES)]
     total = digest(source.names, source.labels)

@@ -16,9 +16,19 @@ from . import images
 from .base_source import Pair, Source
 from .formats import first_names
 from .images import Note, Notes, Unreadable
-from .lock import NAME as LOCK
 from .lock import Lock
-from .packed import FORMAT, INDEX, Packed, pixels_at, read_json, replaced, shard_files, view_names, write_json
+from .packed import (
+    FORMAT,
+    INDEX,
+    Packed,
+    make_folder,
+    pixels_at,
+    read_json,
+    replaced,
+    shard_files,
+    view_names,
+    write_json,
+)
 from .pairs import Pairs, decode_mask
 from .quarantine import NAME, Quarantine
 from .resample import Pixels, resized
@@ -81,19 +91,10 @@ def pack(
         "classes": opened.classes,
         **({"pairs": True} if isinstance(opened, Pairs) else {}),
     }
-    _make_folder(root)
+    make_folder(root)
     with Lock("out", root):
         _Packing(opened, root, header, num_threads, progress).run()
         return Packed(root)
-
-
-def _make_folder(root: Path) -> None:
-    """Create the output folder if it doesn't exist; raise ValueError if it holds other files."""
-    if root.exists() and not root.is_dir():
-        raise ValueError(f"out must be a folder, got the file {root}")
-    root.mkdir(parents=True, exist_ok=True)
-    if not (root / INDEX).exists() and any(path.suffix != ".part" and path.name != LOCK for path in root.iterdir()):
-        raise ValueError(f"out must be new, empty, or from the same `fastmim pack`; {root} holds other files")
 
 
 @dataclass

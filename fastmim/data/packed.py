@@ -23,6 +23,7 @@ import numpy as np
 from .base_source import Pair
 from .crops import Crops
 from .images import Unreadable
+from .lock import NAME as LOCK
 from .philox import Ints
 from .resample import Pixels, Resampled, cut_from
 
@@ -46,6 +47,15 @@ def pixels_at(flat: Pixels, start: int, height: int, width: int, *, mask: bool) 
     """Return the pixels (height, width, 3), or of a mask (height, width), that start at a place of a shard."""
     shape = (height, width) if mask else (height, width, 3)
     return flat[start : start + math.prod(shape)].reshape(shape)
+
+
+def make_folder(root: Path) -> None:
+    """Create the output folder if it doesn't exist; raise ValueError if it holds other files."""
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"out must be a folder, got the file {root}")
+    root.mkdir(parents=True, exist_ok=True)
+    if not (root / INDEX).exists() and any(path.suffix != ".part" and path.name != LOCK for path in root.iterdir()):
+        raise ValueError(f"out must be new, empty, or from the same `fastmim pack`; {root} holds other files")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -95,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Packed:
-    """A packed dataset as a source of samples, as sources.Source describes.
+    """A packed dataset as a source of samples, as base_source.Source describes.
 
     Raises:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.

@@ -128,7 +128,7 @@ class PairReader:
     def prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Pixels, Any]:
         """Return the crops of a pair (2 * repeats, H, W, 3), the two of each repeat in turn, and `Covisible` or None.
 
-        With a mask return whole crops of the second picture and patches of the first, as `Views` joins them, and the
+        With a mask return whole crops of the first picture and patches of the second, as `Views` joins them, and the
         mask.
         """
         pair, note = self.source.read(sample), self.notes.on(self.source.names[sample])
@@ -144,11 +144,11 @@ class PairReader:
         boxes = self.crops.boxes(draws[None], sizes[None, :, 1], sizes[None, :, 0])[0]
         ids = None if mask is None else ids_of(mask)
         first, second = (
-            cut(picture, boxes[view::2].tolist(), self.crops, None if view else ids)
+            cut(picture, boxes[view::2].tolist(), self.crops, ids if view else None)
             for view, picture in enumerate(pictures)
         )
         if ids is not None:
-            return Views(second, first).made(), mask
+            return Views(first, second).made(), mask
         rows: Pixels = np.stack([first.made(), second.made()], 1).reshape(-1, *first.shape[1:])
         if self.grid is None:
             return rows, None

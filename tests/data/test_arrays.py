@@ -494,7 +494,7 @@ def test_a_compressed_tiff(tmp_path, monkeypatch, zarr, planes):
         pytest.importorskip("zarr")
     else:
         found = lambda name: None if name == "zarr" else find_spec(name)  # noqa: E731
-        monkeypatch.setattr("fastmim.data.array_files.find_spec", found)
+        monkeypatch.setattr("fastmim.data.array_formats.find_spec", found)
     plain, packed = tmp_path / "plain", tmp_path / "packed"
     write(plain, 4, shape=(5, 100, 90), dtype="uint16")
     for path in files(plain):

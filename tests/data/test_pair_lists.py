@@ -77,7 +77,7 @@ def test_both_views_and_shares(photographs, pairs, tmp_path, packed, repeats):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_patches_of_the_first_picture(pairs, tmp_path, packed):
+def test_patches_of_the_second_picture(pairs, tmp_path, packed):
     if packed:
         pack(pairs, source := tmp_path / "packed", short_side=64)
     options = {"repeats": 2, "drop_last": False, "backend": "pillow"}
@@ -87,9 +87,9 @@ def test_patches_of_the_first_picture(pairs, tmp_path, packed):
         return masking.random(len(seeds), 16, 0.75, decode_ratio=0.5, seeds=seeds)
 
     for a, b in zip(load(source, **options), load(source, patch_size=8, masking=draw, **options), strict=True):
-        patches, mask, labels, ids = b.images
-        assert torch.equal(a.pair, b.pair) and torch.equal(a.ids, b.ids) and ids is b.ids and labels is b.labels
-        whole = ops.gather_patches(a.images, torch.cat([mask.ids_keep, mask.ids_predict], 1), 8)
+        patches, mask, labels, ids = b.pair
+        assert torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids) and ids is b.ids and labels is b.labels
+        whole = ops.gather_patches(a.pair, torch.cat([mask.ids_keep, mask.ids_predict], 1), 8)
         assert torch.equal(torch.cat([patches.visible, patches.predicted], 1), (whole * 255).round().byte())
 
 
