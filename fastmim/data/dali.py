@@ -17,7 +17,6 @@ from torch.utils.dlpack import from_dlpack
 
 from . import images, jpeg
 from .crops import Crop, Crops
-from .decoders import CpuDecoder
 from .images import Note, Unreadable, ignore
 from .philox import Floats, Ints
 from .resample import Pixels, cut
@@ -55,8 +54,6 @@ class Dali:
         self.crops, self.device, self.threads, self.link, self.regions = crops, device, threads, link, regions
         # outputs of DALI that are being copied, and the event after the copies
         self._copying: tuple[Any, Any] | None = None
-        # of data that are no plain JPEGs
-        self._others = CpuDecoder(crops, images.decode)
         self._pool = ThreadPoolExecutor(threads, "fastmim-dali")
         self._pipeline: Any = None
         self._capacity = 0
@@ -66,9 +63,14 @@ class Dali:
     ) -> Job | Pixels:
         size = jpeg.plain_size(data) if isinstance(data, bytes) else None
         if not size or not isinstance(data, bytes):
-            return self._others.prepare(data, draws, note, ids)
-        crops = [Crop(*box) for box in self.crops.boxes(draws[None], *size)[0].tolist()]
+            image = images.decode(data, note) if isinstance(data, bytes) else data
+            own = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+            return cut(image, self._boxes(draws, own), self.crops, ids).made()
+        crops = self._boxes(draws, size)
         return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), ids)
+
+    def _boxes(self, draws: Floats, size: tuple[int, int]) -> list[Crop]:
+        return [Crop(*box) for box in self.crops.boxes(draws[None], *size)[0].tolist()]
 
     def finish(self, prepared: list[Job | Pixels]) -> tuple[list[Row], dict[int, str]]:
         jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}

@@ -123,9 +123,8 @@ def open_loader(config: Config, processes: Processes) -> Loader:
         raise ConfigError(
             f"inner must be given for model {config.model}, which takes pairs of views, unless data is a list of pairs"
         )
-    if _lists_pairs(loader) and not (
-        takes_pairs(model) if config.objective == "mae" else config.objective != "distill"
-    ):
+    refused = {"mae": not takes_pairs(model), "distill": True}
+    if _lists_pairs(loader) and refused.get(config.objective, False):
         raise ConfigError(
             f"data {config.data} is a list of pairs, which model {config.model} with objective {config.objective!r} "
             "doesn't take"
