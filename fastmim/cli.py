@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .data.formats import describe
-from .data.quarantine import NAME, Quarantine
+from .data.quarantine import NAME, Quarantine, listing_of
+from .data.remote import is_url
 from .data.sources import open_source
 from .data.threads import available_cpus
 
 SOURCE = (
-    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
-    "or a packed dataset"
+    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
+    "URLs, Parquet files, a folder of save_to_disk, a .txt file of pairs, or a packed dataset"
 )
 
 
@@ -37,6 +38,11 @@ def _seed(text: str) -> int:
 def _path(text: str) -> Path:
     """Return a path with `~` expanded, which shells leave in quotes and after an equals sign."""
     return Path(os.path.expanduser(text))
+
+
+def _source(text: str) -> str | Path:
+    """Return a URL as it is, or a path."""
+    return text if is_url(text) else _path(text)
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +82,7 @@ def _crops(source: Any, args: argparse.Namespace) -> Any:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side",
@@ -183,7 +189,7 @@ def _pack_arrays(args: argparse.Namespace) -> int:
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
@@ -219,7 +225,7 @@ def _check_data(args: argparse.Namespace) -> int:
 
     noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
     source = open_videos(args.source) if args.videos else open_source(args.source)
-    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
         check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )

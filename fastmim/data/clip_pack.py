@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .._checks import axes, check_count
+from .base_source import digest
 from .clip_decoders import BACKENDS, choose
 from .clip_files import open_videos
 from .clip_packed import PackedVideos
@@ -14,7 +15,6 @@ from .images import Unreadable
 from .patch_writer import PatchWriter
 from .quarantine import NAME, Quarantine
 from .resample import Pixels, resized
-from .sources import digest
 from .threads import map_ahead
 
 SHARD_SIZE = 256

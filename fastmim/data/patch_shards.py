@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 
 class PatchShards:
-    """A dataset of patches as a source of samples, as sources.Source describes.
+    """A dataset of patches as a source of samples, as base_source.Source describes.
 
     Attributes:
         patch_size: sizes of a patch, one for each axis beside the channels.
@@ -86,8 +86,11 @@ class PatchShards:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
+    chunks: Ints | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.title = str(self.root)
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
             raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")

@@ -119,12 +119,21 @@ def open_loader(config: Config, processes: Processes) -> Loader:
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
-    # a list of pairs is a file
-    if takes_pairs(model) and config.objective == "mae" and config.inner is None and not source.is_file():
+    if takes_pairs(model) and config.objective == "mae" and config.inner is None and not _lists_pairs(loader):
         raise ConfigError(
             f"inner must be given for model {config.model}, which takes pairs of views, unless data is a list of pairs"
         )
+    refused = {"mae": not takes_pairs(model), "distill": True}
+    if _lists_pairs(loader) and refused.get(config.objective, False):
+        raise ConfigError(
+            f"data {config.data} is a list of pairs, which model {config.model} with objective {config.objective!r} "
+            "doesn't take"
+        )
     return loader
+
+
+def _lists_pairs(loader: Loader) -> bool:
+    return isinstance(loader, ImageLoader) and loader.crops.pairs
 
 
 def normalised(config: Config, loader: Loader) -> Config:
