@@ -35,9 +35,9 @@ class ClipLoader(Loader):
     and depend on seed, epoch and sample alone, as clips, crops and flips do.
 
     Only the frames from the last key frame before a clip up to its last frame are decoded, after the packets of the
-    file were read once for their times. Frames are turned as the file says, and converted to 8-bit RGB; the ratio of
-    the sides of pixels is ignored. A file counts as unreadable if it is truncated, holds no video stream or no key
-    frame, or if frames that the clip needs are damaged or differ in size.
+    file were read for their times, which are kept in memory for 256 files. Frames are turned as the file says, and
+    converted to 8-bit RGB; the ratio of the sides of pixels is ignored. A file counts as unreadable if it is truncated,
+    holds no video stream or no key frame, or if frames that the clip needs are damaged or differ in size.
 
     `Batch.images` is (B, 3, num_frames, H, W) uint8 in channels_last_3d memory, and in `PatchBatch` the values of a
     patch are in the order (3, frames, height, width).
