@@ -1,4 +1,4 @@
-"""Random crops of arrays, whole patches of them, mirrored by axis, and the patches that hold data."""
+"""Random crops of arrays, whole patches of them, mirrored by axis."""
 
 import math
 from collections.abc import Iterator
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .array_files import Array, ArrayFiles
+from .array_formats import Array
 from .images import Unreadable
+from .patch_shards import split
 from .philox import Floats, Ints, uniforms
-from .transfer import Row, Values
+from .transfer import Values
 
 AXES = 3
 # positions tried until a crop holds data
 ATTEMPTS = 10
 # random numbers of a crop, in blocks of four: flips along three axes, then positions
 BLOCKS = (AXES + AXES * ATTEMPTS + 3) // 4
+# values of a channel that are read at once from a whole array
+BLOCK = 2**22
 # dtypes of files, and of the batches made of them: models take no int16
 DTYPES = {
     **{name: name for name in ("uint8", "uint16", "float16", "float32")},
@@ -27,18 +28,12 @@ DTYPES = {
 
 
 class Layout(NamedTuple):
-    """Channels, sizes of the other axes, and dtype of the batches that an array gives."""
+    """Channels, sizes of the other axes, dtype of the batches that an array gives, and its own."""
 
     channels: int
     sizes: tuple[int, ...]
     dtype: str
-
-
-@dataclass(frozen=True)
-class Validity:
-    """The patches of crops that hold data: `valid` (B, L) bool."""
-
-    valid: Tensor
+    stored: str
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,7 @@ class ArrayCrops:
         repeats: crops per array.
         patch: size of the patches, of which positions of crops are multiples; None: any position.
         nodata: value of missing data, which become 0; NaN for NaN; None: no data are missing.
+        min_valid: share of the patches of a crop that must hold data; at least one must.
         mean, std: of each channel, to normalise crops to float32 with; None: they stay as they are.
     """
 
@@ -63,6 +59,7 @@ class ArrayCrops:
     repeats: int = 1
     patch: tuple[int, ...] | None = None
     nodata: float | None = None
+    min_valid: float = 0.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
@@ -91,7 +88,7 @@ class ArrayCrops:
             raise Unreadable(f"dtype {name}, where {', '.join(DTYPES)} are allowed")
         if 0 in shape:
             raise Unreadable(f"shape {shape} holds no value")
-        return Layout(channels, sizes, "float32" if self.mean is not None else DTYPES[name])
+        return Layout(channels, sizes, "float32" if self.mean is not None else DTYPES[name], name)
 
     def boxes(self, numbers: Floats, sizes: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
         """Yield the positions to try for a crop of an array of those sizes, as slices, from its random numbers."""
@@ -118,6 +115,13 @@ class ArrayCrops:
             part = np.asarray(array[(slice(None), *box)])
         return part
 
+    def blocks(self, array: Array, sizes: tuple[int, ...]) -> Iterator[Values]:
+        """Yield the parts of an array, one after the other."""
+        first, *others = sizes
+        rows = max(1, BLOCK // math.prod(others))
+        for start in range(0, first, rows):
+            yield self.read(array, (slice(start, min(start + rows, first)), *[slice(0, size) for size in others]))
+
     def missing(self, part: Values) -> Values | None:
         """Return where a part of an array holds no data; None without `nodata`."""
         if self.nodata is None:
@@ -127,73 +131,19 @@ class ArrayCrops:
     def holds_data(self, missing: Values) -> Values:
         """Return the patches of a crop (C, *sizes) in which some value isn't missing, (L,)."""
         assert self.patch is not None
-        grid = [edge for size, p in zip(missing.shape[1:], self.patch) for edge in (size // p, p)]
-        some = np.any(np.reshape(~missing.all(0), grid), tuple(range(1, 2 * self.axes, 2)))
-        return np.reshape(some, -1)
+        lacking: Any = split(missing, self.patch).all(tuple(range(self.axes, 2 * self.axes + 1)))
+        present: Values = ~lacking.reshape(-1)
+        return present
 
+    def suffices(self, valid: Values) -> bool:
+        """Return whether enough patches of a crop hold data, `valid` (L,)."""
+        return int(valid.sum()) >= max(1.0, self.min_valid * len(valid))
 
-class ArrayReader:
-    """Reader of crops of the arrays of a source, all of the layout of `like`; sizes may differ if crops are taken."""
-
-    def __init__(self, source: ArrayFiles, crops: ArrayCrops, like: Layout) -> None:
-        self.source, self.crops, self.like = source, crops, like
-        column = (-1, *[1] * crops.axes)
-        self._mean, self._std = (
-            None if values is None else np.array(values, np.float32).reshape(column)
-            for values in (crops.mean, crops.std)
-        )
-
-    def prepare(self, sample: int, draws: Floats, mask: Any) -> tuple[Values, Validity | None]:
-        """Return the crops of an array (repeats, C, *crop), and which of their patches hold data. Raises Unreadable."""
-        crops, like = self.crops, self.like
-        with self.source.opened(sample) as array:
-            found = crops.layout(array)
-            self._check(found)
-            out = np.empty((crops.repeats, like.channels, *(crops.crop or found.sizes)), like.dtype)
-            valid = [self._crop(array, numbers, found.sizes, row) for numbers, row in zip(draws, out)]
-        return out, None if crops.nodata is None else Validity(torch.from_numpy(np.stack(valid)))
-
-    def _crop(self, array: Array, numbers: Floats, sizes: tuple[int, ...], out: Values) -> Any:
-        """Write a crop to `out`, and return which of its patches hold data, or None without `nodata`."""
-        crops, valid = self.crops, None
-        for box in crops.boxes(numbers, sizes):
-            part = crops.read(array, box)[crops.turn(numbers)]
-            missing = crops.missing(part)
-            if missing is None or not missing.all():
-                break
-        else:
-            raise Unreadable(f"none of {ATTEMPTS} crops holds data")
-        # infinite values are reported below
-        with np.errstate(over="ignore", invalid="ignore"):
-            out[...] = part
-        if self._mean is not None:
-            out -= self._mean
-            out /= self._std
-        if missing is not None:
-            out[missing] = 0
-            valid = crops.holds_data(missing)
-        if out.dtype.kind == "f" and not np.isfinite(out).all():
-            raise Unreadable(reason(part, crops.nodata))
-        return valid
-
-    def _check(self, found: Layout) -> None:
-        """Raise Unreadable unless an array can be in a batch with the others."""
-        crop = self.crops.crop
-        if (found.channels, found.dtype) != (self.like.channels, self.like.dtype):
-            raise Unreadable(
-                f"{found.channels} channels for batches of {found.dtype}, where others have {self.like.channels} for "
-                f"{self.like.dtype}"
-            )
-        if crop is None and found.sizes != self.like.sizes:
-            raise Unreadable(f"sizes {found.sizes}, where others have {self.like.sizes}: pass crop")
-        if crop is not None and any(size < length for size, length in zip(found.sizes, crop)):
-            raise Unreadable(f"sizes {found.sizes}, less than crop {crop}")
-
-    def finish(self, prepared: list[Values]) -> tuple[list[Row], dict[int, str]]:
-        return list(prepared), {}
-
-    def close(self) -> None:
-        pass
+    @property
+    def lacking(self) -> str:
+        """Reason why an array has no crop."""
+        share = f" in {self.min_valid:.0%} of its patches" if self.min_valid else ""
+        return f"none of {ATTEMPTS} crops holds data{share}"
 
 
 def reason(part: Values, nodata: float | None) -> str:

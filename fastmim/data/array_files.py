@@ -1,183 +1,34 @@
-"""Files of arrays, of which only the part that is asked for is read where the format allows it."""
+"""Sources of arrays: files, samples along an axis of their arrays, and datasets that `fastmim pack` wrote."""
 
-import json
 import logging
 import os
 import stat
-import struct
-import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from .._checks import check_count
 from . import formats
+from .array_formats import DESCRIPTIONS, STORES, SUFFIXES, Array, format_of
 from .images import Unreadable
+from .packed import INDEX
+from .patch_shards import PatchShards
 from .philox import Ints
-from .sources import Contents, Files, folder, listed, paths_of
-from .transfer import Values
+from .sources import Contents, Files, Source, Stamp, folder, listed, paths_of
 
 
-class Array(Protocol):
-    """An array in a file."""
+class Arrays(Source, Protocol):
+    """A source whose samples are arrays."""
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Size of each axis."""
+    def opened(self, sample: int) -> AbstractContextManager[Array]:
+        """Open an array. Errors of reading it, until the context ends, are Unreadable."""
 
-    @property
-    def dtype(self) -> Any:
-        """NumPy dtype of what is read."""
-
-    def __getitem__(self, place: tuple[slice, ...]) -> Any:
-        """Read a part of the array."""
-
-
-Opener = Callable[[Path, str | None], AbstractContextManager[Array]]
-
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
-def _mapped(file: Any) -> Values:
-    """Return the array of a .npy file, mapped into memory, that starts at the position of an open file."""
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in read:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, fortran, dtype = read[version](file)
-    if dtype.hasobject:
-        raise ValueError("the array holds Python objects")
-    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
-
-
-@contextmanager
-def _npy(path: Path, key: str | None) -> Iterator[Values]:
-    with open(path, "rb") as file:
-        yield _mapped(file)
-
-
-@contextmanager
-def _npz(path: Path, key: str | None) -> Iterator[Values]:
-    """Open an array of an archive; one that isn't compressed is mapped into memory."""
-    with zipfile.ZipFile(path) as archive:
-        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-        member = archive.getinfo(f"{_chosen(names, key)}.npy")
-        if member.compress_type != zipfile.ZIP_STORED:
-            with archive.open(member) as packed:
-                yield np.lib.format.read_array(packed, allow_pickle=False)
-            return
-    with open(path, "rb") as file:
-        # the local header, of 30 bytes, ends with the lengths of a name and of an extra field that follow it
-        file.seek(member.header_offset + 26)
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        yield _mapped(file)
-
-
-@contextmanager
-def _raw(path: Path, key: str | None) -> Iterator[Values]:
-    header = json.loads(path.with_suffix(".json").read_text())
-    if not isinstance(header, Mapping) or not {"shape", "dtype"} <= set(header):
-        raise ValueError(f"{path.with_suffix('.json').name} must hold shape and dtype")
-    yield np.memmap(path, np.dtype(header["dtype"]), "r", header.get("offset", 0), tuple(header["shape"]))
-
-
-class _Volume:
-    """A volume that nibabel reads; with a scale or an offset in its header the values are float64."""
-
-    def __init__(self, proxy: Any) -> None:
-        self._proxy, self.shape = proxy, tuple(proxy.shape)
-        self.dtype = proxy.dtype if (proxy.slope, proxy.inter) == (1, 0) else np.dtype(np.float64)
-
-    def __getitem__(self, place: tuple[slice, ...]) -> Any:
-        return self._proxy[place]
-
-
-@contextmanager
-def _nifti(path: Path, key: str | None) -> Iterator[Array]:
-    import nibabel
-
-    yield _Volume(nibabel.load(path).dataobj)
-
-
-@contextmanager
-def _tiff(path: Path, key: str | None) -> Iterator[Array]:
-    """Open the first series of a TIFF: mapped into memory, or if it is compressed, tile by tile where zarr is there."""
-    import tifffile
-
-    with tifffile.TiffFile(path) as file:
-        series = file.series[0]
-        if series.dataoffset is not None:
-            dtype = np.dtype(series.dtype).newbyteorder(file.byteorder)
-            yield np.memmap(path, dtype, "r", series.dataoffset, series.shape)
-        elif find_spec("zarr") is not None:
-            import zarr
-
-            yield zarr.open_array(series.aszarr(level=0), mode="r")
-        else:
-            # the pool of the loader has threads enough
-            yield series.asarray(maxworkers=1)
-
-
-@contextmanager
-def _hdf5(path: Path, key: str | None) -> Iterator[Array]:
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        yield file[_chosen(names, key)]
-
-
-@contextmanager
-def _zarr(path: Path, key: str | None) -> Iterator[Array]:
-    import zarr
-
-    opened = zarr.open(path, mode="r")
-    yield (
-        opened if isinstance(opened, zarr.Array) else opened[key or _chosen([name for name, _ in opened.arrays()], key)]
-    )
-
-
-def _chosen(names: list[str], key: str | None) -> str:
-    """Return the array `key` of a file, or its only one."""
-    if key is None and len(names) == 1:
-        return names[0]
-    if key in names:
-        return str(key)
-    shown = formats.first_names(names) if names else "none"
-    if key is None:
-        raise ValueError(f"it holds {len(names)} arrays ({shown}): pass the name of one as key")
-    raise ValueError(f"it holds no array {key!r}, but {shown}")
-
-
-class Format(NamedTuple):
-    """A format: a function that opens files, and the module and the extra of fastmim that it needs."""
-
-    open: Opener
-    module: str = "numpy"
-    extra: str = ""
-
-
-FORMATS: dict[str, Format] = {
-    ".npy": Format(_npy),
-    ".npz": Format(_npz),
-    ".raw": Format(_raw),
-    ".nii": Format(_nifti, "nibabel", "nifti"),
-    ".nii.gz": Format(_nifti, "nibabel", "nifti"),
-    ".tif": Format(_tiff, "tifffile", "tiff"),
-    ".tiff": Format(_tiff, "tifffile", "tiff"),
-    ".h5": Format(_hdf5, "h5py", "hdf5"),
-    ".hdf5": Format(_hdf5, "h5py", "hdf5"),
-    ".zarr": Format(_zarr, "zarr", "zarr"),
-}
-SUFFIXES = tuple(FORMATS)
-# formats whose files are folders, and the files in them that describe the array
-STORES, DESCRIPTIONS = (".zarr",), ("zarr.json", ".zarray", ".zgroup")
-
-# ---- sources ---------------------------------------------------------------------------------------------------------
+    def stated(self) -> float | None:
+        """Return the value of missing data that the source itself states, or None."""
 
 
 class ArrayFiles(Files):
@@ -194,18 +45,21 @@ class ArrayFiles(Files):
     ) -> None:
         super().__init__(root, names, labels, classes, left_out)
         self.key = key
-        self._formats = [_format(name) for name in names]
+        self.files, self._formats = names, [format_of(name) for name in names]
+
+    def opened(self, sample: int) -> AbstractContextManager[Array]:
+        return self._opened(sample)
 
     @contextmanager
-    def opened(self, sample: int) -> Iterator[Array]:
-        """Open an array. Errors of reading it, until the context ends, are Unreadable."""
-        path = self.root / self.names[sample]
+    def _opened(self, number: int) -> Iterator[Array]:
+        """Open the array of a file."""
+        path = self.root / self.files[number]
         try:
             mode = os.stat(path).st_mode
             # opening a pipe would block
             if not (stat.S_ISDIR(mode) if path.name.lower().endswith(STORES) else stat.S_ISREG(mode)):
                 raise Unreadable("no regular file")
-            with self._formats[sample].open(path, self.key) as array:
+            with self._formats[number].open(path, self.key) as array:
                 yield array
         except (Unreadable, MemoryError):
             raise
@@ -213,6 +67,15 @@ class ArrayFiles(Files):
             raise Unreadable(f"{type(error).__name__}: {error.strerror or _first_line(error)}") from error
         except Exception as error:  # readers raise errors of any type on damaged data
             raise Unreadable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+    def stated(self) -> float | None:
+        """Return the value of missing data that the first readable file states, or None."""
+        for name, form in zip(self.files, self._formats):
+            try:
+                return form.nodata(self.root / name)
+            except Exception:  # as in _opened; the file is named when it is read
+                continue
+        return None
 
     def read(self, sample: int, most: int = -1) -> bytes:
         path = self.root / self.names[sample]
@@ -229,29 +92,93 @@ class ArrayFiles(Files):
         return (header + super().read(sample, most))[: None if most < 0 else most]
 
 
+class ArraySamples(ArrayFiles):
+    """Samples along an axis of the arrays of files, named `file[number]`.
+
+    A file that can't be opened counts as one sample, of the name of the file.
+    """
+
+    def __init__(self, of: ArrayFiles, axis: int) -> None:
+        super().__init__(of.root, of.names, of.labels, of.classes, of.left_out, of.key)
+        self.axis = axis
+        self._whole = of
+        counts = [self._count(number) for number in range(len(of.names))]
+        self.names = [
+            name if count is None else f"{name}[{at}]"
+            for name, count in zip(of.names, counts)
+            for at in range(1 if count is None else count)
+        ]
+        lengths = [1 if count is None else count for count in counts]
+        # by sample: its file, and its place there
+        self._file: Ints = np.repeat(np.arange(len(lengths)), lengths)
+        self._at: Ints = np.concatenate([np.arange(length) for length in lengths])
+        self.labels = None if of.labels is None else of.labels[self._file]
+        if not self.names:
+            raise ValueError(f"source {of.root} holds no sample: axis {axis} of its arrays is empty")
+
+    def _count(self, number: int) -> int | None:
+        try:
+            with self._opened(number) as array:
+                return int(array.shape[self.axis]) if self.axis < len(array.shape) else None
+        except Unreadable:
+            return None
+
+    @contextmanager
+    def _sample(self, sample: int) -> Iterator[Array]:
+        with self._opened(int(self._file[sample])) as array:
+            if self.axis >= len(array.shape):
+                raise Unreadable(f"shape {tuple(array.shape)} has no axis {self.axis}, which sample_axis names")
+            at = int(self._at[sample])
+            if at >= array.shape[self.axis]:
+                raise Unreadable(f"shape {tuple(array.shape)} holds no sample {at} along axis {self.axis}")
+            place: Any = (*[slice(None)] * self.axis, at)
+            yield array[place] if isinstance(array, np.ndarray) else _Slice(array, self.axis, at)
+
+    def opened(self, sample: int) -> AbstractContextManager[Array]:
+        return self._sample(sample)
+
+    def read(self, sample: int, most: int = -1) -> bytes:
+        return self._whole.read(int(self._file[sample]), most)
+
+    def stamp(self, sample: int) -> Stamp | None:
+        return self._whole.stamp(int(self._file[sample]))
+
+
+class _Slice:
+    """A part of an array at one place of an axis."""
+
+    def __init__(self, array: Array, axis: int, at: int) -> None:
+        self._array, self._axis, self._at = array, axis, at
+        self.shape, self.dtype = (*array.shape[:axis], *array.shape[axis + 1 :]), array.dtype
+
+    def __getitem__(self, place: tuple[slice, ...]) -> Any:
+        one = slice(self._at, self._at + 1)
+        return np.squeeze(self._array[(*place[: self._axis], one, *place[self._axis :])], self._axis)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]
 
 
-def _format(name: str) -> Format:
-    """Return the format of a file name."""
-    matching = [suffix for suffix in SUFFIXES if name.lower().endswith(suffix)]
-    if not matching:
-        raise ValueError(f"source holds {name}, which doesn't end in one of {' '.join(SUFFIXES)}")
-    return FORMATS[matching[0]]
-
-
-def open_arrays(source: object, key: str | None = None) -> ArrayFiles:
-    """Return the arrays of a folder or of a list of files.
+def open_arrays(source: object, key: str | None = None, sample_axis: int | None = None) -> ArrayFiles | PatchShards:
+    """Return the arrays of a folder, of a list of files, or of a dataset that `fastmim pack` wrote.
 
     Raises:
         TypeError: `source` is neither a path nor a list of paths.
-        ValueError: the source doesn't exist or holds no array, or a package that its files need isn't installed.
+        ValueError: the source doesn't exist or holds no array, or a package that its files need isn't installed; key or
+            sample_axis with a packed dataset.
     """
     given = paths_of(source)
+    if sample_axis is not None:
+        check_count("sample_axis", sample_axis, 0, 4)
     if isinstance(given, Path):
         if not given.is_dir():
             raise ValueError(f"source must be a folder or a list of files; got {given}")
+        if (given / INDEX).exists():
+            for name, value in (("key", key), ("sample_axis", sample_axis)):
+                if value is not None:
+                    raise ValueError(f"{name} must be None for a packed dataset, got {value!r}")
+            return PatchShards(given)
         try:
             found = folder(given, SUFFIXES, STORES)
         except OSError as error:
@@ -265,9 +192,9 @@ def open_arrays(source: object, key: str | None = None) -> ArrayFiles:
         raise ValueError("source must hold at least one file, got an empty list")
     for needed in {form.module: form for form in opened._formats}.values():
         if find_spec(needed.module) is None:
-            name = next(name for name in opened.names if _format(name).module == needed.module)
+            name = next(name for name in opened.names if format_of(name).module == needed.module)
             raise ValueError(f"{name} needs {needed.module}: pip install 'fastmim[{needed.extra}]'")
-    return opened
+    return opened if sample_axis is None else ArraySamples(opened, sample_axis)
 
 
 def _without_headers(found: Contents) -> Contents:

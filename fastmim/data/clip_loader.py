@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._checks import axes, check_count
-from .._patches import Patches
 from .base_loader import Loader, check_bool
 from .clip_crops import Clips, MultiScaleCrops
 from .clip_decoders import BACKENDS, choose
@@ -151,8 +150,7 @@ class ClipLoader(Loader):
     def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch:
         if mask is None:
             return Batch(values.permute(0, 4, 1, 2, 3), labels, ids)
-        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
+        return PatchBatch.of(values, mask, labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops, multiscale = self.clips.crops, isinstance(self.clips.crops, MultiScaleCrops)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -88,7 +87,7 @@ def pack_videos(
         "videos": digest(videos.names, videos.labels).hexdigest(),
     }
     with PatchWriter(
-        Path(out),
+        out,
         patch,
         samples=len(videos.names),
         channels=3,
@@ -99,8 +98,7 @@ def pack_videos(
     ) as writer:
         quarantine = Quarantine(writer.root / NAME, len(videos.names))
         progress(len(videos.names) - len(writer.missing))
-        decoded = map_ahead(num_threads, lambda at: decode(writer.missing[at]), range(len(writer.missing)))
-        for sample, video in zip(list(writer.missing), decoded):
+        for sample, video in zip(writer.missing, map_ahead(num_threads, decode, writer.missing)):
             label = None if videos.labels is None else int(videos.labels[sample])
             if isinstance(video, Unreadable):
                 quarantine.add(sample, videos.names[sample], str(video))

@@ -49,6 +49,12 @@ class PatchBatch(NamedTuple):
     labels: Tensor | None
     ids: Tensor
 
+    @classmethod
+    def of(cls, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> "PatchBatch":
+        """Return a batch of patches (B, K + M, P)."""
+        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
+        return cls(Patches(visible, predicted), mask, labels, ids)
+
 
 class PairBatch(NamedTuple):
     """A batch of two views of each image.
@@ -205,8 +211,7 @@ class ImageLoader(Loader):
             return PairBatch(images, pair, labels, ids)
         if mask is None:
             return Batch(values.permute(0, 3, 1, 2), labels, ids)
-        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
+        return PatchBatch.of(values, mask, labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops

@@ -3,6 +3,7 @@
 The loader knows of a `fastmim.Mask` that it is a dataclass whose tensors have a row for each sample.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .images import Unreadable
 from .philox import Ints
 from .seeds import mask_seeds
 
@@ -18,21 +20,44 @@ from .seeds import mask_seeds
 class Masks:
     """Masks made by a function `masking(seeds (B,)) -> Mask`, from seeds that depend on seed, epoch and sample alone.
 
+    With missing data the function is called as `masking(seeds (B,), valid=(B, L) bool)`.
+
     Raises:
         TypeError: the function returns no mask.
         ValueError: its masks are of another number of patches, or their rows depend on more than the row's seed.
     """
 
-    def __init__(self, masking: Callable[[Tensor], Any], seed: int, num_patches: int) -> None:
+    def __init__(self, masking: Callable[..., Any], seed: int, num_patches: int, *, missing_data: bool = False) -> None:
         self.masking, self.seed, self.num_patches = masking, seed, num_patches
         self.counts: tuple[int, int] | None = None
-        both, second = self.of(0, np.array([0, 1])), self.of(0, np.array([1]))
+        if missing_data:
+            _check_takes_valid(masking)
+        valid = torch.ones(2, num_patches, dtype=torch.bool) if missing_data else None
+        both = self.of(0, np.array([0, 1]), valid)
+        second = self.of(0, np.array([1]), None if valid is None else valid[1:])
         if not np.array_equal(ids_of(second), ids_of(both)[1:]):
             raise ValueError("masking must give masks whose rows depend on the seed of the row alone")
 
-    def of(self, epoch: int, samples: Ints) -> Any:
-        """Return the mask of samples (B,)."""
-        mask = self.masking(mask_seeds(self.seed, epoch, torch.from_numpy(samples)))
+    def of(self, epoch: int, samples: Ints, valid: Tensor | None = None) -> Any:
+        """Return the mask of samples (B,), of which the patches `valid` (B, L) hold data; None: all.
+
+        Raises:
+            Unreadable: the function raises ValueError for samples that may lack data.
+        """
+        seeds = mask_seeds(self.seed, epoch, torch.from_numpy(samples))
+        try:
+            mask = self.masking(seeds) if valid is None else self.masking(seeds, valid=valid)
+        except ValueError as error:
+            if self.counts is None:
+                raise ValueError(
+                    f"masking must make masks of {self.num_patches} patches; it raises: {error}"
+                ) from error
+            if valid is None:
+                raise
+            fewest = int(valid.sum(1).min())
+            raise Unreadable(
+                f"no mask of a crop with {fewest} valid patches (min_valid asks for more): {error}"
+            ) from error
         ids: list[Any] = [getattr(mask, name, None) for name in ("ids_keep", "ids_predict")]
         if not is_dataclass(mask) or not all(isinstance(part, Tensor) and len(part) == len(samples) for part in ids):
             raise TypeError(f"masking must return a fastmim.Mask of as many rows as seeds, got {type(mask).__name__}")
@@ -49,6 +74,13 @@ class Masks:
             )
         self.counts = counts
         return found
+
+
+def _check_takes_valid(masking: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(masking).bind(None, valid=None)
+    except TypeError as error:
+        raise TypeError(f"masking must be a function of seeds and valid=, where data may be missing: {error}") from None
 
 
 def ids_of(mask: Any) -> Ints:

@@ -253,6 +253,10 @@ class PatchShards:
         """Return a CRC-32 of the checksums of an array's patches, 0 where there are none."""
         return self._sums[sample]
 
+    def stated(self) -> float | None:
+        """Return the value of missing data, or None."""
+        return self.nodata
+
     def stamp(self, sample: int) -> None:
         """Return None, since a packed array is no file."""
 

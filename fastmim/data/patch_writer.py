@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -51,7 +52,7 @@ class PatchWriter:
 
     def __init__(
         self,
-        out: Path | str,
+        out: str | os.PathLike[str],
         patch_size: Sequence[int],
         *,
         samples: int,
@@ -98,12 +99,8 @@ class PatchWriter:
         self._lock.__enter__()
         try:
             self._claim()
-            self.missing = [
-                sample
-                for shard in range(self.header["shards"])
-                if self.index(shard) is None
-                for sample in self._samples(shard)
-            ]
+            shards = range(self.header["shards"])
+            self.missing = [sample for shard in shards if self.index(shard) is None for sample in self.samples(shard)]
         except BaseException:
             self._lock.__exit__(None, None, None)
             raise
@@ -130,6 +127,7 @@ class PatchWriter:
         """Write the header into the folder; raise ValueError if another dataset is there."""
         for part in self.root.glob("*.part"):
             part.unlink()
+        before = None
         if (self.root / INDEX).exists():
             before = read_json(self.root / INDEX)
             differences = [
@@ -139,9 +137,16 @@ class PatchWriter:
             ]
             if differences:
                 raise ValueError(f"out {self.root} holds another packed dataset: {'; '.join(differences)}")
-        write_json(self.root / INDEX, {**self.header, "complete": False})
+        # a finished dataset can be read meanwhile
+        if before is None or not before["complete"]:
+            write_json(self.root / INDEX, {**self.header, "complete": False})
 
-    def _samples(self, shard: int) -> range:
+    def again(self, shards: Sequence[int]) -> None:
+        """Add the samples of complete shards to `missing`; each shard stays until it is written again."""
+        self.missing = sorted({*self.missing, *(sample for shard in shards for sample in self.samples(shard))})
+
+    def samples(self, shard: int) -> range:
+        """Return the samples of a shard."""
         size = self.header["shard_size"]
         return range(shard * size, min(self.header["samples"], (shard + 1) * size))
 
@@ -236,7 +241,7 @@ class PatchWriter:
         sample = self.missing[self._added]
         self._added += 1
         shard = self._shard(sample)
-        if sample != self._samples(shard)[-1]:
+        if sample != self.samples(shard)[-1]:
             return
         assert self._file is not None
         for table in self._tables:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .array_crops import ArrayCrops, Layout, reason
-from .array_files import ArrayFiles
+from .array_files import Arrays
 from .array_loader import first_layout
 from .images import Unreadable
 from .loader_state import contents
@@ -24,8 +24,8 @@ from .threads import map_ahead
 logger = logging.getLogger("fastmim.data")
 
 FORMAT = "fastmim statistics 1"
-# values of a channel that are read at once, and seconds between saved states
-BLOCK, INTERVAL = 2**22, 10.0
+# seconds between saved states
+INTERVAL = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Statistics:
 
 
 def measure(
-    source: ArrayFiles,
+    source: Arrays,
     crops: ArrayCrops,
     path: Path | None = None,
     *,
@@ -120,7 +120,7 @@ def measure(
     return found
 
 
-def _moments(source: ArrayFiles, crops: ArrayCrops, like: Layout, sample: int) -> Moments | str:
+def _moments(source: Arrays, crops: ArrayCrops, like: Layout, sample: int) -> Moments | str:
     """Return the moments of a sample, or the reason why it can't be read."""
     try:
         with source.opened(sample) as array:
@@ -128,10 +128,7 @@ def _moments(source: ArrayFiles, crops: ArrayCrops, like: Layout, sample: int) -
             if layout.channels != like.channels:
                 raise Unreadable(f"{layout.channels} channels, where others have {like.channels}")
             total = Moments.none(layout.channels)
-            first, *others = layout.sizes
-            rows = max(1, BLOCK // int(np.prod(others, dtype=np.int64)))
-            for start in range(0, first, rows):
-                part = crops.read(array, (slice(start, min(start + rows, first)), *[slice(size) for size in others]))
+            for part in crops.blocks(array, layout.sizes):
                 total += _of_block(part, crops)
             return total
     except Unreadable as error:
@@ -155,14 +152,14 @@ def _of_block(part: Any, crops: ArrayCrops) -> Moments:
 # ---- the file --------------------------------------------------------------------------------------------------------
 
 
-def _settings(source: ArrayFiles, crops: ArrayCrops) -> dict[str, Any]:
+def _settings(source: Arrays, crops: ArrayCrops) -> dict[str, Any]:
     """Return what a saved state must agree with to be continued."""
     return {
         "data": source.identity(),
         "contents": contents(source),
         "axes": crops.axes,
         "channels_last": crops.channels_last,
-        "key": source.key,
+        "key": getattr(source, "key", None),
         "nodata": None if crops.nodata is None else repr(crops.nodata),
     }
 

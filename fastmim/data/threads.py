@@ -1,7 +1,7 @@
 """Threads that work ahead of their consumer."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -17,7 +17,7 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def map_ahead(threads: int, function: Callable[[int], T], samples: range) -> Iterator[T]:
+def map_ahead(threads: int, function: Callable[[int], T], samples: Sequence[int]) -> Iterator[T]:
     """Yield function(sample) for each sample, in order; threads compute a few samples ahead, within bounded memory."""
     with ThreadPoolExecutor(threads, "fastmim-map") as pool:
         rest = iter(samples)

@@ -181,9 +181,9 @@ def test_the_commands(clips, tmp_path, capsys):
         (tmp_path / f"{sample:02}.mp4").write_bytes((clips / names_of(clips)[sample]).read_bytes())
     (tmp_path / "07.mp4").write_bytes(b"no video")
     given, out = str(tmp_path), str(tmp_path / "out")
-    options = ["--clip-length", "4", "--tube", "2", "8", "8"]
+    options = ["--clip-length", "4", "--patch-size", "2,8,8"]
     assert cli.main(["pack", given, out, *options]) == 1
-    assert "--clip-length and --tube need --frame-stride" in capsys.readouterr().err
+    assert "--clip-length needs --frame-stride" in capsys.readouterr().err
     assert cli.main(["pack", given, out, *options, "--frame-stride", "3", "--short-side", "32"]) == 0
     assert f"{out}: 10 videos; 1 can't be read" in capsys.readouterr().out
     assert len(next(iter(load(out, 10))).ids) == 10
