@@ -271,10 +271,13 @@ def _torchcodec(path: str) -> Iterator[Video]:
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
+Opener = Callable[[str], AbstractContextManager[Video]]
+
+
 class Backend(NamedTuple):
     """A decoder: a function that opens a video, and the module and its name, which the extra `video` installs."""
 
-    open: Callable[[str], AbstractContextManager[Video]]
+    open: Opener
     module: str
     install: str
 
