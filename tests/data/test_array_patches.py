@@ -165,15 +165,18 @@ def test_crops_with_too_few_valid_patches_are_drawn_again(tmp_path, packed, mask
     values[:, :, :8] = 0
     for sample in range(30):
         np.save(tmp_path / f"{sample:02}.npy", values)
-    np.save(tmp_path / "04.npy", np.where(np.arange(16) < 4, values + 1, 0).astype(np.uint8))
+    corner = np.zeros_like(values)
+    corner[:, :4, :4] = 1
+    np.save(tmp_path / "04.npy", corner)
     if packed:
         pack_arrays(tmp_path, tmp_path / "packed", patch_size=4, nodata=0)
     loader = load(
-        tmp_path / "packed" if packed else tmp_path, crop=8, patch_size=4, nodata=0, min_valid=0.75, masking=masking
+        tmp_path / "packed" if packed else tmp_path, crop=8, patch_size=4, nodata=0, min_valid=0.5, masking=masking
     )
     for batch in loader:
-        assert batch.valid.all() if masking is None else batch.mask.valid_keep.all()
-    assert loader.skipped == {4: "none of 10 crops holds data in 75% of its patches"}
+        counts = batch.valid.sum(1) if masking is None else 2 * batch.mask.valid_keep.sum(1)
+        assert (counts >= 2).all()
+    assert loader.skipped == {4: "none of 10 crops holds data in 50% of its patches"}
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------

@@ -487,6 +487,14 @@ def test_a_truncated_file_is_skipped(tmp_path, name):
     assert list(loader.skipped) == [7] and "\n" not in loader.skipped[7]
 
 
+@pytest.mark.fault
+def test_headers_read_by_many_threads(tmp_path):
+    """Headers of .npy files, whose parser of CPython 3.11 raises SystemError where several threads are in it."""
+    write(tmp_path, 200, shape=(1, 4, 4))
+    loader = load(tmp_path, crop=4, num_threads=16, drop_last=False)
+    assert sum(len(batch.ids) for _ in range(5) for batch in loader) == 1000 and not loader.skipped
+
+
 def test_a_damaged_zarr_is_skipped(tmp_path):
     pytest.importorskip("zarr")
     for sample in range(12):
