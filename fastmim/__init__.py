@@ -11,6 +11,7 @@ from .interop.convert.timm import to_timm
 from .interop.convert.videomae import to_videomae
 from .masking import Mask
 from .models.croco import CroCo, croco2_vit_base_patch16, croco2_vit_large_patch16, croco_vit_base_patch16
+from .models.cropmae import CropMAE, cropmae_vit_base_patch16, cropmae_vit_small_patch16
 from .models.cross import (
     CrossMAE,
     crossmae_vit_base_patch16,
@@ -29,6 +30,7 @@ from .models.mae import (
 from .models.masked_autoencoder import MaskedAutoencoder
 from .models.output import MAEOutput
 from .models.pixio import Pixio, pixio_vit_base_patch16, pixio_vit_huge_patch16, pixio_vit_large_patch16
+from .models.simmim import SimMIM, simmim_vit_base_patch16
 from .models.video import (
     VideoMAE,
     videomae_vit_base_patch16,
@@ -40,6 +42,7 @@ from .models.video import (
 
 __all__ = [
     "CroCo",
+    "CropMAE",
     "CrossMAE",
     "Encoder",
     "MAEOutput",
@@ -48,6 +51,7 @@ __all__ = [
     "MaskedAutoencoderViT",
     "Patches",
     "Pixio",
+    "SimMIM",
     "UnsupportedModelError",
     "VideoMAE",
     "__version__",
@@ -55,6 +59,8 @@ __all__ = [
     "croco2_vit_base_patch16",
     "croco2_vit_large_patch16",
     "croco_vit_base_patch16",
+    "cropmae_vit_base_patch16",
+    "cropmae_vit_small_patch16",
     "crossmae_vit_base_patch16",
     "crossmae_vit_large_patch16",
     "crossmae_vit_small_patch16",
@@ -74,6 +80,7 @@ __all__ = [
     "pixio_vit_huge_patch16",
     "pixio_vit_large_patch16",
     "restore",
+    "simmim_vit_base_patch16",
     "to_facebook",
     "to_huggingface",
     "to_timm",

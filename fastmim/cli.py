@@ -377,14 +377,19 @@ def _reconstruct(args: argparse.Namespace) -> int:
 
     from . import masking
     from .data.seeds import mask_seeds
+    from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
+    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
 
     model = load_model(args.checkpoint, key=args.key).eval()
-    height, width = model.patch_embed.img_size
+    check_takes_pictures(model, "reconstruct")
+    if takes_pairs(model):
+        raise ValueError(f"reconstruct has one view of a picture, and this {type(model).__name__} needs two")
+    height, width = model.img_size
     images = read_images(find_images(args.images, args.count), (height, width))
     seeds = mask_seeds(args.seed, 0, torch.arange(len(images)))
-    mask = masking.random(len(images), model.patch_embed.num_patches, args.mask_ratio, seeds=seeds)
+    mask = masking.random(len(images), model.num_patches, args.mask_ratio, seeds=seeds)
     with torch.no_grad():
         out = model(images, mask=mask)
     draw_grid(model, images, out, args.out)
@@ -412,19 +417,21 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     The accuracies are printed beside those of a random encoder of the same shape and of raw pixels.
     """
+    import copy
+
     import torch
 
-    from .interop.convert.weights import settings_of_model
-    from .models.mae import MaskedAutoencoderViT
-    from .train.evaluate import compare, read_split
+    from .train.evaluate import check_takes_pictures, compare, read_split
     from .train.load_run import load_model
 
     # features need the encoder alone
     model = load_model(args.checkpoint, key=args.key, allow_missing="decoder").eval()
-    height, width = model.patch_embed.img_size
+    check_takes_pictures(model, "evaluate")
+    height, width = model.img_size
     split = read_split(args.data, (height, width), args.threads)
     torch.manual_seed(0)
-    untrained = MaskedAutoencoderViT(**settings_of_model(model)).to(model.cls_token.dtype)
+    untrained = copy.deepcopy(model)
+    untrained.initialize_weights()
     rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)
     learnt = len(split.train.labels) if args.labels_per_class is None else f"{args.labels_per_class} a class"
     print(f"{len(split.classes)} classes, {learnt} for training, {len(split.test.labels)} for testing")

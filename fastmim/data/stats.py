@@ -199,3 +199,21 @@ def _saved(path: Path, layout: Layout, of: dict[str, Any]) -> Statistics | None:
         return Statistics(layout, moments, int(held["done"]), {int(sample): why for sample, why in held["skipped"]})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no file of statistics: {error!r}; remove it, or choose another file") from error
+
+
+def measured_of(root: Path) -> dict[str, Any] | None:
+    """Return what `measure` wrote of a source in the folder `root`: mean, std, done, of; None if there is no such file.
+
+    Raises:
+        ValueError: the file is no such file.
+    """
+    path = root / STATS
+    if not path.is_file():
+        return None
+    try:
+        held: dict[str, Any] = json.loads(path.read_text())
+        if held["format"] != FORMAT or not {"mean", "std", "done", "of"} <= held.keys():
+            raise ValueError(f"format {held['format']!r}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no file of fastmim stats: {error!r}") from error
+    return held

@@ -7,13 +7,14 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import masking
 from ..masking import Mask
 from .inputs import first_tensor
 from .masked_autoencoder import MaskedAutoencoder
 from .output import MAEOutput
+from .published import renamed
 
 # names of parameters in the published checkpoints, and here; later ones see what earlier ones return
 _NAMES = (
@@ -47,7 +48,6 @@ class CroCo(MaskedAutoencoder):
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = dict(img_size=224, patch_size=16, num_prefix_tokens=0, norm_pix_loss=True)
         super().__init__(**{**defaults, **options}, decoder="both")
-        self.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
 
     def forward(  # type: ignore[override]
         self,
@@ -91,20 +91,17 @@ class CroCo(MaskedAutoencoder):
         options: dict[str, Any] = dict(decode_ratio=decode_ratio, noise=noise, device=first.device)
         return masking.random(first.shape[0], self.num_patches, share, **options)
 
-
-def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the entries of a published checkpoint in `state` the names of this module."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key.removeprefix(prefix)
-        for pattern, ours in _NAMES:
-            name = pattern.sub(ours, name)
-        if prefix + name != key:
-            value = state.pop(key)
-            state[prefix + name] = value[None] if name.endswith("pos_embed") else value
-    for key in [key for key in state if key.startswith(prefix) and ".cross_attn.projk." in key]:
-        values = key.replace("projk", "projv")
-        if values in state:
-            state[key.replace("projk", "kv")] = torch.cat([state.pop(key), state.pop(values)])
+    @staticmethod
+    def _published(state: dict[str, Any]) -> dict[str, Any]:
+        state = renamed(state, _NAMES)
+        for name in ("pos_embed", "decoder_pos_embed"):
+            if isinstance(state.get(name), Tensor) and state[name].dim() == 2:
+                state[name] = state[name][None]
+        for key in [key for key in state if ".cross_attn.projk." in key]:
+            values = key.replace("projk", "projv")
+            if values in state:
+                state[key.replace("projk", "kv")] = torch.cat([state.pop(key), state.pop(values)])
+        return state
 
 
 def _croco(sizes: dict[str, Any], overrides: dict[str, Any]) -> CroCo:

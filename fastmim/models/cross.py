@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..masking import Mask
 from ..nn import run_blocks
 from .masked_autoencoder import MaskedAutoencoder
+from .published import renamed
 
 # names of parameters in the published checkpoints, and here
 _NAMES = (
@@ -56,7 +57,6 @@ class CrossMAE(MaskedAutoencoder):
         self.norm = nn.Identity()
         self.mixture = nn.Linear(depth + use_input, decoder_depth, bias=False)
         nn.init.xavier_uniform_(self.mixture.weight)
-        self.register_load_state_dict_pre_hook(_rename)  # type: ignore[no-untyped-call]
 
     def predict(self, images: Any, mask: Mask, context: Tensor | None = None) -> Tensor:
         """Return `decode` of mixtures of the encoder's states: predictions (B, M, out_dim)."""
@@ -87,15 +87,9 @@ class CrossMAE(MaskedAutoencoder):
         stacked = torch.stack(states)
         return list((self.mixture.weight @ stacked.flatten(1)).unflatten(1, stacked.shape[1:]))
 
-
-def _rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the entries of a published checkpoint in `state` the names of this module."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        name = key.removeprefix(prefix)
-        for pattern, ours in _NAMES:
-            name = pattern.sub(ours, name)
-        if prefix + name != key:
-            state[prefix + name] = state.pop(key)
+    @staticmethod
+    def _published(state: dict[str, Any]) -> dict[str, Any]:
+        return renamed(state, _NAMES)
 
 
 def _crossmae(sizes: dict[str, Any], overrides: dict[str, Any]) -> CrossMAE:

@@ -43,6 +43,8 @@ class Encoder(nn.Module):
         num_prefix_tokens: N learned tokens before the patches, such as a class token; `cls_token` has shape (1, N, D).
         pos_embed: "sincos": a fixed table; "learned": a trained one; "rope": queries and keys are rotated by position
             in each block, as in CroCo v2 (Weinzaepfel et al., ICCV 2023); "none".
+        layer_scale: initial value of a learned factor per channel on each branch of the blocks (Touvron et al., "Going
+            deeper with image transformers", ICCV 2021). None: no factor.
         drop_path: rate at which the last block drops its branches, for each image; it rises linearly from 0 at the
             first block. Nothing is dropped in evaluation mode.
         mean, std: mean and standard deviation of each channel of uint8 and uint16 images, scaled to 0..1; default
@@ -72,6 +74,7 @@ class Encoder(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
         num_prefix_tokens: int = 1,
         pos_embed: Position = "sincos",
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -97,7 +100,15 @@ class Encoder(nn.Module):
         self.pos_embed = self._table("", embed_dim, num_heads)
         norm_layer, last = norm_layer or LayerNorm, max(depth - 1, 1)
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias, norm_layer, drop_path=drop_path * index / last)
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                norm_layer,
+                layer_scale=layer_scale,
+                drop_path=drop_path * index / last,
+            )
             for index in range(depth)
         )
         self.norm = norm_layer(embed_dim)
@@ -165,8 +176,8 @@ class Encoder(nn.Module):
         Args:
             images: (B, C, *img_size), floating and normalised, or uint8 or uint16, which are normalised with `mean`
                 and `std`; or `Patches`. A subclass with an `embed` of its own may take other inputs.
-            mask: visible patches; default all L, in order. Padding of a ragged mask is not attended to, and what it
-                holds (NaN, say) has no influence.
+            mask: visible patches; default all L, in order. Padding of a ragged mask is not attended to. Of images and
+                `Patches`, what it holds (NaN, say) has no influence; an `embed` of a subclass must see to that itself.
             taps: indices of blocks, in 0..depth-1, whose results are returned too.
             stop: compute nothing after the last tap.
 

@@ -22,6 +22,7 @@ from .encoder import Encoder, LayerNorm, Position, check_is_mask
 from .inputs import first_tensor, patchify, unpatchify
 from .output import MAEOutput
 from .pictures import paste
+from .published import check_system
 
 DECODERS = ("self", "cross", "both", None)
 
@@ -31,8 +32,8 @@ class MaskedAutoencoder(Encoder):
 
     Args:
         img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio, qkv_bias, norm_layer, num_prefix_tokens,
-            pos_embed, drop_path, mean, std: as in `Encoder`. The decoder has positions of the same kind, and no drop
-            path.
+            pos_embed, layer_scale, drop_path, mean, std: as in `Encoder`. The decoder has positions of the same kind,
+            and neither layer scale nor drop path.
         decoder: what the decoder's tokens attend to.
             "self": each other; visible and predicted patches are decoded (MAE, He et al., CVPR 2022; with fewer
             predicted patches VideoMAE V2, Wang et al., CVPR 2023).
@@ -77,6 +78,7 @@ class MaskedAutoencoder(Encoder):
         norm_layer: Callable[[int], nn.Module] | None = None,
         num_prefix_tokens: int = 1,
         pos_embed: Position = "sincos",
+        layer_scale: float | None = None,
         drop_path: float = 0.0,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -93,6 +95,7 @@ class MaskedAutoencoder(Encoder):
             norm_layer=norm_layer,
             num_prefix_tokens=num_prefix_tokens,
             pos_embed=pos_embed,
+            layer_scale=layer_scale,
             drop_path=drop_path,
             mean=mean,
             std=std,
@@ -132,6 +135,24 @@ class MaskedAutoencoder(Encoder):
             self.decoder_norm = norm_layer(width)
         self.decoder_pred = nn.Linear(width, out_dim)
         self.initialize_weights()
+
+    @staticmethod
+    def _published(state: dict[str, Any]) -> dict[str, Any]:
+        """Return the tensors of a published checkpoint under the names of this class; other names stay."""
+        return state
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *rest: Any
+    ) -> None:
+        """Load weights under published names or those of this class; name the system that they are of, if another."""
+        given = {name.removeprefix(prefix): state_dict[name] for name in state_dict if name.startswith(prefix)}
+        ours = self._published(dict(given))
+        if strict:
+            check_system(given, ours, self)
+        for name in given:
+            del state_dict[prefix + name]
+        state_dict.update({prefix + name: value for name, value in ours.items()})
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
 
     # ---- the step ----------------------------------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 # Modules:
 #
-#     config         settings of a run, from TOML and the command line
+#     config         settings of a run, from TOML and the command line; values: of what type they are
+#     registry       models by their names
 #     loop           Trainer: the run itself
-#     data           the loader of a run; digits: pictures that need no download
+#     data           the loader of a run, by what the data hold; digits: pictures that need no download
 #     seeds          seeds of a sample's masks
 #     masks          masks of a run
 #     objective      what a step minimises: the model's loss, distillation
@@ -18,9 +19,10 @@
 #     load_run       the model of a run
 #     evaluate, export, reconstruct    the `fastmim` commands of these names
 
-from .config import Config, ConfigError
+from .config import Config
 from .loop import Trainer
 from .objective import Distill, Objective
 from .signals import Interrupted
+from .values import ConfigError
 
 __all__ = ["Config", "ConfigError", "Distill", "Interrupted", "Objective", "Trainer"]

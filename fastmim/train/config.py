@@ -5,8 +5,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,24 +14,16 @@ from typing import Any
 import torch
 
 from .._checks import check_count, check_ratio
-from ..models import mae
+from ..models.mae import MaskedAutoencoderViT
+from ..models.masked_autoencoder import MaskedAutoencoder
+from ..models.video import VideoMAE
+from . import registry
 from .masks import Masks
-from .objective import imported
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .objective import imported, takes_pairs
+from .registry import MODELS, SHORT
+from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"
-MODELS = {
-    **{
-        f"mae_vit_{size}_patch16": getattr(mae, f"mae_vit_{size}_patch16")
-        for size in ("tiny", "small", "base", "large")
-    },
-    "mae_vit_huge_patch14": mae.mae_vit_huge_patch14,
-}
-SHORT = {name.split("_")[2]: name for name in MODELS}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 DTYPE_WORDS = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 # settings that must not change between a checkpoint and the run that continues from it
@@ -41,13 +31,8 @@ IDENTITY = (
     *("model", "model_options", "image_size", "norm_pix_loss", "seed", "batch_size", "dtype"),
     *("objective", "objective_options"),
     # settings of the loader, which may continue in the middle of an epoch
-    *("crop_scale", "flip"),
+    *("crop_scale", "flip", "in_chans", "inner"),
 )
-PATHS = ("data", "output_dir")
-
-
-class ConfigError(ValueError):
-    """A setting that is wrong or can't be served, named by a message of one line."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +42,19 @@ class Config:
     In `data` and `output_dir` a leading `~` is the home folder; environment variables are not expanded.
 
     Args:
-        data: a folder of images, a folder of packed shards, or "digits", the digits inside scikit-learn.
+        data: "digits", the digits inside scikit-learn; or what a loader of `fastmim.data` reads, chosen by
+            `fastmim.train.data.kind_of`: images for `ImageLoader`, arrays of 1 to 3 axes for `ArrayLoader`, videos for
+            `ClipLoader`.
         output_dir: the folder of checkpoints, metrics and the final model. A run in a folder that has checkpoints
             continues from them; one process or job may use it at a time. Below `data` it is left out of the images.
         seed: seed of weights, order, crops and masks.
-        model: "tiny", "small", "base", "large", "huge" or the full name of the model's function.
-        model_options: arguments of `MaskedAutoencoderViT` that replace the model's own, such as patch_size.
-        image_size: side of the square crops.
-        norm_pix_loss: normalise the targets patch by patch.
+        model: "tiny", "small", "base", "large", "huge" for `mae_vit_*`; the name of any model of fastmim, such as
+            "crossmae_vit_base_patch16"; or the name of a class, such as "MaskedAutoencoder".
+        model_options: arguments of the model's class that replace the model's own, such as patch_size.
+        image_size: size of the crops along each axis, such as [16, 224, 224]; one int stands for all axes.
+        in_chans: channels of the data: 3 for pictures.
+        norm_pix_loss: normalise the targets patch by patch; "channel": each channel of them; "auto": as in the paper of
+            the model, true for `mae_vit_*` and the classes MaskedAutoencoder and MaskedAutoencoderViT.
         mask_ratio, decode_ratio: share of the patches that is removed, and share of the removed that is predicted; a
             decode_ratio below 1 is another objective.
         mask: another source of masks: `kind`, a function of `fastmim.masking` (random, cells, blocks, tube, weighted,
@@ -75,8 +65,13 @@ class Config:
             made of (model, **objective_options) whose forward(batch, mask) returns the loss.
         objective_options: those of the objective; for "distill" `teacher` is the path of a checkpoint.
         ema: momentum of an average of the weights, which checkpoints hold beside them; none: no average.
-        crop_scale: least and largest share of a picture's area that a crop takes.
-        flip: mirror half of the crops.
+        crop_scale: least and largest share of a picture's area that a crop takes; without use for arrays, and for
+            videos, whose crops are VideoMAE's unless `data_options` has `scale`.
+        flip: mirror half of the crops; without use for arrays, for which `data_options` names the axes, `flips`.
+        inner: least and largest share of a crop's area that a second crop inside it takes, for models of two views.
+        data_options: further arguments of the loader: ratio and repeats of `ImageLoader`; channels_last, key,
+            sample_axis, flips, repeats, nodata, mean and std of `ArrayLoader`; sampling_rate, scale, ratio and repeats
+            of `ClipLoader`.
         backend, num_threads: decoder and threads of the loader.
         patchwise: true: the loader reads the patches that are kept or predicted, instead of whole images, with the same
             results; not with a mask that changes or ranks patches, an objective that sees all patches, or
@@ -112,8 +107,9 @@ class Config:
     seed: int = 0
     model: str = "mae_vit_base_patch16"
     model_options: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 224
-    norm_pix_loss: bool = True
+    image_size: int | tuple[int, ...] = 224
+    in_chans: int = 3
+    norm_pix_loss: bool | str = "auto"
     mask_ratio: float = 0.75
     decode_ratio: float = 1.0
     mask: dict[str, Any] = field(default_factory=dict)
@@ -122,6 +118,8 @@ class Config:
     ema: float | None = None
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
+    inner: tuple[float, float] | None = None
+    data_options: dict[str, Any] = field(default_factory=dict)
     backend: str = "auto"
     num_threads: int | None = None
     patchwise: bool | str = "auto"
@@ -150,9 +148,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(Config).items():
-            object.__setattr__(self, name, _typed(name, getattr(self, name), kind))
+            object.__setattr__(self, name, typed(name, getattr(self, name), kind))
         for name in PATHS:
-            object.__setattr__(self, name, _expanded(name, getattr(self, name)))
+            object.__setattr__(self, name, expanded(name, getattr(self, name)))
         replace = {
             "model": SHORT.get(self.model, self.model),
             "device": ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device,
@@ -168,11 +166,11 @@ class Config:
             raise ConfigError(" ".join(str(error).split())) from None
 
     def _check(self) -> None:
-        _one_of("model", self.model, (*SHORT, *MODELS))
-        _one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
-        _one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg"))
+        one_of("model", self.model, (*SHORT, *MODELS))
+        one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
+        one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg", "pyav", "torchcodec"))
         if self.compile and self.cuda_graphs and self.micro_batch_size is not None:
             # a replay writes to the memory in which the one before it left its gradients
             raise ConfigError(
@@ -187,7 +185,7 @@ class Config:
         if self.cuda_graphs and self.device != "cuda":
             raise ConfigError(f"cuda_graphs needs device cuda, got {self.device}")
         check_count("seed", self.seed, 0, 2**63 - 1)
-        for name in ("image_size", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
+        for name in ("in_chans", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
             check_count(name, getattr(self, name), 1)
         check_count("keep_last", self.keep_last, 2)  # with one to fall back to
         check_count("reconstruct_every", self.reconstruct_every, 0)
@@ -210,29 +208,7 @@ class Config:
         for name in PATHS:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a path, got an empty one")
-        for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss")):
-            if option in self.model_options:
-                raise ConfigError(f"model_options must not hold {option}: {key} is a key of its own")
-        if "norm_layer" in self.model_options:
-            raise ConfigError("model_options must not hold norm_layer, which no text can name")
-        if self.model_options.get("in_chans", 3) != 3:
-            raise ConfigError(
-                f"model_options.in_chans must be 3, that of the loader; got {self.model_options['in_chans']}"
-            )
-        with torch.device("meta"):
-            try:
-                model = self.build()
-            except TypeError as error:
-                raise ConfigError(f"model_options: {error}") from None
-            except ValueError as error:
-                # the model's name for image_size
-                raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
-        masks = Masks(self.mask_settings, model.patch_embed.grid_size)
-        if masks.ranks and self.objective in ("mae", "distill"):
-            raise ConfigError(
-                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own; "
-                f"got objective {self.objective}"
-            )
+        self._check_model()
         if self.objective not in ("mae", "distill"):
             imported(self.objective)
         if self.objective == "mae" and self.objective_options:
@@ -242,21 +218,66 @@ class Config:
         if not isinstance(self.patchwise, bool) and self.patchwise != "auto":
             raise ConfigError(f'patchwise must be "auto", true or false, got {self.patchwise!r}')
 
+    def _check_model(self) -> None:
+        """Check the settings of model and masks, and choose what "auto" leaves open."""
+        sizes = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        if not isinstance(sizes, tuple) or not 1 <= len(sizes) <= 3:
+            raise ConfigError(f"image_size must be an int or a list of 1 to 3, got {self.image_size!r}")
+        for size in sizes:
+            check_count("image_size", size, 1)
+        if self.norm_pix_loss not in (True, False, "channel", "auto"):
+            raise ConfigError(f'norm_pix_loss must be true, false, "channel" or "auto", got {self.norm_pix_loss!r}')
+        for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss"), ("in_chans", "in_chans")):
+            # earlier versions had in_chans among the options
+            if option in self.model_options and (option, self.model_options[option]) != ("in_chans", self.in_chans):
+                raise ConfigError(f"model_options must not hold {option}: {key} is a key of its own")
+        if "norm_layer" in self.model_options:
+            raise ConfigError("model_options must not hold norm_layer, which no text can name")
+        with torch.device("meta"):
+            try:
+                model = self.build()
+            except TypeError as error:
+                raise ConfigError(f"model_options: {error}") from None
+            except ValueError as error:
+                # the model's name for image_size
+                raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
+        if self.norm_pix_loss == "auto":
+            plain = type(model) in (MaskedAutoencoder, MaskedAutoencoderViT)
+            object.__setattr__(self, "norm_pix_loss", plain or model.norm_pix_loss)
+        if isinstance(model, VideoMAE) and isinstance(self.image_size, int):
+            raise ConfigError(
+                f"image_size must be [frames, height, width] for model {self.model}, got {self.image_size}"
+            )
+        masks = Masks(self.mask_settings, model.grid_size)
+        if masks.ranks and self.objective in ("mae", "distill"):
+            raise ConfigError(
+                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own; "
+                f"got objective {self.objective}"
+            )
+        if self.inner is not None:
+            if not 0 < self.inner[0] <= self.inner[1] <= 1:
+                raise ConfigError(f"inner must be two ascending shares in (0, 1], got {list(self.inner)}")
+            if self.objective in ("mae", "distill") and not takes_pairs(model):
+                raise ConfigError(f"inner must be none for model {self.model}, which takes one view")
+        if self.objective == "distill" and takes_pairs(model):
+            raise ConfigError(f"objective must not be distill for model {self.model}, which takes two views")
+
     @property
     def mask_settings(self) -> dict[str, Any]:
         """Return the settings of `fastmim.train.masks.Masks`."""
         return self.mask or {"kind": "random", "mask_ratio": self.mask_ratio, "decode_ratio": self.decode_ratio}
 
-    def build(self) -> mae.MaskedAutoencoderViT:
+    def build(self) -> MaskedAutoencoder:
         """Build the model; its weights are drawn from torch's generator."""
-        options = {"img_size": self.image_size, "norm_pix_loss": self.norm_pix_loss, **self.model_options}
-        model: mae.MaskedAutoencoderViT = MODELS[self.model](**options)
-        return model
+        options = {"img_size": self.image_size, "in_chans": self.in_chans, **self.model_options}
+        if self.norm_pix_loss != "auto":
+            options["norm_pix_loss"] = self.norm_pix_loss
+        return registry.build(self.model, options)
 
     @property
     def sharded(self) -> bool:
         """Return whether parameters are sharded over processes (FSDP2)."""
-        return self.parallel == "fsdp" or (self.parallel == "auto" and self.model == "mae_vit_huge_patch14")
+        return self.parallel == "fsdp" or (self.parallel == "auto" and bool(re.search("_(huge|giant)_", self.model)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data that JSON can hold."""
@@ -313,72 +334,12 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
             table = settings.setdefault(name, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"{name} is not a table, so {text!r} sets nothing")
-            table[option] = _value(value)
+            table[option] = parsed(value)
         else:
-            settings[name] = _text(value) if kinds.get(name) is str else _value(value)
+            settings[name] = plain_text(value) if kinds.get(name) is str else parsed(value)
     return Config.of(settings)
 
 
 def shipped() -> list[str]:
     """Return the names of the configs that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.toml"))
-
-
-def _value(text: str) -> Any:
-    """Return the TOML value of a text; None for `none`; the text itself where it is not TOML."""
-    text = text.strip()
-    if text.lower() == "none":
-        return None
-    try:
-        value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return value["value"] if value.keys() == {"value"} else text
-
-
-def _text(text: str) -> str:
-    """Return the text itself, without the quotes if it is a TOML string."""
-    value = _value(text)
-    return value if isinstance(value, str) else text.strip()
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """Return `value` as `kind`: an int may stand for a float, a list for a tuple, a path for a text."""
-    optional = isinstance(kind, types.UnionType) and types.NoneType in kind.__args__
-    if isinstance(kind, types.UnionType) and not optional:
-        # one of several types, which _check knows
-        return value
-    if optional:
-        if value is None:
-            return None
-        kind = kind.__args__[0]
-    if name in PATHS and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if origin is tuple and isinstance(value, (list, tuple)) and len(value) == len(arguments):
-        return tuple(_typed(name, part, argument) for part, argument in zip(value, arguments))
-    if not isinstance(value, origin) or (isinstance(value, bool) and origin is not bool):
-        words = {
-            tuple: f"a list of {len(arguments)} numbers",
-            dict: "a table",
-            bool: "true or false",
-            str: "text (in TOML, in quotes)",
-        }.get(origin, origin.__name__)
-        got = f"{type(value).__name__} {value!r}"
-        raise ConfigError(f"{name} must be {words}{' or none' if optional else ''}, got {got}")
-    return value
-
-
-def _expanded(name: str, path: str) -> str:
-    """Return a path with `~` replaced by the home folder."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ConfigError(f"{name} {path} is in the home folder of no user; write ./{path} if ~ is part of the name")
-    return expanded
-
-
-def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

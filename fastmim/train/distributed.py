@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from .config import Config, ConfigError
+from .config import Config
+from .values import ConfigError
 
 
 @dataclass(frozen=True)

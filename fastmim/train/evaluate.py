@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data import ImageLoader
-from ..models.mae import MaskedAutoencoderViT
+from ..models.encoder import Encoder
 
 # names of the two folders of a split; without them every fifth file is for testing
 PARTS = (("train", "test"), ("train", "val"))
@@ -90,17 +90,36 @@ def _read(source: Path, image_size: tuple[int, int], num_threads: int | None) ->
     return Labelled(torch.stack([images[n] for n in order]), torch.stack([labels[n] for n in order])), loader.classes
 
 
+def check_takes_pictures(model: Encoder, command: str) -> None:
+    """Check that a model takes pictures.
+
+    Raises:
+        ValueError: another number of channels or axes.
+    """
+    if (len(model.grid_size), model.in_chans) != (2, 3):
+        raise ValueError(
+            f"{command} needs a model of pictures, of 3 channels on 2 axes; this {type(model).__name__} takes "
+            f"{model.in_chans} channels of {'x'.join(map(str, model.img_size))}"
+        )
+
+
 @torch.no_grad()
-def features(model: MaskedAutoencoderViT, images: Tensor, pool: str = "mean") -> Tensor:
+def features(model: Encoder, images: Tensor, pool: str = "mean") -> Tensor:
     """Return features (N, D), float32 on the CPU, of the tokens after the final norm.
 
-    pool="mean" is the mean of the patch tokens, pool="class" the class token.
+    pool="mean" is the mean of the patch tokens, pool="class" that of the class tokens.
+
+    Raises:
+        ValueError: pool="class" of a model without class tokens.
     """
-    device = model.cls_token.device
+    count = model.num_prefix_tokens
+    if pool == "class" and not count:
+        raise ValueError(f"pool must be mean for a {type(model).__name__} without class tokens, got class")
+    device = next(model.parameters()).device
     found = []
     for part in images.split(BATCH):
-        tokens = model.forward_features(part.to(device))
-        found.append((tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(1)).float().cpu())
+        tokens = model.encode(part.to(device))
+        found.append((tokens[:, :count] if pool == "class" else tokens[:, count:]).mean(1).float().cpu())
     return torch.cat(found)
 
 
@@ -137,7 +156,7 @@ def linear_probe(train: Tensor, labels: Tensor, test: Tensor) -> Tensor:
 
 
 def fine_tune(
-    model: MaskedAutoencoderViT,
+    model: Encoder,
     train: Labelled,
     test: Tensor,
     *,
@@ -145,20 +164,20 @@ def fine_tune(
     seed: int = 0,
 ) -> Tensor:
     """Predict labels (N,) of `test` after training the whole encoder and a linear head; `model` is changed."""
-    device = model.cls_token.device
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(model.cls_token.shape[-1], int(train.labels.max()) + 1).to(device)
+    head = nn.Linear(model.embed_dim, int(train.labels.max()) + 1).to(device)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    encoder = [p for name, p in model.named_parameters() if p.requires_grad and "decoder" not in name]
-    encoder = [p for p in encoder if p is not model.mask_token]
+    decoder = ("decoder", "mask_token", "mixture")
+    encoder = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(decoder)]
     optimizer = torch.optim.AdamW([*encoder, *head.parameters()], lr=RATE, weight_decay=0.05, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / max(steps // 10, 1)) * (1 - step / steps)
         rows = torch.randint(len(train.labels), (TUNED_AT_ONCE,), generator=generator)
-        tokens = model.forward_features(train.images[rows].to(device))
-        loss = F.cross_entropy(head(tokens[:, 1:].mean(1)), train.labels[rows].to(device))
+        tokens = model.encode(train.images[rows].to(device))
+        loss = F.cross_entropy(head(tokens[:, model.num_prefix_tokens :].mean(1)), train.labels[rows].to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -173,7 +192,7 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def compare(
-    models: dict[str, MaskedAutoencoderViT], split: Split, per_class: int | None = None, pool: str = "mean"
+    models: dict[str, Encoder], split: Split, per_class: int | None = None, pool: str = "mean"
 ) -> dict[str, tuple[float, float]]:
     """Return the accuracies of nearest neighbours and of a linear probe, on features of each model and raw pixels."""
     train = split.train if per_class is None else split.train.few(per_class)

@@ -12,11 +12,12 @@ from ..interop.convert.load import load
 from ..interop.convert.timm import to_timm
 from ..interop.convert.weights import settings_of_model
 from ..models.mae import MaskedAutoencoderViT
+from ..models.masked_autoencoder import MaskedAutoencoder
 
 TARGETS = ("facebook", "huggingface", "timm")
 
 
-def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
+def export(model: MaskedAutoencoder, target: str, out: Path) -> float:
     """Write `model` for facebookresearch/mae (a .pth file), Hugging Face (a folder) or timm (a .safetensors file).
 
     The written model is read back and run on the same images. Calls that a forced
@@ -32,6 +33,11 @@ def export(model: MaskedAutoencoderViT, target: str, out: Path) -> float:
     """
     if target not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}; got {target!r}")
+    if not isinstance(model, MaskedAutoencoderViT):
+        raise ValueError(
+            f"--to {target} takes a MaskedAutoencoderViT, got a {type(model).__name__}: its file, model.safetensors, "
+            "is what fastmim.train.load_run.load_model reads"
+        )
     if out.exists():
         raise ValueError(f"{out} exists already, and nothing is overwritten")
     try:

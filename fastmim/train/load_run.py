@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..interop.convert.load import load
-from ..models.mae import MaskedAutoencoderViT
+from ..models.masked_autoencoder import MaskedAutoencoder
 from .checkpoint import store
 from .config import Config
 
 
 def load_model(
     path: str | Path, *, key: str | None = None, allow_missing: str | Iterable[str] = (), ema: bool = False
-) -> MaskedAutoencoderViT:
+) -> MaskedAutoencoder:
     """Load a model from a run's folder, one of its checkpoints, its final model, or any that `fastmim.load` reads.
 
     From a run's folder it takes the final model, or without one the newest good checkpoint. Checkpoints with a manifest
@@ -20,7 +20,7 @@ def load_model(
     run kept.
 
     Raises:
-        ValueError: a damaged checkpoint, or one of another kind of model; a `key` for a run, which holds one model;
+        ValueError: a damaged checkpoint, or one that `fastmim.load` refuses; a `key` for a run, which holds one model;
             `ema` for a run without an average, or for another checkpoint.
         FileNotFoundError: a folder without a good checkpoint.
     """
@@ -43,10 +43,7 @@ def load_model(
     if ema and not weights_file.is_file():
         raise ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
     if not description.is_file():
-        found = load(path, key=key, allow_missing=allow_missing)
-        if not isinstance(found, MaskedAutoencoderViT):
-            raise ValueError(f"{path} must be of a model of images, got one of videos, a {type(found).__name__}")
-        return found
+        return load(path, key=key, allow_missing=allow_missing)
     if key is not None:
         raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
     try:
@@ -61,7 +58,7 @@ def load_model(
         if ema:
             # of trained parameters alone
             weights |= load_file(weights_file)
-        model = config.build().to(weights["cls_token"].dtype)
+        model = config.build().to(weights["patch_embed.proj.weight"].dtype)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path / 'model.safetensors'} is damaged or not of {description}: {error}") from None

@@ -15,20 +15,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import Batch, PatchBatch
+from ..data import ArrayBatch, PairBatch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
 from .checkpoint.manager import CheckpointManager
-from .config import DTYPES, Config, ConfigError
-from .data import open_loader
+from .config import DTYPES, Config
+from .data import normalised, open_loader
 from .distributed import joined, parallelize, whole
 from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
-from .step import Average, Update, graphed
+from .step import AnyBatch, Average, Update, graphed
+from .values import ConfigError
 
 
 class StepResult(NamedTuple):
@@ -105,15 +106,16 @@ class Trainer:
             yield lock
 
     def _prepare(self) -> None:
-        config, device = self.config, self.processes.device
-        self.loader = open_loader(config, self.processes)
+        self.loader = open_loader(self.config, self.processes)
+        self.config = config = normalised(self.config, self.loader)
+        device = self.processes.device
         self.steps = config.max_steps or config.epochs * len(self.loader)
 
         torch.manual_seed(config.seed)
         dtype = DTYPES[config.dtype]
         self.model = config.build().to(device, torch.float64 if dtype == torch.float64 else torch.float32)
         self.model.set_grad_checkpointing(config.checkpoint_activations)
-        self.masks = Masks(config.mask_settings, self.model.patch_embed.grid_size)
+        self.masks = Masks(config.mask_settings, self.model.grid_size)
         try:
             self.objective = objective.build(config.objective, config.objective_options, self.model)
         except (OSError, TypeError, ValueError) as error:
@@ -130,7 +132,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             config, self.processes, self.objective, self.optimizer, self.average, self.loader, self.lock, self._say
         )
-        self.meter = Meter(self.model, self.masks, config, self.processes, dtype)
+        self.meter = Meter(self.masks, config, self.processes, dtype)
         if not self._resume():
             self._save()
 
@@ -175,7 +177,7 @@ class Trainer:
             if stop and not last:
                 self._stop()
 
-    def _update(self, batch: Batch | PatchBatch) -> None:
+    def _update(self, batch: AnyBatch) -> None:
         """Update the weights by one batch."""
         lr = learning_rate(self.config, self.step, self.steps)
         seeds = mask_seeds(self.config.seed, self.step // len(self.loader), batch.ids)
@@ -240,16 +242,23 @@ class Trainer:
             self.progress.show(line)
 
     @torch.no_grad()
-    def _draw_reconstructions(self, batch: Batch) -> None:
+    def _draw_reconstructions(self, batch: Any) -> None:
         """Draw reconstructions of a few images; all processes of a sharded model must take part."""
-        images = batch.images[:8].to(self.processes.device)
-        seeds = mask_seeds(self.config.seed, 0, batch.ids[:8]).to(self.processes.device)
+        device = self.processes.device
+        part = type(batch)(*(None if values is None else values[:8] for values in batch))
+        seeds = mask_seeds(self.config.seed, 0, part.ids).to(device)
         settings = (
             {"kind": "random", "mask_ratio": self.config.mask_ratio} if self.masks.ranks else self.config.mask_settings
         )
-        mask = Masks({**settings, "decode_ratio": 1.0}, self.model.patch_embed.grid_size)(seeds)
+        valid = part.valid.to(device) if isinstance(part, ArrayBatch) and part.valid is not None else None
+        # all that is removed is drawn
+        settings = {name: value for name, value in settings.items() if name not in ("decode", "decode_ratio")}
+        mask = Masks(settings, self.model.grid_size)(seeds, valid=valid)
+        pair = isinstance(part, PairBatch)
+        images = (part.pair if pair else part.images).to(device)
         with whole(self.parallel):
-            out = self.model(images, mask=mask)
+            context = {"context": self.model.encode(part.images.to(device), None)} if pair else {}
+            out = self.model(images, mask=mask, **context)
         if self.processes.first:
             folder = self.folder / "reconstructions"
             with metrics.forgiving(f"{folder} lacks step {self.step}"):

@@ -2,9 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import masking
@@ -84,13 +86,17 @@ class Masks:
         """Return whether masks depend on the progress of the run."""
         return any(isinstance(self.options.get(name), (list, tuple)) for name in SCHEDULED)
 
-    def __call__(self, seeds: Tensor, progress: float = 0.0, scores: Tensor | None = None) -> Mask:
+    def __call__(
+        self, seeds: Tensor, progress: float = 0.0, scores: Tensor | None = None, valid: Tensor | None = None
+    ) -> Mask:
         """Draw the masks of samples, on the device of their seeds.
 
         Args:
             seeds: (B,) int64.
             progress: share of the run that is done, in 0..1.
             scores: (B, L) floating, for the kinds that rank patches: weights or difficulty.
+            valid: (B, L) bool, the patches that hold data; others are neither kept nor predicted. A row with too few of
+                them to keep one predicts nothing, and keeps patches as if all were valid.
         """
         options = {
             name: value[0] + (value[1] - value[0]) * progress
@@ -98,7 +104,27 @@ class Masks:
             else value
             for name, value in self.options.items()
         }
-        return self._make(self.grid, scores, len(seeds), seeds=seeds, device=seeds.device, **options)
+        source = dict(seeds=seeds, device=seeds.device, **options)
+        if valid is None:
+            return self._make(self.grid, scores, len(seeds), **source)
+        enough = self._enough(valid, options)
+        mask = self._make(self.grid, scores, len(seeds), valid=valid | ~enough, **source)
+        assert mask.valid_predict is not None
+        return replace(mask, valid_predict=mask.valid_predict & enough)
+
+    def _enough(self, valid: Tensor, options: Mapping[str, Any]) -> Tensor:
+        """Return (B, 1) the rows of `valid` of which a mask keeps a patch."""
+        filled, ratio = valid, options.get("mask_ratio")
+        if self.kind == "cells":
+            pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(self.grid) - 1]
+            filled = pool(valid.view(-1, 1, *self.grid).float(), options["cell"]).flatten(1) > 0
+        count: Tensor = filled.sum(1, keepdim=True)
+        if self.kind == "blocks":
+            return count > int(options["num_masked"])
+        if self.kind == "tube" or ratio is None:
+            return count >= 1
+        # as masking.random and masking.cells count
+        return (count.double() * (1 - float(ratio))).long() >= 1
 
     def _counts(self, progress: float) -> tuple[int, int]:
         """Return the numbers of visible and predicted patches."""

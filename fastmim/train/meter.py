@@ -4,23 +4,25 @@ import time
 
 import torch
 
+from ..data import Batch, PairBatch
+from ..masking import Mask
 from ..models.cost import step_flops
-from ..models.mae import MaskedAutoencoderViT
+from ..models.masked_autoencoder import MaskedAutoencoder
 from .config import Config
 from .distributed import Processes
 from .masks import Masks
+from .objective import PixelObjective, takes_pairs
 
 
 class Meter:
     """Clock of a run; the loop adds to `waited` the seconds that it spends waiting for data."""
 
-    def __init__(
-        self, model: MaskedAutoencoderViT, masks: Masks, config: Config, processes: Processes, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, masks: Masks, config: Config, processes: Processes, dtype: torch.dtype) -> None:
         product = dtype if processes.device.type == "cuda" else torch.promote_types(dtype, torch.float32)
         rate = matmul_rate(processes.device, product) * processes.world
-        self.share_of_rate = flops_per_image(model, masks) / rate
-        self.batch_size = config.batch_size
+        self.share_of_rate = flops_per_image(config, masks) / rate
+        # with `repeats` a batch has several crops of an image
+        self.batch_size = config.batch_size * config.data_options.get("repeats", 1)
 
     def start(self, step: int) -> None:
         """Start the clock at a step."""
@@ -40,13 +42,21 @@ class Meter:
         return found
 
 
-def flops_per_image(model: MaskedAutoencoderViT, masks: Masks) -> int:
-    """Return the FLOPs of one image's forward and backward pass, the products that a masked autoencoder needs."""
+def flops_per_image(config: Config, masks: Masks) -> int:
+    """Return the FLOPs of one image's forward and backward pass: matrix products, of objective mae.
+
+    Those that a masked autoencoder needs are known by its sizes. Of models with another decoder or two views those of
+    the ops are counted, on tensors without values.
+    """
     kept, predicted = masks.counts
+    with torch.device("meta"):
+        model = config.build()
+    if getattr(model, "decoder", None) != "self":
+        return _counted(model, kept, predicted)
     visible = model.num_prefix_tokens + kept
     return step_flops(
         model.decoder_pred.out_features,
-        model.cls_token.shape[-1],
+        model.embed_dim,
         len(model.blocks),
         model.mask_token.shape[-1],
         len(model.decoder_blocks),
@@ -56,6 +66,20 @@ def flops_per_image(model: MaskedAutoencoderViT, masks: Masks) -> int:
         queries=predicted,
         scored=predicted,
     )
+
+
+def _counted(model: MaskedAutoencoder, kept: int, predicted: int) -> int:
+    """Return the FLOPs of one image by counting those of a model on the meta device."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        images = torch.empty(1, model.in_chans, *model.img_size)
+        ids = torch.empty(1, model.num_patches, dtype=torch.int64)
+        mask = Mask(ids[:, :kept], ids[:, :predicted], ids, model.num_patches)
+        batch = PairBatch(images, images, None, ids) if takes_pairs(model) else Batch(images, None, ids)
+    with FlopCounterMode(display=False) as counter:
+        PixelObjective(model)(batch, mask).backward()
+    return int(counter.get_total_flops())
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

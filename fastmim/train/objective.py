@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import ops
 from .._checks import check_count, check_number
-from ..data import Batch
+from ..data import Batch, PairBatch
 from ..masking import Mask
 
 
@@ -36,8 +36,9 @@ class Objective(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            batch: images (B, C, *img_size), labels where the data have any, and ids of a process's part of an update.
-                Where the run reads patches alone (the setting patchwise), images are `fastmim.Patches`.
+            batch: a process's part of an update, as the loader gave it: images (B, C, *img_size), labels where the data
+                have any, ids; `pair` of a `PairBatch`, `valid` of an `ArrayBatch`. Where the run reads patches alone
+                (the setting patchwise), it is a `Batch` whose images are `fastmim.Patches`.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
@@ -51,12 +52,20 @@ class Objective(nn.Module):
 
 
 class PixelObjective(Objective):
-    """The model's own loss."""
+    """The model's own loss; of pairs, that of predicting patches of `pair` with `images`, whole, as the second view."""
 
-    def forward(self, batch: Batch, mask: Mask) -> Tensor:
+    def forward(self, batch: Batch | PairBatch, mask: Mask) -> Tensor:
         """Return the loss of the model."""
-        loss: Tensor = self.model(batch.images, mask=mask).loss
+        if isinstance(batch, PairBatch):
+            loss: Tensor = self.model(batch.pair, mask=mask, context=self.model.encode(batch.images, None)).loss
+        else:
+            loss = self.model(batch.images, mask=mask).loss
         return loss
+
+
+def takes_pairs(model: nn.Module) -> bool:
+    """Return whether the model predicts patches of one view with another one."""
+    return getattr(model, "decoder", None) == "both"
 
 
 class Distill(Objective):

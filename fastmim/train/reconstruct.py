@@ -7,33 +7,54 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..models.mae import MaskedAutoencoderViT
+from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.output import MAEOutput
+from ..models.pictures import paste
+from ..nn.patch_embed import normalized
 
 
-def draw_grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput, path: Path) -> None:
+def draw_grid(model: MaskedAutoencoder, images: Tensor, out: MAEOutput, path: Path) -> None:
     """Write the picture of `grid` as a PNG."""
     from PIL import Image
 
     Image.fromarray(grid(model, images, out)).save(path)
 
 
-def grid(model: MaskedAutoencoderViT, images: Tensor, out: MAEOutput) -> np.ndarray[Any, Any]:
+def grid(model: MaskedAutoencoder, images: Tensor, out: MAEOutput) -> np.ndarray[Any, Any]:
     """Return a picture uint8 (B·H, 3·W, 3): a row per image of original, masked image and reconstruction.
 
-    The visible patches are pasted into the reconstruction.
+    The visible patches are pasted into the reconstruction. Of three axes the middle plane of the first is drawn, such
+    as the middle frame of a clip; of one axis a row of pixels for each channel. Three channels are red, green and blue;
+    of other numbers the first is drawn, in grey. Floating images are drawn from the 1st to the 99th percentile of each.
 
     Args:
         model: the model.
-        images: uint8 (B, 3, H, W).
+        images: (B, C, *img_size), uint8, uint16 or floating.
         out: the model's output for the images.
     """
-    original = images.float() / 255
+    if images.is_floating_point():
+        neutral = (0.0,) * model.in_chans, (1.0,) * model.in_chans
+        # in the scale of the targets
+        original = normalized(images, *model._target_stats(images), None).float()
+        made = model.unpatchify(paste(model.patchify(original), out, model.norm_pix_loss, *neutral))
+        low, high = (original.flatten(1).quantile(q, 1).view(-1, *[1] * (images.dim() - 1)) for q in (0.01, 0.99))
+        original, made = ((x - low) / (high - low).clamp(min=1e-6) for x in (original, made))
+    else:
+        original, made = images.float() / torch.iinfo(images.dtype).max, model.reconstruct(images, out).float()
     removed = out.mask[..., None].float()
     hidden = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
-    rows = torch.cat([original, hidden, model.reconstruct(images, out).float()], dim=3)
+    rows = torch.cat([_picture(part.clamp(0, 1)) for part in (original, hidden, made)], dim=3)
     picture: np.ndarray[Any, Any] = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
     return picture
+
+
+def _picture(values: Tensor) -> Tensor:
+    """Return pictures (B, 3, H, W) of values (B, C, *size)."""
+    if values.dim() == 3:
+        return values[:, None].expand(-1, 3, -1, -1)
+    if values.dim() == 5:
+        values = values[:, :, values.shape[2] // 2]
+    return values if values.shape[1] == 3 else values[:, :1].expand(-1, 3, -1, -1)
 
 
 def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .._patches import Patches
-from ..data import Batch, PatchBatch
+from ..data import ArrayBatch, Batch, PairBatch, PatchBatch
 from ..data.masks import joined, tensors
 from ..masking import Mask
 from .config import DTYPES, Config
@@ -18,6 +18,9 @@ from .objective import move_average
 
 # added to the norm of the gradient by torch.nn.utils.clip_grad_norm_ too
 EPS = 1e-6
+
+# what a loader gives
+AnyBatch = Batch | PatchBatch | PairBatch | ArrayBatch
 
 
 class Results(NamedTuple):
@@ -76,11 +79,11 @@ class Update:
         self.model, self.optimizer, self.average = objective.model, optimizer, average
         self.after_update: Callable[[], None] = getattr(objective, "after_update", lambda: None)
 
-    def __call__(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float | Tensor, progress: float = 0.0) -> Results:
+    def __call__(self, batch: AnyBatch, seeds: Tensor, lr: float | Tensor, progress: float = 0.0) -> Results:
         """Update the weights by a batch.
 
         Args:
-            batch: images (B, C, H, W) uint8, or patches with their masks.
+            batch: images (B, C, *img_size), or patches with their masks.
             seeds: (B,) int64, of the masks of images.
             lr: the learning rate; if a tensor, float32 on the device.
             progress: share of the run that is done.
@@ -100,7 +103,7 @@ class Update:
                 with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                     if mask is None:
                         scores = self.objective.scores(part) if self.masks.ranks else None
-                        mask = self.masks(seeds[rows], progress, scores)
+                        mask = self.masks(seeds[rows], progress, scores, getattr(part, "valid", None))
                     loss = self.parallel(part, mask)
                 loss = loss * ((rows.stop - start) / size)
                 loss.backward()
@@ -117,14 +120,16 @@ class Update:
             self.average.update()
         return Results(loss, norm, skipped)
 
-    def _part(self, batch: Batch | PatchBatch, rows: slice) -> tuple[Batch, Mask | None]:
+    def _part(self, batch: AnyBatch, rows: slice) -> tuple[Any, Mask | None]:
         """Return rows of a batch for the objective, and their mask if they are patches."""
-        part = _mapped(batch, lambda values: values[rows])
-        images, mask = (part.patches, part.mask) if isinstance(part, PatchBatch) else (part.images, None)
-        return Batch(self._prepared(images), part.labels, batch.ids[rows]), mask
+        part = _mapped(batch, lambda values: values[rows])._replace(ids=batch.ids[rows])
+        if isinstance(part, PatchBatch):
+            return Batch(self._prepared(part.patches), part.labels, part.ids), part.mask
+        views = {name: self._prepared(getattr(part, name)) for name in ("images", "pair") if name in part._fields}
+        return part._replace(**views), None
 
     def _prepared(self, images: Any) -> Any:
-        """Return uint8 images or patches as they are, which the kernels normalise by float32 constants.
+        """Return images or patches as they are; integers are normalised by the kernels, with float32 constants.
 
         For float64 they are normalised here.
         """
@@ -135,15 +140,17 @@ class Update:
         return self._normalized(images, 1)
 
     def _normalized(self, values: Tensor, axis: int) -> Tensor:
-        """Return uint8 values normalised in float64; `axis` holds the channels, or (channel, pixel) flattened."""
-        channels = len(self.model.mean)
+        """Return values in float64, integers normalised; `axis` holds the channels, or (channel, pixel) flattened."""
+        if values.is_floating_point():
+            return values.to(self.dtype)
+        channels, most = len(self.model.mean), torch.iinfo(values.dtype).max
         apart = values.to(self.dtype).unflatten(axis, (channels, -1))
         shape = [channels, *[1] * (apart.dim() - axis - 1)]
         mean, std = (
             torch.tensor(stat, dtype=self.dtype, device=values.device).view(shape)
             for stat in (self.model.mean, self.model.std)
         )
-        normalized: Tensor = (apart / 255 - mean) / std
+        normalized: Tensor = (apart / most - mean) / std
         return normalized.flatten(axis, axis + 1)
 
     def _clip(self) -> Tensor:
@@ -179,11 +186,11 @@ class GraphedUpdate:
         self.update, self.say = update, say
         device = update.processes.device
         self.stream = torch.cuda.Stream(device)
-        self.inputs: tuple[Batch | PatchBatch, Tensor, Tensor] | None = None
+        self.inputs: tuple[AnyBatch, Tensor, Tensor] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.failed = self.reported = False
 
-    def __call__(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
+    def __call__(self, batch: AnyBatch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
         """Update the weights by a batch, as `Update` does."""
         if self.failed:
             return self.update(batch, seeds, lr, progress)
@@ -203,14 +210,14 @@ class GraphedUpdate:
         # the next replay writes to the same memory
         return Results(*(result.clone() for result in self.results))
 
-    def _copy(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float) -> None:
+    def _copy(self, batch: AnyBatch, seeds: Tensor, lr: float) -> None:
         assert self.inputs is not None
         static, own, rate = self.inputs
         for kept, given in zip([*_tensors(static), own], [*_tensors(batch), seeds]):
             kept.copy_(given, non_blocking=True)
         rate.fill_(lr)
 
-    def _warm_up(self, batch: Batch | PatchBatch, seeds: Tensor, lr: float) -> Results:
+    def _warm_up(self, batch: AnyBatch, seeds: Tensor, lr: float) -> Results:
         """Update on the stream of the capture."""
         device = self.update.processes.device
         self.inputs = (
@@ -227,7 +234,7 @@ class GraphedUpdate:
         current.wait_stream(self.stream)
         return results
 
-    def _capture(self, inputs: tuple[Batch | PatchBatch, Tensor, Tensor]) -> bool:
+    def _capture(self, inputs: tuple[AnyBatch, Tensor, Tensor]) -> bool:
         """Capture the update of `inputs`; return False, and say why, if that fails."""
         optimizer, graph = self.update.optimizer, torch.cuda.CUDAGraph()
         for group in optimizer.param_groups:
@@ -272,17 +279,27 @@ def graphed(update: Update, say: Callable[[str], None]) -> Update | GraphedUpdat
     return GraphedUpdate(update, say)
 
 
-def _mapped(batch: Batch | PatchBatch, function: Callable[[Tensor], Tensor]) -> Batch | PatchBatch:
+def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return a batch of function(each tensor but the ids, which stay on the host)."""
-    labels = None if batch.labels is None else function(batch.labels)
-    if isinstance(batch, Batch):
-        return batch._replace(images=function(batch.images), labels=labels)
-    patches = Patches(function(batch.patches.visible), function(batch.patches.predicted))
-    return batch._replace(patches=patches, mask=joined([batch.mask], function), labels=labels)
+    changed: dict[str, Any] = {}
+    for name, value in zip(batch._fields, batch):
+        if isinstance(value, Patches):
+            changed[name] = Patches(function(value.visible), function(value.predicted))
+        elif isinstance(value, Mask):
+            changed[name] = joined([value], function)
+        elif value is not None and name != "ids":
+            changed[name] = function(value)
+    return batch._replace(**changed)
 
 
-def _tensors(batch: Batch | PatchBatch) -> list[Tensor]:
-    """Return images, or patches and the tensors of their mask."""
-    if isinstance(batch, Batch):
-        return [batch.images]
-    return [batch.patches.visible, batch.patches.predicted, *tensors(batch.mask)]
+def _tensors(batch: AnyBatch) -> list[Tensor]:
+    """Return the tensors of a batch other than labels and ids."""
+    found: list[Tensor] = []
+    for name, value in zip(batch._fields, batch):
+        if isinstance(value, Patches):
+            found += [value.visible, value.predicted]
+        elif isinstance(value, Mask):
+            found += tensors(value)
+        elif value is not None and name not in ("labels", "ids"):
+            found.append(value)
+    return found

@@ -115,6 +115,7 @@ def test_forbidden_imports_are_found(part, source):
 def test_public_names():
     assert fastmim.__all__ == sorted(fastmim.__all__) == [
         "CroCo",
+        "CropMAE",
         "CrossMAE",
         "Encoder",
         "MAEOutput",
@@ -123,6 +124,7 @@ def test_public_names():
         "MaskedAutoencoderViT",
         "Patches",
         "Pixio",
+        "SimMIM",
         "UnsupportedModelError",
         "VideoMAE",
         "__version__",
@@ -130,6 +132,8 @@ def test_public_names():
         "croco2_vit_base_patch16",
         "croco2_vit_large_patch16",
         "croco_vit_base_patch16",
+        "cropmae_vit_base_patch16",
+        "cropmae_vit_small_patch16",
         "crossmae_vit_base_patch16",
         "crossmae_vit_large_patch16",
         "crossmae_vit_small_patch16",
@@ -149,6 +153,7 @@ def test_public_names():
         "pixio_vit_huge_patch16",
         "pixio_vit_large_patch16",
         "restore",
+        "simmim_vit_base_patch16",
         "to_facebook",
         "to_huggingface",
         "to_timm",

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from ..._version import __version__
-from ...data import ImageLoader
+from ...data.base_loader import Loader
 from ...data.lock import Lock
-from ..config import IDENTITY, Config, ConfigError
+from ..config import IDENTITY, Config
 from ..distributed import Processes
 from ..step import Average
+from ..values import ConfigError
 from . import state, store
 from .writer import BackgroundWriter
 
@@ -41,7 +42,7 @@ class CheckpointManager:
         objective: nn.Module,
         optimizer: torch.optim.Optimizer,
         average: Average | None,
-        loader: ImageLoader,
+        loader: Loader,
         lock: Lock | None,
         say: Callable[[str], None],
     ) -> None:
@@ -162,10 +163,16 @@ class CheckpointManager:
         if saved.get("format") != FORMAT:
             raise ConfigError(f"{path} is of format {saved.get('format')!r}, this version reads {FORMAT}")
         # settings that an older version did not have
-        added = {entry.name: entry.default for entry in dataclasses.fields(Config)} | {"objective_options": {}}
+        added = {
+            entry.name: entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+            for entry in dataclasses.fields(Config)
+        }
         was, now = added | saved["config"], self.config.to_dict()
         changed = {
-            key: f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
+            key: f"{key} was {was.get(key)!r}, is {value!r}"
+            for key, value in now.items()
+            # NaN differs from itself
+            if was.get(key) != value and repr(was.get(key)) != repr(value)
         }
         if wrong := [changed[key] for key in IDENTITY if key in changed]:
             raise ConfigError(f"output_dir {self.run} holds another run: {'; '.join(wrong)}; choose another output_dir")

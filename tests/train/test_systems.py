@@ -1,0 +1,201 @@
+"""Runs of every model by its name, of pairs of views, and what their commands can do with them."""
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from small_run import SETTINGS, outcome
+
+import fastmim
+from fastmim import cli
+from fastmim.data import PairBatch
+from fastmim.models.masked_autoencoder import MaskedAutoencoder
+from fastmim.train import Config, ConfigError, Trainer
+from fastmim.train.load_run import load_model
+from fastmim.train.registry import MODELS, SHORT
+
+SMALL = SETTINGS["model_options"]
+
+SYSTEMS = {
+    "crossmae_vit_small_patch16": {},
+    "croco_vit_base_patch16": {"inner": [0.3, 0.6]},
+    "croco2_vit_base_patch16": {"inner": [0.3, 0.6]},
+    "pixio_vit_base_patch16": {"mask": {"kind": "cells", "cell": 2, "mask_ratio": 0.75}, "model_options.cell": 2},
+    "cropmae_vit_small_patch16": {"inner": [0.3, 0.6]},
+    "simmim_vit_base_patch16": {"mask": {"kind": "cells", "cell": 2, "mask_ratio": 0.6}},
+    "MaskedAutoencoder": {"model_options.decoder": "cross"},
+}
+
+
+def settings_of(name: str, **changes) -> dict:
+    settings = {"model": name, "model_options": dict(SMALL), "max_steps": 6, "checkpoint_every": 3} | changes
+    for key, value in SYSTEMS.get(name, {}).items():
+        table, _, option = key.partition(".")
+        if option:
+            settings[table][option] = value
+        else:
+            settings[key] = value
+    return settings
+
+
+def run(config) -> Trainer:
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+def curve_of(folder) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def resumed(make, name: str, folder, steps: int, back: int, **settings) -> None:
+    """Check that a run which lost its last checkpoint ends with the same weights."""
+    before = outcome(folder / name)
+    shutil.rmtree(folder / name / "final")
+    shutil.rmtree(folder / name / "checkpoints" / f"step-{steps:08}")
+    assert (folder / name / "checkpoints" / f"step-{back:08}").is_dir()
+    run(make(name, **settings))
+    assert outcome(folder / name) == before
+
+
+def test_every_public_model_can_be_named():
+    public = [getattr(fastmim, name) for name in fastmim.__all__]
+    functions = {value.__name__ for value in public if inspect.isfunction(value) and "_vit_" in value.__name__}
+    classes = {value.__name__ for value in public if inspect.isclass(value) and issubclass(value, MaskedAutoencoder)}
+    assert set(MODELS) == functions | classes
+    assert list(SHORT) == ["tiny", "small", "base", "large", "huge"]
+
+
+# the others run as shipped configs
+RUN = list(SYSTEMS) if os.environ.get("FASTMIM_TEST_ALL") == "1" else ["croco2_vit_base_patch16", "MaskedAutoencoder"]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_run_of_each_system(config, tmp_path, name):
+    settings = settings_of(name, reconstruct_every=3)
+    trainer = run(config(**settings))
+    losses = curve_of(tmp_path / "run")
+    assert all(map(torch.isfinite, torch.tensor(losses))) and min(losses[-2:]) < losses[0]
+    with Image.open(tmp_path / "run" / "reconstructions" / "step-00000006.png") as grid:
+        assert grid.size == (3 * 16, 4 * 16)
+    resumed(config, "run", tmp_path, 6, 3, **settings)
+    model = load_model(tmp_path / "run")
+    assert type(model) is type(trainer.model)
+    assert all(torch.equal(value, trainer.model.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_pair_is_predicted_with_the_other_view_as_context(config):
+    trainer = Trainer(config(**settings_of("croco_vit_base_patch16", max_steps=1)))
+    trainer.run()
+    batch = next(iter(trainer.loader))
+    assert isinstance(batch, PairBatch)
+    mask = trainer.masks(torch.arange(4))
+    model = trainer.model
+    expected = model(batch.pair, mask=mask, context=model.encode(batch.images, None)).loss
+    assert torch.equal(trainer.objective(batch, mask), expected)
+
+
+@pytest.mark.parametrize(
+    "name, size, options, expected",
+    [
+        ("tiny", 32, {}, True),
+        ("MaskedAutoencoder", 32, {"patch_size": 16}, True),
+        ("crossmae_vit_base_patch16", 32, {}, True),
+        ("videomae_vit_small_patch16", [4, 32, 32], {}, "channel"),
+    ],
+)
+def test_norm_pix_loss_is_that_of_the_paper(name, size, options, expected):
+    auto = Config("x", "y", model=name, image_size=size, model_options=options)
+    given = Config("x", "y", model=name, image_size=size, model_options=options, norm_pix_loss=False)
+    with torch.device("meta"):
+        assert auto.norm_pix_loss == expected == auto.build().norm_pix_loss
+        assert given.norm_pix_loss is False is given.build().norm_pix_loss
+
+
+def test_settings_of_an_earlier_version_still_resume(config, straight, tmp_path):
+    """Continue from a checkpoint whose config has none of the newer keys."""
+    shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    place = tmp_path / "run" / "checkpoints" / "step-00000008"
+    state = json.loads((place / "state.json").read_text())
+    for key in ("in_chans", "inner", "data_options", "patchwise", "objective", "objective_options", "mask", "ema"):
+        del state["config"][key]
+    state["config"]["model_options"]["in_chans"] = 3
+    (place / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((place / "manifest.json").read_text())
+    data = (place / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    run(config(model_options={**SMALL, "in_chans": 3}))
+    assert outcome(tmp_path / "run") == outcome(straight)
+
+
+BAD = [
+    (
+        {"model": "CroCo"},
+        "inner must be given for model CroCo, which takes pairs of views, unless data is a list of pairs",
+    ),
+    ({"inner": [0.3, 0.6]}, "inner must be none for model mae_vit_tiny_patch16, which takes one view"),
+    ({"model": "CroCo", "inner": [0.6, 0.3]}, r"inner must be two ascending shares in \(0, 1\], got \[0.6, 0.3\]"),
+    (
+        {"model": "CroCo", "inner": [0.3, 0.6], "patchwise": True},
+        "with a model that takes pairs, of which one is whole",
+    ),
+    ({"model": "CroCo", "inner": [0.3, 0.6], "objective": "distill"}, "objective must not be distill for model CroCo"),
+    (
+        {"model": "VideoMAE", "image_size": 16, "model_options": {}},
+        r"image_size must be \[frames, height, width\] for model VideoMAE, got 16",
+    ),
+    ({"in_chans": 4}, r"holds pictures, of 3 channels on 2 axes; got in_chans 4 and image_size \[16, 16\]"),
+    ({"in_chans": 0}, "in_chans must be at least 1, got 0"),
+    ({"image_size": [16, 16, 16, 16]}, "image_size must be an int or a list of 1 to 3"),
+    ({"image_size": []}, "image_size must be an int or a list of 1 to 3"),
+    ({"image_size": "16"}, "image_size must be an int or a list of 1 to 3, got '16'"),
+    ({"image_size": [16, 16, 16]}, "image_size"),
+    ({"norm_pix_loss": "patch"}, 'norm_pix_loss must be true, false, "channel" or "auto", got .patch.'),
+    ({"data_options": {"nodata": 0}}, "data_options has no 'nodata' for data .*; valid ones are ratio, repeats"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD)
+def test_what_can_not_be_served_is_one_clear_line(config, changes, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        run(config(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_needs_its_arguments(config):
+    with pytest.raises(ConfigError, match="model_options must hold patch_size for model MaskedAutoencoder"):
+        config(model="MaskedAutoencoder", model_options={"embed_dim": 16})
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def crossed(one_thread, photos, tmp_path_factory):
+    """A finished run of a model that is not facebookresearch/mae's."""
+    folder = tmp_path_factory.mktemp("crossed")
+    Trainer({"data": str(photos), "output_dir": str(folder), **SETTINGS, **settings_of("MaskedAutoencoder")}).run()
+    return folder
+
+
+def test_commands_serve_other_models_of_pictures(crossed, photos, tmp_path, capsys):
+    for label in ("a", "b"):
+        shutil.copytree(photos, tmp_path / "data" / label)
+    assert cli.main(["reconstruct", str(crossed), str(photos), "--count", "2", "-o", str(tmp_path / "grid.png")]) == 0
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (3 * 16, 2 * 16)
+    assert cli.main(["evaluate", str(crossed), str(tmp_path / "data")]) == 0
+    assert "random encoder" in capsys.readouterr().out
+    assert cli.main(["export", str(crossed), "--to", "timm", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastmim: --to timm takes a MaskedAutoencoderViT, got a MaskedAutoencoder") and (
+        error.count("\n") == 1
+    )
