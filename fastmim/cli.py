@@ -99,17 +99,15 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "for all",
     )
     _add_arrays(parser, "with --patch-size, ")
-    _add_pack_videos(parser)
+    add = parser.add_argument
+    add(
+        "--frame-stride",
+        type=_count,
+        metavar="N",
+        help="SOURCE holds videos, as ClipLoader reads them: store every N-th frame, by default in patches of 2,16,16",
+    )
+    add("--clip-length", type=_count, metavar="N", help="with --frame-stride, most frames to store, from the middle")
     _add_threads(parser)
-
-
-def _add_pack_videos(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "videos, for ClipLoader: SOURCE is a folder, or a file of paths and labels"
-    ).add_argument
-    add("--frame-stride", type=_count, metavar="N", help="pack every N-th frame: the sampling_rate of clips")
-    add("--clip-length", type=_count, metavar="N", help="most frames to pack of a video, from its middle. Default: all")
-    add("--tube", type=_count, nargs=3, metavar="N", help="frames, height and width of a patch. Default: 2 16 16")
 
 
 def _pack_videos(args: argparse.Namespace) -> int:
@@ -119,11 +117,11 @@ def _pack_videos(args: argparse.Namespace) -> int:
     from .data.clip_pack import pack_videos
 
     if args.frame_stride is None:
-        raise ValueError("--clip-length and --tube need --frame-stride, which packs videos")
+        raise ValueError("--clip-length needs --frame-stride, which packs videos")
     total = len(open_videos(args.source).names)
     options = {"short_side": args.short_side, "frame_stride": args.frame_stride, "clip_length": args.clip_length}
-    if args.tube is not None:
-        options["patch_size"] = args.tube
+    if args.patch_size is not None:
+        options["patch_size"] = args.patch_size
     with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
         packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
     bad = len(packed.reasons)
@@ -140,10 +138,9 @@ def _pack(args: argparse.Namespace) -> int:
 
     Arrays keep their values, without what lies beyond the last whole patch of an axis. Each patch has a checksum and is
     one contiguous read, so that ArrayLoader reads in proportion to the patches that a mask keeps or predicts.
-
-    With --frame-stride SOURCE holds videos, and OUT is a source of ClipLoader.
+    Videos, with --frame-stride, are decoded once and stored likewise, for ClipLoader.
     """
-    if (args.frame_stride, args.clip_length, args.tube) != (None, None, None):
+    if args.frame_stride is not None or args.clip_length is not None:
         return _pack_videos(args)
     from tqdm import tqdm
 
@@ -193,9 +190,9 @@ def _add_check_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
+    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     parser.add_argument("--arrays", action="store_true", help="SOURCE holds arrays, as ArrayLoader reads them")
     _add_arrays(parser, "with --arrays, ")
-    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     _add_threads(parser)
 
 
@@ -206,7 +203,7 @@ def _check_data(args: argparse.Namespace) -> int:
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
     not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
-    dataset all checksums are compared. With --videos every frame of each video is decoded.
+    dataset all checksums are compared. With --videos, every frame of each video is decoded.
 
     With --arrays, every array is read in full. Those that can't be served are listed likewise, also for channels or a
     dtype other than those of the first, NaN without --nodata, and infinity. Sizes, dtypes and the share of missing data

@@ -1,5 +1,6 @@
 """Videos as ClipLoader reads them: formats and sources, frames after a seek, and files that can't be served."""
 
+import contextlib
 import logging
 import os
 
@@ -143,6 +144,21 @@ def test_files_that_are_no_videos(tmp_path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
     assert reason(tmp_path / "sound.mp4") == "it has no video stream"
+
+
+def test_damage_anywhere_raises_nothing_else(tmp_path):
+    random, path = np.random.default_rng(0), tmp_path / "damaged"
+    for name in ("a.mp4", "a.mkv", "a.ts"):
+        data = np.frombuffer(videos.write(tmp_path / name, 12).read_bytes(), np.uint8)
+        for count in (1, 3, 10, 30, 100):
+            damaged = data.copy()
+            damaged[random.integers(len(data), size=count)] = random.integers(256, size=count)
+            path.write_bytes(damaged[: len(data) - count])
+            with contextlib.suppress(Unreadable), opened(path) as video:
+                video.read([video.frames - 1])
+    data = (tmp_path / "a.mp4").read_bytes()
+    path.write_bytes(data.replace(b"avc1", b"none"))
+    assert reason(path) == "it is of a codec that is not known"
 
 
 def test_a_video_without_key_frames(tmp_path):
