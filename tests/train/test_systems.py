@@ -139,7 +139,7 @@ def test_settings_of_an_earlier_version_still_resume(config, straight, tmp_path)
 BAD = [
     (
         {"model": "CroCo"},
-        "inner must be given for model CroCo, which takes pairs of views, unless data is a list of pairs",
+        "data must be a list of pairs, or inner given, for model CroCo, which takes two views",
     ),
     ({"inner": [0.3, 0.6]}, "inner must be none for model mae_vit_tiny_patch16, which takes one view"),
     ({"model": "CroCo", "inner": [0.6, 0.3]}, r"inner must be two ascending shares in \(0, 1\], got \[0.6, 0.3\]"),
