@@ -14,11 +14,12 @@ namespace py = pybind11;
 
 namespace {
 
-// Memory that Python owns, contiguous
-py::buffer_info contiguous(const char* name, const py::buffer& buffer, int64_t item, bool writable = false) {
+// Memory that Python owns, contiguous, or only its rows: the axes from `first` on
+py::buffer_info contiguous(const char* name, const py::buffer& buffer, int64_t item, bool writable = false,
+                           int64_t first = 0) {
   py::buffer_info info = buffer.request(writable);
   bool dense = info.itemsize == item;
-  for (int64_t axis = info.ndim - 1, step = item; axis >= 0; step *= info.shape[axis--])
+  for (int64_t axis = info.ndim - 1, step = item; axis >= first; step *= info.shape[axis--])
     dense &= info.shape[axis] < 2 || info.strides[axis] == step;
   TORCH_CHECK_VALUE(dense, name, " must be contiguous, of ", item, " bytes a value");
   return info;
@@ -49,7 +50,7 @@ int64_t resample(const py::list& sources, const py::buffer& boxes, const py::obj
                  int64_t height, int64_t width, int64_t patch_height, int64_t patch_width, int threads) {
   std::vector<py::buffer_info> memory;
   for (const py::handle& source : sources) memory.push_back(contiguous("source", source.cast<py::buffer>(), 1));
-  const py::buffer_info box_info = contiguous("boxes", boxes, 8), target = contiguous("out", out, 1, true);
+  const py::buffer_info box_info = contiguous("boxes", boxes, 8), target = contiguous("out", out, 1, true, 1);
   constexpr int64_t kBox = 6;
   const bool whole = ids.is_none();
   py::buffer_info patches;
@@ -63,6 +64,8 @@ int64_t resample(const py::list& sources, const py::buffer& boxes, const py::obj
                 count = whole ? limit : patches.shape[1], bytes = count * patch_height * patch_width * 3;
   TORCH_CHECK_VALUE(target.size == crops * bytes && (whole ? limit == 1 : patches.shape[0] == crops), "out must have ",
                     crops * bytes, " bytes, got ", target.size);
+  const int64_t step = crops > 1 && target.ndim > 0 ? target.strides[0] : bytes;
+  TORCH_CHECK_VALUE(step >= bytes, "rows of out must not overlap");
   std::vector<Resample> all(crops);
   for (int64_t i = 0; i < crops; ++i) {
     const int64_t* box = static_cast<const int64_t*>(box_info.ptr) + i * kBox;
@@ -87,7 +90,7 @@ int64_t resample(const py::list& sources, const py::buffer& boxes, const py::obj
               count,
               id,
               !whole,
-              static_cast<uint8_t*>(target.ptr) + i * bytes,
+              static_cast<uint8_t*>(target.ptr) + i * step,
               nullptr};
   }
   const py::gil_scoped_release release;

@@ -49,8 +49,8 @@ class Crops:
 
     @property
     def rows(self) -> int:
-        """Number of crops per image, with `inner` those inside others too."""
-        return self.repeats if self.inner is None else 2 * self.repeats
+        """Number of rows of a batch that an image gives: two for a crop and one inside it, unless that is patches."""
+        return self.repeats if self.inner is None or self.patch is not None else 2 * self.repeats
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,)."""

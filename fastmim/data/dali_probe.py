@@ -26,7 +26,7 @@ import torch
 from .._version import __version__
 from . import images
 from .crops import Crop, Crops
-from .resample import Cut, cut
+from .resample import Resampled, cut
 
 # seconds; they include starting CUDA and DALI
 LIMIT = 120.0
@@ -142,7 +142,7 @@ def check(device: torch.device, regions: bool) -> None:
             if found is None:
                 raise RuntimeError("DALI gives no pixels of a plain JPEG")
             assert isinstance(job, Job)
-            assert not isinstance(found, Cut)
+            assert not isinstance(found, Resampled)
             for crop, pixels in zip(job.crops, found, strict=True):
                 _compare(pixels.cpu().numpy() if isinstance(pixels, torch.Tensor) else pixels, data, crop, crops)
     finally:

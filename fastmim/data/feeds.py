@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
 from .crops import Crops
 from .images import Unreadable
@@ -197,48 +196,50 @@ class Mapped:
     ) -> None:
         self.supply, self.source, self.crops, self.threads, self.seed = supply, source, crops, threads, seed
         self.masks = masks
-        # samples drawn at once, with their crops and masks, and how many of them were taken
-        self._samples, self._boxes = np.empty(0, np.int64), np.empty((0, crops.rows, 5), np.int64)
+        # samples drawn at once, with their crops, masks and the patches of those, and how many of them were taken
+        self._samples, self._places = np.empty(0, np.int64), np.empty((0, 0, 6), np.int64)
         self._mask: Any = None
+        self._ids: Ints | None = None
         self._at = 0
 
-    def _draw(self, count: int) -> tuple[Ints, Ints, Any]:
-        samples = self.supply.next(count)
-        draws = self.crops.draws(self.seed, self.supply.epoch, samples)
-        boxes = self.crops.boxes(draws, *self.source.sizes(samples))
-        rows = np.repeat(samples, self.crops.rows)
-        return samples, boxes, None if self.masks is None else self.masks.of(self.supply.epoch, rows)
+    def _draw(self, count: int) -> None:
+        samples, epoch, repeats = self.supply.next(count), self.supply.epoch, self.crops.rows
+        boxes = self.crops.boxes(self.crops.draws(self.seed, epoch, samples), *self.source.sizes(samples))
+        self._samples, self._places, self._at = samples, self.source.places(samples, boxes), 0
+        if self.masks is not None:
+            self._mask = self.masks.of(epoch, np.repeat(samples, repeats))
+            self._ids = ids_of(self._mask)
 
     def take(self, count: int) -> Taken:
-        reasons, crops = self.source.reasons, self.crops.rows
+        reasons, repeats = self.source.reasons, self.crops.rows
         good, rows, masks, bad = list[int](), list[Row](), list[Any](), list[tuple[int, str]]()
         while count:
             if self._at == len(self._samples):
                 # no more than the shard's own part has left, where that is enough
                 left = self.supply.own - self.supply.at
-                self._samples, self._boxes, self._mask = self._draw(max(count, min(DRAWN, left)))
-                self._at = 0
-            part = slice(self._at, self._at + count)
-            samples, boxes = self._samples[part], self._boxes[part]
-            place = np.arange(self._at, self._at + len(samples))
-            self._at += len(samples)
-            count -= len(samples)
+                self._draw(max(count, min(DRAWN, left)))
+            end = min(self._at + count, len(self._samples))
+            # of samples, and of their crops
+            place: slice | Ints = slice(self._at, end)
+            row: slice | Ints = slice(self._at * repeats, end * repeats)
+            samples = self._samples[place]
             if reasons:
                 bad += [(sample, reasons[sample]) for sample in samples.tolist() if sample in reasons]
-                readable = np.array([sample not in reasons for sample in samples.tolist()])
-                samples, boxes, place = samples[readable], boxes[readable], place[readable]
+                readable = [sample not in reasons for sample in samples.tolist()]
+                place = self._at + np.flatnonzero(readable)
+                row = (place[:, None] * repeats + np.arange(repeats)).reshape(-1)
+                samples = self._samples[place]
+            count, self._at = count - (end - self._at), end
             if not len(samples):
                 continue
             if unverified := self.source.unverified(samples):
                 with ThreadPoolExecutor(self.threads, "fastmim-verify") as pool:
                     list(pool.map(self.source.read, unverified))
-            ids = None
             if self._mask is not None:
-                at = (place[:, None] * crops + np.arange(crops)).reshape(-1)
-                masks.append(rows_at(self._mask, torch.from_numpy(at)))
-                ids = ids_of(masks[-1])
+                masks.append(rows_at(self._mask, row))
+            ids = None if self._ids is None else self._ids[row]
             good += samples.tolist()
-            rows.append(self.source.cut(samples, boxes, self.crops, ids, self.threads))
+            rows.append(self.source.cut(self._places[place].reshape(-1, 6), self.crops, ids, self.threads))
         return Taken(good, rows, masks, bad)
 
     def close(self) -> None:

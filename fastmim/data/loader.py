@@ -59,13 +59,16 @@ class PatchBatch(NamedTuple):
 class PairBatch(NamedTuple):
     """A batch of two views of each image.
 
-    images, pair: uint8 (B, 3, H, W), the crop and the second crop inside it. Both are views of one tensor, in which
-        they take turns; the values of each are in channels_last order.
+    images: uint8 (B, 3, H, W) in channels_last order, the first view, which is always whole: with `inner` the crop.
+    pair: the second view, which a model reconstructs: with `inner` the crop inside the first; uint8 (B, 3, H, W), or
+        with `patch_size` a `PatchBatch` of its patches and their mask, with the same labels and ids.
     labels, ids: as in `Batch`.
+
+    The images and what `pair` holds of pixels are views of one tensor.
     """
 
     images: Tensor
-    pair: Tensor
+    pair: Tensor | PatchBatch
     labels: Tensor | None
     ids: Tensor
 
@@ -126,7 +129,8 @@ class ImageLoader(Loader):
         inner: (low, high) share of each crop's area that a second crop, inside the first, covers: yield `PairBatch`
             instead of `Batch`, as CropMAE does (Eymaël et al., ECCV 2024). It is resampled from the image itself, its
             `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
-            the same as without `inner`.
+            the same as without `inner`. With patch_size, patches of the second crops alone are read, and the first ones
+            whole: masks and ids are those of the second.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -163,8 +167,6 @@ class ImageLoader(Loader):
         intervals = interval("scale", scale, 1.0), interval("ratio", ratio, None)
         patch = patch_of((height, width), patch_size, masking)
         second = None if inner is None else interval("inner", inner, 1.0)
-        if second is not None and patch is not None:
-            raise ValueError(f"inner must be None with patch_size, which reads one view of an image; got {inner!r}")
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
             lambda: open_source(source),
@@ -206,12 +208,19 @@ class ImageLoader(Loader):
         )
 
     def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch | PairBatch:
-        if self.crops.inner is not None:
-            images, pair = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
-            return PairBatch(images, pair, labels, ids)
         if mask is None:
-            return Batch(values.permute(0, 3, 1, 2), labels, ids)
-        return PatchBatch.of(values, mask, labels, ids)
+            images = values.permute(0, 3, 1, 2)
+            if self.crops.inner is None:
+                return Batch(images, labels, ids)
+            first, second = images.unflatten(0, (-1, 2)).unbind(1)
+            return PairBatch(first, second, labels, ids)
+        if self.crops.inner is None:
+            return PatchBatch.of(values, mask, labels, ids)
+        height, width = self.crops.size
+        split = 3 * height * width
+        images = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
+        patches = values[:, split:].unflatten(1, (mask.ids_keep.shape[1] + mask.ids_predict.shape[1], -1))
+        return PairBatch(images, PatchBatch.of(patches, mask, labels, ids), labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops = self.crops

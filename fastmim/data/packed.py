@@ -23,7 +23,7 @@ from .crops import Crops
 from .images import Unreadable
 from .lock import NAME as LOCK
 from .philox import Ints
-from .resample import Cut, Pixels
+from .resample import Pixels, Resampled, cut_from
 
 INDEX = "packed.json"
 FORMAT = "fastmim packed dataset 1"
@@ -167,16 +167,23 @@ class Packed:
         """Return the widths and the heights of images; 0 of those that couldn't be read."""
         return self._places[samples, 2], self._places[samples, 1]
 
-    def cut(self, samples: Ints, boxes: Ints, crops: Crops, ids: Ints | None, threads: int) -> Cut:
-        """Return the crops `boxes` (n, repeats, 5) of images (n,), to be resampled from mapped memory."""
-        shards, which = np.unique(samples // self._shard_size, return_inverse=True)
-        repeats = boxes.shape[1]
-        start, _, width = self._places[np.repeat(samples, repeats), :3].T
-        left, top, box_width, box_height, flip = boxes.reshape(-1, 5).T
-        step = 3 * width
-        rows = np.repeat(which, repeats), start + step * top + 3 * left, step, box_height, box_width, flip
-        sources = [self._mapped(shard) for shard in shards.tolist()]
-        return Cut(sources, np.stack(rows, 1), crops.size, crops.patch, ids, threads)
+    def places(self, samples: Ints, boxes: Ints) -> Ints:
+        """Return where the crops `boxes` (n, repeats, 5) of images (n,) lie, (n, repeats, 6).
+
+        These are the shard, the first byte there, bytes from a row to the next, height, width, and 1 to mirror it.
+        """
+        start, _, width = self._places[samples, :3].T[..., None]
+        left, top, box_width, box_height, flip = np.moveaxis(boxes, 2, 0)
+        columns = samples[:, None] // self._shard_size, start + 3 * (width * top + left), 3 * width
+        return np.stack(np.broadcast_arrays(*columns, box_height, box_width, flip), 2)
+
+    def cut(self, places: Ints, crops: Crops, ids: Ints | None, threads: int) -> Resampled:
+        """Return the crops at `places` (m, 6), to be resampled from mapped memory."""
+        shards = places[:, 0].tolist()
+        numbers = {shard: number for number, shard in enumerate(dict.fromkeys(shards))}
+        boxes = places.copy()
+        boxes[:, 0] = [numbers[shard] for shard in shards]
+        return cut_from([self._mapped(shard) for shard in numbers], boxes, crops, ids, threads)
 
     def checksum(self, sample: int) -> int:
         """Return the CRC-32 of an image's pixels, 0 where there are none."""

@@ -5,6 +5,8 @@ every processor and with or without fastmim's C++ kernels, rarely more than 1 gr
 than 2. (A Pillow that makes the vertical pass first is farther away.)
 """
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +22,33 @@ from .philox import Ints
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
+class Resampled(ABC):
+    """Rows of a batch that are yet to be resampled."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result; its first axis is that of rows."""
+
+    @abstractmethod
+    def write(self, out: Pixels) -> int:
+        """Write the result to memory of as many bytes a row, and return the number of pixels that both passes computed.
+
+        Each row of `out` must be contiguous.
+        """
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def made(self) -> Pixels:
+        """Return the result."""
+        out = np.empty(self.shape, np.uint8)
+        self.write(out)
+        return out
+
+
 @dataclass(frozen=True)
-class Cut:
+class Cut(Resampled):
     """Crops that are to be resampled.
 
     sources: contiguous memory that holds the images.
@@ -40,18 +67,14 @@ class Cut:
     ids: Ints | None = None
     threads: int = 1
 
-    def __len__(self) -> int:
-        return len(self.boxes)
-
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the result: (n, H, W, 3), or of patches (n, k, 3 * h * w) with the values in order (3, h, w)."""
         if self.ids is None or self.patch is None:
-            return len(self), *self.size, 3
+            return len(self.boxes), *self.size, 3
         return *self.ids.shape, 3 * self.patch[0] * self.patch[1]
 
     def write(self, out: Pixels) -> int:
-        """Write the result to contiguous memory, and return the number of pixels that both passes computed."""
         if _backends.resample is not None:
             patch = self.size if self.ids is None or self.patch is None else self.patch
             return _backends.resample(self.sources, self.boxes, self.ids, out, *self.size, *patch, self.threads)
@@ -59,7 +82,8 @@ class Cut:
             strides, first = (step, 3, 1), self.sources[source].reshape(-1)[start:]
             box = np.lib.stride_tricks.as_strided(first, (height, width, 3), strides, writeable=False)
             whole = _resize(box, self.size)[:, :: -1 if flip else 1]
-            out[row] = whole if self.ids is None else self._patches(whole)[self.ids[row]]
+            made = whole if self.ids is None else self._patches(whole)[self.ids[row]]
+            out[row].reshape(-1)[...] = made.reshape(-1)
         return int((self.boxes[:, 3] * self.size[1]).sum()) + len(self) * self.size[0] * self.size[1]
 
     def _patches(self, whole: Pixels) -> Pixels:
@@ -69,11 +93,26 @@ class Cut:
         grid = whole.reshape(self.size[0] // h, h, self.size[1] // w, w, 3)
         return grid.transpose(0, 2, 4, 1, 3).reshape(-1, 3 * h * w)
 
-    def made(self) -> Pixels:
-        """Return the result."""
-        out = np.empty(self.shape, np.uint8)
-        self.write(out)
-        return out
+
+@dataclass(frozen=True)
+class Views(Resampled):
+    """Crops, and patches of the second crops inside them. A row has the bytes of a crop, then those of its patches."""
+
+    first: Cut
+    second: Cut
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.first), sum(self._bytes)
+
+    @property
+    def _bytes(self) -> tuple[int, int]:
+        """Bytes of a row that each part has."""
+        return math.prod(self.first.shape[1:]), math.prod(self.second.shape[1:])
+
+    def write(self, out: Pixels) -> int:
+        split = self._bytes[0]
+        return self.first.write(out[:, :split]) + self.second.write(out[:, split:])
 
 
 def _resize(box: Pixels, size: tuple[int, int]) -> Pixels:
@@ -85,7 +124,7 @@ def _resize(box: Pixels, size: tuple[int, int]) -> Pixels:
     return out
 
 
-def cut(image: Any, boxes: Ints | Sequence[Crop], crops: Crops, ids: Ints | None = None) -> Cut:
+def cut(image: Any, boxes: Ints | Sequence[Crop], crops: Crops, ids: Ints | None = None) -> Resampled:
     """Return the crops `boxes` (n, 5) of a PIL image, or of pixels (H, W, 3), to be made as `crops` says."""
     if isinstance(image, np.ndarray):
         step = 3 * image.shape[1]
@@ -94,7 +133,21 @@ def cut(image: Any, boxes: Ints | Sequence[Crop], crops: Crops, ids: Ints | None
         sources = [np.asarray(image.crop((x, y, x + width, y + height))) for x, y, width, height, _ in boxes]
         places = [(place, 0, 3 * box[2]) for place, box in enumerate(boxes)]
     rows = [(*place, height, width, flip) for place, (_, _, width, height, flip) in zip(places, boxes)]
-    return Cut(sources, np.array(rows, dtype=np.int64).reshape(-1, 6), crops.size, crops.patch, ids)
+    return cut_from(sources, np.array(rows, dtype=np.int64).reshape(-1, 6), crops, ids)
+
+
+def cut_from(
+    sources: Sequence[Pixels], boxes: Ints, crops: Crops, ids: Ints | None = None, threads: int = 1
+) -> Resampled:
+    """Return the crops `boxes` (n, 6) of memory, as `Cut` describes them, to be made as `crops` says.
+
+    `ids` are patches of each crop, with `inner` those of each second crop.
+    """
+    if crops.inner is None or ids is None:
+        return Cut(sources, boxes, crops.size, crops.patch, ids, threads)
+    first, second = (np.ascontiguousarray(boxes[start::2]) for start in (0, 1))
+    whole = Cut(sources, first, crops.size, threads=threads)
+    return Views(whole, Cut(sources, second, crops.size, crops.patch, ids, threads))
 
 
 def resized(image: Any, size: tuple[int, int]) -> Pixels:

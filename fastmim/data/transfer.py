@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from .masks import joined, tensors
-from .resample import Cut
+from .resample import Resampled
 
 # dtypes of batches by their names in NumPy
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float16": torch.float16, "float32": torch.float32}
 # values of a sample, of any dtype
 Values = np.ndarray[Any, np.dtype[Any]]
 # crops of samples: (n, ...) in host memory or on the device, or n images that are to be resampled; or patches (n, k, P)
-Row = Values | Cut | Tensor
+Row = Values | Resampled | Tensor
 # pinned buffers, used in turn: one is filled while another is copied
 BUFFERS = 2
 
@@ -130,7 +130,7 @@ class Transfer(Host):
             self.link.hand_over(tensor, sent.event)
         return sent.images
 
-    def _copied(self, rows: list[Values | Cut]) -> Tensor:
+    def _copied(self, rows: list[Values | Resampled]) -> Tensor:
         """Join rows in pinned memory and queue the copy to the device."""
         buffer, event = self._buffers.pop(0)
         if event is not None:
@@ -157,21 +157,21 @@ class Transfer(Host):
         return self.link.joined(parts)
 
 
-def _on_host(rows: Sequence[Row]) -> list[Values | Cut]:
+def _on_host(rows: Sequence[Row]) -> list[Values | Resampled]:
     return [row for row in rows if not isinstance(row, Tensor)]
 
 
-def _dtype(row: Values | Cut) -> torch.dtype:
+def _dtype(row: Values | Resampled) -> torch.dtype:
     """Return the dtype of a row; those of a batch have the same."""
-    return torch.uint8 if isinstance(row, Cut) else DTYPES[row.dtype.name]
+    return torch.uint8 if isinstance(row, Resampled) else DTYPES[row.dtype.name]
 
 
-def _write(rows: Sequence[Values | Cut], batch: Tensor) -> None:
+def _write(rows: Sequence[Values | Resampled], batch: Tensor) -> None:
     """Write rows into a batch one after the other."""
     out, at = batch.numpy(), 0
     for row in rows:
         part = out[at : at + len(row)]
-        if isinstance(row, Cut):
+        if isinstance(row, Resampled):
             row.write(part)
         else:
             part[...] = row

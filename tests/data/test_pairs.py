@@ -6,10 +6,13 @@ import torch
 from photos import BACKENDS
 from test_loader import load, names_of
 
-from fastmim.data import PairBatch, images
+import fastmim
+from fastmim import _backends, masking, ops
+from fastmim.data import PairBatch, PatchBatch, images
 from fastmim.data.crops import Crops
 from fastmim.data.pack import pack
 from fastmim.data.resample import cut
+from fastmim.data.seeds import mask_seeds
 
 INNER = (0.3, 0.6)
 
@@ -76,10 +79,52 @@ def test_threads_shards_and_resuming_change_no_pair(photographs):
     load(photographs, 6).load_state_dict(state)
 
 
-def test_unreadable_files_have_no_pair(own):
+def draw(seeds):
+    return masking.random(len(seeds), 16, 0.8, decode_ratio=0.5, seeds=seeds)
+
+
+@pytest.mark.parametrize(("repeats", "compiled"), [(2, True), (1, False)])
+@pytest.mark.parametrize("backend", [*BACKENDS, "packed"])
+def test_patches_of_the_second_crop(photographs, tmp_path, monkeypatch, backend, repeats, compiled):
+    if not compiled:
+        monkeypatch.setattr(_backends, "resample", None)
+    if packed := backend == "packed":
+        pack(photographs, tmp_path / "packed", short_side=48, shard_size=8, num_threads=2)
+    root, options = (tmp_path / "packed", {}) if packed else (photographs, {"backend": backend})
+    options |= {"inner": INNER, "seed": 5, "repeats": repeats, "drop_last": False}
+    ours, theirs = load(root, patch_size=8, masking=draw, **options), load(root, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert isinstance(a, PairBatch) and isinstance(a.pair, PatchBatch)
+        assert torch.equal(a.images, b.images) and torch.equal(a.ids, b.ids) and torch.equal(a.labels, b.labels)
+        assert a.pair.labels is a.labels and a.pair.ids is a.ids
+        mask = draw(mask_seeds(5, 0, b.ids))
+        for name, patches in (("ids_keep", a.pair.patches.visible), ("ids_predict", a.pair.patches.predicted)):
+            ids = getattr(mask, name)
+            assert torch.equal(getattr(a.pair.mask, name), ids)
+            assert torch.equal(patches.float(), ops.gather_patches(b.pair.float(), ids, 8))
+
+
+def test_a_model_is_trained_by_an_image_and_patches(photographs):
+    model = fastmim.CroCo(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2, decoder_depth=1).double()
+    for batch, whole in zip(
+        load(photographs, inner=INNER, patch_size=8, masking=draw), load(photographs, inner=INNER), strict=True
+    ):
+        pair, context = batch.pair, model.encode(batch.images, None)
+        loss = model(pair.patches, mask=pair.mask, context=context).loss
+        assert torch.equal(loss, model(whole.pair, mask=pair.mask, context=model.encode(whole.images, None)).loss)
+        loss.backward()
+
+
+@pytest.mark.parametrize("patches", [{}, {"patch_size": 8, "masking": draw}])
+def test_unreadable_files_have_no_pair(own, patches):
     (own / names_of(own)[9]).write_bytes(b"no picture")
-    whole = {int(i): pair for batch in load(own, 3, inner=INNER) for i, pair in zip(batch.ids, batch.pair)}
-    alone = {int(i): pair for batch in load(own, 1, inner=INNER) for i, pair in zip(batch.ids, batch.pair)}
+
+    def pairs(batch_size):
+        for batch in load(own, batch_size, inner=INNER, **patches):
+            pair = batch.pair.patches.visible if patches else batch.pair
+            yield from zip(batch.ids.tolist(), pair)
+
+    whole, alone = dict(pairs(3)), dict(pairs(1))
     assert 9 not in whole and all(torch.equal(pair, alone[sample]) for sample, pair in whole.items())
 
 
@@ -88,7 +133,6 @@ def test_unreadable_files_have_no_pair(own):
     [
         ({"inner": (0.6, 0.3)}, ValueError, r"inner must be \(low, high\) with 0 < low <= high <= 1; got"),
         ({"inner": 0.5}, TypeError, "inner must be a pair"),
-        ({"inner": INNER, "patch_size": 8, "masking": len}, ValueError, "inner must be None with patch_size"),
     ],
 )
 def test_a_bad_inner_is_named(photographs, options, error, message):

@@ -135,6 +135,16 @@ def test_a_third_of_the_patches_takes_little_more_than_a_third_of_the_pixels():
     assert made[1] <= 1.6 * 64 / 196 * made[0]
 
 
+@pytest.mark.parametrize("ids", [None, np.array([[3, 0], [1, 2]])])
+def test_rows_that_lie_apart_are_written_alone(ids):
+    made = Cut([picture(10, 10)], np.array([[0, 0, 30, 10, 10, 0], [0, 3, 30, 9, 8, 1]]), (8, 8), (4, 4), ids)
+    count = made.made()[0].size
+    out = np.full((2, count + 100), 77, np.uint8)
+    made.write(out[:, 50:-50])
+    assert np.array_equal(out[:, 50:-50], made.made().reshape(2, count))
+    assert (out[:, :50] == 77).all() and (out[:, -50:] == 77).all()
+
+
 @pytest.mark.skipif(_backends.resample is None, reason="fastmim._C is not built")
 @pytest.mark.parametrize(
     ("change", "message"),
