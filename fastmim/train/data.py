@@ -263,7 +263,7 @@ def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str
         f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
         "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
         "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
-        "a model that takes pairs, of which one is whole": takes_pairs(model) or config.inner is not None,
+        "a list of pairs, of which both are whole": takes_pairs(model) and config.inner is None,
         "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
         "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
     }

@@ -125,8 +125,11 @@ class Update:
         part = _mapped(batch, lambda values: values[rows])._replace(ids=batch.ids[rows])
         if isinstance(part, PatchBatch):
             return Batch(self._prepared(part.patches), part.labels, part.ids), part.mask
-        views = {name: self._prepared(getattr(part, name)) for name in ("images", "pair") if name in part._fields}
-        return part._replace(**views), None
+        if isinstance(part, PairBatch) and isinstance(part.pair, PatchBatch):
+            views = self._prepared(part.images), self._prepared(part.pair.patches)
+            return PairBatch(*views, part.labels, part.ids), part.pair.mask
+        prepared = {name: self._prepared(getattr(part, name)) for name in ("images", "pair") if name in part._fields}
+        return part._replace(**prepared), None
 
     def _prepared(self, images: Any) -> Any:
         """Return images or patches as they are; integers are normalised by the kernels, with float32 constants.
@@ -283,7 +286,9 @@ def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Return a batch of function(each tensor but the ids, which stay on the host)."""
     changed: dict[str, Any] = {}
     for name, value in zip(batch._fields, batch):
-        if isinstance(value, Patches):
+        if isinstance(value, PatchBatch):
+            changed[name] = _mapped(value, function)
+        elif isinstance(value, Patches):
             changed[name] = Patches(function(value.visible), function(value.predicted))
         elif isinstance(value, Mask):
             changed[name] = joined([value], function)
@@ -296,7 +301,9 @@ def _tensors(batch: AnyBatch) -> list[Tensor]:
     """Return the tensors of a batch other than labels and ids."""
     found: list[Tensor] = []
     for name, value in zip(batch._fields, batch):
-        if isinstance(value, Patches):
+        if isinstance(value, PatchBatch):
+            found += _tensors(value)
+        elif isinstance(value, Patches):
             found += [value.visible, value.predicted]
         elif isinstance(value, Mask):
             found += tensors(value)
