@@ -119,7 +119,7 @@ def open_loader(config: Config, processes: Processes) -> Loader:
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
-    if config.objective == "mae" and takes_pairs(model) != gives_pairs(loader):
+    if config.objective in ("mae", "distill") and takes_pairs(model) != gives_pairs(loader):
         if takes_pairs(model):
             raise ConfigError(
                 f"data must be a list of pairs, or inner given, for model {config.model}, which takes two views; got "
