@@ -23,7 +23,7 @@ from . import digits
 from .config import Config
 from .distributed import Processes
 from .masks import Masks
-from .objective import takes_pairs
+from .registry import takes_pairs
 from .values import ConfigError
 
 Kind = Literal["images", "arrays", "clips"]

@@ -63,11 +63,6 @@ class PixelObjective(Objective):
         return loss
 
 
-def takes_pairs(model: nn.Module) -> bool:
-    """Return whether the model predicts patches of one view with another one."""
-    return getattr(model, "decoder", None) == "both"
-
-
 class Distill(Objective):
     """Distillation of a teacher's features into the student, on visible or on predicted patches.
 
