@@ -385,8 +385,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .data.seeds import mask_seeds
     from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
-    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
+    from .train.registry import takes_pairs
 
     model = load_model(args.checkpoint, key=args.key).eval()
     check_takes_pictures(model, "reconstruct")
