@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -105,6 +106,22 @@ def test_patches_of_the_masked_view_give_the_same_run(config, tmp_path):
     patches, images = (run(config(name, patchwise=value, **settings)) for name, value in (("a", True), ("b", False)))
     assert patches.loader.crops.patch == (4, 4) and images.loader.crops.patch is None
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def test_a_list_of_pairs(config, photos, tmp_path):
+    """Check a run on it, that it resumes exactly, and that a model of one view refuses it."""
+    names = sorted(path.name for path in photos.iterdir())
+    data = tmp_path / "pairs.txt"
+    data.write_text("".join(f"{photos}/{first} {photos}/{second}\n" for first, second in itertools.pairwise(names)))
+    settings = settings_of("croco_vit_base_patch16", data=str(data)) | {"inner": None}
+    run(config(**settings))
+    resumed(config, "run", tmp_path, 6, 3, **settings)
+    with pytest.raises(
+        ConfigError, match=r"model mae_vit_tiny_patch16 takes one view, and data .* gives pairs of them"
+    ):
+        run(config("other", data=str(data)))
+    with pytest.raises(ConfigError, match="inner must be None with a list of pairs"):
+        run(config("other", **{**settings, "inner": [0.3, 0.6]}))
 
 
 @pytest.mark.parametrize(
