@@ -155,10 +155,13 @@ def _head_tile(q: Tensor, keys: int, plain: bool) -> dict[str, Any] | None:
     if not (plain and served and columns in (32, 64) and rows * columns <= 2**13):
         return None
     block = min(2**17 // (rows * columns), 64)
+    if not _has_large_tiles(q):
+        block = max(block // 2, 16)  # more of them spill registers there
     # Compute capability 9 multiplies from shared memory where a left factor has 64 rows: keys, if not queries. The
     # interpreter runs both forms.
     transposed = block < 64 and (rows == 256 if INTERPRETED else _capability(q) == 9)
-    return dict(BLOCK_Q=block, BLOCK_K=rows, TRANSPOSED=transposed, num_warps=4, num_stages=2)
+    # rows that are loaded ahead cost registers, of which transposed scores leave none
+    return dict(BLOCK_Q=block, BLOCK_K=rows, TRANSPOSED=transposed, num_warps=4, num_stages=1 if transposed else 2)
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
