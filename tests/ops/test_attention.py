@@ -168,7 +168,7 @@ class TestAttentionQkvpackedBackward:
     @pytest.mark.parametrize(
         # several sequences in a tile, one, a block and its edge, blocks: as many of queries as of keys, or fewer
         "length, width",
-        [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (130, 32), (197, 32), (257, 64)],
+        [(1, 8), (3, 64), (10, 64), (50, 64), (65, 80), (70, 32), (100, 64), (130, 32), (197, 32), (257, 64)],
     )
     def test_sums(self, dtype, mask, length, width):
         arguments = self.arguments(dtype, length=length, width=width, mask=mask)
