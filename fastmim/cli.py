@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .data.formats import describe
-from .data.quarantine import NAME, Quarantine
+from .data.quarantine import NAME, Quarantine, listing_of
+from .data.remote import is_url
 from .data.sources import open_source
 from .data.threads import available_cpus
 
 SOURCE = (
-    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
-    "or a packed dataset"
+    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
+    "URLs, Parquet files, a folder of save_to_disk, a .txt file of pairs, or a packed dataset"
 )
 
 
@@ -37,6 +38,11 @@ def _seed(text: str) -> int:
 def _path(text: str) -> Path:
     """Return a path with `~` expanded, which shells leave in quotes and after an equals sign."""
     return Path(os.path.expanduser(text))
+
+
+def _source(text: str) -> str | Path:
+    """Return a URL as it is, or a path."""
+    return text if is_url(text) else _path(text)
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +82,7 @@ def _crops(source: Any, args: argparse.Namespace) -> Any:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side",
@@ -180,7 +186,7 @@ def _pack_arrays(args: argparse.Namespace) -> int:
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
@@ -216,7 +222,7 @@ def _check_data(args: argparse.Namespace) -> int:
 
     noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
     source = open_videos(args.source) if args.videos else open_source(args.source)
-    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
         check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )
@@ -379,8 +385,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .data.seeds import mask_seeds
     from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
-    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
+    from .train.registry import takes_pairs
 
     model = load_model(args.checkpoint, key=args.key).eval()
     check_takes_pictures(model, "reconstruct")
@@ -453,6 +459,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="a .pth file (facebook), a folder (huggingface), a .safetensors file (timm)",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights that a run with the setting ema keeps"
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -461,7 +470,8 @@ def _export(args: argparse.Namespace) -> int:
     from .train.load_run import load_model
 
     # timm's model has no decoder
-    model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
+    missing = "decoder" if args.to == "timm" else ()
+    model = load_model(args.checkpoint, key=args.key, allow_missing=missing, ema=args.ema)
     difference = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
     return 0

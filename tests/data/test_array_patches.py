@@ -170,9 +170,8 @@ def test_crops_with_too_few_valid_patches_are_drawn_again(tmp_path, packed, mask
     np.save(tmp_path / "04.npy", corner)
     if packed:
         pack_arrays(tmp_path, tmp_path / "packed", patch_size=4, nodata=0)
-    loader = load(
-        tmp_path / "packed" if packed else tmp_path, crop=8, patch_size=4, nodata=0, min_valid=0.5, masking=masking
-    )
+    options = {"crop": 8, "patch_size": 4, "nodata": 0, "min_valid": 0.5, "masking": masking, "drop_last": False}
+    loader = load(tmp_path / "packed" if packed else tmp_path, **options)
     for batch in loader:
         counts = batch.valid.sum(1) if masking is None else 2 * batch.mask.valid_keep.sum(1)
         assert (counts >= 2).all()
@@ -254,7 +253,9 @@ def test_a_bad_argument_is_named(tmp_path):
             load(tmp_path / "packed", **options)
     with pytest.raises(ValueError, match="masking needs patch_size"):
         load(tmp_path / "plain", masking=drawn(6))
-    with pytest.raises(ValueError, match=r"must be of format .*, got 'fastmim packed patches 1'"):
+    with pytest.raises(
+        ValueError, match=r"must be of format .*, got 'fastmim packed patches 1'; it holds arrays, which"
+    ):
         ImageLoader(tmp_path / "packed", 4)
 
 

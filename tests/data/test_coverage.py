@@ -1,4 +1,4 @@
-"""What every loader promises: nothing lost or repeated, exact resuming, and no effect of damaged samples on others."""
+"""Promises of every loader: nothing lost or repeated, exact resuming, no effect of damaged samples on others."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import videos
+from cases import TEST_ALL
 from photos import write_pictures
 
 from fastmim import masking
@@ -126,7 +127,11 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+# whole crops of images and of packed arrays take the code of other cases
+SOME = ("packed images", "arrays", "patches of arrays", "patches of packed arrays", "samples of files")
+
+
+@pytest.fixture(scope="module", params=CASES if TEST_ALL else SOME)
 def case(request, tmp_path_factory):
     """Function that opens a loader of good samples, or of samples of which some are damaged."""
     make, loader, options = CASES[request.param]
