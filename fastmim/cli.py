@@ -8,15 +8,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .data.formats import describe
-from .data.quarantine import NAME, Quarantine
+from .data.quarantine import NAME, Quarantine, listing_of
+from .data.remote import is_url
 from .data.sources import open_source
 from .data.threads import available_cpus
 
 SOURCE = (
-    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
-    "or a packed dataset"
+    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
+    "URLs, Parquet files, a folder of save_to_disk, a .txt file of pairs, or a packed dataset"
 )
 
 
@@ -38,15 +40,49 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _source(text: str) -> str | Path:
+    """Return a URL as it is, or a path."""
+    return text if is_url(text) else _path(text)
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=available_cpus(), metavar="N", help="default: all CPUs")
+
+
+def _sizes(text: str) -> list[int]:
+    return [_count(size) for size in text.split(",")]
+
+
+def _add_arrays(parser: argparse.ArgumentParser, of: str = "") -> None:
+    """Add the options that say how arrays lie in files."""
+    parser.add_argument("--axes", type=_count, metavar="N", help=f"{of}axes beside the channels. Default: 2")
+    parser.add_argument(
+        "--channels-last", action="store_true", help=f"{of}the channels are the last axis, not the first"
+    )
+    parser.add_argument("--key", help=f"{of}name of the array in files that hold several")
+    parser.add_argument("--nodata", type=float, metavar="VALUE", help=f"{of}value of missing data, or nan")
+    parser.add_argument(
+        "--sample-axis", type=int, metavar="AXIS", help=f"{of}axis, from 0, along which a file holds many samples"
+    )
+
+
+def _crops(source: Any, args: argparse.Namespace) -> Any:
+    """Return how the arrays of a source are read."""
+    from .data.array_crops import ArrayCrops
+    from .data.array_loader import settled
+    from .data.patch_shards import PatchShards
+
+    axes = args.axes or (source.axes if isinstance(source, PatchShards) else 2)
+    # patches matter to crops alone
+    crops = settled(source, ArrayCrops(axes, args.channels_last, patch=(1,) * axes, nodata=args.nodata))
+    return crops
 
 
 # ---- pack ------------------------------------------------------------------------------------------------------------
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side",
@@ -55,17 +91,23 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="length to which the shorter side is reduced; smaller images keep their size. Default: 256",
     )
-    _add_pack_videos(parser)
+    parser.add_argument(
+        "--patch-size",
+        type=_sizes,
+        metavar="N[,N...]",
+        help="SOURCE holds arrays, as ArrayLoader reads them: store them in patches of this size, one per axis or one "
+        "for all",
+    )
+    _add_arrays(parser, "with --patch-size, ")
+    add = parser.add_argument
+    add(
+        "--frame-stride",
+        type=_count,
+        metavar="N",
+        help="SOURCE holds videos, as ClipLoader reads them: store every N-th frame, by default in patches of 2,16,16",
+    )
+    add("--clip-length", type=_count, metavar="N", help="with --frame-stride, most frames to store, from the middle")
     _add_threads(parser)
-
-
-def _add_pack_videos(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "videos, for ClipLoader: SOURCE is a folder, or a file of paths and labels"
-    ).add_argument
-    add("--frame-stride", type=_count, metavar="N", help="pack every N-th frame: the sampling_rate of clips")
-    add("--clip-length", type=_count, metavar="N", help="most frames to pack of a video, from its middle. Default: all")
-    add("--tube", type=_count, nargs=3, metavar="N", help="frames, height and width of a patch. Default: 2 16 16")
 
 
 def _pack_videos(args: argparse.Namespace) -> int:
@@ -75,11 +117,11 @@ def _pack_videos(args: argparse.Namespace) -> int:
     from .data.clip_pack import pack_videos
 
     if args.frame_stride is None:
-        raise ValueError("--clip-length and --tube need --frame-stride, which packs videos")
+        raise ValueError("--clip-length needs --frame-stride, which packs videos")
     total = len(open_videos(args.source).names)
     options = {"short_side": args.short_side, "frame_stride": args.frame_stride, "clip_length": args.clip_length}
-    if args.tube is not None:
-        options["patch_size"] = args.tube
+    if args.patch_size is not None:
+        options["patch_size"] = args.patch_size
     with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
         packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
     bad = len(packed.reasons)
@@ -88,18 +130,22 @@ def _pack_videos(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    """Decode all images once, so that training decodes no JPEG.
+    """Decode all images once, so that training decodes no JPEG; with --patch-size, store arrays in patches.
 
     Writes uint8 shards that are mapped into memory, with checksums and labels: about 260 KB an image at --short-side
     256. Give OUT to ImageLoader, or to another command, as the source. The same command continues after an
     interruption. On a finished dataset it packs the files that were repaired or changed since.
 
-    With --frame-stride SOURCE holds videos, and OUT is a source of ClipLoader.
+    Arrays keep their values, without what lies beyond the last whole patch of an axis. Each patch has a checksum and is
+    one contiguous read, so that ArrayLoader reads in proportion to the patches that a mask keeps or predicts.
+    Videos, with --frame-stride, are decoded once and stored likewise, for ClipLoader.
     """
-    if (args.frame_stride, args.clip_length, args.tube) != (None, None, None):
+    if args.frame_stride is not None or args.clip_length is not None:
         return _pack_videos(args)
     from tqdm import tqdm
 
+    if args.patch_size is not None:
+        return _pack_arrays(args)
     from .data.pack import pack
 
     total = len(open_source(args.source).names)
@@ -110,15 +156,43 @@ def _pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack_arrays(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .data.array_files import open_arrays
+    from .data.pack_arrays import pack_arrays
+
+    several = len(args.patch_size) > 1
+    total = len(open_arrays(args.source, args.key, args.sample_axis).names)
+    with tqdm(total=total, desc="packing", unit=" arrays", disable=None) as bar:
+        packed = pack_arrays(
+            args.source,
+            args.out,
+            patch_size=args.patch_size if several else args.patch_size[0],
+            axes=args.axes or (len(args.patch_size) if several else 2),
+            channels_last=args.channels_last,
+            key=args.key,
+            sample_axis=args.sample_axis,
+            nodata=args.nodata,
+            num_threads=args.threads,
+            progress=bar.update,
+        )
+    bad = len(packed.reasons)
+    print(f"{args.out}: {total - bad} arrays" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
+    return 0
+
+
 # ---- check-data ------------------------------------------------------------------------------------------------------
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
     parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
+    parser.add_argument("--arrays", action="store_true", help="SOURCE holds arrays, as ArrayLoader reads them")
+    _add_arrays(parser, "with --arrays, ")
     _add_threads(parser)
 
 
@@ -129,8 +203,14 @@ def _check_data(args: argparse.Namespace) -> int:
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
     not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
-    dataset all checksums are compared. With --videos every frame of each video is decoded.
+    dataset all checksums are compared. With --videos, every frame of each video is decoded.
+
+    With --arrays, every array is read in full. Those that can't be served are listed likewise, also for channels or a
+    dtype other than those of the first, NaN without --nodata, and infinity. Sizes, dtypes and the share of missing data
+    are printed.
     """
+    if args.arrays:
+        return _check_arrays(args)
     from collections import Counter
 
     from tqdm import tqdm
@@ -142,7 +222,7 @@ def _check_data(args: argparse.Namespace) -> int:
 
     noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
     source = open_videos(args.source) if args.videos else open_source(args.source)
-    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
         check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )
@@ -167,15 +247,35 @@ def _check_data(args: argparse.Namespace) -> int:
     return 1 if bad else 0
 
 
+def _check_arrays(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .data.array_files import open_arrays
+    from .data.check_arrays import check_arrays, summary
+
+    source = open_arrays(args.source, args.key, args.sample_axis)
+    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    checked = check_arrays(source, _crops(source, args), num_threads=args.threads)
+    findings = list(tqdm(checked, "checking", len(source.names), unit=" arrays", disable=None))
+    for sample, found in enumerate(findings):
+        if found.reason:
+            quarantine.add(sample, found.name, found.reason)
+        else:
+            quarantine.remove(sample, found.name)
+    bad = len(quarantine.reasons)
+    listing = f", {quarantine.listing()}" if bad else ""
+    print(f"{args.source}: {len(source.names)} arrays, {bad} can't be served{listing}\n{summary(findings)}")
+    if source.left_out:
+        print(f"left out: {describe(source.left_out)}")
+    return 1 if bad else 0
+
+
 # ---- stats -----------------------------------------------------------------------------------------------------------
 
 
 def _add_stats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=_path, help="a folder of arrays, as ArrayLoader reads them")
-    parser.add_argument("--axes", type=_count, default=2, metavar="N", help="axes beside the channels. Default: 2")
-    parser.add_argument("--channels-last", action="store_true", help="the channels are the last axis, not the first")
-    parser.add_argument("--key", help="name of the array in files that hold several")
-    parser.add_argument("--nodata", type=float, metavar="VALUE", help="value of missing data, or nan")
+    _add_arrays(parser)
     parser.add_argument("--out", type=_path, metavar="FILE", help="the file to write. Default: stats.json in SOURCE")
     _add_threads(parser)
 
@@ -188,14 +288,12 @@ def _stats(args: argparse.Namespace) -> int:
     """
     from tqdm import tqdm
 
-    from .data.array_crops import ArrayCrops
     from .data.array_files import open_arrays
     from .data.stats import measure
 
-    source = open_arrays(args.source, args.key)
-    crops = ArrayCrops(args.axes, args.channels_last, nodata=args.nodata)
+    source = open_arrays(args.source, args.key, args.sample_axis)
     with tqdm(total=len(source.names), desc="measuring", unit=" arrays", disable=None) as bar:
-        found = measure(source, crops, args.out, num_threads=args.threads, progress=bar.update)
+        found = measure(source, _crops(source, args), args.out, num_threads=args.threads, progress=bar.update)
     mean, std = found.moments.mean.tolist(), found.moments.std.tolist()
     print(f"{args.source}: {found.done} arrays, {len(found.skipped)} can't be read")
     print(f"mean={mean}\nstd={std}")
@@ -287,8 +385,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .data.seeds import mask_seeds
     from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
-    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
+    from .train.registry import takes_pairs
 
     model = load_model(args.checkpoint, key=args.key).eval()
     check_takes_pictures(model, "reconstruct")
@@ -361,6 +459,9 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         type=_path,
         help="a .pth file (facebook), a folder (huggingface), a .safetensors file (timm)",
     )
+    parser.add_argument(
+        "--ema", action="store_true", help="the average of the weights that a run with the setting ema keeps"
+    )
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -369,7 +470,8 @@ def _export(args: argparse.Namespace) -> int:
     from .train.load_run import load_model
 
     # timm's model has no decoder
-    model = load_model(args.checkpoint, key=args.key, allow_missing="decoder" if args.to == "timm" else ())
+    missing = "decoder" if args.to == "timm" else ()
+    model = load_model(args.checkpoint, key=args.key, allow_missing=missing, ema=args.ema)
     difference = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
     return 0

@@ -127,6 +127,15 @@ def sum_by_position(rows: Tensor, ids: Tensor, num_positions: int) -> Tensor:
     return _put(upcast(rows), ids, num_positions).sum(0)
 
 
+def sum_rows(x: Tensor) -> Tensor:
+    """Return the sum (D,) of all rows of x (B, K, D)."""
+    dtype = upcast_dtype(x.dtype)
+    if x.device.type == "cpu":
+        # torch takes 30 times as long for both axes at once where rows of float32 are not contiguous
+        return x.sum(1, dtype=dtype).sum(0)
+    return x.sum((0, 1), dtype=dtype)
+
+
 def _positions(table: Tensor, ids: Tensor, name: str) -> Tensor:
     return _take(upcast(table).expand(ids.shape[0], -1, -1), ids, name)
 

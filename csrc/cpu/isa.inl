@@ -5,6 +5,8 @@ namespace FASTMIM_ISA {
 
 #include "vector.inl"
 //
+#include "functions.inl"
+//
 #include "masking.inl"
 //
 #include "patches.inl"
@@ -16,6 +18,8 @@ namespace FASTMIM_ISA {
 #include "attention.inl"
 #include "loss.inl"
 #include "norm.inl"
+#include "resample_weights.inl"
+//
 #include "resample.inl"
 #include "tokens.inl"
 
@@ -37,5 +41,6 @@ namespace FASTMIM_ISA {
    FASTMIM_ISA::bias_gelu_backward,      \
    FASTMIM_ISA::add_row,                 \
    FASTMIM_ISA::add_rows,                \
+   FASTMIM_ISA::sum_rows,                \
    FASTMIM_ISA::copy_row,                \
    FASTMIM_ISA::resample}

@@ -15,6 +15,8 @@
 #pragma GCC target("avx2,fma,f16c")
 #define FASTMIM_ISA avx2
 #define FASTMIM_STREAM(to, value) _mm256_stream_ps(to, (__m256)(value))
+#define FASTMIM_UPPER(bits) \
+  _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(bits >> 16)), _mm256_extracti128_si256((__m256i)(bits >> 16), 1))
 #define FASTMIM_VL 8
 #include "isa.inl"
 

@@ -41,6 +41,8 @@ namespace avx512_bf16 {
 
 #include "vector.inl"
 //
+#include "functions.inl"
+//
 #include "pairs.inl"
 //
 #include "product.inl"

@@ -80,7 +80,7 @@ struct Attention {
 struct AddLayerNorm {
   int64_t width;
   float eps;
-  View x, residual;     // (rows, D)
+  View x, residual;     // (rows, D), contiguous as all of them
   const float* x_bias;  // (D,), or null
   const float *weight, *bias;
   View normed, sum;    // (rows, D)
@@ -97,16 +97,21 @@ struct AddLayerNormBackward {
 
 struct BiasGelu {
   int64_t width;
-  View x, grad;  // (rows, D)
+  View x, grad;  // (rows, D), contiguous as all of them
   const float* bias;
-  View out;  // (rows, D): the value; its data may be null in the backward pass
-  View dx;   // (rows, D)
+  View out;  // (rows, D) of x's type: the value; its data may be null in the backward pass
+  View dx;   // (rows, D) of x's type
 };
 
 // a row of `type`, and the row of a table that is added to it
 struct RowSum {
   Type type;
   const void *value, *table;
+};
+
+struct SumRows {
+  int64_t rows, width;  // K, D
+  View x;               // (B, K, D); values of a row are contiguous
 };
 
 // Crops of RGB bytes, resampled. A crop is cut into patches, or is one patch itself.
@@ -117,10 +122,11 @@ struct Resample {
   int64_t out_width, out_height;
   bool flip;  // mirror the result
   int64_t patch_width, patch_height, count;
-  const int64_t* ids;  // (count,) patches, null: all of them
-  bool planar;         // a patch is (3, height, width), otherwise (height, width, 3)
-  uint8_t* out;        // (count, a patch)
-  char* scratch;       // of resample_scratch() bytes
+  const int64_t* ids;   // (count,) patches, null: all of them
+  bool planar;          // a patch is (3, height, width), otherwise (height, width, 3)
+  uint8_t* out;         // (count, a patch)
+  char *across, *down;  // weights of each axis, zero before the first call with its sizes
+  char* scratch;
 };
 
 // the next `count` values of memory whose start is moved past them
@@ -167,6 +173,8 @@ struct Kernels {
   void (*bias_gelu_backward)(const BiasGelu&, float* dbias, int64_t begin, int64_t end);
   void (*add_row)(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width);
   void (*add_rows)(const RowSum* sums, int64_t count, Type table_type, const View& out, int64_t first, int64_t width);
+  // adds rows begin..end of (B * K, D)
+  void (*sum_rows)(const SumRows&, float* sums, int64_t begin, int64_t end);
   void (*copy_row)(Type a_type, const void* a, Type out_type, void* out, int64_t width);
   // the number of pixels that its two passes made
   int64_t (*resample)(const Resample&);

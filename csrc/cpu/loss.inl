@@ -18,18 +18,24 @@ static void write_zeros(const View& out, int64_t row, int64_t width, float* scra
   finish(out, row, width, scratch);
 }
 
-// Returns the sum of the losses of a row's errors, which become slopes.
-FASTMIM_HD float error_loss(ErrorLoss form, float* errors, float* scratch, int64_t count) {
+// Returns the sum of the losses of a row's errors, which become slopes; as error_term.
+template <ErrorLoss FORM>
+FASTMIM_HD float error_loss_as(float* errors, int64_t count) {
+  Vec losses[4] = {};
+  by_vectors<4>(count, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP {
+    constexpr float corner = FORM == ErrorLoss::huber ? 1.0f : 0.0f;
+    const Vec error = lanes.get(errors + i), size = larger(error, -error);
+    if constexpr (FORM == ErrorLoss::absolute) losses[chain] += size;
+    if constexpr (FORM == ErrorLoss::huber) losses[chain] += size > 1.0f ? size - 0.5f : 0.5f * error * error;
+    lanes.put(errors + i, error > corner ? splat(1.0f) : error < -corner ? splat(-1.0f) : error);
+  });
+  return sum_of((losses[0] + losses[1]) + (losses[2] + losses[3]));
+}
+
+FASTMIM_HD float error_loss(ErrorLoss form, float* errors, int64_t count) {
   if (form == ErrorLoss::squared) return dot(errors, errors, count);
-  const auto take = [&](auto known) {
-    for (int64_t i = 0; i < count; ++i) {
-      const ErrorTerm term = error_term(known(), errors[i]);
-      scratch[i] = term.loss, errors[i] = term.slope;
-    }
-  };
-  if (form == ErrorLoss::absolute) take(std::integral_constant<ErrorLoss, ErrorLoss::absolute>());
-  if (form == ErrorLoss::huber) take(std::integral_constant<ErrorLoss, ErrorLoss::huber>());
-  return total(scratch, count);
+  if (form == ErrorLoss::absolute) return error_loss_as<ErrorLoss::absolute>(errors, count);
+  return error_loss_as<ErrorLoss::huber>(errors, count);
 }
 
 static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
@@ -59,7 +65,7 @@ static void pixel_loss(const PixelLoss& args, int64_t begin, int64_t end) {
     load_row(args.pred.type, at(args.pred, b * args.pred.stride[0] + m * args.pred.stride[1]), args.pred.stride[2],
              pred, values);
     for (int64_t i = 0; i < values; ++i) pred[i] -= target[i];
-    args.row_loss[row] = error_loss(args.form, pred, target, values) / static_cast<float>(values);
+    args.row_loss[row] = error_loss(args.form, pred, values) / static_cast<float>(values);
     if (args.grad.data != nullptr) {
       const float scale = args.row_scale[row] * (slope_factor(args.form) / static_cast<float>(values));
       float* grad = target_of(args.grad, row, out);

@@ -1,28 +1,52 @@
 // The elementwise passes of a transformer block, a row at a time.
 
+// Computes x + x_bias + residual in floats, of the precision in which the sum is stored; returns its total. A sum of
+// floats is stored where `floats` points.
+template <typename X, typename R>
+FASTMIM_HD float add_branch_as(const AddLayerNorm& args, int64_t row, float* floats) {
+  using Sum = std::conditional_t<std::is_same_v<X, R>, X, float>;
+  const X* x = static_cast<const X*>(at(args.x, row * args.width));
+  const R* residual = static_cast<const R*>(at(args.residual, row * args.width));
+  Sum* sum = static_cast<Sum*>(at(args.sum, row * args.width));
+  const float* x_bias = args.x_bias;
+  Vec sums[4] = {};
+  by_vectors<4>(args.width, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP {
+    Vec value = lanes.get(x + i);
+    if (x_bias != nullptr) value += lanes.get(x_bias + i);
+    value += lanes.get(residual + i);
+    if constexpr (!std::is_same_v<Sum, float>) lanes.put(sum + i, value), value = lanes.get(sum + i);
+    lanes.put(floats + i, value);
+    sums[chain] += value;
+  });
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+static float add_branch(const AddLayerNorm& args, int64_t row, float* floats) {
+  float total = 0;
+  in_type(args.x.type, [&](auto x) {
+    in_type(args.residual.type,
+            [&](auto residual) { total = add_branch_as<decltype(x), decltype(residual)>(args, row, floats); });
+  });
+  return total;
+}
+
 static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end) {
   const int64_t width = args.width;
-  const float *weight = args.weight, *bias = args.bias, *x_bias = args.x_bias;
+  const float *weight = args.weight, *bias = args.bias;
   Scratch memory;
-  float *a = memory.take(width), *b = memory.take(width), *c = memory.take(width), *d = memory.take(width);
+  float *a = memory.take(width), *b = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
-    const float *residual = row_of(args.residual, row, width, b), *sum = residual;
-    if (args.x.data != nullptr) {
-      const float* x = row_of(args.x, row, width, a);
-      float* target = target_of(args.sum, row, c);
-      by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-        Vec value = lanes.get(x + i);
-        if (x_bias != nullptr) value += lanes.get(x_bias + i);
-        lanes.put(target + i, value + lanes.get(residual + i));
-      });
-      if (target == c && args.sum.type != Type::f32) {
-        // the norm is taken of the sum as it is stored
-        store_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
-        load_row(args.sum.type, at(args.sum, row * args.sum.stride[0]), 1, c, width);
-      }
+    const float* sum;
+    float mean;
+    if (args.x.data == nullptr) {
+      sum = row_of(args.residual, row, width, a);
+      mean = total(sum, width);
+    } else {
+      float* target = target_of(args.sum, row, a);
+      mean = add_branch(args, row, target);
       sum = target;
     }
-    const float mean = total(sum, width) / static_cast<float>(width);
+    mean /= static_cast<float>(width);
     Vec square[4] = {};
     float rest = 0;
     by_vectors<4>(width, [&](int chain, int64_t i, auto lanes) FASTMIM_STEP {
@@ -35,12 +59,19 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
     });
     const float squares = sum_of((square[0] + square[1]) + (square[2] + square[3])) + rest;
     const float rstd = 1 / __builtin_sqrtf(squares / static_cast<float>(width) + args.eps);
-    float* normed = target_of(args.normed, row, d);
-    by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-      lanes.put(normed + i, (lanes.get(sum + i) - mean) * rstd * lanes.get(weight + i) + lanes.get(bias + i));
-    });
-    finish(args.normed, row, width, d);
-    if (args.sum.streamed) finish(args.sum, row, width, c);
+    const auto write = [&](auto* normed) {
+      by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+        lanes.put(normed + i, (lanes.get(sum + i) - mean) * rstd * lanes.get(weight + i) + lanes.get(bias + i));
+      });
+    };
+    if (args.normed.streamed) {
+      write(b);
+      finish(args.normed, row, width, b);
+    } else {
+      in_type(args.normed.type,
+              [&](auto stored) { write(static_cast<decltype(stored)*>(at(args.normed, row * width))); });
+    }
+    if (args.sum.streamed) finish(args.sum, row, width, a);
     args.mean[row] = mean;
     args.rstd[row] = rstd;
   }
@@ -124,51 +155,55 @@ static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dwe
   add_layer_norm_backward_as<true>(args, dweight, dbias, dx_bias, begin, end);
 }
 
-// values of a row that are processed at a time
-constexpr int64_t kPiece = 512;
+template <typename T>
+FASTMIM_HD Vec distribution_for(Vec u, Vec& bell) {
+  if constexpr (std::is_same_v<T, Bf16>) return normal_distribution_bf16(u, bell);
+  return normal_distribution(u, bell);
+}
+
+template <typename T>
+static void bias_gelu_as(const BiasGelu& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(at(args.x, row * args.width));
+    T* out = static_cast<T*>(at(args.out, row * args.width));
+    by_vectors(args.width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+      Vec bell;
+      const Vec value = lanes.get(x + i) + lanes.get(args.bias + i);
+      lanes.put(out + i, value * distribution_for<T>(value, bell));
+    });
+  }
+}
 
 static void bias_gelu(const BiasGelu& args, int64_t begin, int64_t end) {
-  alignas(64) float x_memory[kPiece] = {}, bias_memory[kPiece] = {}, out_memory[kPiece];
+  in_type(args.x.type, [&](auto x) { bias_gelu_as<decltype(x)>(args, begin, end); });
+}
+
+template <typename T, typename G, bool AGAIN>
+static void bias_gelu_backward_as(const BiasGelu& args, float* dbias, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    for (int64_t start = 0; start < args.width; start += kPiece) {
-      const int64_t count = args.width - start < kPiece ? args.width - start : kPiece;
-      const float* x = piece_of(args.x, row, start, count, x_memory);
-      const float* bias = whole_vectors(args.bias + start, count, bias_memory);
-      float* out = piece_target(args.out, row, start, count, out_memory);
-      for (int64_t i = 0; i < count; i += VL) {
-        Vec bell;
-        const Vec value = load(x + i) + load(bias + i);
-        store(out + i, value * normal_distribution(value, bell));
-      }
-      finish_piece(args.out, row, start, count, out, out_memory);
-    }
+    const T* x = static_cast<const T*>(at(args.x, row * args.width));
+    const G* grad = static_cast<const G*>(at(args.grad, row * args.width));
+    T *dx = static_cast<T*>(at(args.dx, row * args.width)), *out = nullptr;
+    if constexpr (AGAIN) out = static_cast<T*>(at(args.out, row * args.width));
+    by_vectors(args.width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+      Vec bell;
+      const Vec value = lanes.get(x + i) + lanes.get(args.bias + i), phi = distribution_for<T>(value, bell);
+      const Vec slope = lanes.get(grad + i) * (phi + value * bell * 0.398942280f);
+      lanes.put(dx + i, slope);
+      lanes.put(dbias + i, lanes.get(dbias + i) + slope);
+      if constexpr (AGAIN) lanes.put(out + i, value * phi);
+    });
   }
 }
 
 // adds the rows' part of the gradient of bias
 static void bias_gelu_backward(const BiasGelu& args, float* dbias, int64_t begin, int64_t end) {
-  alignas(64) float x_memory[kPiece] = {}, bias_memory[kPiece] = {}, grad_memory[kPiece] = {}, dx_memory[kPiece],
-                    out_memory[kPiece];
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t start = 0; start < args.width; start += kPiece) {
-      const int64_t count = args.width - start < kPiece ? args.width - start : kPiece;
-      const float* x = piece_of(args.x, row, start, count, x_memory);
-      const float* grad = piece_of(args.grad, row, start, count, grad_memory);
-      const float* bias = whole_vectors(args.bias + start, count, bias_memory);
-      float* dx = piece_target(args.dx, row, start, count, dx_memory);
-      float* out = args.out.data == nullptr ? out_memory : piece_target(args.out, row, start, count, out_memory);
-      for (int64_t i = 0; i < count; i += VL) {
-        Vec bell;
-        const Vec value = load(x + i) + load(bias + i);
-        const Vec phi = normal_distribution(value, bell);
-        store(dx + i, load(grad + i) * (phi + value * bell * 0.398942280f));
-        store(out + i, value * phi);
-      }
-      by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-        lanes.put(dbias + start + i, lanes.get(dbias + start + i) + lanes.get(dx + i));
-      });
-      finish_piece(args.dx, row, start, count, dx, dx_memory);
-      if (args.out.data != nullptr) finish_piece(args.out, row, start, count, out, out_memory);
-    }
-  }
+  in_type(args.x.type, [&](auto x) {
+    in_type(args.grad.type, [&](auto grad) {
+      using T = decltype(x);
+      using G = decltype(grad);
+      if (args.out.data == nullptr) return bias_gelu_backward_as<T, G, false>(args, dbias, begin, end);
+      bias_gelu_backward_as<T, G, true>(args, dbias, begin, end);
+    });
+  });
 }

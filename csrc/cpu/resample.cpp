@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <cmath>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "tensors.h"
@@ -25,18 +27,42 @@ py::buffer_info contiguous(const char* name, const py::buffer& buffer, int64_t i
   return info;
 }
 
-// bytes of scratch, rounded up generously
+// Bytes of scratch, rounded up generously. The weights of an axis are computed in memory that is used for those of the
+// next one, and then for the copies.
 int64_t scratch_bytes(const Resample& args) {
-  const auto weights = [](int64_t in, int64_t out, int64_t copies) {
-    const int64_t taps = resample_taps(in, out), size = out + kResampleMargin;
-    return 24 * size + 8 * taps * size + 2 * (taps + 1) * size * copies;
-  };
-  const int64_t rows = resample_rows_held(args.height, args.out_height);
+  const auto computing = [](int64_t in, int64_t out) { return 8 * (resample_taps(in, out) + 2) * out; };
+  const int64_t rows = resample_rows_held(args.height, args.out_height), size = args.out_width + kResampleMargin;
   const int64_t taps = resample_taps(args.width, args.out_width);
-  return weights(args.width, args.out_width, 4) + weights(args.height, args.out_height, 1) +
-         12 * (args.out_width + kResampleMargin) + (rows + kResampleLines) * resample_stride(args.patch_width) +
+  return computing(args.width, args.out_width) + computing(args.height, args.out_height) +
+         (8 + 8 * (taps + 1) + 12) * size + (rows + kResampleLines) * resample_stride(args.patch_width) +
          3 * args.width + 3 * taps + 20 * 64;
 }
+
+// Weights by the sizes of the input and of the output. Crops of a dataset have few sizes, and computing the weights of
+// one takes as long as resampling ten patches.
+class Tables {
+ public:
+  // valid until clear_if_large()
+  char* find(int64_t in, int64_t out) {
+    const int64_t size = out + kResampleMargin, bytes = 4 * size * (2 + (resample_taps(in, out) + 1) / 2) + 4 * 64;
+    std::vector<char>& table = tables_[{in, out}];
+    if (table.empty()) {
+      table.resize(bytes);
+      held_ += bytes;
+    }
+    return table.data();
+  }
+  void clear_if_large() {
+    if (held_ < kMost) return;
+    tables_.clear();
+    held_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kMost = 1 << 22;
+  std::map<std::pair<int64_t, int64_t>, std::vector<char>> tables_;
+  int64_t held_ = 0;
+};
 
 struct Threads {
   explicit Threads(int wanted) : before(at::get_num_threads()) { omp_set_num_threads(wanted); }
@@ -91,15 +117,21 @@ int64_t resample(const py::list& sources, const py::buffer& boxes, const py::obj
               id,
               !whole,
               static_cast<uint8_t*>(target.ptr) + i * step,
+              nullptr,
+              nullptr,
               nullptr};
   }
   const py::gil_scoped_release release;
   std::atomic<int64_t> pixels = 0;
   const auto run = [&](int64_t begin, int64_t end) {
     thread_local std::vector<char> scratch;
+    thread_local Tables tables;
     for (int64_t i = begin; i < end; ++i) {
       const size_t needed = scratch_bytes(all[i]);
       if (scratch.size() < needed) scratch.resize(needed);
+      tables.clear_if_large();
+      all[i].across = tables.find(all[i].width, all[i].out_width);
+      all[i].down = tables.find(all[i].height, all[i].out_height);
       all[i].scratch = scratch.data();
       pixels += kernels().resample(all[i]);
     }

@@ -1,70 +1,6 @@
 // Bicubic, antialiased resampling of RGB bytes, in PyTorch's fixed point: a horizontal pass to bytes, then a vertical
 // one.
 
-// The pixels of the input, and their weights, for each of `out` pixels of an output axis. Weights are int16 in units of
-// 2^-shift, two to an int32, zero beyond a pixel's own `count`.
-struct Weights {
-  int64_t pairs, stride;  // from a pair's weights to the next pair's
-  int shift;
-  double scale;
-  int32_t *first, *count;
-  int32_t* weight;  // of pair p and pixel i at [p * stride + i * copies], `copies` of each
-};
-
-// filter of Catmull and Rom: cubic convolution with a = -0.5
-static inline double cubic(double x) {
-  x = std::abs(x);
-  const double near = (1.5 * x - 2.5) * x * x + 1, far = ((-0.5 * x + 2.5) * x - 4) * x + 2;
-  return x < 1 ? near : x < 2 ? far : 0;
-}
-
-// with kResampleMargin pixels more, which repeat the last with weight 0
-static Weights resample_weights(int64_t in, int64_t out, int64_t copies, bool mirrored, char*& memory) {
-  const int64_t size = out + kResampleMargin;
-  const double scale = double(in) / double(out), stretch = std::max(scale, 1.0), support = 2 * stretch;
-  const int32_t most = int32_t(std::ceil(support)) * 2 + 1;
-  int32_t *first = scratch_of<int32_t>(memory, size), *count = scratch_of<int32_t>(memory, size);
-  double *centre = scratch_of<double>(memory, out), *total = scratch_of<double>(memory, out);
-  int32_t taps = 1;
-  for (int64_t i = 0; i < out; ++i) {
-    centre[i] = scale * (double(mirrored ? out - 1 - i : i) + 0.5);
-    total[i] = 0;
-    first[i] = std::max(int32_t(centre[i] - support + 0.5), 0);
-    count[i] = std::clamp(int32_t(std::min(centre[i] + support + 0.5, double(in))) - first[i], 1, most);
-    taps = std::max(taps, count[i]);
-  }
-  std::fill(first + out, first + size, first[out - 1]), std::fill(count + out, count + size, count[out - 1]);
-  double* values = scratch_of<double>(memory, taps * out);
-  for (int32_t j = 0; j < taps; ++j) {
-    for (int64_t i = 0; i < out; ++i) {
-      const double value = cubic((double(first[i] + j) - centre[i] + 0.5) * (1 / stretch));
-      values[j * out + i] = j < count[i] ? value : 0;
-      total[i] += values[j * out + i];
-    }
-  }
-  double largest = 0;
-  for (int32_t j = 0; j < taps; ++j) {
-    for (int64_t i = 0; i < out; ++i) values[j * out + i] /= total[i];
-    for (int64_t i = 0; i < out; ++i) largest = values[j * out + i] > largest ? values[j * out + i] : largest;
-  }
-  int shift = 0;
-  while (shift < 22 && int32_t(0.5 + largest * (1 << (shift + 1))) < 1 << 15) ++shift;
-  const double unit = 1 << shift;
-  const auto fixed = [unit](double w) { return int32_t(w * unit + (w < 0 ? -0.5 : 0.5)); };
-  const int64_t pairs = (taps + 1) / 2;
-  int32_t* weight = scratch_of<int32_t>(memory, pairs * size * copies);
-  for (int64_t p = 0; p < pairs; ++p) {
-    const double *low = values + 2 * p * out, *high = 2 * p + 1 < taps ? low + out : nullptr;
-    int32_t* pair = weight + p * size * copies;
-    for (int64_t i = 0; i < out; ++i) {
-      const int32_t both = (fixed(low[i]) & 0xFFFF) | int32_t(uint32_t(high ? fixed(high[i]) : 0) << 16);
-      for (int64_t c = 0; c < copies; ++c) pair[i * copies + c] = both;
-    }
-    std::fill(pair + out * copies, pair + size * copies, 0);
-  }
-  return {pairs, size * copies, shift, scale, first, count, weight};
-}
-
 // 16 bytes of a line are of 6 pixels, whose windows then begin within 8 of the input
 static inline bool is_near(double scale) {
   return FASTMIM_VL == 16 && scale <= 1.6;
@@ -299,8 +235,9 @@ __attribute__((always_inline)) static inline void resample_fetch(const Resample&
 static int64_t resample(const Resample& args) {
   char* memory = args.scratch;
   const int64_t copies = is_near(double(args.width) / double(args.out_width)) ? 3 : 4;
-  const Weights across = resample_weights(args.width, args.out_width, copies, args.flip, memory);
-  const Weights down = resample_weights(args.height, args.out_height, 1, false, memory);
+  const Weights down = resample_weights(args.height, args.out_height, args.down, memory);
+  const Weights once = resample_weights(args.width, args.out_width, args.across, memory);
+  const Weights across = resample_copied(once, copies, args.flip, memory);
   int32_t* place = scratch_of<int32_t>(memory, 3 * (args.out_width + kResampleMargin));
   for (int64_t x = 0; x < args.out_width + kResampleMargin; ++x) {
     for (int c = 0; c < 3; ++c) {

@@ -85,6 +85,24 @@ void for_rows(int64_t count, int64_t work, const Run& run) {
   if (count > 0) at::parallel_for(0, count, std::max<int64_t>(1, 32768 / std::max<int64_t>(work, 1)), run);
 }
 
+// Sums over rows in pieces that don't depend on the number of threads: run(piece's sums, begin, end).
+template <typename Run>
+Tensor by_pieces(int64_t rows, int64_t sums, int64_t work, const Run& run) {
+  const int64_t size = std::max<int64_t>(32, (rows + 63) / 64), pieces = (rows + size - 1) / size;
+  Tensor partial = at::zeros({pieces, sums}, at::kFloat);
+  for_rows(pieces, size * work, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      run(partial.mutable_data_ptr<float>() + i * sums, i * size, std::min(rows, (i + 1) * size));
+  });
+  Tensor out = at::zeros({sums}, at::kFloat);
+  float* total = out.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < pieces; ++i) {
+    const float* part = partial.const_data_ptr<float>() + i * sums;
+    for (int64_t j = 0; j < sums; ++j) total[j] += part[j];
+  }
+  return out;
+}
+
 // returns the ids (B, K) contiguous; raises unless those of each row are distinct and in 0..limit-1
 Tensor checked_ids(const char* name, const Tensor& ids, int64_t limit);
 

@@ -67,6 +67,14 @@ Tensor sum_by_position(const Tensor& rows, const Tensor& ids, int64_t num_positi
   return out;
 }
 
+Tensor sum_rows(const Tensor& x) {
+  check_dtypes(x);
+  const Tensor from = x.stride(2) == 1 ? x : x.contiguous();
+  const SumRows args{from.size(1), from.size(2), view_of(from, {0, 1})};
+  return by_pieces(from.size(0) * from.size(1), args.width, args.width,
+                   [&](float* part, int64_t begin, int64_t end) { kernels().sum_rows(args, part, begin, end); });
+}
+
 // out[b, row] = visible[b, from] (or the mask token, where `from` is past the visible tokens) + pos_embed[position];
 // mask token and positions may be of each sample
 template <typename Place>
@@ -163,6 +171,7 @@ TORCH_LIBRARY_IMPL(fastmim, CPU, library) {
   serve(library, "gather_tokens", gather_tokens);
   serve(library, "gather_tokens_backward", gather_tokens_backward);
   serve(library, "sum_by_position", sum_by_position);
+  serve(library, "sum_rows", sum_rows);
   serve(library, "decoder_tokens", decoder_tokens);
   serve(library, "unshuffle", unshuffle);
   serve(library, "unshuffle_backward", unshuffle_backward);

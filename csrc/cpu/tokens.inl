@@ -7,6 +7,7 @@ static void add_row_as(const void* a, const void* b, void* out, int64_t width) {
   Out* sum = static_cast<Out*>(out);
   // `out` may be `a` or `b` itself
   if constexpr (sizeof(A) == 2 || sizeof(B) == 2 || sizeof(Out) == 2) {
+    // the compiler packs 16-bit values of two vectors at a time
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) sum[i] = narrow<Out>(widen(x[i]) + widen(y[i]));
   } else {
@@ -15,24 +16,12 @@ static void add_row_as(const void* a, const void* b, void* out, int64_t width) {
   }
 }
 
-template <typename A, typename B>
-static void add_row_to(const void* a, const void* b, Type out_type, void* out, int64_t width) {
-  if (out_type == Type::f32) return add_row_as<A, B, float>(a, b, out, width);
-  if (out_type == Type::bf16) return add_row_as<A, B, Bf16>(a, b, out, width);
-  add_row_as<A, B, F16>(a, b, out, width);
-}
-
-template <typename A>
-static void add_row_of(const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width) {
-  if (b_type == Type::f32) return add_row_to<A, float>(a, b, out_type, out, width);
-  if (b_type == Type::bf16) return add_row_to<A, Bf16>(a, b, out_type, out, width);
-  add_row_to<A, F16>(a, b, out_type, out, width);
-}
-
 static void add_row(Type a_type, const void* a, Type b_type, const void* b, Type out_type, void* out, int64_t width) {
-  if (a_type == Type::f32) return add_row_of<float>(a, b_type, b, out_type, out, width);
-  if (a_type == Type::bf16) return add_row_of<Bf16>(a, b_type, b, out_type, out, width);
-  add_row_of<F16>(a, b_type, b, out_type, out, width);
+  in_type(a_type, [&](auto x) {
+    in_type(b_type, [&](auto y) {
+      in_type(out_type, [&](auto sum) { add_row_as<decltype(x), decltype(y), decltype(sum)>(a, b, out, width); });
+    });
+  });
 }
 
 // rows first.. of `out` from a row each and one of a table
@@ -67,4 +56,28 @@ static void copy_row(Type a_type, const void* a, Type out_type, void* out, int64
     load_row(a_type, static_cast<const char*>(a) + start * size(a_type), 1, x, count);
     store_row(out_type, static_cast<char*>(out) + start * size(out_type), 1, x, count);
   }
+}
+
+// Adds rows begin..end of `x` to the sums, ROWS at a time: the sums are read and written once for all of them.
+template <int ROWS, typename T>
+static void sum_rows_as(const SumRows& args, float* sums, int64_t begin) {
+  const T* row[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t b = (begin + r) / args.rows, k = (begin + r) % args.rows;
+    row[r] = static_cast<const T*>(at(args.x, b * args.x.stride[0] + k * args.x.stride[1]));
+  }
+  by_vectors(args.width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+    Vec sum = lanes.get(row[0] + i);
+#pragma GCC unroll 8
+    for (int r = 1; r < ROWS; ++r) sum += lanes.get(row[r] + i);
+    lanes.put(sums + i, lanes.get(sums + i) + sum);
+  });
+}
+
+static void sum_rows(const SumRows& args, float* sums, int64_t begin, int64_t end) {
+  constexpr int kRows = 8;
+  in_type(args.x.type, [&](auto stored) {
+    for (; begin + kRows <= end; begin += kRows) sum_rows_as<kRows, decltype(stored)>(args, sums, begin);
+    for (; begin < end; ++begin) sum_rows_as<1, decltype(stored)>(args, sums, begin);
+  });
 }

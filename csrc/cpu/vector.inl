@@ -38,7 +38,9 @@ FASTMIM_HD void store(int32_t* to, Int value) {
   *reinterpret_cast<UnalignedInt*>(to) = value;
 }
 FASTMIM_HD Vec load(const uint8_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(from), Int), Vec);
+  // step by step: GCC takes bytes to 32 bits one at a time
+  const Half wider = __builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(from), Half);
+  return __builtin_convertvector(__builtin_convertvector(wider, Int), Vec);
 }
 FASTMIM_HD Vec load(const uint16_t* from) {
   return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(from), Int), Vec);
@@ -46,11 +48,34 @@ FASTMIM_HD Vec load(const uint16_t* from) {
 FASTMIM_HD Vec load(const Bf16* from) {
   return (Vec)(__builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits) << 16);
 }
+// as widen(F16)
+FASTMIM_HD Vec load(const F16* from) {
+  const Bits half = __builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits);
+  const Vec magnitude = (Vec)((half & 0x7fffu) << 13) * 0x1p112f;
+  const Bits special = (half & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
+  return (Vec)((Bits)magnitude | special | (half & 0x8000u) << 16);
+}
+// the upper half of each lane
+FASTMIM_HD Half upper(Bits bits) {
+#if defined(FASTMIM_UPPER)
+  return (Half)FASTMIM_UPPER(bits);
+#else
+  return __builtin_convertvector(bits >> 16, Half);
+#endif
+}
 // as narrow<Bf16>
 FASTMIM_HD void store(Bf16* to, Vec value) {
   const Bits bits = (Bits)value, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  const Bits kept = ((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16;
-  *reinterpret_cast<UnalignedHalf*>(to) = __builtin_convertvector(kept, Half);
+  *reinterpret_cast<UnalignedHalf*>(to) = upper(value != value ? bits | 0x400000u : rounded);
+}
+// as narrow<F16>
+FASTMIM_HD void store(F16* to, Vec value) {
+  const Bits sign = ((Bits)value >> 16) & 0x8000u, bits = (Bits)value & 0x7fffffffu;
+  const Bits subnormal = (Bits)((Vec)bits + 0.5f) - 0x3f000000u;
+  const Bits normal = (bits - 0x38000000u + 0xfffu + ((bits >> 13) & 1u)) >> 13;
+  const Bits special = bits > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
+  const Bits magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
+  *reinterpret_cast<UnalignedHalf*>(to) = __builtin_convertvector(sign | magnitude, Half);
 }
 FASTMIM_HD Vec splat(float value) {
   return value - Vec{};
@@ -145,60 +170,21 @@ FASTMIM_HD int64_t padded(int64_t count) {
   return (count + VL - 1) / VL * VL;
 }
 
-// e^x of a number between -87.33 and 88, to about one ulp; NaN for NaN
-FASTMIM_HD Vec exponential_in_range(Vec clamped) {
-  const Vec shifted = clamped * 1.44269504f + 12582912.0f;  // rounds to the nearest integer
-  const Vec n = shifted - 12582912.0f;
-  const Vec r = clamped - n * 0.693145752f - n * 1.42860677e-6f;
-  Vec p = splat(1.0f / 5040);
-  p = p * r + 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const Int power = ((Int)shifted << 23) + (127 << 23);
-  return p * (Vec)power;
-}
-
-// e^x to about one ulp; 0 below the smallest normal number, NaN for NaN
-FASTMIM_HD Vec exponential(Vec x) {
-  const Vec value = exponential_in_range(x < -87.33f ? splat(-87.33f) : x > 88.0f ? splat(88.0f) : x);
-  return x < -87.33f ? Vec{} : x > 88.0f ? splat(__builtin_inff()) : value;
-}
-
-// The normal distribution function Φ(u) and e^(-u²/2): through a polynomial for erfc(x) e^(x²) in 1 / (1 + x/2)
-FASTMIM_HD Vec normal_distribution(Vec u, Vec& bell) {
-  const Vec x = (u < 0.0f ? -u : u) * 0.707106781f;
-  const Vec t = 1.0f / (1.0f + 0.5f * x);
-  Vec p = splat(-0x1.e3e4a8p-5f);
-  p = p * t + 0x1.2367acp-2f;
-  p = p * t - 0x1.f2e4a8p-2f;
-  p = p * t + 0x1.1cbdccp-2f;
-  p = p * t - 0x1.b43e16p-6f;
-  p = p * t + 0x1.9f1a68p-3f;
-  p = p * t + 0x1.f1e05cp-3f;
-  p = p * t + 0x1.2126fep-2f;
-  p = p * t + 0x1.20db44p-2f;
-  const Vec exponent = -0.5f * u * u;
-  const Vec value = exponential_in_range(exponent < -87.33f ? splat(-87.33f) : exponent);
-  bell = exponent < -87.33f ? Vec{} : value;
-  const Vec tail = 0.5f * p * t * bell;
-  return u < 0.0f ? tail : 1.0f - tail;
-}
-
 // ---- rows of any storage type ------------------------------------------------------------------------------------
+
+// call(a value of the storage type)
+template <typename Call>
+FASTMIM_HD void in_type(Type type, const Call& call) {
+  if (type == Type::f32) return call(float());
+  if (type == Type::bf16) return call(Bf16());
+  call(F16());
+}
 
 template <typename T>
 FASTMIM_HD void load_row_as(const void* from, int64_t stride, float* to, int64_t count) {
   const T* source = static_cast<const T*>(from);
   if (stride == 1) {
-    if constexpr (std::is_same_v<T, F16>) {
-      for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i]);
-    } else {
-      by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(to + i, lanes.get(source + i)); });
-    }
+    by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(to + i, lanes.get(source + i)); });
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i * stride]);
   }
@@ -208,27 +194,18 @@ template <typename T>
 FASTMIM_HD void store_row_as(void* to, int64_t stride, const float* from, int64_t count) {
   T* target = static_cast<T*>(to);
   if (stride == 1) {
-    // a compiler packs 16-bit values of shorter vectors faster by itself
-    if constexpr (std::is_same_v<T, F16> || (std::is_same_v<T, Bf16> && VL < 16)) {
-      for (int64_t i = 0; i < count; ++i) target[i] = narrow<T>(from[i]);
-    } else {
-      by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(target + i, lanes.get(from + i)); });
-    }
+    by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(target + i, lanes.get(from + i)); });
   } else {
     for (int64_t i = 0; i < count; ++i) target[i * stride] = narrow<T>(from[i]);
   }
 }
 
 static void load_row(Type type, const void* from, int64_t stride, float* to, int64_t count) {
-  if (type == Type::f32) load_row_as<float>(from, stride, to, count);
-  if (type == Type::bf16) load_row_as<Bf16>(from, stride, to, count);
-  if (type == Type::f16) load_row_as<F16>(from, stride, to, count);
+  in_type(type, [&](auto stored) { load_row_as<decltype(stored)>(from, stride, to, count); });
 }
 
 static void store_row(Type type, void* to, int64_t stride, const float* from, int64_t count) {
-  if (type == Type::f32) store_row_as<float>(to, stride, from, count);
-  if (type == Type::bf16) store_row_as<Bf16>(to, stride, from, count);
-  if (type == Type::f16) store_row_as<F16>(to, stride, from, count);
+  in_type(type, [&](auto stored) { store_row_as<decltype(stored)>(to, stride, from, count); });
 }
 
 // a row that lies at a multiple of the vector's size
@@ -268,33 +245,6 @@ FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float
   void* to = at(view, row * view.stride[0]);
   if (view.streamed) return stream_row(static_cast<float*>(to), scratch, width);
   store_row(view.type, to, view.stride[1], scratch, width);
-}
-
-// ---- pieces of rows, as whole vectors: in place if they are whole, else in `scratch` ------------------------------
-
-FASTMIM_HD const float* whole_vectors(const float* from, int64_t count, float* scratch) {
-  if (count % VL == 0) return from;
-  load_row(Type::f32, from, 1, scratch, count);
-  return scratch;
-}
-
-FASTMIM_HD const float* piece_of(const View& view, int64_t row, int64_t start, int64_t count, float* scratch) {
-  const void* from = at(view, row * view.stride[0] + start * view.stride[1]);
-  if (view.type == Type::f32 && view.stride[1] == 1)
-    return whole_vectors(static_cast<const float*>(from), count, scratch);
-  load_row(view.type, from, view.stride[1], scratch, count);
-  return scratch;
-}
-
-FASTMIM_HD float* piece_target(const View& view, int64_t row, int64_t start, int64_t count, float* scratch) {
-  const bool direct = view.type == Type::f32 && view.stride[1] == 1 && count % VL == 0;
-  return direct ? static_cast<float*>(at(view, row * view.stride[0] + start)) : scratch;
-}
-
-FASTMIM_HD void finish_piece(const View& view, int64_t row, int64_t start, int64_t count, const float* target,
-                             const float* scratch) {
-  if (target != scratch) return;
-  store_row(view.type, at(view, row * view.stride[0] + start * view.stride[1]), view.stride[1], scratch, count);
 }
 
 // Floats of scratch, aligned for vectors and freed at the end of the scope; each part a block of its own, so that a

@@ -10,8 +10,10 @@ the middle of an epoch.
 #   masks of samples.
 # - `resample`: crops, or patches of them, resized to their size in a batch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
-# - `tar_members`, `tars`, `packed`, `sources`: reading samples.
-# - `array_files`, `array_crops`: arrays in files, and crops of them.
+# - `base_source`, `chunks`: what a source is, parts of one that are read whole.
+# - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `pairs`, `packed`: kinds of sources.
+# - `sources`: which kind a path or an object is.
+# - `array_formats`, `array_files`, `array_crops`, `array_reader`: arrays in files, and reading crops of them.
 # - `clip_files`, `clip_decoders`, `clip_crops`: videos in files, frames of them, and clips.
 # - `clip_packed`, `clip_pack`: videos that were cut into patches of several frames.
 # - `patch_shards`, `patch_writer`: arrays that were cut into patches, each of which is one contiguous read.
@@ -19,10 +21,20 @@ the middle of an epoch.
 # - `threads`, `transfer`, `feeds`, `prefetch`: background threads, copies to a device, samples in order, batches.
 # - `quarantine`, `loader_state`: unreadable files, saved states.
 # - `base_loader`, `loader`, `array_loader`, `clip_loader`: what loaders share, and each of them.
-# - `lock`, `pack`, `check_data`, `stats`: locks of folders, and the commands `fastmim pack`, `check-data` and `stats`.
+# - `lock`, `pack`, `pack_arrays`, `check_data`, `check_arrays`, `stats`: locks of folders, and the commands `fastmim
+#   pack`, `check-data` and `stats`.
 
 from .array_loader import ArrayBatch, ArrayLoader
 from .clip_loader import ClipLoader
-from .loader import Batch, ImageLoader, PairBatch, PatchBatch
+from .loader import Batch, CovisibleBatch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ClipLoader", "ImageLoader", "PairBatch", "PatchBatch"]
+__all__ = [
+    "ArrayBatch",
+    "ArrayLoader",
+    "Batch",
+    "ClipLoader",
+    "CovisibleBatch",
+    "ImageLoader",
+    "PairBatch",
+    "PatchBatch",
+]

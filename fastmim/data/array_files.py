@@ -11,17 +11,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .._checks import check_count
 from . import formats
 from .array_formats import DESCRIPTIONS, STORES, SUFFIXES, Array, format_of
+from .base_source import Source, Stamp
+from .folders import Contents, Files, folder, listed
 from .images import Unreadable
 from .packed import INDEX
 from .patch_shards import PatchShards
 from .philox import Ints
-from .sources import Contents, Files, Source, Stamp, folder, listed, paths_of
+from .sources import paths_of
 
 
 class Arrays(Source, Protocol):
     """A source whose samples are arrays."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds all arrays."""
 
     def opened(self, sample: int) -> AbstractContextManager[Array]:
         """Open an array. Errors of reading it, until the context ends, are Unreadable."""
@@ -168,6 +175,8 @@ def open_arrays(source: object, key: str | None = None, sample_axis: int | None 
             sample_axis with a packed dataset.
     """
     given = paths_of(source)
+    if sample_axis is not None:
+        check_count("sample_axis", sample_axis, 0, 4)
     if isinstance(given, Path):
         if not given.is_dir():
             raise ValueError(f"source must be a folder or a list of files; got {given}")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -37,16 +38,30 @@ Opener = Callable[[Path, str | None], AbstractContextManager[Array]]
 # ---- readers ---------------------------------------------------------------------------------------------------------
 
 
-def _mapped(file: Any) -> Values:
-    """Return the array of a .npy file, mapped into memory, that starts at the position of an open file."""
+# literals are parsed by one thread at a time: CPython 3.11 raises SystemError where several do
+_parsing = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # a child has no thread that would release it
+    os.register_at_fork(after_in_child=_parsing._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], str, Any]:
+    """Return the shape, the order and the dtype that the header of a .npy file states, and move behind it."""
     version = np.lib.format.read_magic(file)
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in read:
         raise ValueError(f"version {version} of the .npy format")
-    shape, fortran, dtype = read[version](file)
+    with _parsing:
+        shape, fortran, dtype = read[version](file)
     if dtype.hasobject:
         raise ValueError("the array holds Python objects")
-    return np.memmap(file, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    return shape, "F" if fortran else "C", dtype
+
+
+def _mapped(file: Any) -> Values:
+    """Return the array of a .npy file, mapped into memory, that starts at the position of an open file."""
+    shape, order, dtype = _header(file)
+    return np.memmap(file, dtype, "r", file.tell(), shape, order)  # type: ignore[call-overload, no-any-return]
 
 
 @contextmanager
@@ -63,7 +78,9 @@ def _npz(path: Path, key: str | None) -> Iterator[Values]:
         member = archive.getinfo(f"{_chosen(names, key)}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             with archive.open(member) as packed:
-                yield np.lib.format.read_array(packed, allow_pickle=False)
+                shape, order, dtype = _header(packed)
+                values: Values = np.frombuffer(packed.read(), dtype)
+                yield values.reshape(shape, order=order)  # type: ignore[call-overload]
             return
     with open(path, "rb") as file:
         # the local header, of 30 bytes, ends with the lengths of a name and of an extra field that follow it

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .._checks import axes as per_axis
 from .._checks import check_count, check_number
-from .array_crops import AXES, ArrayCrops, ArrayReader, Layout
+from .array_crops import AXES, ArrayCrops, Layout
 from .array_files import ArrayFiles, Arrays, open_arrays
+from .array_reader import ArrayReader
 from .base_loader import Loader, check_bool
 from .feeds import Ahead, Feed, Supply
 from .images import Unreadable
@@ -44,21 +45,22 @@ class ArrayBatch(NamedTuple):
 class ArrayLoader(Loader):
     """Iterable over batches of arrays of 1 to 3 axes and any number of channels; each iteration is one epoch.
 
-    A file is a sample, unless `sample_axis` is given. Order, shards, resuming, and unreadable files are as in `ImageLoader`, and depend on seed, epoch
-    and sample alone, as crops and flips do. The first readable file sets the number of channels and the dtype, and
-    without `crop` also the sizes: a file that differs counts as unreadable, as does one that is smaller than `crop` or
-    holds NaN that `nodata` doesn't allow. Infinite values are never allowed.
+    A file is a sample, unless `sample_axis` is given. Order, shards, resuming, and unreadable files are as in
+    `ImageLoader`, and depend on seed, epoch and sample alone, as crops and flips do. The first readable file sets the
+    number of channels and the dtype, and without `crop` also the sizes: a file that differs counts as unreadable, as
+    does one that is smaller than `crop` or holds NaN that `nodata` doesn't allow. Infinite values are never allowed.
 
     Values of dtype uint8, uint16, float16 and float32 stay as they are, in native byte order; int16 and float64 become
     float32. Only the crop is read, with the chunks, tiles or strips that it touches, except from compressed .npz and
     .nii.gz, and from compressed TIFF files where zarr isn't installed: these are decompressed each time.
 
     Args:
-        source: a dataset that `fastmim pack` wrote, whose crops are those of its source, bit for bit; or a folder, whose
-            subfolders are classes if no array lies beside them, or a list of files: .npy, .npz,
-            .raw with a .json file of the same name beside it (`shape`, `dtype`, and `offset` in bytes, 0 by default),
-            and where their packages are installed .nii and .nii.gz (`fastmim[nifti]`), .tif and .tiff
-            (`fastmim[tiff]`), .h5 and .hdf5 (`fastmim[hdf5]`), .zarr (`fastmim[zarr]`).
+        source: a dataset that `fastmim pack` wrote, whose crops are those of its source, bit for bit, but for the rest
+            of an axis beyond its last whole patch; or a folder, whose subfolders are classes if no array lies beside
+            them, or a list of files: .npy, .npz, .raw with a .json file of the same name beside it (`shape`, `dtype`,
+            and `offset` in bytes, 0 by default), and where their packages are installed .nii and .nii.gz
+            (`fastmim[nifti]`), .tif and .tiff (`fastmim[tiff]`), .h5 and .hdf5 (`fastmim[hdf5]`), .zarr
+            (`fastmim[zarr]`).
         batch_size: number of different arrays in a batch of this shard.
         crop: size of random crops, int or one per axis; None: whole arrays, which must have equal sizes.
         axes: number of axes, 1 to 3, beside that of the channels. An array of only so many axes has one channel.
@@ -79,11 +81,14 @@ class ArrayLoader(Loader):
             `ArrayBatch`, with patches that equal those of the crops bit for bit. Where data may be missing it is called
             as `masking(seeds (B,), valid=(B, L) bool)`, and its mask is ragged:
             `lambda seeds, valid: fastmim.masking.random(len(seeds), 196, 0.75, seeds=seeds, valid=valid)`. An array for
-            whose crops it raises ValueError, such as one with too few valid patches to keep any, counts as unreadable.
+            whose crops it raises ValueError, such as one with too few valid patches to keep any, counts as unreadable:
+            see min_valid.
             From a packed dataset only the bytes of those patches are read, and from files that are mapped into memory
             only their part of the crop; without missing data, nothing else is checked for NaN.
         sample_axis: axis, from 0, along which the array of a file holds many samples; the others are those of one
             sample. None: a file is a sample.
+        min_valid: with nodata, least share of the patches of a crop that hold data; a crop with less is drawn again as
+            one without any is.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -118,10 +123,9 @@ class ArrayLoader(Loader):
         quarantine: str | os.PathLike[str] | None = None,
         masking: Callable[..., Any] | None = None,
         sample_axis: int | None = None,
+        min_valid: float = 0.0,
     ) -> None:
         check_count("axes", axes, 1, AXES)
-        if sample_axis is not None:
-            check_count("sample_axis", sample_axis, 0, AXES + 1)
         check_bool("channels_last", channels_last)
         if key is not None and not isinstance(key, str):
             raise TypeError(f"key must be a str or None, got {type(key).__name__} {key!r}")
@@ -129,6 +133,8 @@ class ArrayLoader(Loader):
         patch = None if patch_size is None else tuple(per_axis("patch_size", patch_size, axes))
         if nodata is not None:
             nodata = check_number("nodata", nodata)
+        if not 0 <= check_number("min_valid", min_valid) <= 1:
+            raise ValueError(f"min_valid must be in [0, 1], got {min_valid}")
         if masking is not None and not callable(masking):
             raise TypeError(f"masking must be a function of seeds that returns a mask, got {type(masking).__name__}")
         if (mean is None) != (std is None):
@@ -141,6 +147,7 @@ class ArrayLoader(Loader):
             repeats,
             patch,
             nodata,
+            min_valid,
             None if mean is None else _per_channel("mean", mean),
             None if std is None else _per_channel("std", std),
         )
@@ -219,6 +226,7 @@ class ArrayLoader(Loader):
             "mean": crops.mean and list(crops.mean),
             "std": crops.std and list(crops.std),
             "patch_size": crops.patch and list(crops.patch),
+            "min_valid": crops.min_valid or None,
             # as text, since NaN differs from itself
             "nodata": None if crops.nodata is None else repr(crops.nodata),
         }
@@ -234,7 +242,7 @@ def settled(source: ArrayFiles | PatchShards, crops: ArrayCrops) -> ArrayCrops:
     if stated is None:
         stated = source.stated()
     if isinstance(source, PatchShards):
-        given = (crops.axes, crops.channels_last, repr(stated))
+        given = (crops.axes, crops.channels_last, repr(None if stated is None else float(stated)))
         held = (source.axes, False, repr(source.nodata))
         for name, value, allowed in zip(("axes", "channels_last", "nodata"), given, held):
             if value != allowed:

@@ -9,9 +9,10 @@ import numpy as np
 
 from . import formats
 from .clip_packed import PackedVideos
+from .folders import Files, folder, listed
 from .images import Unreadable
 from .packed import INDEX
-from .sources import Files, folder, listed, paths_of
+from .sources import paths_of
 
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".vob", ".wmv", ".flv"),

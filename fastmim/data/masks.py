@@ -42,16 +42,22 @@ class Masks:
         """Return the mask of samples (B,), of which the patches `valid` (B, L) hold data; None: all.
 
         Raises:
-            Unreadable: the function raises ValueError for samples that lack data.
+            Unreadable: the function raises ValueError for samples that may lack data.
         """
         seeds = mask_seeds(self.seed, epoch, torch.from_numpy(samples))
         try:
             mask = self.masking(seeds) if valid is None else self.masking(seeds, valid=valid)
         except ValueError as error:
-            if valid is None or valid.all():
+            if self.counts is None:
+                raise ValueError(
+                    f"masking must make masks of {self.num_patches} patches; it raises: {error}"
+                ) from error
+            if valid is None:
                 raise
             fewest = int(valid.sum(1).min())
-            raise Unreadable(f"no mask of a crop in which {fewest} patches hold data: {error}") from error
+            raise Unreadable(
+                f"no mask of a crop with {fewest} valid patches (min_valid asks for more): {error}"
+            ) from error
         ids: list[Any] = [getattr(mask, name, None) for name in ("ids_keep", "ids_predict")]
         if not is_dataclass(mask) or not all(isinstance(part, Tensor) and len(part) == len(samples) for part in ids):
             raise TypeError(f"masking must return a fastmim.Mask of as many rows as seeds, got {type(mask).__name__}")

@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 
 class PatchShards:
-    """A dataset of patches as a source of samples, as sources.Source describes.
+    """A dataset of patches as a source of samples, as base_source.Source describes.
 
     Attributes:
         patch_size: sizes of a patch, one for each axis beside the channels.
@@ -86,8 +86,11 @@ class PatchShards:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
+    chunks: Ints | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.title = str(self.root)
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
             raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")
@@ -133,7 +136,7 @@ class PatchShards:
         self._offset: Ints = np.cumsum(patches) - patches
         # a bit for each patch whose checksum was compared
         self._verified = np.zeros(int(patches.sum()) // 8 + 1, np.uint8)
-        self._maps: dict[int, tuple[Values, Table]] = {}
+        self._maps: dict[int, tuple[mmap.mmap, Values, Table]] = {}
 
     @property
     def axes(self) -> int:
@@ -168,16 +171,16 @@ class PatchShards:
             ValueError: an id is out of range.
         """
         at = self._places(sample, ids)
-        held, table = self._mapped(sample)
+        memory, held, table = self._mapped(sample)
+        _ask(memory, np.sort(self._first[sample] + at), held.itemsize * held.shape[1])
         patches = held[self._first[sample] + at]
         self._verify(sample, at, patches, table.checksums[self._first[sample] + at])
-        native: Values = patches.astype(patches.dtype.newbyteorder("="), copy=False)
-        return native
+        return np.asarray(patches, patches.dtype.newbyteorder("="))
 
     def valid(self, sample: int, ids: Any = None) -> Values | None:
         """Return which patches (K,), of all or of `ids`, hold data; None where no data are missing."""
         at = self._places(sample, ids)
-        valid = self._mapped(sample)[1].valid
+        valid = self._mapped(sample)[2].valid
         return None if valid is None else valid[self._first[sample] + at].astype(bool)
 
     def array(self, sample: int) -> Values:
@@ -203,8 +206,8 @@ class PatchShards:
         time, cell = np.divmod(found, grid[1] * grid[2])
         return cell * grid[0] + time
 
-    def _mapped(self, sample: int) -> tuple[Values, Table]:
-        """Return the patches (n, P) of an array's shard in memory, and their table."""
+    def _mapped(self, sample: int) -> tuple[mmap.mmap, Values, Table]:
+        """Return an array's shard in memory, its patches (n, P), and their table."""
         shard = sample // self._shard_size
         if shard not in self._maps:
             path = shard_files(self.root, shard)[0]
@@ -221,15 +224,15 @@ class PatchShards:
             patches = np.frombuffer(memory, dtype, count * values).reshape(count, values)
             checksums = np.frombuffer(memory, "<u4", count, end)
             valid = None if self.nodata is None else np.frombuffer(memory, np.uint8, count, end + 4 * count)
-            self._maps[shard] = patches, Table(checksums, valid)
-        patches, table = self._maps[shard]
+            self._maps[shard] = memory, patches, Table(checksums, valid)
+        memory, patches, table = self._maps[shard]
         if not self._compared[sample]:
             first = int(self._first[sample])
             of_sample = table.of(slice(first, first + math.prod(self.grid(sample))))
             if of_sample.checksum() != self._sums[sample]:
                 raise self._damaged(sample, "the checksums of")
             self._compared[sample] = 1
-        return patches, table
+        return memory, patches, table
 
     def _verify(self, sample: int, at: Ints, patches: Values, checksums: Values) -> None:
         """Compare the checksums of patches at places of an array, unless that was done. Raises Unreadable."""
@@ -267,6 +270,17 @@ class PatchShards:
     def __getstate__(self) -> dict[str, Any]:
         # pickled, a mapping would be copied into memory
         return {**self.__dict__, "_maps": {}}
+
+
+def _ask(memory: mmap.mmap, at: Ints, size: int) -> None:
+    """Ask the system for the pages of patches at ascending places, all of them before the first is read."""
+    if not hasattr(memory, "madvise") or not len(at):
+        return
+    first, end = at * size // mmap.PAGESIZE, -(-(at + 1) * size // mmap.PAGESIZE)
+    # patches whose pages aren't those that follow the patch before
+    begins = np.flatnonzero(first[1:] > end[:-1]) + 1
+    for start, stop in zip(first[[0, *begins]].tolist(), end[[*begins - 1, -1]].tolist()):
+        memory.madvise(mmap.MADV_WILLNEED, start * mmap.PAGESIZE, (stop - start) * mmap.PAGESIZE)
 
 
 class Stored:

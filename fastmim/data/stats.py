@@ -13,12 +13,12 @@ import numpy as np
 from .array_crops import ArrayCrops, Layout, reason
 from .array_files import Arrays
 from .array_loader import first_layout
+from .folders import STATS
 from .images import Unreadable
 from .loader_state import contents
 from .packed import replaced
 from .philox import Floats
 from .quarantine import NAME, Quarantine
-from .sources import STATS
 from .threads import map_ahead
 
 logger = logging.getLogger("fastmim.data")

@@ -145,8 +145,9 @@ def videomae_vit_huge_patch16(**kwargs: Any) -> VideoMAE:
 
 
 def videomae_vit_giant_patch14(**kwargs: Any) -> VideoMAE:
-    """Build VideoMAE V2's model of width 1408 with 40 blocks and 16 heads; decoder 512, 4 and 8; MLPs 48/11 as wide.
+    """Build VideoMAE V2's model of width 1408 with 40 blocks and 16 heads; decoder 512, 4 and 8.
 
+    MLPs are 48/11 times as wide, those of the decoder too, as in OpenGVLab/VideoMAEv2.
     `kwargs`: arguments of `VideoMAE`, also in place of these sizes.
     """
     sizes = dict(embed_dim=1408, depth=40, num_heads=16, decoder_embed_dim=512, decoder_depth=4, decoder_num_heads=8)

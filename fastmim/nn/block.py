@@ -291,13 +291,11 @@ class Block(nn.Module):
     def _feed(self, x: Stream, options: Options, apart: bool, narrow: NarrowWeights | None) -> Stream:
         """Return x + ls2(mlp(norm2(x)))."""
         norm, mlp, scale = self.norm2, self.mlp, self.ls2
-        if (
-            is_stock(mlp, Mlp)
-            and mlp.fuses()
-            and stock_norm(norm)
-            and (scale is None or folds(mlp.fc2, scale, x.residual))
-        ):
+        if is_stock(mlp, Mlp) and mlp.fuses() and stock_norm(norm):
             hidden, residual = norm_linear(*x.parts(), norm, mlp.fc1.weight, None, narrow)
+            if scale is not None and not folds(mlp.fc2, scale, hidden):
+                branch = gelu_linear(hidden, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, narrow)
+                return Stream(residual, scale(branch))
             weight, bias, narrow = folded(mlp.fc2, scale, hidden, narrow)
             branch = gelu_linear(hidden, mlp.fc1.bias, weight, None if apart else bias, narrow)
             return Stream(residual, branch, bias if apart else None)

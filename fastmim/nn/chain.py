@@ -159,6 +159,9 @@ def run_blocks(
     depth = len(blocks)
     if not isinstance(taps, Iterable):
         raise TypeError(f"taps must be a sequence of ints, got {type(taps).__name__}")
+    taps = list(taps)
+    if taps and not depth:
+        raise ValueError(f"taps must be empty without blocks, got {taps}")
     taps = [check_count("taps", tap, 0, depth - 1) for tap in taps]
     if num_queries is not None:
         check_count("num_queries", num_queries, 0, x.shape[1])

@@ -1,4 +1,6 @@
-"""Learned factor per channel of a branch, multiplied into the weights before it where that is exact enough."""
+"""Learned factor per channel of a branch, multiplied into the weights before it where that is exact and pays."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +39,17 @@ def scaled(branch: Tensor, scale: nn.Module | None) -> Tensor:
 
 
 def folds(layer: nn.Module, scale: nn.Module, x: Tensor) -> bool:
-    """Return whether scale(layer(x)) is computed as a product with scaled weights, which takes no pass over tokens.
+    """Return whether scale(layer(x)) is computed as a product with scaled weights: a pass over them, none over tokens.
 
-    Not in float16, in which a small factor times a weight has few digits.
+    Not of fewer tokens than the layer has inputs, which take less time than its weights, nor in float16, in which a
+    small factor times a weight has few digits.
     """
     return (
         not torch.compiler.is_compiling()
         and is_stock(layer, nn.Linear)
         and is_stock(scale, LayerScale)
         and layer.out_features == scale.gamma.shape[0]
+        and layer.in_features <= math.prod(x.shape[:-1])
         and (autocast_dtype(x) or x.dtype) != torch.float16
     )
 

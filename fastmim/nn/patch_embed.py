@@ -122,7 +122,7 @@ class PatchEmbed(nn.Module):
                 return residual_stream(add_positions(tokens, ids_keep, pos_embed, prefix))
         if cut:
             images, ids, patch = as_images(images, proj.in_channels)
-            weight, pos_ids = weight.reshape(*weight.shape[:2], *patch), ids_keep
+            weight, pos_ids = weight.reshape(*weight.shape[:2], *patch), None if pos_embed is None else ids_keep
         options = dict(pos_embed=pos_embed, pos_ids=pos_ids, prefix=prefix)
         return residual_stream(ops.embed_patches(images, ids, weight, proj.bias, mean=mean, std=std, **options))
 

@@ -44,7 +44,8 @@ def pixel_loss(
         norm_pix: True: each target patch minus its mean, over its deviation sqrt(var + 1e-6), var unbiased over all
             P values. "channel": per channel, over sqrt(var) + 1e-6. False: none.
         weight: (B, M) of each patch, w below; 1 by default. No gradient. A patch of weight 0 adds nothing to the loss
-            nor to a gradient, even where it holds NaN.
+            nor to a gradient, even where it holds NaN. Weights may be negative, as in losses that push away; then the
+            sum of weights that "mean" divides by can be near 0, so that "sum" is the one to use.
         mean, std: as in `gather_patches`, applied before `norm_pix`.
         loss: error of a value, as in torch.nn: "squared" (MSELoss), "absolute" (L1Loss) or "huber" (HuberLoss with
             delta 1, which equals SmoothL1Loss with beta 1). The mean over a patch's values is its l.

@@ -79,7 +79,8 @@ def embed_patches(
         weight: (D, C, p), (D, C, p, p) or (D, C, pt, p, p), as images; its last axes are the patch size.
         bias: (D,).
         pos_embed: (L, D), one row per patch, without the prefix; with `pos_ids` (any, D).
-        pos_ids: (B, K) int64 rows of `pos_embed` to add, distinct in a row. Default `ids`.
+        pos_ids: (B, K) int64 rows of `pos_embed` to add, distinct in a row. Default `ids`. Not without
+            `pos_embed`.
         prefix: (N, D) rows written before the patches (a class token with its position).
 
     Returns:
@@ -104,6 +105,8 @@ def embed_patches(
         check_tensor("bias", bias, (width,), letters="(width,)")
         check_floating("bias", bias)
     if pos_ids is not None:
+        if pos_embed is None:
+            raise ValueError("pos_ids must be None without pos_embed, whose rows they are; got a tensor")
         check_tensor("pos_ids", pos_ids, tuple(ids.shape), letters="that of ids")
         pos_ids = check_ids("pos_ids", pos_ids)
     if pos_embed is not None:

@@ -19,8 +19,8 @@ from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.video import VideoMAE
 from . import registry
 from .masks import Masks
-from .objective import imported, takes_pairs
-from .registry import MODELS, SHORT
+from .objective import imported
+from .registry import MODELS, SHORT, takes_pairs
 from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"

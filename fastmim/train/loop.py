@@ -19,6 +19,7 @@ from ..data import ArrayBatch, PairBatch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
+from .batches import AnyBatch
 from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config
 from .data import normalised, open_loader
@@ -28,7 +29,7 @@ from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
-from .step import AnyBatch, Average, Update, graphed
+from .step import Average, Update, graphed
 from .values import ConfigError
 
 

@@ -38,7 +38,7 @@ class Objective(nn.Module):
         Args:
             batch: a process's part of an update, as the loader gave it: images (B, C, *img_size), labels where the data
                 have any, ids; `pair` of a `PairBatch`, `valid` of an `ArrayBatch`. Where the run reads patches alone
-                (the setting patchwise), it is a `Batch` whose images are `fastmim.Patches`.
+                (the setting patchwise), they are `fastmim.Patches` in place of images, or of the second views, `pair`.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
@@ -61,11 +61,6 @@ class PixelObjective(Objective):
         else:
             loss = self.model(batch.images, mask=mask).loss
         return loss
-
-
-def takes_pairs(model: nn.Module) -> bool:
-    """Return whether the model predicts patches of one view with another one."""
-    return getattr(model, "decoder", None) == "both"
 
 
 class Distill(Objective):

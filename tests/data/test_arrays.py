@@ -218,47 +218,6 @@ def test_a_crop_without_data_is_drawn_again(tmp_path):
 # ---- epochs ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_each_array_once_an_epoch_over_the_world(arrays, world):
-    loaders = [load(arrays, shard=(rank, world), drop_last=False) for rank in range(world)]
-    orders = set()
-    for _ in range(3):
-        ids = [i for loader in loaders for batch in loader for i in batch.ids.tolist()]
-        assert sorted(set(ids)) == list(range(SAMPLES)) and len(ids) == SAMPLES
-        orders.add(tuple(ids))
-    assert len(orders) == 3
-
-
-def test_threads_and_world_change_nothing(arrays):
-    options = {"flips": (1,), "repeats": 2}
-    alone = list(load(arrays, 6, num_threads=1, **options))
-    assert same(alone, load(arrays, 6, num_threads=5, **options))
-    halves = [list(load(arrays, 3, shard=(rank, 2), **options)) for rank in range(2)]
-    for whole, *parts in zip(alone, *halves):
-        assert torch.equal(whole.images, torch.cat([part.images for part in parts]))
-
-
-@pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("bad", [False, True])
-def test_resuming_is_exact(own, drop_last, bad):
-    if bad:
-        files(own)[3].write_bytes(b"")
-        files(own)[10].write_bytes(files(own)[10].read_bytes()[:-50])
-    options = {"drop_last": drop_last, "shard": (1, 2), "batch_size": 3, "patch_size": 4, "nodata": 20.0, "flips": (0,)}
-    loader, batches, states = load(own, **options), [], []
-    for _ in range(2):
-        states.append(loader.state_dict())
-        for batch in loader:
-            batches.append(batch)
-            states.append(loader.state_dict())
-        states.pop()
-    for done in (0, 1, len(loader) - 1, len(loader), len(loader) + 1):
-        other = load(own, num_threads=1, **options)
-        other.load_state_dict(json.loads(json.dumps(states[done])))
-        rest = [*other, *([] if done >= len(loader) else other)]
-        assert same(rest, batches[done:])
-
-
 OTHER = [
     ({"crop": (8, 8)}, r"crop was \[8, 12\], is \[8, 8\]"),
     ({"flips": (0,)}, r"flips was \[\], is \[0\]"),
@@ -526,6 +485,14 @@ def test_a_truncated_file_is_skipped(tmp_path, name):
     loader = load(tmp_path, crop=(20, 20), drop_last=False)
     assert sorted(i for batch in loader for i in batch.ids.tolist()) == [i for i in range(12) if i != 7]
     assert list(loader.skipped) == [7] and "\n" not in loader.skipped[7]
+
+
+@pytest.mark.fault
+def test_headers_read_by_many_threads(tmp_path):
+    """Headers of .npy files, whose parser of CPython 3.11 raises SystemError where several threads are in it."""
+    write(tmp_path, 200, shape=(1, 4, 4))
+    loader = load(tmp_path, crop=4, num_threads=16, drop_last=False)
+    assert sum(len(batch.ids) for _ in range(5) for batch in loader) == 1000 and not loader.skipped
 
 
 def test_a_damaged_zarr_is_skipped(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from test_arrays import files, write
 
 from fastmim import cli
-from fastmim.data import stats
+from fastmim.data import array_crops, stats
 from fastmim.data.array_crops import ArrayCrops
 from fastmim.data.array_files import open_arrays
 
@@ -22,7 +22,7 @@ def measured(root, crops=CROPS, **options):
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
 @pytest.mark.parametrize("block", [1, 100, 2**22])
 def test_values_are_those_of_numpy(tmp_path, monkeypatch, dtype, block):
-    monkeypatch.setattr(stats, "BLOCK", block)
+    monkeypatch.setattr(array_crops, "BLOCK", block)
     write(tmp_path, 9, dtype=dtype)
     whole = np.stack([np.load(path) for path in files(tmp_path)]).astype(np.float64)
     found, mean, std = measured(tmp_path, num_threads=3)

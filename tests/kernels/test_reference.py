@@ -117,6 +117,11 @@ def test_sum_by_position():
     check(reference.sum_by_position(rows, ids, 7), expected)
 
 
+def test_sum_rows():
+    x = randn(3, 4, 5)
+    check(reference.sum_rows(x), sum(row for rows in x for row in rows))
+
+
 @pytest.mark.parametrize("own_token", [False, True])
 @pytest.mark.parametrize("own_pos", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 3])

@@ -104,6 +104,13 @@ def test_two_patches_of_196_are_visible():
     assert out.ids_keep.shape == (1, 2) and out.pred.shape == (1, 194, 768)
 
 
+def test_each_parameter_has_a_gradient():
+    """DDP needs no search for unused parameters."""
+    model, (images, others) = build(), crops()
+    model(images, 0.9, context=model.encode(others)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_patches_without_their_images():
     model, (images, others) = build(), crops()
     mask = masking.random(3, 24, 0.9)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastmim
 from fastmim import Mask, Patches, SimMIM, masking, ops
+from fastmim.interop.convert import huggingface
 
 # what fullgraph asks for is found out before anything is compiled, which takes a minute
 COMPILER = "inductor" if os.environ.get("FASTMIM_TEST_ALL") else "aot_eager"
@@ -212,3 +213,49 @@ def test_bad_input():
         build(img_size=(12,), patch_size=(2,))
     with pytest.raises(ValueError, match=r"mask_ratio must be in \(0, 1\), got 1.5"):
         build()(torch.zeros(1, 3, 12, 8, dtype=torch.float64), 1.5)
+
+
+def test_equals_hugging_face_where_both_have_the_parts():
+    """ViTForMaskedImageModeling has SimMIM's mask tokens, head and loss, with learned positions and no layer scale."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
+    other = transformers.ViTForMaskedImageModeling(
+        transformers.ViTConfig(image_size=16, patch_size=4, encoder_stride=4, layer_norm_eps=1e-6, **sizes)
+    )
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model = SimMIM(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, layer_scale=None, pos_embed="learned")
+    model.load_state_dict(_published_of_hugging_face(other.state_dict()) | zero_bias(model), strict=True)
+    images, mask = torch.randn(2, 3, 16, 16), masking.cells(2, (4, 4), 2, 0.6)
+    theirs, ours = other(images, bool_masked_pos=mask.mask), model(images, mask=mask)
+    assert (ours.loss - theirs.loss).abs() <= 1e-5 * theirs.loss
+    theirs.loss.backward()
+    found = gradients(ours.loss, model)
+    wanted = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    named = _published_of_hugging_face(wanted)
+    expected = SimMIM._published(dict(named))
+    for name in found.keys() - {"rel_pos_bias.relative_position_bias_table"}:
+        scale = expected[name].norm() + (found[name].norm() if name.endswith("qkv.bias") else 0)
+        assert (found[name] - expected[name]).norm() <= 1e-5 * scale, name
+
+
+def zero_bias(model: SimMIM) -> dict[str, Tensor]:
+    name = "rel_pos_bias.relative_position_bias_table"
+    return {f"encoder.{name}": torch.zeros_like(model.state_dict()[name])}
+
+
+def _published_of_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors of ViTForMaskedImageModeling under SimMIM's published names, with qkv joined."""
+    ours = huggingface.rename(state, "model")
+    ours["mask_token"] = ours.pop("vit.embeddings.mask_token")
+    return {name if name.startswith("decoder.") else f"encoder.{name}": value for name, value in ours.items()}
+
+
+@pytest.mark.parametrize("position", ["none", "learned"])
+def test_each_parameter_has_a_gradient(position):
+    """DDP needs no search for unused parameters."""
+    model = build(pos_embed=position)
+    model(torch.randn(2, 3, 12, 8, dtype=torch.float64)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

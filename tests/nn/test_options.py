@@ -217,9 +217,11 @@ BOTH = "memory key_mask memory_mask bias memory_bias rope memory_rope"
 @pytest.mark.parametrize("names", ["", *SELF, *CROSS, BOTH])
 def test_block(names, num_queries, scale):
     block = random_(Block(DIM, HEADS, 2.5, kv_dim=WIDTH if "memory" in names else None, layer_scale=scale))
-    x, given = randn(BATCH, TOKENS, DIM), options(names)
-    expected = plain(block, x, num_queries, **given)
-    assert_same(block(x, num_queries, **given), expected, leaves(block, x, given))
+    # a layer's weights are scaled instead of its tokens where these are more than its inputs
+    for batch in (BATCH,) if scale is None else (BATCH, 9):
+        x, given = randn(batch, TOKENS, DIM), options(names, batch)
+        expected = plain(block, x, num_queries, **given)
+        assert_same(block(x, num_queries, **given), expected, leaves(block, x, given))
 
 
 @pytest.mark.parametrize("num_queries, qkv_bias", [(None, True), (3, False)])
@@ -361,6 +363,7 @@ def test_taps(taps, num_queries, hooked):
         (dict(num_queries=-1), ValueError, r"num_queries must be in 0..7, got -1"),
         (dict(taps=[2]), ValueError, r"taps must be in 0..1, got 2"),
         (dict(taps=[-1]), ValueError, r"taps must be in 0..1, got -1"),
+        (dict(blocks=[], taps=[0]), ValueError, r"taps must be empty without blocks, got \[0\]"),
         (dict(taps=[0.5]), TypeError, r"taps must be an int, got float 0.5"),
         (dict(norm=None), ValueError, "norm must be given without taps"),
         (dict(norm=None, taps=[0], head=nn.Linear(DIM, 5)), ValueError, "norm must be given.* with a head"),
@@ -609,7 +612,7 @@ def test_small_layer_scale_under_autocast(dtype):
     """A factor of 1e-5 times a weight would lose its digits in float16."""
     block = Block(DIM, HEADS, layer_scale=1e-5)
     exact = copy.deepcopy(block).double()
-    x = torch.randn(2, TOKENS, DIM) * 1e-5
+    x = torch.randn(16, TOKENS, DIM) * 1e-5
     with torch.autocast("cpu", dtype):
         found = block(x).double() - x
     expected = exact(x.double()) - x

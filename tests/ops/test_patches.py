@@ -252,6 +252,10 @@ class TestEmbedPatches(Indexed):
     def test_bad_pos_ids(self, change, error, words):
         self.refuse(self.op, (dict(pos_ids=change(self.sample()["ids"])), error, words))
 
+    def test_pos_ids_without_positions_are_refused(self):
+        arguments = dict(pos_embed=None, pos_ids=self.sample()["ids"])
+        self.refuse(self.op, (arguments, ValueError, "pos_ids must be None without pos_embed"))
+
     @pytest.mark.parametrize("pixels", ["uint8", "uint16"])
     def test_integers_compute_in_the_dtype_of_the_weight(self, pixels):
         arguments = self.sample(torch.bfloat16, pixels=pixels)

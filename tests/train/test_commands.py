@@ -6,8 +6,11 @@ import torch
 from PIL import Image
 from plain import Cell, plain_model
 
+import fastmim
 from fastmim import cli, load, mae_vit_tiny_patch16
+from fastmim.train import Trainer
 from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
+from fastmim.train.export import export
 from fastmim.train.load_run import load_model
 
 
@@ -190,6 +193,50 @@ def test_an_encoder_alone_is_evaluated(several, labelled, tmp_path, capsys):
 @pytest.mark.fault
 def test_timm_takes_an_encoder_alone(several, timm, tmp_path):
     assert cli.main(["export", several, "--key", "encoder", "--to", "timm", str(tmp_path / "encoder.safetensors")]) == 0
+
+
+def test_the_average_is_exported(config, tmp_path, capsys):
+    Trainer(config(ema=0.5)).run()
+    arguments = ["export", str(tmp_path / "run"), "--to", "facebook"]
+    for name, flags in (("model", []), ("average", ["--ema"])):
+        assert cli.main([*arguments, *flags, str(tmp_path / f"{name}.pth")]) == 0
+    written = {name: torch.load(tmp_path / f"{name}.pth")["model"] for name in ("model", "average")}
+    average = load_model(tmp_path / "run", ema=True).state_dict()
+    assert all(torch.equal(value, average[name]) for name, value in written["average"].items())
+    assert not torch.equal(written["model"]["mask_token"], average["mask_token"])
+
+
+SIZES = dict(embed_dim=32, depth=1, num_heads=2)
+DECODER = dict(decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+
+
+@pytest.mark.parametrize(
+    "build, target",
+    [
+        (lambda: fastmim.Pixio(img_size=32, patch_size=4, **SIZES, **DECODER), "timm"),
+        (lambda: fastmim.CrossMAE(img_size=32, patch_size=4, **SIZES, **DECODER), "timm"),
+        (lambda: fastmim.VideoMAE((4, 32, 32), (2, 8, 8), **SIZES, **DECODER), "huggingface"),
+    ],
+)
+def test_systems_by_name_are_exported(build, target, tmp_path):
+    pytest.importorskip({"huggingface": "transformers"}.get(target, target))
+    assert export(build(), target, tmp_path / "out") < 1e-4
+    assert (tmp_path / "out").exists()
+
+
+def test_systems_that_a_format_has_not_are_refused(tmp_path):
+    for model, target, message in (
+        (fastmim.SimMIM(img_size=32, patch_size=4, **SIZES), "facebook", "takes a MaskedAutoencoderViT, got a SimMIM"),
+        (fastmim.SimMIM(img_size=32, patch_size=4, **SIZES), "timm", "a SimMIM of 2 axes and positions 'relative'"),
+        (
+            fastmim.CroCo(img_size=32, **SIZES, **DECODER),
+            "huggingface",
+            "MaskedAutoencoderViT or VideoMAE, got a CroCo",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export(model, target, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.fault

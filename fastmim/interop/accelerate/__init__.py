@@ -2,7 +2,8 @@
 
 - `api`: accelerate, restore and explain.
 - `swap`: change the class of an instance, and back.
-- `facebook`, `huggingface`, `timm`, `lightly`: the replacements for each library; `choose` picks them for a module.
+- `facebook`, `huggingface`, `videomae`, `timm`, `lightly`: the replacements for each library; `choose` picks them for a
+  module.
 - `recognise`: checks that a method computes what its replacement does.
 - `stock`: predicates on the parts of a module.
 - `layers`: arithmetic that the replacements share.

@@ -13,7 +13,8 @@ from . import facebook, timm
 from .swap import Choice, Fast, swap, unswap
 
 SUPPORTED = (
-    "Hugging Face ViTMAEForPreTraining, ViTMAEModel and ViTModel (transformers 5.15 to 5.24), timm VisionTransformer, "
+    "Hugging Face ViTMAEForPreTraining, ViTMAEModel, ViTModel, VideoMAEForPreTraining and VideoMAEModel "
+    "(transformers 5.15 to 5.24), timm VisionTransformer, "
     "MaskedAutoencoderViT in the manner of facebookresearch/mae, lightly's masked vision transformers"
 )
 
@@ -152,7 +153,7 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
         parent = choices.get(path.rpartition(".")[0], Choice())
         has_parameters = next(module.parameters(recurse=False), None) is not None
         # an accelerated module runs its parts itself
-        if choice is None and not (path and parent.mixins) and has_parameters:
+        if choice is None and not (path and (parent.mixins or parent.inside)) and has_parameters:
             choice = Choice(kept=(f"fastmim has no replacement for {type(module).__name__}",))
         if choice is not None:
             choices[path] = choice
@@ -162,7 +163,7 @@ def _choices(model: nn.Module, predict: str) -> dict[str, Choice]:
 def _choose(module: nn.Module, predict: str) -> Choice | None:
     """Decide on one module, by the package that its class or a base comes from, else by its structure."""
     packages = {cls.__module__.partition(".")[0] for cls in type(module).__mro__}
-    for package, name in (("transformers", "huggingface"), ("lightly", "lightly")):
+    for package, name in (("transformers", "huggingface"), ("transformers", "videomae"), ("lightly", "lightly")):
         if package in packages:
             try:
                 replacements: Any = importlib.import_module(f".{name}", __package__)

@@ -57,11 +57,13 @@ class Choice:
         mixins: base classes that accelerate it; empty to keep it.
         kept: reasons why it, or a part of what it does, is kept.
         error: the import that failed, where that is the reason.
+        inside: the module is a part that an accelerated module around it runs.
     """
 
     mixins: tuple[type[Fast], ...] = ()
     kept: tuple[str, ...] = ()
     error: ImportError | None = None
+    inside: bool = False
 
 
 _classes: dict[Any, type[Fast]] = {}

@@ -14,6 +14,9 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 # name of the patch embedding, and the prefixes that an encoder's names have where a decoder stands beside it
 PATCHES = {"patch_embed.proj.weight": (lightly.ENCODER,), huggingface.PATCHES: huggingface.ENCODERS}
 
+# names of VideoMAE and SimMIM beside an encoder whose names begin with "encoder."
+BESIDE_ENCODER = videomae.PROJECTION, "decoder.0.weight"
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -69,8 +72,9 @@ def _find(content: Mapping[Any, Any]) -> list[Encoder]:
                     for part in inner:
                         if f".{prefix}".endswith(f".{part}"):
                             prefix = prefix.removesuffix(part)
-                    if prefix.removesuffix(videomae.ENCODER) + videomae.PROJECTION in names:
-                        prefix = prefix.removesuffix(videomae.ENCODER)
+                    outer = prefix.removesuffix(videomae.ENCODER)
+                    if any(outer + beside in names for beside in BESIDE_ENCODER):
+                        prefix = outer
                     found.setdefault((path, prefix), Encoder(path, state, prefix))
     return list(found.values())
 

@@ -19,9 +19,15 @@ NO_CLASS_TOKEN = "; a table without a row for the class token (timm's no_embed_c
 
 
 def find_grid(
-    weights: Mapping[str, Tensor], source: str, given: tuple[str, Grid] | None = None, wanted: Grid | None = None
+    weights: Mapping[str, Tensor],
+    source: str,
+    given: tuple[str, Grid] | None = None,
+    wanted: Grid | None = None,
+    prefix: int = 1,
 ) -> Grid | None:
     """Return the grid (rows, columns) of the position tables, or None without tables and `given`.
+
+    The first `prefix` rows are of class tokens.
 
     It is the first of: `given`, a name for errors and a grid; the grid whose sine-cosine table one of them is;
     `wanted`, the grid of the new image size, if it has as many patches; a square, which is logged as an assumption.
@@ -34,14 +40,19 @@ def find_grid(
         return given[1] if given else None
     name, table = next(iter(tables.items()))
     rows = table.shape[1]
-    patches = rows - 1
+    patches = rows - prefix
+    first, leading, hint = "none for class tokens", "", ""
+    if prefix == 1:
+        first, leading, hint = "1 for the class token", ", the first for the class token", NO_CLASS_TOKEN
+    elif prefix:
+        first, leading = f"{prefix} for class tokens", f", the first {prefix} for class tokens"
     for other, value in tables.items():
         if value.shape[1] != rows:
             shape = (1, rows, value.shape[2])
             raise ValueError(
                 f"{source}: {other} must have as many rows as {name}, shape {shape}; got {tuple(value.shape)}"
             )
-    sincos = {name: grid for name, table in tables.items() if (grid := _sincos_grid(table)) is not None}
+    sincos = {name: grid for name, table in tables.items() if (grid := _sincos_grid(table, prefix)) is not None}
     if len(set(sincos.values())) > 1:
         grids = ", ".join(f"{name} of {grid}" for name, grid in sincos.items())
         raise ValueError(f"{source} has sine-cosine tables of different grids: {grids}")
@@ -50,7 +61,7 @@ def find_grid(
         if math.prod(grid) != patches:
             raise ValueError(
                 f"{source}: {origin} gives the grid {grid} of {math.prod(grid)} patches, but {name} has {rows} rows: "
-                f"1 for the class token and {patches} for patches{NO_CLASS_TOKEN * (math.prod(grid) == rows)}"
+                f"{first} and {patches} for patches{hint * (math.prod(grid) == rows)}"
             )
         for name, found in sincos.items():
             if found != grid:
@@ -66,7 +77,7 @@ def find_grid(
     if not patches or root * root != patches:
         raise ValueError(
             f"{source} does not give the grid of its {patches} positions: pass grid_size=(rows, columns); {name} has "
-            f"{rows} rows, the first for the class token{NO_CLASS_TOKEN * (math.isqrt(rows) ** 2 == rows)}"
+            f"{rows} rows{leading}{hint * (math.isqrt(rows) ** 2 == rows)}"
         )
     if root > 1:
         logger.warning(
@@ -81,13 +92,13 @@ def _is_table(value: Tensor) -> bool:
     return value.dim() == 3 and len(value) == 1 and value.layout == torch.strided and value.dtype in FLOATING
 
 
-def _sincos_grid(table: Tensor) -> Grid | None:
-    """Return the grid whose sine-cosine table this is, or None."""
+def _sincos_grid(table: Tensor, prefix: int) -> Grid | None:
+    """Return the grid whose sine-cosine table this is, after `prefix` rows, or None."""
     _, rows, width = table.shape
-    patches = rows - 1
+    patches = rows - prefix
     if width % 4 or patches < 1:
         return None
-    values = table[0, 1:].float().cpu()
+    values = table[0, prefix:].float().cpu()
     # the first row is the same on every grid
     if not torch.allclose(values[:1], sincos_2d(width, (1, 1)), rtol=0, atol=0.01):
         return None
@@ -100,21 +111,21 @@ def _sincos_grid(table: Tensor) -> Grid | None:
     return None
 
 
-def _resized(table: Tensor, old: Grid, new: Grid) -> Tensor:
-    """Interpolate a table (1, 1+L, D) of the grid `old` to the grid `new`, in its dtype; the first row stays.
+def _resized(table: Tensor, old: Grid, new: Grid, count: int) -> Tensor:
+    """Interpolate a table (1, N+L, D) of the grid `old` to the grid `new`, in its dtype; the first `count` rows stay.
 
     Bicubic in 2-D, without antialiasing and aligned corners, as in the fine-tuning code of facebookresearch/mae. (timm
     antialiases by default, which differs where the grid shrinks.)
     """
-    prefix, rest = table[:, :1], table[:, 1:]
+    prefix, rest = table[:, :count], table[:, count:]
     picture = rest.to(torch.promote_types(table.dtype, torch.float32)).unflatten(1, old).permute(0, 3, 1, 2)
     resized = F.interpolate(picture, size=new, mode="bicubic", align_corners=False)
     return torch.cat([prefix, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def resize(weights: Weights, old: Grid, new: Grid) -> None:
-    """Replace the position tables in `weights` by tables of another grid."""
+def resize(weights: Weights, old: Grid, new: Grid, prefix: int = 1) -> None:
+    """Replace the position tables in `weights`, after the first `prefix` rows, by tables of another grid."""
     for name in TABLES:
         table = weights.get(name)
         if table is not None and _is_table(table) and old != new and all(new):
-            weights[name] = _resized(table, old, new)
+            weights[name] = _resized(table, old, new, prefix)

@@ -1,4 +1,4 @@
-"""Conversion from and to Hugging Face's ViTMAE, and from its VideoMAE."""
+"""Conversion from and to Hugging Face's ViTMAE and VideoMAE."""
 
 import math
 import re
@@ -130,26 +130,30 @@ def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT | VideoMAE:
     return converted
 
 
-def to_huggingface(model: MaskedAutoencoderViT) -> Any:
-    """Convert `model` to a Hugging Face `ViTMAEForPreTraining` with its weights and settings.
+def to_huggingface(model: MaskedAutoencoderViT | VideoMAE) -> Any:
+    """Convert `model` to a Hugging Face `ViTMAEForPreTraining` or `VideoMAEForPreTraining` with weights and settings.
 
     The same images and noise give the same loss and predictions; `from_huggingface` gives back the same bits. Weights
     are copied, with their dtype and device. `mean` and `std` are not converted: Hugging Face normalises in its image
-    processor. Weights trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stay under its
+    processor. The folder that `save_pretrained` writes of a VideoMAE also loads as a `VideoMAEModel`, and with
+    `use_mean_pooling=True` as a `VideoMAEForVideoClassification`; on disk the eps of the decoder's last norm is 1e-5.
+    Weights trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stay under its
     licence.
 
     Args:
-        model: a MaskedAutoencoderViT with square images and patches.
+        model: a MaskedAutoencoderViT or VideoMAE with square images and patches.
 
     Returns:
-        A `transformers.ViTMAEForPreTraining`, in the training mode of `model`.
+        A `ViTMAEForPreTraining` or `VideoMAEForPreTraining`, in the training mode of `model`.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: `model` is not a MaskedAutoencoderViT.
-        ValueError: its images or patches are not square, its norms are not all LayerNorms with the same eps, or it has
-            replaced layers.
+        TypeError: `model` is neither.
+        ValueError: images or patches that are not square, norms that are not all LayerNorms with the same eps,
+            replaced layers, or another loss.
     """
+    if isinstance(model, VideoMAE):
+        return videomae.video_to_huggingface(model)
     settings = settings_of_model(model)
     for name in ("img_size", "patch_size"):
         if len(set(settings[name])) > 1:
@@ -175,7 +179,7 @@ def to_huggingface(model: MaskedAutoencoderViT) -> Any:
         qkv_bias=settings["qkv_bias"],
         norm_pix_loss=settings["norm_pix_loss"],
     )
-    # on the meta device there is nothing to initialise, so that no random number is drawn
+    # nothing is initialised, so that no random number is drawn
     with torch.device("meta"):
         converted = ViTMAEForPreTraining(config)
     weights = model.state_dict()

@@ -1,17 +1,18 @@
 """Read masked autoencoder checkpoints, files and directories, into models, without running anything in them."""
 
 import os
-from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..._checks import axes
-from ...models.mae import MaskedAutoencoderViT
+from ...models.masked_autoencoder import MaskedAutoencoder
+from ...models.published import system_of
 from ...models.video import VideoMAE
-from . import encoders, facebook, files, huggingface, lightly, videomae
+from . import encoders, files, huggingface, lightly, videomae
 from .grids import Grid, find_grid, resize
-from .weights import DECODER_HEADS, HEADS, Weights, assemble, logger, patterns, settings_of_weights
+from .systems import find_system, settings_of_content
+from .weights import Weights, assemble, logger, patterns, settings_of_weights
 
 
 def load(
@@ -22,11 +23,12 @@ def load(
     grid_size: tuple[int, int] | None = None,
     key: str | None = None,
     **settings: Any,
-) -> MaskedAutoencoderViT | VideoMAE:
-    """Load a checkpoint of facebookresearch/mae, Hugging Face, timm, lightly, VideoMAE or fastmim.
+) -> MaskedAutoencoder:
+    """Load a checkpoint of facebookresearch/mae, Hugging Face, timm, lightly, fastmim, or of a system by name.
 
-    A checkpoint of images becomes a `MaskedAutoencoderViT`, one of videos (VideoMAE, VideoMAE V2, Hugging Face's
-    VideoMAE) a `VideoMAE`.
+    The result is of the class of the system, which the names and shapes of the tensors tell: `VideoMAE` (VideoMAE V2
+    and Hugging Face's VideoMAE, too), `CrossMAE`, `CroCo` (v2, too), `CropMAE`, `Pixio` or `SimMIM`, by the names of
+    their published code or of fastmim; others are a `MaskedAutoencoderViT`.
 
     Reads `.pth`, `.pt`, `.bin` and `.ckpt` files of PyTorch, `.safetensors` files, and directories that Hugging Face or
     timm wrote, shards included. Nothing in a file is run: PyTorch files are read with `weights_only`, which allows
@@ -38,11 +40,12 @@ def load(
 
     Sizes are read from the tensors, or from Hugging Face's config.json. The numbers of heads are in no tensor. They are
     taken from the config, else from the published models of the same width (192: 3, 384: 6, 768: 12, 1024: 16,
-    1280: 16; decoder 192: 6, 256: 8, 512: 16; of videos 1408: 16, and decoder 192: 3, 384: 6, 512: 8, 640: 8), else
-    they must be given. The size of videos is that of the config, else 16 frames of 224 by 224. `norm_pix_loss` is taken
-    from the config or the training arguments, else False, of videos "channel"; the eps of the norms from the config,
-    else 1e-6. Of lightly's models, those built on timm are read, with the attribute names of its examples: backbone,
-    decoder, decoder_embed, prediction_head.
+    1280: 16; decoder 192: 6, 256: 8, 512: 16, of CroCo 768: 12; of videos 1408: 16, and decoder 192: 3, 384: 6, 512: 8,
+    640: 8), else they must be given; those of SimMIM are in its tensors. The size of videos is that of the config, else
+    16 frames of 224 by 224. `norm_pix_loss` is taken from the config or the training arguments, else it is the default
+    of the system, of `MaskedAutoencoderViT` False; the eps of the norms from the config, else 1e-6. Of lightly's
+    models, those built on timm are read, with the attribute names of its examples: backbone, decoder, decoder_embed,
+    prediction_head.
 
     The logger "fastmim.interop" warns of everything that is assumed, initialised anew, converted to another dtype or
     not finite; numbers of heads that follow from the width are logged as information.
@@ -62,10 +65,10 @@ def load(
             sine-cosine table it is; else that of `img_size`, if it has as many patches; else a square. None of videos.
         key: name of the part of the file that holds the encoder, as the error about several lists it ("teacher",
             "model_ema"); the rest of the file is ignored. Default: the whole file.
-        settings: constructor arguments of `MaskedAutoencoderViT` or `VideoMAE`, in place of those read. With an
-            `img_size` of another grid, the position tables of encoder and decoder are interpolated in 2-D: bicubic
-            without antialiasing, as in facebookresearch/mae. Those of videos are in no published file, and are
-            computed.
+        settings: constructor arguments of the class, in place of those read. With an `img_size` of another grid, the
+            position tables of encoder and decoder are interpolated in 2-D: bicubic without antialiasing, as in
+            facebookresearch/mae. Those of videos are in no published file, and are computed; SimMIM's relative
+            positions are of one grid.
 
     Returns:
         The model, on the CPU, in the dtype of the file; for several dtypes, in one that holds all their values.
@@ -91,8 +94,10 @@ def load(
     content = files.read(file)
     tensors, outside = encoders.tensors(encoders.choose(content, key, source), key, leftover, source)
     weights = _rename(tensors, source)
-    found = settings_of_weights(weights, source)
-    patch, video = found["patch_size"], len(found["patch_size"]) == 3
+    system = find_system(weights, source)
+    weights = system.kind._published(weights)
+    found = settings_of_weights(weights, source) | system.settings(weights)
+    patch, video = found["patch_size"], system.kind is VideoMAE
     if video and grid_size is not None:
         raise ValueError(f"grid_size is of images, but {source} is of videos: pass img_size, got grid_size {grid_size}")
     config = file.parent / "config.json"
@@ -101,35 +106,33 @@ def load(
         found |= _settings_of_config(config, video)
         if not video:
             given_grid = given_grid or (f"image_size of {config}", _grid("image_size", found["img_size"], patch))
-    elif isinstance(content.get("args"), Namespace) and not video:
-        found |= facebook.settings_of_args(content["args"])
+    elif not video:
+        found |= settings_of_content(content, source)
     if not video:
         new_grid = None if settings.get("img_size") is None else _grid("img_size", settings["img_size"], patch)
-        grid = find_grid(weights, source, given_grid, new_grid)
+        prefix = found.get("num_prefix_tokens", int("cls_token" in weights))
+        grid = find_grid(weights, source, given_grid, new_grid, prefix)
         if grid is not None:
             found["img_size"] = grid[0] * patch[0], grid[1] * patch[1]
-            resize(weights, grid, new_grid or grid)
+            resize(weights, grid, new_grid or grid, prefix)
     found |= settings
-    for name, width, standard in (
-        ("num_heads", found["embed_dim"], videomae.HEADS if video else HEADS),
-        (
-            "decoder_num_heads",
-            found.get("decoder_embed_dim", 384 if video else 512),
-            videomae.DECODER_HEADS if video else DECODER_HEADS,
-        ),
-    ):
+    names = [("num_heads", found["embed_dim"], system.heads)]
+    if system.decoder_width is not None:
+        width = found.get("decoder_embed_dim", system.decoder_width)
+        names.append(("decoder_num_heads", width, system.decoder_heads))
+    for name, width, standard in names:
         if name in found:
             continue
         if width not in standard:
             raise ValueError(f"{path} does not give {name}, and no published model has width {width}: pass {name}=")
         found[name] = standard[width]
         logger.info("%s: %s is assumed to be %d, as in published models of width %d", path, name, found[name], width)
-    model: MaskedAutoencoderViT | VideoMAE
+    model: MaskedAutoencoder
     if video:
         eps = huggingface.HEAD_NORM_EPS if theirs and "norm_layer" not in settings else None
         model = videomae.assemble_video(weights, found, source, missing, leftover, outside, norm_eps=eps)
     else:
-        model = assemble(weights, found, source, missing, leftover, outside)
+        model = assemble(weights, found, source, missing, leftover, outside, kind=system.kind)
     if "img_size" not in found:
         size = " by ".join(map(str, model.img_size))
         logger.warning("%s has no position table: image size %s is assumed; pass img_size= if not", path, size)
@@ -143,7 +146,7 @@ def _rename(weights: Weights, source: str) -> Weights:
     """Give the tensors of any known library fastmim's names."""
     if videomae.is_named(weights):
         return videomae.rename(weights, source)
-    if "patch_embed.proj.weight" in weights:
+    if "patch_embed.proj.weight" in weights or system_of(weights) is not None:
         return weights
     if lightly.is_named(weights):
         return lightly.rename(weights, source)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..._checks import axes
+from ..._checks import axes, import_error
+from ...models.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ...models.positions import sincos_interleaved
 from ...models.video import VideoMAE
 from .facebook import write
-from .weights import Weights, assemble, check_new
+from .weights import Weights, assemble, assign, check, check_new, shared_settings
 
 # numbers of heads by width, of the published models
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -107,18 +108,10 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
     weights: Weights = {}
     joined: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
-        name, _, kind = key.rpartition(".")
-        name = f"{_NAMES[name]}.{kind}" if name in _NAMES else key
-        block = _BLOCK.fullmatch(key)
-        if block is not None:
-            prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
-            part = _QKV.fullmatch(block[3])
-            if part is not None:
-                letter, kind = filter(None, part.groups())
-                joined.setdefault(f"{prefix}.attn.qkv.{kind}", {})[letter] = value
-                continue
-            layer, _, kind = block[3].rpartition(".")
-            name = f"{prefix}.{_BLOCK_NAMES.get(layer, layer)}.{kind}"
+        name, letter = _new_name(key)
+        if letter is not None:
+            joined.setdefault(name, {})[letter] = value
+            continue
         check_new(name, weights, key, source)
         weights[name] = value
     for name, parts in joined.items():
@@ -130,6 +123,86 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
         else:
             weights.update({f"{name}.{letter}": value for letter, value in parts.items()})
     return weights
+
+
+def _new_name(key: str) -> tuple[str, str | None]:
+    """Return fastmim's name for `key`, and which of q, k and v it is, or None."""
+    block = _BLOCK.fullmatch(key)
+    if block is None:
+        name, _, kind = key.rpartition(".")
+        return f"{_NAMES[name]}.{kind}" if name in _NAMES else key, None
+    prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
+    part = _QKV.fullmatch(block[3])
+    if part is not None:
+        letter, kind = filter(None, part.groups())
+        return f"{prefix}.attn.qkv.{kind}", letter
+    layer, _, kind = block[3].rpartition(".")
+    return f"{prefix}.{_BLOCK_NAMES.get(layer, layer)}.{kind}", None
+
+
+def video_to_huggingface(model: VideoMAE) -> Any:
+    """Convert `model` to a Hugging Face `VideoMAEForPreTraining`, as `to_huggingface` describes."""
+    settings = shared_settings(model, [model.decoder_norm])
+    theirs: dict[str, Any] = dict(zip(("num_frames", "image_size", "width"), model.img_size))
+    tubelet, *side = model.patch_size
+    if theirs.pop("width") != theirs["image_size"] or len(set(side)) > 1:
+        raise ValueError(
+            f"model's images and patches must be square, as Hugging Face's VideoMAE are; got {model.img_size} and "
+            f"{model.patch_size}"
+        )
+    if model.norm_pix_loss is True or model.error != "squared":
+        raise ValueError(
+            'model must have loss "squared" and norm_pix_loss "channel" or False, as Hugging Face\'s VideoMAE; got '
+            f"{model.error!r} and {model.norm_pix_loss!r}"
+        )
+    if model.in_chans == 3 and (model.mean, model.std) != (IMAGENET_MEAN, IMAGENET_STD):
+        raise ValueError(
+            f"model must have ImageNet's mean and std, as Hugging Face's VideoMAE; got {model.mean}, {model.std}"
+        )
+    try:
+        from transformers import VideoMAEConfig, VideoMAEForPreTraining
+    except ImportError as error:
+        advice = "to_huggingface needs transformers: pip install fastmim[huggingface]"
+        raise import_error(error, "transformers", advice) from error
+    width, decoder_width = model.embed_dim, settings["decoder_embed_dim"]
+    config = VideoMAEConfig(
+        **theirs,
+        patch_size=side[0],
+        tubelet_size=tubelet,
+        num_channels=model.in_chans,
+        hidden_size=width,
+        num_hidden_layers=settings["depth"],
+        num_attention_heads=settings["num_heads"],
+        intermediate_size=round(width * settings.get("mlp_ratio", 4)),
+        decoder_hidden_size=decoder_width,
+        decoder_num_hidden_layers=settings["decoder_depth"],
+        decoder_num_attention_heads=settings["decoder_num_heads"],
+        decoder_intermediate_size=round(decoder_width * settings.get("decoder_mlp_ratio", 4)),
+        layer_norm_eps=settings["norm_layer"].keywords["eps"],
+        qv_bias=settings["qkv_bias"],
+        norm_pix_loss=model.norm_pix_loss == "channel",
+        use_mean_pooling=False,
+    )
+    # tables of positions are no weights, and not made on the meta device
+    with torch.random.fork_rng(devices=[]):
+        converted = VideoMAEForPreTraining(config)
+    weights = model.state_dict()
+    check(
+        model, {**rename(converted.state_dict(), "VideoMAEForPreTraining"), **_tables(model)}, "VideoMAEForPreTraining"
+    )
+    found = {}
+    for key in converted.state_dict():
+        name, letter = _new_name(key)
+        found[key] = weights[name] if letter is None else weights[name].chunk(3)["qkv".index(letter)]
+    assign(converted, found)
+    if isinstance(model.decoder_norm, nn.LayerNorm):
+        converted.decoder.norm.eps = model.decoder_norm.eps
+    converted.train(model.training)
+    return converted
+
+
+def _tables(model: VideoMAE) -> Weights:
+    return {name: value for name, value in model.state_dict().items() if name.endswith("pos_embed")}
 
 
 def assemble_video(

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial, reduce
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._checks import FLOATING
+from ...models.encoder import Encoder
 from ...models.mae import MaskedAutoencoderViT
 from ...models.masked_autoencoder import MaskedAutoencoder
 from .files import GATHER_ZERO
@@ -22,7 +23,7 @@ Model = TypeVar("Model", bound=MaskedAutoencoder)
 # numbers of heads by width, of the published models and fastmim's named sizes; no tensor holds them
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 DECODER_HEADS = {192: 6, 256: 8, 512: 16}
-DECODER = ("decoder_*", "mask_token")
+DECODER = ("decoder_*", "mask_token", "mixture.*")
 NORMS = {"norm", "norm1", "norm2", "decoder_norm"}
 
 logger = logging.getLogger("fastmim.interop")
@@ -51,6 +52,8 @@ def settings_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str,
     decoder = weights.get("decoder_embed.weight")
     if decoder is not None and decoder.dim() == 2:
         settings["decoder_embed_dim"] = decoder.shape[0]
+    elif "decoder_blocks.0.cross_attn.q.weight" in weights:
+        settings["decoder_embed_dim"] = weights["decoder_blocks.0.cross_attn.q.weight"].shape[0]
     for side in ("", "decoder_") if "decoder_embed_dim" in settings else ("",):
         indices = {match[1] for key in weights if (match := re.match(rf"{side}blocks\.(\d+)\.", key))}
         settings[f"{side}depth"] = len(indices)
@@ -72,16 +75,28 @@ def settings_of_model(model: MaskedAutoencoderViT) -> dict[str, Any]:
             f"model must be a fastmim.MaskedAutoencoderViT, got {type(model).__name__}; "
             "pass the model inside a wrapper such as DDP or torch.compile"
         )
+    return shared_settings(model)
+
+
+def shared_settings(model: Encoder, ignored: Collection[nn.Module] = ()) -> dict[str, Any]:
+    """Return the constructor arguments of any model that others than fastmim's have, too.
+
+    Raises:
+        ValueError: norms, but those in `ignored`, that are not all LayerNorms with the same eps.
+    """
     norms = [module for name, module in model.named_modules() if name.rpartition(".")[2] in NORMS]
+    norms = [norm for norm in norms if norm not in ignored]
     eps = {norm.eps for norm in norms if isinstance(norm, nn.LayerNorm)}
     if len(eps) != 1 or not all(isinstance(norm, nn.LayerNorm) for norm in norms):
         raise ValueError(f"model's norms must be LayerNorms of one eps, got {sorted({str(norm) for norm in norms})}")
     settings = settings_of_weights(model.state_dict(), "model")
-    for side, blocks in (("", model.blocks), ("decoder_", model.decoder_blocks)):
-        settings[f"{side}num_heads"] = getattr(blocks[0].attn, "num_heads", 1) if len(blocks) else 1
-    settings["img_size"] = model.patch_embed.img_size
+    for side in ("", "decoder_"):
+        blocks: Any = getattr(model, f"{side}blocks", None)
+        if blocks is not None:
+            settings[f"{side}num_heads"] = getattr(blocks[0].attn, "num_heads", 1) if len(blocks) else 1
+    settings["img_size"] = model.img_size
     settings["norm_layer"] = partial(nn.LayerNorm, eps=eps.pop())
-    settings["norm_pix_loss"] = model.norm_pix_loss
+    settings["norm_pix_loss"] = getattr(model, "norm_pix_loss", False)
     return settings
 
 

@@ -178,3 +178,40 @@ def test_a_package_that_timm_lacks_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(ImportError, match=r"^timm is installed, but importing it fails: import of torchvision halted"):
         to_timm(fastmim.MaskedAutoencoderViT(**SIZES))
+
+
+# ---- systems by name -------------------------------------------------------------------------------------------------
+
+ENCODERS = {
+    "Encoder": lambda: fastmim.Encoder(**ENCODER, layer_scale=0.1, pos_embed="learned"),
+    "Pixio": lambda: fastmim.Pixio(cell=2, **SIZES),
+    "CrossMAE": lambda: fastmim.CrossMAE(**SIZES),
+    "CropMAE": lambda: fastmim.CropMAE(**SIZES),
+    "CroCo": lambda: fastmim.CroCo(**SIZES),
+}
+ENCODER = {name: value for name, value in SIZES.items() if not name.startswith("decoder")}
+
+
+@pytest.mark.parametrize("system", ENCODERS)
+def test_encoders_of_systems_by_name(timm, system):
+    model = random_(ENCODERS[system]()).double().eval()
+    vit = to_timm(model)
+    assert type(vit) is timm.models.VisionTransformer and not vit.training
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    assert torch.allclose(vit.forward_features(images), model.encode(images), rtol=1e-9, atol=1e-10)
+    vit.reset_classifier(5, "avg")
+    assert vit(images.float().double()).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: fastmim.CroCo(**SIZES, pos_embed="rope"), "a CroCo of 2 axes and positions 'rope' is none"),
+        (lambda: fastmim.SimMIM(**ENCODER), "a SimMIM of 2 axes and positions 'relative' is none"),
+        (lambda: fastmim.Encoder((8,), (2,), embed_dim=8, depth=1, num_heads=1), "an? Encoder of 1 axes"),
+    ],
+)
+def test_other_encoders_are_refused(build, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        to_timm(build())
+    assert "\n" not in str(caught.value)

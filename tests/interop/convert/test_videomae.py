@@ -6,7 +6,7 @@ from small_mae import random_, same_bits
 from torch import Tensor, nn
 
 import fastmim
-from fastmim import VideoMAE, from_huggingface, load, masking, to_videomae
+from fastmim import VideoMAE, from_huggingface, load, masking, to_huggingface, to_videomae
 
 SIZES = dict(
     img_size=(4, 32, 24), patch_size=(2, 8, 8), embed_dim=32, depth=2, num_heads=2, decoder_embed_dim=16,
@@ -90,6 +90,8 @@ def test_named_models_have_the_public_sizes(name, decoder):
     if name == "giant_patch14":
         assert model.num_patches == 2048 and len(model.blocks) == 40
         assert model.blocks[0].attn.head_dim == 88 and model.blocks[0].mlp.fc1.out_features == 6144
+        # the published code gives both sides one ratio: int(512 * 48 / 11)
+        assert model.decoder_blocks[0].mlp.fc1.out_features == 2234
         return
     # the published file has 94.21 million values, none of them the keys' bias
     trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
@@ -151,3 +153,48 @@ def test_folders_of_hugging_face(tmp_path):
     assert (model.img_size, model.norm.eps, model.decoder_norm.eps) == ((4, 32, 32), 1e-12, 1e-5)
     with pytest.raises(ValueError, match="use_mean_pooling must be false"):
         from_huggingface(theirs(use_mean_pooling=True))
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(norm_pix_loss=False, qkv_bias=False, decoder_mlp_ratio=3.0)], ids=str)
+def test_to_hugging_face_and_back(changes, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = SIZES | dict(img_size=(4, 32, 32))
+    model = VideoMAE(**{**sizes, **changes})
+    tables = model.pos_embed.clone(), model.decoder_pos_embed.clone()
+    random_(model)
+    with torch.no_grad():
+        model.pos_embed.copy_(tables[0])
+        model.decoder_pos_embed.copy_(tables[1])
+        for name, parameter in model.named_parameters():
+            if name.endswith("attn.qkv.bias"):
+                parameter.chunk(3)[1].zero_()
+    state = torch.get_rng_state()
+    other = to_huggingface(model)
+    assert torch.equal(state, torch.get_rng_state())
+    videos, mask = torch.randn(2, 3, 4, 32, 32), masking.tube(2, model.grid_size, 0.75)
+    theirs, ours = other(videos.transpose(1, 2), bool_masked_pos=mask.mask), model(videos, mask=mask)
+    torch.testing.assert_close(theirs.loss, ours.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(theirs.logits, ours.pred, rtol=1e-4, atol=1e-5)
+    assert same_bits(from_huggingface(other), model)
+    other.save_pretrained(tmp_path)
+    assert same_bits(load(tmp_path), model)
+    encoder = transformers.VideoMAEModel.from_pretrained(tmp_path).eval()
+    found = encoder(videos.transpose(1, 2)).last_hidden_state
+    torch.testing.assert_close(found, model.eval().encode(videos), rtol=1e-4, atol=1e-5)
+    options = dict(use_mean_pooling=True, num_labels=5)
+    classifier = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path, **options)
+    assert torch.equal(classifier.videomae.encoder.layer[1].output.dense.weight, model.blocks[1].mlp.fc2.weight)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(), r"square, as Hugging Face's VideoMAE are; got \(4, 32, 24\)"),
+        (dict(img_size=(4, 32, 32), loss="huber"), "loss \"squared\".*got 'huber'"),
+        (dict(img_size=(4, 32, 32), norm_pix_loss=True), "norm_pix_loss \"channel\" or False.*got 'squared' and True"),
+        (dict(img_size=(4, 32, 32), mean=[0.5] * 3), "must have ImageNet's mean and std"),
+    ],
+)
+def test_what_hugging_face_has_not_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        to_huggingface(VideoMAE(**{**SIZES, **changes}))

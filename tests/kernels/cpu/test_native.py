@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastmim import _backends
+from fastmim import _backends, ops
+from fastmim.ops.tokens import sum_rows
 
 pytestmark = pytest.mark.skipif(_backends.build is None, reason=f"no compiled kernels: {_backends.missing.get('cpp')}")
 
@@ -105,3 +107,44 @@ def test_equal_keys_have_equal_scores_and_no_gradient():
         done = run(EQUAL_KEYS, FASTMIM_ISA=isa)
         assert done.returncode == 0, done.stderr
         assert {float(value) for value in done.stdout.split()} == {0.0}, isa
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sum_rows(dtype):
+    """Sums in float32 of all layouts, the same for any number of threads."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 300, 70).to(dtype)
+    for rows in (x, x[:, 3:], x[..., ::2], x[:1].expand(4, -1, -1), x[:2, :3], x[:, :0], x[:0]):
+        found = sum_rows(rows, torch.float32)
+        torch.testing.assert_close(found.double(), rows.double().sum((0, 1)), rtol=1e-5, atol=1e-5)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(3 - min(threads, 2))
+        assert torch.equal(sum_rows(rows, torch.float32), found)
+        torch.set_num_threads(threads)
+
+
+def test_every_integer_pixel_is_divided_exactly():
+    """Vectors multiply by two parts of the reciprocal instead."""
+    for dtype, largest in ((torch.uint8, 255), (torch.uint16, 65535)):
+        pixels = torch.arange(largest + 1, dtype=torch.int32).to(dtype).view(1, 1, -1, 16)
+        ids = torch.arange(pixels.shape[2] // 16)[None]
+        found = ops.gather_patches(pixels, ids, 16)
+        assert torch.equal(found.flatten(), torch.arange(largest + 1) / largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_rounded_as_pytorch_does(dtype):
+    """Vectors of every kind of number, and the rest of a row: to nearest even, with subnormals, infinity and NaN."""
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (4, 1 << 12), dtype=torch.int64).to(torch.int32)
+    near = torch.randn(4, 70) * 2.0 ** torch.randint(-26, 18, (4, 70))
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 65519.9, 65520.0, 6e-8, 2.9e-8])
+    for x in (bits.view(torch.float32), near, special.expand(4, -1)):
+        found = ops.embed_patches(torch.zeros(1, 1, 4), torch.arange(1)[None], torch.zeros(x.shape[1], 1, 4), prefix=x)
+        assert found.shape == (1, 5, x.shape[1])
+        with torch.autocast("cpu", dtype):
+            narrow = ops.embed_patches(
+                torch.zeros(1, 1, 4), torch.arange(1)[None], torch.zeros(x.shape[1], 1, 4), prefix=x
+            )
+        assert narrow.dtype == dtype
+        torch.testing.assert_close(narrow[0, :4], x.to(dtype), rtol=0, atol=0, equal_nan=True)
