@@ -4,7 +4,8 @@ Masked: 25% of the patches, at random. A convolutional network embeds each patch
 visible ones; with the position of a removed patch added, the pooled vector must find that patch among all removed
 patches of the image.
 Paid for visible and predicted patches alone: everything.
-Differs: the network has two convolutions, in place of three stages of a ResNet-50.
+Differs: the network has two convolutions and a norm, in place of three stages of a ResNet-50; visible patches have
+positions too.
 """
 
 import torch
@@ -27,7 +28,7 @@ class Selfie(nn.Module):
         self.query = nn.Parameter(0.02 * torch.randn(dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.rows, self.columns = (nn.Parameter(0.02 * torch.randn(size, dim)) for size in grid)
+        self.rows, self.columns = (nn.Parameter(0.3 * torch.randn(size, dim)) for size in grid)
 
     def embed(self, images: Tensor, ids: Tensor) -> Tensor:
         """Return the network's features (B, K, D) of the patches `ids` (B, K)."""
@@ -37,10 +38,10 @@ class Selfie(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         mask = masking.random(len(images), self.num_patches, 0.25)
-        query = self.query.expand(len(images), 1, -1)
-        tokens = torch.cat([self.embed(images, mask.ids_keep), query], 1)
-        pooled = run_blocks(self.blocks, self.norm, tokens, num_queries=1)  # (B, 1, D)
         positions = (self.rows[:, None] + self.columns).flatten(0, 1)
+        visible = self.embed(images, mask.ids_keep) + ops.gather_tokens(positions, mask.ids_keep)
+        tokens = torch.cat([visible, self.query.expand(len(images), 1, -1)], 1)
+        pooled = run_blocks(self.blocks, self.norm, tokens, num_queries=1)  # (B, 1, D)
         asked = pooled + ops.gather_tokens(positions, mask.ids_predict)
         scores = asked @ self.embed(images, mask.ids_predict).transpose(1, 2)  # (B, M, M)
         own = torch.arange(scores.shape[1], device=scores.device).expand(len(scores), -1)
@@ -48,8 +49,8 @@ class Selfie(nn.Module):
 
 
 def example() -> tuple[nn.Module, tuple]:
-    """Return a small model and a batch."""
-    return Selfie((4, 4), patch=8, dim=32, depth=2, num_heads=2), (pictures(),)
+    """Return a small model and a batch of smooth pictures, where a patch resembles those beside it."""
+    return Selfie((4, 4), patch=8, dim=32, depth=2, num_heads=2), (pictures(16, size=80)[..., :32, :32],)
 
 
 if __name__ == "__main__":

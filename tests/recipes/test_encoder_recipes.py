@@ -48,8 +48,8 @@ def test_selfie_embeds_each_patch_once(recipe, tokens_of):
     model.network.register_forward_pre_hook(lambda _, args: embedded.append(len(args[0])))
     pooled = tokens_of(model.blocks[0])
     model(images).backward()
-    assert embedded == [8 * 12, 8 * 4] and pooled == [13]  # K patches and the query; M candidates
-    ids = torch.arange(16).expand(8, 16)
+    assert embedded == [16 * 12, 16 * 4] and pooled == [13]  # K patches and the query; M candidates
+    ids = torch.arange(16).expand(16, 16)
     alone = model.embed(images * (torch.arange(32) < 8), ids[:, :1])
     torch.testing.assert_close(model.embed(images, ids)[:, :1], alone)
 
@@ -57,7 +57,7 @@ def test_selfie_embeds_each_patch_once(recipe, tokens_of):
 def test_selfie_candidates_are_the_removed_patches(recipe, monkeypatch):
     module = recipe("selfie")
     model, (images,) = module.example()
-    asked, embed, mask = [], model.embed, module.masking.random(8, 16, 0.25)
+    asked, embed, mask = [], model.embed, module.masking.random(16, 16, 0.25)
     model.embed = lambda x, ids: asked.append(ids) or embed(x, ids)
     monkeypatch.setattr(module.masking, "random", lambda *_, **__: mask)
     loss = model(images)
