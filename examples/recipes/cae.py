@@ -40,7 +40,7 @@ class CAE(nn.Module):
         return latents[:, self.encoder.num_prefix_tokens :], self.codes(pixels)
 
     def forward(self, images: Tensor) -> Tensor:
-        mask = masking.blocks(len(images), self.encoder.grid_size, self.encoder.num_patches // 2)
+        mask = masking.blocks(len(images), self.encoder.grid_size, self.encoder.num_patches // 2, device=images.device)
         visible = self.encoder.encode(images, mask)
         positions = self.encoder.pos_embed[0, self.encoder.num_prefix_tokens :]
         queries = self.mask_token + ops.gather_tokens(positions, mask.ids_predict)

@@ -25,9 +25,9 @@ class CrossVideoMAE(nn.Module):
         """Return the loss of pixels and the pooled visible tokens (B, 32)."""
         model = (self.video, self.frame)[index]
         if index == 0:
-            mask = masking.tube(len(images), model.grid_size, self.video_ratio)
+            mask = masking.tube(len(images), model.grid_size, self.video_ratio, device=images.device)
         else:
-            mask = masking.random(len(images), model.num_patches, 0.75)
+            mask = masking.random(len(images), model.num_patches, 0.75, device=images.device)
         latent = model.encode(images, mask)
         return model.loss(model.decode(latent, mask), images, mask), self.heads[index](latent.mean(1))
 

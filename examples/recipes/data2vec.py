@@ -25,7 +25,7 @@ class Data2Vec(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         student = self.distill.model
-        mask = masking.blocks(len(images), student.grid_size, int(0.6 * student.num_patches))
+        mask = masking.blocks(len(images), student.grid_size, int(0.6 * student.num_patches), device=images.device)
         return self.distill(Batch(images, None, None), mask)
 
     def after_update(self) -> None:

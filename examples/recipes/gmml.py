@@ -20,7 +20,7 @@ def corrupt(images: Tensor, patch: int, least: float = 0.5, most: float = 0.75) 
     batch, _, height, width = images.shape
     grid = height // patch, width // patch
     removed = int((least + (most - least) * torch.rand(())) * grid[0] * grid[1])
-    mask = masking.blocks(batch, grid, removed)
+    mask = masking.blocks(batch, grid, removed, device=images.device)
     alien = torch.rand(batch, 1, *grid, device=images.device) < 0.5  # from another image, or noise
     where, alien = (
         part.repeat_interleave(patch, 2).repeat_interleave(patch, 3)

@@ -48,8 +48,8 @@ class HiCMAE(nn.Module):
         """Return the loss of clips (B, C, T, H, W) with spectrograms (B, 1, F, T)."""
         sides, inputs = (self.video, self.audio), (clips, sounds)
         masks = (
-            masking.tube(len(clips), self.video.encoder.grid_size, self.video_ratio),
-            masking.random(len(sounds), self.audio.encoder.num_patches, 0.8),
+            masking.tube(len(clips), self.video.encoder.grid_size, self.video_ratio, device=clips.device),
+            masking.random(len(sounds), self.audio.encoder.num_patches, 0.8, device=sounds.device),
         )
         (video, looks), (audio, hears) = (
             side.encoder.encode(x, mask, taps=side.taps) for side, x, mask in zip(sides, inputs, masks)

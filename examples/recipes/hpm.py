@@ -49,7 +49,7 @@ class HPM(nn.Module):
 def ranking_loss(predicted: Tensor, losses: Tensor) -> Tensor:
     """Return the mean over ordered pairs of patches with Li > Lj of -log sigmoid(pi - pj)."""
     harder = losses[:, :, None] > losses[:, None, :]
-    return -F.logsigmoid(predicted[:, :, None] - predicted[:, None, :])[harder].mean()
+    return -(F.logsigmoid(predicted[:, :, None] - predicted[:, None, :]) * harder).sum() / harder.sum()
 
 
 def example() -> tuple[nn.Module, tuple]:

@@ -51,7 +51,8 @@ class HybridDistill(nn.Module):
                 tokens, ids = self.drop(tokens, ids)
             before, tokens = tokens, block(tokens)
         with torch.no_grad():
-            mask = masking.from_bool(torch.ones_like(patches[..., 0], dtype=torch.bool).scatter(1, ids, False))
+            removed = torch.ones_like(patches[..., 0], dtype=torch.bool).scatter(1, ids, False)
+            mask = masking.from_bool(removed, len_keep=ids.shape[1])
             place = mask.ids_restore.gather(1, ids)  # of each of the student's patches among the teachers'
             _, (state,) = self.masked.encode(images, mask, taps=[len(self.masked.blocks) - 2], stop=True)
             state = torch.cat([state[:, :1], ops.gather_tokens(state[:, 1:], place)], 1)

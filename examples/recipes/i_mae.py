@@ -21,7 +21,7 @@ class IMAE(nn.Module):
         self.model, self.teacher, self.weak = model, teacher.requires_grad_(False), weak
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        mask = masking.random(len(images), self.model.num_patches, 0.75)
+        mask = masking.random(len(images), self.model.num_patches, 0.75, device=images.device)
         latent = self.model.encode(self.weak * images + (1 - self.weak) * others, mask)
         pred = self.model.decode(latent, mask).chunk(2, dim=2)
         pixels = sum(self.model.loss(part, target, mask) for part, target in zip(pred, (images, others)))

@@ -46,7 +46,7 @@ class M3AE(nn.Module):
 
     def forward(self, images: Tensor, words: Tensor, real: Tensor) -> Tensor:
         """Return the loss of images with reports, words (B, T), of which real (B, T) are not padding."""
-        mask = masking.random(len(images), self.image.num_patches, 0.75)
+        mask = masking.random(len(images), self.image.num_patches, 0.75, device=images.device)
         hidden = masking.random(*words.shape, 0.15, valid=real)  # a ragged mask: reports differ in length
         removed = torch.zeros_like(real).scatter(1, hidden.ids_predict, hidden.valid_predict)
         latent, text = self.image.encode(images, mask), self.read(words.masked_fill(removed, self.mask_id), real)

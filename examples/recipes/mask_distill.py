@@ -23,7 +23,7 @@ class MaskDistill(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         student = self.distill.model
-        mask = masking.blocks(len(images), student.grid_size, int(0.4 * student.num_patches))
+        mask = masking.blocks(len(images), student.grid_size, int(0.4 * student.num_patches), device=images.device)
         return self.distill(Batch(images, None, None), mask)
 
 

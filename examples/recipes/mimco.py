@@ -23,7 +23,7 @@ class MimCo(nn.Module):
         self.image_head = nn.Linear(student.embed_dim, teacher.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        mask = masking.cells(len(images), self.student.grid_size, cell=2, mask_ratio=0.6)
+        mask = masking.cells(len(images), self.student.grid_size, cell=2, mask_ratio=0.6, device=images.device)
         latent = self.student.encode(images, mask)
         with torch.no_grad():
             target = ops.gather_tokens(self.teacher.encode(images)[:, 1:], mask.ids_predict)

@@ -43,11 +43,12 @@ class MixedAE(nn.Module):
         for block in model.blocks:
             block.attn = HomologousAttention(block.attn, 1 / sources)
 
-    def draw(self, batch: int) -> Mask:
+    def draw(self, batch: int, device: torch.device | None = None) -> Mask:
         """Return masks of which those of each `sources` images in a row have disjoint visible patches."""
         groups, length = batch // self.sources, self.model.num_patches
-        parts = masking.uniform(groups, length).argsort(1).unflatten(1, (self.sources, -1)).flatten(0, 1)
-        return masking.from_bool(torch.ones(batch, length, dtype=torch.bool).scatter(1, parts, False))
+        parts = masking.uniform(groups, length, device=device).argsort(1).unflatten(1, (self.sources, -1)).flatten(0, 1)
+        removed = torch.ones(batch, length, dtype=torch.bool, device=device).scatter(1, parts, False)
+        return masking.from_bool(removed, len_keep=length // self.sources)
 
     def contrast(self, tokens: Tensor) -> Tensor:
         """Return the loss of tokens (G, S, D), an equal number from each source in turn, that match their source's."""
@@ -56,10 +57,10 @@ class MixedAE(nn.Module):
         scores = (unit @ unit.transpose(1, 2) / self.temperature).masked_fill(itself, -torch.inf)
         source = torch.arange(unit.shape[1], device=unit.device) * self.sources // unit.shape[1]
         same = (source[:, None] == source) & ~itself
-        return -scores.log_softmax(2)[:, same].mean()
+        return -scores.log_softmax(2).where(same, 0).sum() / (len(unit) * same.sum())
 
     def forward(self, images: Tensor) -> Tensor:
-        model, mask = self.model, self.draw(len(images))
+        model, mask = self.model, self.draw(len(images), images.device)
         tokens = model.embed(images, mask.ids_keep) + ops.gather_tokens(model.pos_embed[0], mask.ids_keep)
         rows = (tokens.unflatten(0, (-1, self.sources)) + self.source_embed).flatten(1, 2)  # (B / sources, L, D)
         mixed = run_blocks(model.blocks, model.norm, rows)

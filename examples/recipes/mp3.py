@@ -29,7 +29,7 @@ class MP3(nn.Module):
         return run_blocks(self.encoder.blocks, self.encoder.norm, tokens, key_mask=context, head=self.head)
 
     def forward(self, images: Tensor) -> Tensor:
-        mask = masking.random(len(images), self.encoder.num_patches, self.mask_ratio)
+        mask = masking.random(len(images), self.encoder.num_patches, self.mask_ratio, device=images.device)
         logits = self.classify(images, ~mask.mask)
         positions = torch.arange(self.encoder.num_patches, device=images.device).expand(len(images), -1)
         return F.cross_entropy(logits.transpose(1, 2), positions)

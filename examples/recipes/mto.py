@@ -34,7 +34,8 @@ class MTO(nn.Module):
         return run_blocks([], model.decoder_norm, tokens, num_queries=count, head=model.decoder_pred)
 
     def forward(self, images: Tensor) -> Tensor:
-        model, mask = self.model, masking.random(len(images), self.model.num_patches, 0.75)
+        model = self.model
+        mask = masking.random(len(images), model.num_patches, 0.75, device=images.device)
         visible = linear(model.encode(images, mask), model.decoder_embed)
         alike = F.cosine_similarity(visible.detach(), model.mask_token, dim=2).square().mean()
         return model.loss(self.decode(visible, mask), images, mask) + self.unlike * alike

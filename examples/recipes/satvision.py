@@ -48,7 +48,7 @@ class SatVision(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         encoder = self.encoder
-        mask = masking.cells(len(images), encoder.grid_size, cell=2, mask_ratio=0.6)
+        mask = masking.cells(len(images), encoder.grid_size, cell=2, mask_ratio=0.6, device=images.device)
         visible = encoder.embed(images, mask.ids_keep)
         nowhere = visible.new_zeros(encoder.num_patches, encoder.embed_dim)
         grid = ops.unshuffle(visible, mask.ids_restore, self.mask_token, nowhere).unflatten(1, encoder.grid_size)

@@ -45,7 +45,7 @@ class SeiT(nn.Module):
             ratio = nn.init.trunc_normal_(torch.empty(()), 0.45, 0.25, self.least, 1.0).item()
         batch, length = codes.shape
         removed, dropped = math.ceil(length * ratio), math.ceil(length * self.least)
-        mask = masking.random(batch, length, len_keep=length - dropped)
+        mask = masking.random(batch, length, len_keep=length - dropped, device=codes.device)
         # the last of those that are encoded are removed too
         hidden = mask.ids_restore >= length - removed
         latent = self.encoder.encode(codes.masked_fill(hidden, self.num_codes), mask)

@@ -31,7 +31,7 @@ class SelfDistillation(nn.Module):
         self.distill = Distill(student, teacher, sees="visible", norm_target=None, loss="squared", own=1.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        mask = masking.random(len(images), self.distill.model.num_patches, 0.75)
+        mask = masking.random(len(images), self.distill.model.num_patches, 0.75, device=images.device)
         return self.distill(Batch(images, None, None), mask)
 
 

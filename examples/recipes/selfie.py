@@ -37,7 +37,7 @@ class Selfie(nn.Module):
         return self.scale(features.mean((2, 3))).unflatten(0, ids.shape)
 
     def forward(self, images: Tensor) -> Tensor:
-        mask = masking.random(len(images), self.num_patches, 0.25)
+        mask = masking.random(len(images), self.num_patches, 0.25, device=images.device)
         positions = (self.rows[:, None] + self.columns).flatten(0, 1)
         visible = self.embed(images, mask.ids_keep) + ops.gather_tokens(positions, mask.ids_keep)
         tokens = torch.cat([visible, self.query.expand(len(images), 1, -1)], 1)

@@ -48,7 +48,7 @@ class TIPS(nn.Module):
 
     def forward(self, images: Tensor, web: Tensor, synthetic: Tensor) -> Tensor:
         model, target = self.student["model"], self.average["model"]
-        mask = masking.blocks(len(images), model.grid_size, model.num_patches // 2)
+        mask = masking.blocks(len(images), model.grid_size, model.num_patches // 2, device=images.device)
         classes = model.encode(images)[:, :2]
         pairs = zip(classes.unbind(1), (web, synthetic))
         clip = (

@@ -44,7 +44,8 @@ class UMD(nn.Module):
 
     def part(self, images: Tensor, time: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
         """Return the losses of removed pixels, and of the noise of visible patches at times (B,)."""
-        model, mask = self.model, masking.random(len(images), self.model.num_patches, mask_ratio)
+        model = self.model
+        mask = masking.random(len(images), model.num_patches, mask_ratio, device=images.device)
         self.time["embedding"] = self.embed_time(time)
         noise, signal = torch.randn_like(images), self.signal[time][:, None, None, None]
         latent = model.encode(signal.sqrt() * images + (1 - signal).sqrt() * noise, mask)
@@ -65,8 +66,8 @@ class UMD(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         clean, noised = images.chunk(2)
-        pixels, _ = self.part(clean, torch.zeros(len(clean), dtype=torch.long), 0.75)
-        more, noise = self.part(noised, torch.randint(1, 1001, (len(noised),)), 0.375)
+        pixels, _ = self.part(clean, torch.zeros(len(clean), dtype=torch.long, device=images.device), 0.75)
+        more, noise = self.part(noised, torch.randint(1, 1001, (len(noised),), device=images.device), 0.375)
         return pixels + more + noise / 2
 
 

@@ -43,7 +43,7 @@ class Uni4Eye(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the loss of images (B, 1, H, W) or volumes (B, 1, T, H, W)."""
         pixels, edges = self.models[:2] if inputs.dim() == 4 else self.models[2:]
-        mask = masking.random(len(inputs), pixels.num_patches, 0.5)
+        mask = masking.random(len(inputs), pixels.num_patches, 0.5, device=inputs.device)
         latent = pixels.encode(inputs, mask)
         gradient = edges.loss(edges.decode(latent, mask), sobel(inputs), mask)
         return pixels.loss(pixels.decode(latent, mask), inputs, mask) + gradient

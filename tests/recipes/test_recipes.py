@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "examples" / "recipes").glob("*.py") if not path.stem.startswith("_"))
@@ -34,3 +35,14 @@ def test_every_recipe_has_a_row():
     page = (ROOT / "docs" / "systems.md").read_text()
     missing = [path.name for path in FILES if f"examples/recipes/{path.name})" not in page]
     assert not missing
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_recipe_runs_on_a_device(path, recipe):
+    """Move model and batch to a device without values: nothing may stay on the CPU, and no value may be read."""
+    model, batch = recipe(path.stem).example()
+    for module in model.modules():
+        for teacher in getattr(module, "_teacher", ()):  # not a submodule of Distill
+            teacher.to("meta")
+    batch = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in batch]
+    model.to("meta")(*batch).backward()
