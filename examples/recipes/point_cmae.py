@@ -3,11 +3,11 @@ learning", ACCV 2024.
 
 Masked: 60% of the groups of a cloud, twice, independently. Each view is decoded by a decoder of its own; the states of
 groups that both views mask are to agree, beside the Chamfer distance of the masked points.
-Paid for visible groups alone: embedding and encoder; for visible and masked ones the decoders; for masked ones the loss.
+Paid for visible groups alone: embedding and encoder; for visible and masked ones the decoders; for masked
+ones the loss.
 Differs: positions are added once, before the first block.
 """
 
-import torch
 from _points import PointDecoder, PointEncoder, chamfer, clouds, group
 from _train import train
 from torch import Tensor, nn

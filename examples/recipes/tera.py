@@ -17,10 +17,10 @@ from fastmim import Encoder, masking
 class TERA(nn.Module):
     """Encoder of frames and a head that restores them; speech is (B, bins, frames)."""
 
-    def __init__(self, frames: int, bins: int, width: int = 48, depth: int = 2, *, span: int = 7, band: int = 4) -> None:
+    def __init__(self, frames: int, bins: int, width: int = 48, *, span: int = 7, band: int = 4) -> None:
         super().__init__()
         self.span, self.band = span, band
-        self.encoder = Encoder((frames,), (1,), bins, width, depth, num_heads=4, num_prefix_tokens=0)
+        self.encoder = Encoder((frames,), (1,), bins, width, 2, num_heads=4, num_prefix_tokens=0)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, bins))
 
     def spans(self, batch: int, frames: int, share: float = 0.15) -> tuple[Tensor, Tensor]:

@@ -24,12 +24,10 @@ class TIP(nn.Module):
     def __init__(self, columns: int, num_class_columns: int, classes: int, width: int = 32) -> None:
         super().__init__()
         self.image, self.split, self.classes = Encoder(**SMALL), num_class_columns, classes
-        self.table = nn.Embedding(num_class_columns * classes, width)
-        self.number = nn.Linear(1, width)
+        self.table, self.number = nn.Embedding(num_class_columns * classes, width), nn.Linear(1, width)
         self.positions = nn.Parameter(0.02 * torch.randn(1 + columns, width))
         self.cls_token, self.mask_token = (nn.Parameter(0.02 * torch.randn(width)) for _ in range(2))
-        self.tabular = nn.ModuleList([Block(width, 4), Block(width, 4)])
-        self.fusion = nn.ModuleList([Block(width, 4, kv_dim=width)])
+        self.tabular, self.fusion = nn.ModuleList([Block(width, 4)]), nn.ModuleList([Block(width, 4, kv_dim=width)])
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.to_class, self.to_number, self.matches = (nn.Linear(width, n) for n in (classes, 1, 2))
 
@@ -49,8 +47,7 @@ class TIP(nn.Module):
 
     def forward(self, images: Tensor, cells: Tensor, known: Tensor) -> Tensor:
         # what a missing cell holds, NaN say, must not be computed with
-        cells = cells.where(known, 0)
-        patches = self.image(images)
+        cells, patches = cells.where(known, 0), self.image(images)
         whole, keys = self.encode(cells, known)
         contrast = info_nce(patches[:, 0], whole[:, 0], symmetric=True)
         return contrast + self.match(patches, whole, keys) + self.restore(patches, cells, known)
@@ -68,14 +65,14 @@ class TIP(nn.Module):
         """Return the loss of masked cells: cross-entropy of classes, squared error of numbers."""
         mask = masking.random(len(cells), cells.shape[1], 0.3, valid=known)
         tokens, keys = self.encode(cells, known, mask)
-        options = dict(memory=patches, key_mask=keys, num_queries=mask.ids_predict.shape[1])
-        states = run_blocks(self.fusion, self.norms[1], tokens, **options)
+        count = mask.ids_predict.shape[1]
+        states = run_blocks(self.fusion, self.norms[1], tokens, memory=patches, key_mask=keys, num_queries=count)
         target, is_class = cells.gather(1, mask.ids_predict), mask.ids_predict < self.split
         codes = torch.where(is_class & mask.valid_predict, target, -100).long()
         classes = F.cross_entropy(self.to_class(states).mT, codes, ignore_index=-100)
         weight = (~is_class & mask.valid_predict).float()
-        numbers = (weight * (self.to_number(states)[..., 0] - target) ** 2).sum() / weight.sum().clamp(min=1)
-        return classes + numbers
+        error = (self.to_number(states)[..., 0] - target).square()
+        return classes + (weight * error).sum() / weight.sum().clamp(min=1)
 
 
 def read_patients(batch: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,8 +80,7 @@ def read_patients(batch: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     images = pictures(batch)
     numbers = images.mean((2, 3)).repeat(1, 2) * 4
     classes = (numbers[:, :4] > 0).float() + (numbers[:, :4] > 1)
-    known = torch.rand(batch, 10) < 0.8
-    known[:, [0, 1, 8, 9]] = True
+    known = (torch.rand(batch, 10) < 0.8).index_fill(1, torch.tensor([0, 1, 8, 9]), True)
     return images, torch.cat([classes, numbers], 1).masked_fill(~known, torch.nan), known
 
 
