@@ -24,7 +24,8 @@ class PointCMAE(nn.Module):
         self.head = nn.Linear(width, 3 * size)
 
     def draw(self, batch: int) -> list[Mask]:
-        return [masking.random(batch, self.count, len_keep=self.count - int(0.6 * self.count)) for _ in range(2)]
+        kept, device = self.count - int(0.6 * self.count), self.head.bias.device
+        return [masking.random(batch, self.count, len_keep=kept, device=device) for _ in range(2)]
 
     def forward(self, points: Tensor, masks: list[Mask] | None = None) -> Tensor:
         centres, groups = group(points, self.count, self.size)

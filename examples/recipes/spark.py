@@ -42,7 +42,7 @@ class SparK(nn.Module):
 
     def draw(self, batch: int, height: int, width: int) -> Mask:
         cells = height * width // self.patch**2
-        return masking.random(batch, cells, len_keep=round(0.4 * cells))
+        return masking.random(batch, cells, len_keep=round(0.4 * cells), device=self.head.bias.device)
 
     def encode(self, images: Tensor, visible: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the map of each scale and its visible pixels; `visible` (B, f, f) is that of the coarsest."""

@@ -39,9 +39,11 @@ class TJEPA(nn.Module):
 
     def draw(self, batch: int) -> list[Mask]:
         """Return masks with one context, and a set of other columns to predict each."""
-        whole = masking.random(batch, self.model.num_patches, len_keep=self.context)
+        device = self.model.mask_token.device
+        whole = masking.random(batch, self.model.num_patches, len_keep=self.context, device=device)
         others = whole.ids_predict
-        picks = (masking.uniform(batch, others.shape[1]).topk(self.target).indices for _ in range(self.num_targets))
+        noise = (masking.uniform(batch, others.shape[1], device=device) for _ in range(self.num_targets))
+        picks = (row.topk(self.target).indices for row in noise)
         return [Mask(whole.ids_keep, others.gather(1, p), whole.ids_restore, whole.num_patches) for p in picks]
 
     def forward(self, rows: Tensor, masks: list[Mask] | None = None) -> Tensor:
