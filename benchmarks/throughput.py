@@ -92,9 +92,7 @@ def _run(model: str, args: argparse.Namespace, folder: Path) -> list[tables.Row]
         supply = batches(images, setting.batch_size, sizes, cell)
         flops = step_flops(contestants, cell, next(supply))
         results, rate = race(contestants, cell, supply, args.steps)
-        here = [
-            _row(c, cell, results, rate, flops[c.form], peaks.get((c.compiled, c.form, cell))) for c in contestants
-        ]
+        here = [_row(c, cell, results, rate, flops[c.form], peaks.get((c.compiled, c.form, cell))) for c in contestants]
         rows += here
         attention = {c.name: c.attention for c in contestants}
         print("\n" + tables.table(setting, sizes, cell, here, attention))

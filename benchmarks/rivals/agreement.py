@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pictures.photographs import normalise
 from rivals.contestants import Batch, Contestant, Setting
-from rivals.sizes import PARTIAL, Cell, Sizes
+from rivals.sizes import Cell, Sizes
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25

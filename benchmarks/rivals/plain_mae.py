@@ -244,7 +244,7 @@ class Patches:
         for size in reversed(self.grid.shape[2 : self.grid.dim() // 2]):
             places.insert(0, ids % size)
             ids = ids // size
-        return self.grid[self.rows, ids, *places]
+        return self.grid[(self.rows, ids, *places)]
 
 
 def squared_error(pred: Tensor, target: Tensor) -> Tensor:

@@ -167,7 +167,8 @@ _CROSS: dict[str, Any] = dict(
     plain={"plain-gather": PlainCrossMAE}, draw=draw_patches, cells=(Cell(0.75, 1.0), Cell(0.75, 1 / 3))
 )
 _PIXIO: dict[str, Any] = dict(
-    draw=draw_cells, multiple=16 * CELL, image_size=256, cells=(Cell(0.75, 1.0), Cell(0.75, 0.25), Cell(0.75, 0.1)))
+    draw=draw_cells, multiple=16 * CELL, image_size=256, cells=(Cell(0.75, 1.0), Cell(0.75, 0.25), Cell(0.75, 0.1))
+)
 _DMAE: dict[str, Any] = dict(
     plain={"plain-gather": PlainDMAE}, draw=draw_patches, cells=(Cell(0.75, 1.0), Cell(0.75, 0.25))
 )
