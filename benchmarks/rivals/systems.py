@@ -95,7 +95,8 @@ class System:
         if self.draw is None:
             draw_patches((size, size), 1, cell)
         else:
-            self.draw((8,) * (self.frames > 0) + (size, size), 1, cell)
+            # counts don't depend on the number of frames
+            self.draw((1,) * (self.frames > 0) + (size, size), 1, cell)
 
 
 class Loss(NamedTuple):
