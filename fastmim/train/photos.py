@@ -1,8 +1,8 @@
 """Pictures that need no download: squares of the photographs inside scikit-image, written as a folder of class folders.
 
-The class of a square is the photograph that it is cut from. Squares do not touch, and every third one, counted along
-diagonals, is kept for testing. They are grey, and all are given the same mean and deviation, because colour, brightness
-or contrast would tell most photographs apart without any learning; squares without contrast are left out.
+The class of a square is the photograph that it is cut from. Squares do not touch, and every fifth one is kept for
+testing. They are grey, and all are given the same mean and deviation, because colour, brightness or contrast would tell
+most photographs apart without any learning; squares without contrast are left out.
 """
 
 import os
@@ -25,8 +25,8 @@ FILES = (
     "ihc.png moon.png motorcycle_left.png retina.jpg rocket.jpg"
 ).split()
 # the longest side of a photograph, of a square, and the pixels between squares
-LARGEST, SIDE, GAP = 640, 48, 8
-EVERY = 3
+LARGEST, SIDE, GAP = 800, 48, 8
+EVERY = 5
 # grey levels: the least deviation of a square, and the mean and deviation that all are given
 LEAST, MEAN, DEVIATION = 6, 128, 50
 
@@ -45,7 +45,7 @@ def write(name: str, folder: Path) -> Path:
     aside = folder / f"{name}.{os.getpid()}.tmp"
     for place in places:
         for row, column, square in _squares(place):
-            part = aside / ("test" if (row - column) % EVERY == 0 else "train") / place.stem
+            part = aside / ("test" if (row + 2 * column) % EVERY == 0 else "train") / place.stem
             part.mkdir(parents=True, exist_ok=True)
             square.save(part / f"{row:02d}_{column:02d}.png")
     try:
