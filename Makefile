@@ -129,9 +129,9 @@ docs: .venv-docs/ready
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "open build/docs/index.html, or: .venv-docs/bin/mkdocs serve"
 
-# docs/img from results files; ARGS=--train: the reconstructions too, which takes ten minutes of one core
+# the charts of docs/img from results files
 pictures: .venv/ready
-	.venv/bin/python benchmarks/draw.py $(ARGS)
+	.venv/bin/python benchmarks/draw.py
 
 .venv-docs/ready: Makefile
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs

@@ -52,7 +52,7 @@ class Step:
         """Count its kernels."""
         with tempfile.TemporaryDirectory() as folder:
             config = Config(
-                data="digits",
+                data="skimage_photos",
                 output_dir=folder,
                 model=self.model,
                 batch_size=self.batch,

@@ -1,10 +1,9 @@
 """Draw the pictures of README.md and docs/ from committed results files.
 
-    python benchmarks/draw.py             the charts and the diagram of a step: seconds
-    python benchmarks/draw.py --train     also train a small model and draw its reconstructions: ten minutes of one core
+    python benchmarks/draw.py             the charts and the diagram of a step
 
-Everything is drawn on a transparent background in colours that read on white and on dark pages. The training writes
-what it measured to results/reconstruction.json.
+Everything is drawn on a transparent background in colours that read on white and on dark pages. The reconstructions of
+docs/pretraining.md are drawn by quickstart.py.
 """
 
 import argparse
@@ -12,9 +11,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from statistics import mean
-from time import process_time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -28,11 +25,8 @@ from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-import fastmim
 from fastmim import masking
-from fastmim.train.reconstruct import grid
-from harness.machine import environment
-from pictures.photographs import Photographs, find
+from pictures.photographs import find
 
 ROOT = Path(__file__).parent.parent
 IMAGES, RESULTS = ROOT / "docs" / "img", ROOT / "benchmarks" / "results"
@@ -239,68 +233,12 @@ def photograph(name: str, size: int) -> Tensor:
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
-# ---- reconstructions -------------------------------------------------------------------------------------------------
-
-SHOWN = ("astronaut", "chelsea", "coffee")
-SIZE, PATCH, BATCH, STEPS, RATE = 96, 8, 32, 1300, 2e-3
-MODEL = dict(embed_dim=192, depth=4, num_heads=6, decoder_embed_dim=128, decoder_depth=2, decoder_num_heads=4)
-
-
-def train(steps: int) -> tuple[fastmim.MaskedAutoencoderViT, dict[str, Any]]:
-    """Train a small model on crops of the photographs that it will reconstruct; return it and a row of its losses.
-
-    Of photographs that it has not seen, a model trained for ten minutes reconstructs little but the colours.
-    """
-    torch.manual_seed(0)
-    photographs = Photographs(seed=0)
-    photographs.paths = [find(name) for name in SHOWN]
-    model = fastmim.MaskedAutoencoderViT(SIZE, PATCH, **MODEL)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05, fused=True)
-    losses, start = [], process_time()
-    for step in range(steps):
-        rate = RATE * min((step + 1) / 100, (1 + math.cos(math.pi * step / steps)) / 2)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = model(photographs.crops(BATCH, SIZE), mask_ratio=MASK_RATIO).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return model, {
-        "trained_on": list(SHOWN),
-        "steps": steps,
-        "loss_first_50": mean(losses[:50]),
-        "loss_last_50": mean(losses[-50:]),
-        "cpu_seconds": process_time() - start,
-    }
-
-
-def draw_reconstructions(model: fastmim.MaskedAutoencoderViT, path: Path) -> float:
-    """Write original, visible patches and reconstruction of each photograph, a row each; return their loss."""
-    images = torch.stack([photograph(name, SIZE) for name in SHOWN])
-    with torch.no_grad():
-        mask = masking.random(len(images), (SIZE // PATCH) ** 2, MASK_RATIO, seeds=torch.arange(len(images)))
-        out = model(images, mask=mask)
-        picture = grid(model, images, out)
-    Image.fromarray(picture).quantize(256).save(path, optimize=True)
-    return out.loss.item()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", action="store_true", help="train the small model and draw its reconstructions")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="DIR")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     draw_charts(args.out)
-    if args.train:
-        torch.set_num_threads(1)
-        machine = environment("cpu")
-        model, row = train(STEPS)
-        row["loss"] = draw_reconstructions(model, args.out / "reconstruction.png")
-        found = {"environment": machine, "rows": [row]}
-        (RESULTS / "reconstruction.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(f"loss of the picture {row['loss']:.3f}, of the last 50 steps {row['loss_last_50']:.3f}")
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def _pretrain(args: argparse.Namespace) -> int:
     """Pretrain a masked autoencoder; run it again to continue after an interruption.
 
     Writes checkpoints, metrics.jsonl, loss.png and final/model.safetensors into output_dir. Under torchrun each process
-    takes its share. `fastmim pretrain quickstart_cpu` needs no data and a few minutes.
+    takes its share. `fastmim pretrain quickstart_cpu` needs no data and three minutes of a CPU.
     """
     from .train import Trainer
     from .train.config import read
@@ -378,7 +378,7 @@ def _add_reconstruct(parser: argparse.ArgumentParser) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
-    """Draw original, masked and reconstructed pictures side by side, a row for each."""
+    """Draw the visible patches, the reconstruction and the original of pictures side by side, a row for each."""
     import torch
 
     from . import masking
@@ -399,7 +399,7 @@ def _reconstruct(args: argparse.Namespace) -> int:
     with torch.no_grad():
         out = model(images, mask=mask)
     draw_grid(model, images, out, args.out)
-    print(f"{args.out}: original | masked | reconstruction of {len(images)} images, loss {out.loss.item():.4f}")
+    print(f"{args.out}: visible | reconstruction | original of {len(images)} images, loss {out.loss.item():.4f}")
     return 0
 
 
@@ -421,13 +421,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     """Classify images by frozen features, with 20 nearest neighbours and with a linear probe.
 
-    The accuracies are printed beside those of a random encoder of the same shape and of raw pixels.
+    The accuracies are printed beside those of a random encoder of the same shape and of raw pixels, and explained.
     """
     import copy
 
     import torch
 
-    from .train.evaluate import check_takes_pictures, compare, read_split
+    from .train.evaluate import check_takes_pictures, compare, explain, read_split
     from .train.load_run import load_model
 
     # features need the encoder alone
@@ -441,9 +441,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     rows = compare({"checkpoint": model, "random encoder": untrained}, split, args.labels_per_class, args.pool)
     learnt = len(split.train.labels) if args.labels_per_class is None else f"{args.labels_per_class} a class"
     print(f"{len(split.classes)} classes, {learnt} for training, {len(split.test.labels)} for testing")
-    print(f"{'features':<16}{'k-NN':>8}{'linear':>8}")
-    for name, (near, linear) in rows.items():
-        print(f"{name:<16}{near:>8.1%}{linear:>8.1%}")
+    print(explain(rows, split, args.labels_per_class, args.pool))
     return 0
 
 

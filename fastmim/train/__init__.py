@@ -5,7 +5,7 @@
 #     config         settings of a run, from TOML and the command line; values: of what type they are
 #     registry       models by their names
 #     loop           Trainer: the run itself
-#     data           the loader of a run, by what the data hold; digits: pictures that need no download
+#     data           the loader of a run, by what the data hold; photos: pictures that need no download
 #     seeds          seeds of a sample's masks
 #     masks          masks of a run
 #     batches        batches of any loader

@@ -42,7 +42,7 @@ class Config:
     In `data` and `output_dir` a leading `~` is the home folder; environment variables are not expanded.
 
     Args:
-        data: "digits", the digits inside scikit-learn; or what a loader of `fastmim.data` reads, chosen by
+        data: "skimage_photos", photographs inside scikit-image; or what a loader of `fastmim.data` reads, chosen by
             `fastmim.train.data.kind_of`: images for `ImageLoader`, arrays of 1 to 3 axes for `ArrayLoader`, videos for
             `ClipLoader`.
         output_dir: the folder of checkpoints, metrics and the final model. A run in a folder that has checkpoints

@@ -19,7 +19,7 @@ from ..data.packed import INDEX, read_json
 from ..data.patch_shards import FORMAT as PATCHES
 from ..data.stats import measured_of
 from ..models.masked_autoencoder import MaskedAutoencoder
-from . import digits
+from . import photos
 from .config import Config
 from .distributed import Processes
 from .masks import Masks
@@ -92,9 +92,9 @@ def open_loader(config: Config, processes: Processes) -> Loader:
             needs whole images.
     """
     folder, source = Path(config.output_dir), Path(config.data)
-    if config.data in digits.NAMES:
+    if config.data in photos.NAMES:
         if processes.first:
-            digits.write(config.data, folder / "data")
+            photos.write(config.data, folder / "data")
         processes.broadcast(None)
         source = folder / "data" / config.data / "train"
     with torch.device("meta"):

@@ -207,3 +207,38 @@ def compare(
         )
         for name, (learnt, tested) in pairs.items()
     }
+
+
+def explain(
+    rows: dict[str, tuple[float, float]], split: Split, per_class: int | None = None, pool: str = "mean"
+) -> str:
+    """Return the accuracies of `compare` as a table, and in words what they are and how much pretraining added.
+
+    Args:
+        rows: the accuracies, among them those of "checkpoint" and "random encoder".
+        split, per_class, pool: the arguments that `compare` had.
+    """
+    train = split.train if per_class is None else split.train.few(per_class)
+    learnt, tested = len(train.labels), split.test.labels
+    most = tested.bincount().max().item() / len(tested)
+    # two standard errors of a share of one half
+    noise = 100 / len(tested) ** 0.5
+    near, linear = (100 * (a - b) for a, b in zip(rows["checkpoint"], rows["random encoder"]))
+    tokens = "patch tokens" if pool == "mean" else "class tokens"
+    table = [f"{name:<16}{a:>8.1%}{b:>8.1%}" for name, (a, b) in rows.items()]
+    return "\n".join(
+        (
+            f"{'features':<16}{'k-NN':>8}{'linear':>8}",
+            *table,
+            "",
+            f"Share of the test images whose class is predicted; the most frequent class alone would give {most:.1%}.",
+            f"k-NN            votes of the {min(NEIGHBOURS, learnt)} most similar training images",
+            "linear          a linear classifier, trained on the features of the training images",
+            f"checkpoint      features of your encoder, not trained further: the mean of its {tokens}",
+            "random encoder  the same encoder before pretraining: the checkpoint should be above this row",
+            "raw pixels      the pixels themselves, without an encoder",
+            "",
+            f"Pretraining changed k-NN by {near:+.1f} points and linear by {linear:+.1f}.",
+            f"With {len(tested)} test images, differences below {noise:.0f} points may be chance.",
+        )
+    )

@@ -12,20 +12,42 @@ from ..models.output import MAEOutput
 from ..models.pictures import paste
 from ..nn.patch_embed import normalized
 
+# pixels: the least side of a panel, the height of its label, the space around it
+LEAST, LABEL, MARGIN = 192, 24, 4
+COLUMNS = ("visible", "reconstruction", "original")
+
 
 def draw_grid(model: MaskedAutoencoder, images: Tensor, out: MAEOutput, path: Path) -> None:
-    """Write the picture of `grid` as a PNG."""
-    from PIL import Image
+    """Write the panels of each image as a PNG, a row per image, below the names of the columns.
 
-    Image.fromarray(grid(model, images, out)).save(path)
+    Panels with sides below 192 pixels are enlarged, each pixel to a square of pixels. Arguments are those of `panels`.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    drawn = panels(model, images, out)
+    count, columns, height, width, _ = drawn.shape
+    scale = -(-LEAST // max(height, width))
+    size = width * scale, height * scale
+    wide, high = max(size[0], LEAST) + 2 * MARGIN, size[1] + 2 * MARGIN
+    sheet = Image.new("RGB", (columns * wide, LABEL + count * high), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LABEL * 2 // 3)
+    for column, name in enumerate(COLUMNS):
+        left = column * wide + MARGIN
+        draw.text((left, LABEL // 2), name, "black", font, anchor="lm")
+        for row in range(count):
+            panel = Image.fromarray(drawn[row, column]).resize(size, Image.Resampling.NEAREST)
+            sheet.paste(panel, (left, LABEL + row * high + MARGIN))
+    sheet.save(path)
 
 
-def grid(model: MaskedAutoencoder, images: Tensor, out: MAEOutput) -> np.ndarray[Any, Any]:
-    """Return a picture uint8 (B·H, 3·W, 3): a row per image of original, masked image and reconstruction.
+def panels(model: MaskedAutoencoder, images: Tensor, out: MAEOutput) -> np.ndarray[Any, Any]:
+    """Return pictures uint8 (B, 3, H, W, 3): of each image the visible patches, the reconstruction and the original.
 
-    The visible patches are pasted into the reconstruction. Of three axes the middle plane of the first is drawn, such
-    as the middle frame of a clip; of one axis a row of pixels for each channel. Three channels are red, green and blue;
-    of other numbers the first is drawn, in grey. Floating images are drawn from the 1st to the 99th percentile of each.
+    Among the visible patches removed ones are white. In the reconstruction the visible patches are pasted, and those
+    neither visible nor predicted are grey. A model with norm_pix_loss predicts patches up to their mean and deviation,
+    which are taken from the original. Of three axes the middle plane of the first is drawn, such as the middle frame of
+    a clip; of one axis a row of pixels for each channel. Three channels are red, green and blue; of other numbers the
+    first is drawn, in grey. Floating images are drawn from the 1st to the 99th percentile of each.
 
     Args:
         model: the model.
@@ -42,10 +64,10 @@ def grid(model: MaskedAutoencoder, images: Tensor, out: MAEOutput) -> np.ndarray
     else:
         original, made = images.float() / torch.iinfo(images.dtype).max, model.reconstruct(images, out).float()
     removed = out.mask[..., None].float()
-    hidden = model.unpatchify(model.patchify(original) * (1 - removed) + 0.5 * removed)
-    rows = torch.cat([_picture(part.clamp(0, 1)) for part in (original, hidden, made)], dim=3)
-    picture: np.ndarray[Any, Any] = torch.cat(list(rows), dim=1).permute(1, 2, 0).mul(255).round().byte().cpu().numpy()
-    return picture
+    visible = model.unpatchify(model.patchify(original) * (1 - removed) + removed)
+    rows = torch.stack([_picture(part.clamp(0, 1)) for part in (visible, made, original)], dim=1)
+    drawn: np.ndarray[Any, Any] = rows.permute(0, 1, 3, 4, 2).mul(255).round().byte().cpu().numpy()
+    return drawn
 
 
 def _picture(values: Tensor) -> Tensor:
@@ -77,7 +99,9 @@ def read_images(paths: list[Path], size: tuple[int, int]) -> Tensor:
 
 
 def find_images(places: list[Path], count: int) -> list[Path]:
-    """Return the first `count` pictures among files and folders, sorted by name within a folder.
+    """Return at most `count` pictures among files and folders, sorted by name within a folder.
+
+    Of more than `count` they are taken at equal distances, so that each of a few class folders is seen.
 
     Raises:
         ValueError: there are none.
@@ -94,4 +118,5 @@ def find_images(places: list[Path], count: int) -> list[Path]:
         found += inside
     if not found:
         raise ValueError(f"IMAGES must be pictures or folders of them; {', '.join(map(str, places))} hold none")
-    return found[:count]
+    count = min(count, len(found))
+    return [found[index * len(found) // count] for index in range(count)]

@@ -8,7 +8,6 @@ from statistics import mean, stdev
 
 import pytest
 import torch
-from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import draw
@@ -149,22 +148,12 @@ def test_facts_of_the_readme():
         assert re.search(number.replace(" ", r"\s+"), readme), number
 
 
-# ---- reconstructions -------------------------------------------------------------------------------------------------
-
-
-def test_a_step_of_training_and_its_reconstructions(tmp_path):
-    model, row = draw.train(1)
-    assert row["trained_on"] == list(draw.SHOWN)
-    loss = draw.draw_reconstructions(model, tmp_path / "grid.png")
-    # the seeds of the mask and the photographs are fixed
-    assert loss == draw.draw_reconstructions(model, tmp_path / "again.png")
-    committed = Image.open(draw.IMAGES / "reconstruction.png")
-    assert Image.open(tmp_path / "grid.png").size == committed.size
-
-
-def test_what_the_page_says_of_the_reconstructions():
-    (row,) = read("reconstruction.json")
-    assert row["trained_on"] == list(draw.SHOWN) and row["steps"] == draw.STEPS
-    page = (draw.ROOT / "docs" / "pretraining.md").read_text()
-    assert f"{row['cpu_seconds'] / 60:.0f} minutes of one CPU core" in page
-    assert row["loss"] < row["loss_first_50"]
+def test_table_of_the_quickstart():
+    rows, page = read("quickstart.json"), (draw.ROOT / "docs" / "pretraining.md").read_text()
+    assert f"{mean(row['cpu_seconds'] for row in rows):.0f} s of one core a seed" in page
+    for form in rows[0]["found"]:
+        cells = []
+        for judge in ("k-NN", "linear"):
+            shares = [100 * row["found"][form][judge] for row in rows]
+            cells.append(f"{mean(shares):.1f}%" + (f" ± {stdev(shares):.1f}" if stdev(shares) else ""))
+        assert f"| {form} | {' | '.join(cells)} |" in page

@@ -350,14 +350,14 @@ def test_names_in_capitals_and_folders_that_end_in_tar(photographs, tmp_path):
 @pytest.mark.parametrize("marks", [["run/.fastmim.lock"], ["run/metrics.jsonl", "run/checkpoints/0/state.json"]])
 def test_images_of_a_run_are_left_out(own, caplog, marks):
     before = open_source(own)
-    for name in ("run/reconstructions/1.png", "run/loss.png", "run/data/digits/train/0/1.png", *marks):
+    for name in ("run/reconstructions/1.png", "run/loss.png", "run/data/skimage_photos/train/0/1.png", *marks):
         (own / name).parent.mkdir(parents=True, exist_ok=True)
         (own / name).write_bytes(b"")
     after = open_source(own)
     assert after.names == before.names and after.classes == before.classes and after.identity() == before.identity()
     assert after.left_out == {"folders of runs": 1} and not caplog.records
-    # the digits that a run wrote as its own training data
-    assert open_source(own / "run" / "data" / "digits" / "train").names == ["0/1.png"]
+    # the pictures that a run wrote as its own training data
+    assert open_source(own / "run" / "data" / "skimage_photos" / "train").names == ["0/1.png"]
     with pytest.raises(ValueError, match="run is the output folder of a run or of `fastmim pack`: it holds "):
         open_source(own / "run")
 

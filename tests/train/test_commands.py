@@ -12,6 +12,7 @@ from fastmim.train import Trainer
 from fastmim.train.evaluate import linear_probe, nearest_neighbours, read_split
 from fastmim.train.export import export
 from fastmim.train.load_run import load_model
+from fastmim.train.reconstruct import LABEL, LEAST, MARGIN, draw_grid, find_images
 
 
 @pytest.mark.parametrize("place", ["", "final", "final/model.safetensors", "checkpoints/latest"])
@@ -28,13 +29,35 @@ def test_reconstruct(straight, photos, tmp_path, capsys):
     assert cli.main(["reconstruct", str(straight), str(photos), *options]) == 0
     assert "of 3 images, loss " in capsys.readouterr().out
     drawn = np.asarray(Image.open(grid)).astype(int)
-    assert drawn.shape == (3 * 16, 3 * 16, 3)
-    original, hidden, made = drawn[:, :16], drawn[:, 16:32], drawn[:, 32:]
-    grey = (hidden == 128).all(-1)
-    assert 0.4 < grey.mean() < 0.6
+    assert drawn.shape == (LABEL + 3 * (LEAST + 2 * MARGIN), 3 * (LEAST + 2 * MARGIN), 3)
+    assert (drawn[:LABEL].reshape(LABEL, 3, -1).min((0, 2)) < 100).all(), "each column has a label"
+    rows = drawn[LABEL:].reshape(3, LEAST + 2 * MARGIN, 3, LEAST + 2 * MARGIN, 3)[:, MARGIN:-MARGIN, :, MARGIN:-MARGIN]
+    # a pixel of the picture is a square of 12 by 12
+    rows = rows.reshape(3, 16, 12, 3, 16, 12, 3)
+    assert (rows == rows[:, :, :1, :, :, :1]).all()
+    visible, made, original = rows[:, :, 0, :, :, 0].transpose(2, 0, 1, 3, 4)
+    white = (visible == 255).all(-1)
+    assert white.mean() == 0.5
     # visible patches are pasted, the others are not the original
-    assert np.abs(made - original)[~grey].max() <= 1
-    assert np.abs(made - original)[grey].max() > 1
+    assert np.abs(made - original)[~white].max() <= 1
+    assert np.abs(made - original)[white].max() > 1
+
+
+def test_large_pictures_are_not_enlarged_and_rows_of_pixels_have_their_labels(tmp_path):
+    for size, patch, drawn in (((208, 16), 16, (208, 192)), ((300,), 60, (1, 300))):
+        model = fastmim.MaskedAutoencoder(size, (patch,) * len(size), in_chans=1, embed_dim=16, depth=1, num_heads=2)
+        images = torch.rand(2, 1, *size)
+        with torch.no_grad():
+            draw_grid(model, images, model(images), tmp_path / "grid.png")
+        height, width = drawn
+        assert Image.open(tmp_path / "grid.png").size == (3 * (width + 2 * MARGIN), LABEL + 2 * (height + 2 * MARGIN))
+
+
+def test_pictures_are_taken_at_equal_distances(tmp_path):
+    for name in "abcdefg":
+        Image.new("L", (4, 4)).save(tmp_path / f"{name}.png")
+    assert [path.stem for path in find_images([tmp_path], 3)] == ["a", "c", "e"]
+    assert [path.stem for path in find_images([tmp_path], 9)] == list("abcdefg")
 
 
 @pytest.fixture
@@ -53,8 +76,18 @@ def test_evaluate(straight, labelled, capsys):
     assert cli.main(["evaluate", str(straight), str(labelled), "--labels-per-class", "5"]) == 0
     output = capsys.readouterr().out.splitlines()
     assert output[0] == "2 classes, 5 a class for training, 8 for testing"
-    assert [line.split()[0] for line in output[1:]] == ["features", "checkpoint", "random", "raw"]
-    assert output[-1].split()[-1] == "100.0%"
+    assert [line.split()[0] for line in output[1:5]] == ["features", "checkpoint", "random", "raw"]
+    assert output[4].split()[-1] == "100.0%"
+    # each row and column is explained
+    explained = "\n".join(output[6:])
+    assert "the most frequent class alone would give 50.0%" in explained and "of the 10 most similar" in explained
+    for name in ("k-NN", "linear", "checkpoint", "random encoder", "raw pixels"):
+        assert f"\n{name:<16}" in explained, name
+    near, linear = (
+        float(mine[:-1]) - float(random[:-1]) for mine, random in zip(output[2].split()[-2:], output[3].split()[-2:])
+    )
+    assert f"k-NN by {near:+.1f} points and linear by {linear:+.1f}" in explained
+    assert "With 8 test images, differences below 35 points may be chance." in explained
 
 
 def test_splits(labelled, tmp_path):

@@ -61,7 +61,7 @@ def test_groups_of_parameters():
 def test_values_on_the_command_line():
     small = read("quickstart_cpu", ["seed=3", "flip=true", "clip_grad=none", "data=a b", "model_options.depth=2"])
     assert (small.seed, small.flip, small.clip_grad, small.data) == (3, True, None, "a b")
-    assert small.model_options["depth"] == 2 and small.model_options["patch_size"] == 4
+    assert small.model_options["depth"] == 2 and small.model_options["patch_size"] == 8
     assert read("quickstart_cpu", ["crop_scale=[0.3, 1]", "base_lr=1"]).crop_scale == (0.3, 1.0)
     assert read("quickstart_cpu", ["output_dir=123"]).output_dir == "123"
     assert read("quickstart_cpu", ["dtype=bf16"]).dtype == "bfloat16"
@@ -159,7 +159,7 @@ BAD = [
     ("batch_size=2.5", "batch_size must be int"),
     ("mask_ratio=1.5", "mask_ratio must be"),
     ("mask_ratio=nan", "mask_ratio must be"),
-    ("mask_ratio=0.999", "keeps none of the 64 patches"),
+    ("mask_ratio=0.999", "keeps none of the 36 patches"),
     ("decode_ratio=0", "decode_ratio must be"),
     ("image_size=30", "patch_size"),
     ("image_size=-32", "image_size must be at least 1"),

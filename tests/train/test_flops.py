@@ -30,7 +30,7 @@ from rivals.sizes import Cell, Sizes, train_flops
 PINNED = pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="kernels of torch 2.13 are counted")
 H100 = CARDS["h100"]
 SMALL = dict(
-    data="digits",
+    data="skimage_photos",
     model="tiny",
     model_options=dict(depth=2, decoder_depth=2),
     image_size=64,

@@ -59,7 +59,7 @@ def quickstart(folder: Path, *settings: str) -> tuple[Tensor, list[Tensor]]:
     always = ["log_every=1", "backend=pillow", "reconstruct_every=0", f"output_dir={folder}"]
     config = read("quickstart_cpu", [*always, *settings])
     Trainer(config).run()
-    ours, data = [line[1] for line in curve(folder)], folder / "data" / "digits" / "train"
+    ours, data = [line[1] for line in curve(folder)], folder / "data" / "skimage_photos" / "train"
     plain = {
         dtype: plain_curve(dataclasses.replace(config, dtype=dtype), len(ours), data)
         for dtype in (config.dtype, "float64")

@@ -190,7 +190,7 @@ def test_a_run_below_its_data_never_trains_on_its_own_pictures(config, straight,
 
 @pytest.mark.fault
 def test_data_in_the_folder_of_a_run_are_data(config, straight, photos, tmp_path):
-    """Train on data in a folder of output_dir, as with data = "digits"."""
+    """Train on data in a folder of output_dir, as with data = "skimage_photos"."""
     data = copied(photos, tmp_path / "run" / "data")
     for steps in (3, 12):
         Trainer(config(data=str(data), max_steps=steps, base_lr=0.05)).run()
