@@ -28,7 +28,7 @@ def test_recipe_is_short_and_names_its_paper(path):
     assert text is not None and "Masked:" in text and "Paid for" in text
     lines = source.replace(text, "").splitlines()
     code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    assert 15 <= len(code) <= 60, f"{len(code)} lines of code"
+    assert 15 <= len(code) <= 70, f"{len(code)} lines of code"
 
 
 def test_every_recipe_has_a_row():
@@ -39,7 +39,7 @@ def test_every_recipe_has_a_row():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_recipe_runs_on_a_device(path, recipe):
-    """Move model and batch to a device without values: nothing may stay on the CPU, and no value may be read."""
+    """Move model and batch to a device without values: nothing may stay on the CPU, and no value be read."""
     model, batch = recipe(path.stem).example()
     for module in model.modules():
         for teacher in getattr(module, "_teacher", ()):  # not a submodule of Distill
