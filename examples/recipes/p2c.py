@@ -31,9 +31,8 @@ class P2C(nn.Module):
 
     def forward(self, points: Tensor, mask: Mask | None = None) -> Tensor:
         centres, groups = group(points, self.count, self.size)
-        mask = mask or masking.random(
-            len(points), self.count, len_keep=self.count - self.count // 3, device=points.device
-        )
+        kept = self.count - self.count // 3
+        mask = mask or masking.random(len(points), self.count, len_keep=kept, device=points.device)
         cloud = self.complete(centres, groups, mask)
         return region_chamfer(cloud, centres, groups).mean() + 0.1 * roughness(cloud).mean()
 

@@ -23,13 +23,13 @@ class PointCMAE(nn.Module):
         self.decoders = nn.ModuleList([PointDecoder(width), PointDecoder(width)])
         self.head = nn.Linear(width, 3 * size)
 
-    def draw(self, batch: int) -> list[Mask]:
-        kept, device = self.count - int(0.6 * self.count), self.head.bias.device
-        return [masking.random(batch, self.count, len_keep=kept, device=device) for _ in range(2)]
+    def draw(self, points: Tensor) -> list[Mask]:
+        options = dict(len_keep=self.count - int(0.6 * self.count), device=points.device)
+        return [masking.random(len(points), self.count, **options) for _ in range(2)]
 
     def forward(self, points: Tensor, masks: list[Mask] | None = None) -> Tensor:
         centres, groups = group(points, self.count, self.size)
-        masks = masks or self.draw(len(points))
+        masks = masks or self.draw(points)
         states, loss = [], 0
         for mask, decoder in zip(masks, self.decoders):
             states.append(decoder(self.encoder((centres, groups), mask), mask, centres))

@@ -17,17 +17,33 @@ from torch import Tensor, nn
 from fastmim import Mask, masking, ops
 
 
+class VisibleNorm(nn.BatchNorm2d):
+    """Batch norm by the mean and variance of visible pixels alone."""
+
+    def forward(self, x: Tensor, visible: Tensor) -> Tensor:
+        """Normalise x (B, C, h, w) by the pixels that are `visible` (B, 1, h, w)."""
+        if not self.training:
+            return super().forward(x)
+        count = visible.sum()
+        mean = (x * visible).sum((0, 2, 3), keepdim=True) / count
+        var = ((x - mean).square() * visible).sum((0, 2, 3), keepdim=True) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(var.flatten() * count / (count - 1), self.momentum)
+        x = (x - mean) / (var + self.eps).sqrt()
+        return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 class SparseStage(nn.Module):
     """Convolution that halves the map, norm and ReLU, of visible pixels."""
 
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(in_width, width, 3, stride=2, padding=1), nn.BatchNorm1d(width)
+        self.conv, self.norm = nn.Conv2d(in_width, width, 3, stride=2, padding=1), VisibleNorm(width)
 
     def forward(self, x: Tensor, visible: Tensor) -> Tensor:
         """Map x (B, C, 2h, 2w), zero where masked, to (B, D, h, w), zero where not `visible` (B, h, w)."""
-        x = self.conv(x).movedim(1, -1)
-        return torch.zeros_like(x).index_put((visible,), self.norm(x[visible]).relu()).movedim(-1, 1)
+        return self.norm(self.conv(x), visible[:, None]).relu() * visible[:, None]
 
 
 class SparK(nn.Module):
@@ -40,9 +56,9 @@ class SparK(nn.Module):
         self.ups = nn.ModuleList(nn.Conv2d(decoder_width, decoder_width, 3, padding=1) for _ in widths)
         self.head = nn.Conv2d(decoder_width, in_chans, 1)
 
-    def draw(self, batch: int, height: int, width: int) -> Mask:
-        cells = height * width // self.patch**2
-        return masking.random(batch, cells, len_keep=round(0.4 * cells), device=self.head.bias.device)
+    def draw(self, images: Tensor) -> Mask:
+        cells = images.shape[2] * images.shape[3] // self.patch**2
+        return masking.random(len(images), cells, len_keep=round(0.4 * cells), device=images.device)
 
     def encode(self, images: Tensor, visible: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return the map of each scale and its visible pixels; `visible` (B, f, f) is that of the coarsest."""
@@ -64,7 +80,7 @@ class SparK(nn.Module):
 
     def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:
         batch, channels, height, width = images.shape
-        mask = mask or self.draw(batch, height, width)
+        mask = mask or self.draw(images)
         visible = ~mask.mask.view(batch, height // self.patch, width // self.patch)
         pred = self.decode(self.encode(images, visible))
         rows = ops.gather_patches(pred, mask.ids_predict, self.patch)

@@ -37,17 +37,16 @@ class TJEPA(nn.Module):
         self.model = Columns(columns)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
 
-    def draw(self, batch: int) -> list[Mask]:
+    def draw(self, batch: int, device: torch.device | None = None) -> list[Mask]:
         """Return masks with one context, and a set of other columns to predict each."""
-        device = self.model.mask_token.device
         whole = masking.random(batch, self.model.num_patches, len_keep=self.context, device=device)
         others = whole.ids_predict
-        noise = (masking.uniform(batch, others.shape[1], device=device) for _ in range(self.num_targets))
-        picks = (row.topk(self.target).indices for row in noise)
+        noise = masking.uniform(batch, self.num_targets, others.shape[1], device=device)
+        picks = noise.topk(self.target).indices.unbind(1)
         return [Mask(whole.ids_keep, others.gather(1, p), whole.ids_restore, whole.num_patches) for p in picks]
 
     def forward(self, rows: Tensor, masks: list[Mask] | None = None) -> Tensor:
-        masks = masks or self.draw(len(rows))
+        masks = masks or self.draw(len(rows), rows.device)
         with torch.no_grad():
             states = self.average.encode(rows)[:, self.model.num_prefix_tokens :]
         latent = self.model.encode(rows, masks[0])

@@ -23,28 +23,26 @@ class TERA(nn.Module):
         self.encoder = Encoder((frames,), (1,), bins, width, 2, num_heads=4, num_prefix_tokens=0)
         self.head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, bins))
 
-    def spans(self, speech: Tensor, share: float = 0.15) -> tuple[Tensor, Tensor]:
-        """Return distinct starts (B, n) of spans, which may overlap, and the frames (B, n·span) in them."""
+    def spans(self, speech: Tensor, share: float = 0.15) -> Tensor:
+        """Return the frames (B, n·span) of spans with distinct starts, which may overlap."""
         batch, _, frames = speech.shape
         count = max(1, round(frames * share / self.span))
         starts = masking.uniform(batch, frames - self.span + 1, device=speech.device).topk(count).indices
-        return starts, (starts[..., None] + torch.arange(self.span, device=speech.device)).flatten(1)
+        return (starts[..., None] + torch.arange(self.span, device=speech.device)).flatten(1)
 
     def alter(self, speech: Tensor) -> tuple[Tensor, Tensor]:
         """Return altered speech, and the cells (B, bins, frames) that the loss is of."""
-        batch, bins, device = *speech.shape[:2], speech.device
-        _, inside = self.spans(speech)
-        dice = torch.rand(batch, 1, 1, device=device)
-        target = inside[:, None].expand(-1, bins, -1)
-        source = self.spans(speech)[1][:, None].expand(-1, bins, -1)
+        batch, bins, _ = speech.shape
+        dice, loud, place = (torch.rand(batch, 1, 1, device=speech.device) for _ in range(3))
+        target = self.spans(speech)[:, None].expand(-1, bins, -1)
+        source = self.spans(speech)[:, None].expand(-1, bins, -1)
         found = torch.where(dice < 0.8, 0, torch.where(dice < 0.9, speech.gather(2, source), speech.gather(2, target)))
         altered = speech.scatter(2, target, found)
         chosen = torch.zeros_like(speech, dtype=torch.bool).scatter(2, target, True)
-        size = torch.randint(self.band + 1, (batch, 1), device=device)
-        first = (torch.rand(batch, 1, device=device) * (bins - size + 1)).long()
-        row = torch.arange(bins, device=device)
-        band = ((row >= first) & (row < first + size))[..., None].expand_as(speech)
-        noise = 0.2 * torch.randn_like(speech) * (torch.rand(batch, 1, 1, device=device) < 0.15)
+        size = torch.randint(self.band + 1, (batch, 1, 1), device=speech.device)
+        first, row = (place * (bins - size + 1)).long(), torch.arange(bins, device=speech.device)[:, None]
+        band = ((row >= first) & (row < first + size)).expand_as(speech)
+        noise = 0.2 * torch.randn_like(speech) * (loud < 0.15)
         return altered.masked_fill(band, 0) + noise, chosen | band
 
     def forward(self, speech: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ Differs: transformer blocks, not conformers; a linear patch of 4 frames, not con
 vectors; aligned spans; the distractors are all other masked frames of the utterance; one codebook.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from _train import train
@@ -47,7 +49,7 @@ class W2vBert(nn.Module):
         scores = self.targets(speech, mask)
         picked = F.gumbel_softmax(scores, tau=1.0, hard=True)
         usage = scores.softmax(-1).mean((0, 1))
-        diversity = 1 + (usage * usage.log()).sum() / torch.tensor(len(usage)).log()
+        diversity = 1 + (usage * usage.log()).sum() / math.log(len(usage))
         contrastive = self.contrast(context[:, -mask.ids_predict.shape[1] :], picked) + 0.1 * diversity
         codes = scores.argmax(-1)
         return contrastive + F.cross_entropy(self.model.decode(latent, mask).mT, codes)

@@ -1,7 +1,6 @@
 """Every recipe trains, is short, and has a row in docs/systems.md."""
 
 import ast
-import contextlib
 import math
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(path for path in (ROOT / "examples" / "recipes").glob("*.py") if not path.stem.startswith("_"))
-# rows of different counts, and indices by booleans
-READS_VALUES = "maskgct", "spark"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -48,6 +45,4 @@ def test_recipe_runs_on_a_device(path, recipe):
         for teacher in getattr(module, "_teacher", ()):  # not a submodule of Distill
             teacher.to("meta")
     batch = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in batch]
-    reads = path.stem in READS_VALUES
-    with pytest.raises(NotImplementedError, match=r"no data|nonzero") if reads else contextlib.nullcontext():
-        model.to("meta")(*batch).backward()
+    model.to("meta")(*batch).backward()

@@ -161,11 +161,23 @@ def test_nerf_mae_shifted_windows_do_not_wrap(recipe):
 # ---- convolution -----------------------------------------------------------------------------------------------------
 
 
+def test_spark_norm_is_that_of_visible_pixels(recipe):
+    norm, plain = recipe("spark").VisibleNorm(4), torch.nn.BatchNorm1d(4)
+    for each in (norm, plain):
+        torch.nn.init.uniform_(each.weight, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.constant_(each.bias, 0.5)
+    x, visible = torch.randn(3, 4, 5, 5), torch.rand(3, 5, 5) < 0.4
+    for _ in range(2):  # training, then with the running moments of it
+        found = norm(x, visible[:, None]).movedim(1, -1)[visible]
+        torch.testing.assert_close(found, plain(x.movedim(1, -1)[visible]))
+        norm.eval(), plain.eval()
+
+
 @pytest.mark.parametrize("in_chans", [3, 1])
 def test_spark_features_see_no_masked_pixel(recipe, in_chans):
     module = recipe("spark")
     model, images = module.SparK(in_chans), module.pictures(4, in_chans)
-    mask = model.draw(4, 32, 32)
+    mask = model.draw(images)
     assert mask.len_keep == 6  # of 16, 0.4 rounded
     visible = ~mask.mask.view(4, 4, 4)
     pixels = visible.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
@@ -180,7 +192,7 @@ def test_spark_features_see_no_masked_pixel(recipe, in_chans):
 
 def test_spark_scores_masked_patches(recipe, monkeypatch):
     model, (images,) = recipe("spark").example()
-    mask = model.draw(len(images), 32, 32)
+    mask = model.draw(images)
     ids = torch.arange(16).expand(len(images), -1)
     target = recipe("spark").ops.gather_patches(images, ids, 8)
     error = (target - target.mean(2, keepdim=True)) / (target.var(2, keepdim=True) + 1e-6).sqrt()
