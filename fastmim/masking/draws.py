@@ -165,6 +165,8 @@ def weighted(
     check_floating("weights", weights)
     batch, num_patches = weights.shape
     count_predicted(num_patches - count_kept(num_patches, mask_ratio, len_keep), decode_ratio)
+    if not isinstance(remove, bool):
+        raise TypeError(f"remove must be True or False, got {remove!r}")
     check_device(device, weights=weights)
     if valid is not None:
         check_valid(valid, batch, num_patches, weights=weights)

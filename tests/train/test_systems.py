@@ -1,9 +1,11 @@
 """Runs of every model by its name, of pairs of views, and what their commands can do with them."""
 
+import datetime
 import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import shutil
 
@@ -18,6 +20,7 @@ from fastmim.data import PairBatch
 from fastmim.models.masked_autoencoder import MaskedAutoencoder
 from fastmim.train import Config, ConfigError, Trainer
 from fastmim.train.load_run import load_model
+from fastmim.train.masks import Masks
 from fastmim.train.registry import MODELS, SHORT
 
 SMALL = SETTINGS["model_options"]
@@ -189,6 +192,42 @@ def test_what_can_not_be_served_is_one_clear_line(config, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         run(config(**changes))
     assert "\n" not in str(caught.value)
+
+
+WRONG = [
+    ("tiny", {"mask": {"mask_ratio": ["a", "b"]}}, "mask.mask_ratio must be a number, got str 'a'"),
+    (
+        "tiny",
+        {"objective": "builtins:dict", "mask": {"kind": "weighted", "mask_ratio": 0.5, "remove": "x"}},
+        "remove must be True or False, got 'x'",
+    ),
+    ("MaskedAutoencoder", {"layer_scale": math.nan}, "layer_scale must be finite, or None, got nan"),
+    ("MaskedAutoencoder", {"qkv_bias": "x"}, "qkv_bias must be True or False, got 'x'"),
+    ("CropMAE", {"decoder_mlp_ratio": "x"}, "decoder_mlp_ratio must be a number, got str 'x'"),
+    ("CropMAE", {"decoder_mlp_ratio": 0.0}, "decoder_mlp_ratio must be positive and finite, got 0.0"),
+    ("CrossMAE", {"use_input": 1.5}, "use_input must be True or False, got 1.5"),
+    (
+        "SimMIM",
+        {"decoder_depth": datetime.date(2020, 1, 1)},
+        "model_options must hold numbers, texts, lists and tables",
+    ),
+]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name, changes, message", WRONG)
+def test_wrong_options_are_named(config, name, changes, message):
+    settings = changes if "mask" in changes else {"model_options": {**SMALL, **changes}}
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(model=name, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault
+def test_whole_numbers_are_served_where_floats_are(config):
+    assert config(model="MaskedAutoencoder", model_options={**SMALL, "layer_scale": 1}).build().blocks[0].ls1.value == 1
+    hard = {"kind": "hardest", "len_keep": 4, "share": 0.5}
+    assert Masks(config(objective="builtins:dict", mask=hard).mask_settings, (4, 4)).counts == (4, 12)
 
 
 def test_a_class_needs_its_arguments(config):
