@@ -60,7 +60,12 @@ def _add_arrays(parser: argparse.ArgumentParser, of: str = "") -> None:
         "--channels-last", action="store_true", help=f"{of}the channels are the last axis, not the first"
     )
     parser.add_argument("--key", help=f"{of}name of the array in files that hold several")
-    parser.add_argument("--nodata", type=float, metavar="VALUE", help=f"{of}value of missing data, or nan")
+    parser.add_argument(
+        "--nodata",
+        type=float,
+        metavar="VALUE",
+        help=f"{of}value of missing data, or nan; --nodata=-3e38 where it has an exponent",
+    )
     parser.add_argument(
         "--sample-axis", type=int, metavar="AXIS", help=f"{of}axis, from 0, along which a file holds many samples"
     )

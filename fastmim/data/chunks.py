@@ -73,12 +73,13 @@ class _Chunk(Generic[T]):
                 except MemoryError:
                     raise
                 except Exception as error:  # readers raise errors of any type on damaged data
-                    self._error, self._failed = _one_line(error), time.monotonic()
+                    self._error, self._failed = one_line(error), time.monotonic()
                     raise Unreadable(self._error) from error
             return self._value
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Return the type and the message of an error in one line; of Unreadable the message alone."""
     text = " ".join(str(error).split())
     return text if isinstance(error, Unreadable) else f"{type(error).__name__}: {text}"
 

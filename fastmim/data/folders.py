@@ -58,6 +58,25 @@ def read_file(path: Path, most: int = -1) -> bytes:
         raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
 
 
+def lines_of(path: Path) -> list[tuple[str, str]]:
+    """Return the lines of a text file that lists samples, each with its place for messages.
+
+    Empty lines and lines that begin with # are left out.
+
+    Raises:
+        ValueError: the file isn't text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"source {path} must be a text file in UTF-8: {error}") from error
+    found = [(f"source {path}, line {number}", line.strip("\r\n")) for number, line in enumerate(lines, 1)]
+    for place, line in found:
+        if "\0" in line:
+            raise ValueError(f"{place} must hold text, got {line!r:.80}")
+    return [(place, line) for place, line in found if line.strip() and not line.startswith("#")]
+
+
 class Contents(NamedTuple):
     """Samples of a folder; the attributes are those of Source."""
 

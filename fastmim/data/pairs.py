@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from . import formats
 from .base_source import Pair, Source, Stamp, digest, refuse_duplicates, stamp_of
 from .crops import Crops
-from .folders import read_file
+from .folders import lines_of, read_file
 from .images import Note, Notes, Unreadable
 from .masks import ids_of
 from .philox import Floats, Ints
@@ -46,20 +47,12 @@ class Pairs:
         self._folder = self.root
         self.classes: list[str] = []
         self.left_out: dict[str, int] = {}
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"source {path} must be a text file of pairs: {error}") from error
-        found = [
-            (*_columns(f"source {path}, line {number}", line),)
-            for number, line in enumerate(lines, 1)
-            if line.strip() and not line.startswith("#")
-        ]
+        found = [_columns(place, line) for place, line in lines_of(path)]
         if not found:
             raise ValueError(f"source {path} holds no pair")
         found.sort(key=lambda columns: columns[:2])
         self.names = [f"{first} {second}" for first, second, *_ in found]
-        refuse_duplicates(self.names)
+        refuse_duplicates([" ".join(map(os.path.normpath, columns[:2])) for columns in found])
         self._files = [columns[:3] for columns in found]
         self.masked = any(mask is not None for _, _, mask in self._files)
         self.labels: Ints | None = labels_of(self.title, self.names, [label for *_, label in found])
@@ -95,9 +88,9 @@ def _columns(place: str, line: str) -> tuple[str, str, str | None, int | None]:
         raise ValueError(f"{place} must hold two paths, and perhaps a mask and a label; got {line!r:.80}")
     mask = columns[2] if len(columns) > 2 and columns[2] != "-" else None
     try:
-        label = int(columns[3]) if len(columns) > 3 else None
+        label = int(columns[3]) if len(columns) > 3 and columns[3] else None
     except ValueError as error:
-        raise ValueError(f"{place}: the label must be an integer, got {columns[3]!r}") from error
+        raise ValueError(f"{place}: the label must be an integer, got {columns[3]!r:.80}") from error
     return columns[0], columns[1], mask or None, label
 
 
@@ -178,7 +171,7 @@ class Covisible:
 
 def decode_mask(data: bytes) -> Pixels:
     """Return a mask (h, w) of 0 and 1 from the bytes of an image or of a .npy file. Raises Unreadable."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         if data.startswith(b"\x93NUMPY"):
@@ -189,6 +182,8 @@ def decode_mask(data: bytes) -> Pixels:
                 values = np.asarray(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its message is the address of a buffer
+        raise Unreadable("the mask: not an image of a format that Pillow knows") from None
     except Exception as error:  # decoders raise errors of any type on damaged data
         raise Unreadable(f"the mask: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if values.ndim == 3:

@@ -28,6 +28,8 @@ from .threads import map_ahead
 FORMAT = 1
 # downloads of a shard before its samples count as unreadable, and seconds between them
 ATTEMPTS, PAUSE = 3, 1.0
+# what file systems call the version of a file, or the time of its last change
+VERSION = ("ETag", "etag", "mtime", "LastModified", "Last-Modified", "created", "md5", "Content-MD5")
 # shards that are indexed at a time
 INDEXED = 8
 
@@ -44,7 +46,8 @@ def expanded(text: str) -> list[str]:
         return [text]
     first, last, words = found.groups()
     if words is None:
-        parts = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        low, high = sorted((int(first), int(last)))
+        parts = [str(number).zfill(len(first)) for number in range(low, high + 1)]
     else:
         parts = words.split(",")
     return [f"{text[: found.start()]}{part}{rest}" for part in parts for rest in expanded(text[found.end() :])]
@@ -154,14 +157,20 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _index_path(url: str) -> Path | None:
-    """Return the file of the cache folder for the index of a shard as it is now, or None if there is no such folder."""
+    """Return the file of the cache folder for the index of a shard as it is now.
+
+    None if there is no such folder, or if the file system doesn't tell whether a shard changed.
+    """
     system, name = _file_system(url)
     try:
         info = system.info(name)
-        version = [str(info.get(key)) for key in ("size", "ETag", "etag", "mtime", "LastModified", "created", "md5")]
+        version = [str(info.get(key)) for key in VERSION]
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastmim"
     except Exception:  # of a shard that can't be read, reading it tells the reason
         return None
+    if set(version) == {"None"}:
+        return None
+    version.append(str(info.get("size")))
     key = json.dumps([FORMAT, url, version])
     return folder / f"tar-{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 

@@ -11,6 +11,7 @@ import torch
 
 from . import formats, images
 from .base_source import Stamp, digest
+from .chunks import one_line
 from .images import Unreadable
 from .philox import Ints
 from .resample import Pixels
@@ -78,7 +79,7 @@ class Dataset:
         except MemoryError:
             raise
         except Exception as error:  # a dataset raises errors of any type
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
+            raise Unreadable(one_line(error)) from error
         return fields(row)
 
     def read(self, sample: int, most: int = -1) -> bytes | Pixels:
@@ -146,7 +147,7 @@ def content(image: Any, most: int = -1, folder: Path | None = None) -> bytes | P
     except (Unreadable, MemoryError):
         raise
     except Exception as error:  # decoders raise errors of any type on damaged data
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
+        raise Unreadable(one_line(error)) from error
 
 
 def _pixels(values: Any) -> Pixels:

@@ -28,7 +28,8 @@ def paths_of(source: object) -> Path | list[Path]:
         return Path(source)
     if isinstance(source, Sequence) and all(isinstance(path, (str, os.PathLike)) for path in source):
         return [Path(path) for path in source]
-    raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {source!r:.80}")
+    shown = " ".join(repr(source).split())
+    raise TypeError(f"source must be a path or a list of paths, got {type(source).__name__} {shown:.80}")
 
 
 def open_source(source: object) -> Source:

@@ -188,6 +188,8 @@ def _saved(path: Path, layout: Layout, of: dict[str, Any]) -> Statistics | None:
     """
     if not path.exists():
         return None
+    if not path.is_file():
+        raise ValueError(f"the file of statistics must be a regular file, got {path}")
     try:
         held = json.loads(path.read_text())
         if held["format"] != FORMAT:

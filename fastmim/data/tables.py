@@ -62,7 +62,9 @@ class Table:
                 raise ValueError(f"source {path} can't be read: {_line(error)}") from error
             if path != files[0] and (column, label) != (self._column, self._label):
                 raise ValueError(f"source {path} must have the columns of {files[0]}, {self._column} and {self._label}")
-            self._column, self._label, self.classes = column, label, classes
+            if classes and self.classes and classes != self.classes:
+                raise ValueError(f"source {path} must have the classes of {files[0]}, which are others")
+            self._column, self._label, self.classes = column, label, self.classes or classes
             self._parts += found.parts
             rows = sum(part.rows for part in found.parts)
             self.names += [f"{name}/{row:09}" for row in range(rows)]

@@ -105,7 +105,14 @@ class Tars:
 
 
 def labels_of(title: str, names: list[str], labels: list[int | None]) -> Ints | None:
-    """Return labels, or None if a sample has none, with a warning if others have."""
+    """Return labels, or None if a sample has none, with a warning if others have.
+
+    Raises:
+        ValueError: a label is no 64-bit integer.
+    """
+    for name, label in zip(names, labels):
+        if label is not None and not -(2**63) <= label < 2**63:
+            raise ValueError(f"source {title}: labels must be 64-bit integers, got {label} of {name!a}")
     unlabelled = [name for name, label in zip(names, labels) if label is None]
     if not unlabelled:
         return np.array(labels, dtype=np.int64)

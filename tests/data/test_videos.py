@@ -238,7 +238,7 @@ def test_a_list_of_paths_and_labels(tmp_path):
 
 
 BAD_LISTS = [
-    ("a.mp4 one", "line 1 of .* must be a path and a label, a whole number; got 'a.mp4 one'"),
+    ("a.mp4 one", "list.txt, line 1 must be a path, a space and a label, a whole number; got 'a.mp4 one'"),
     ("a.mp4 1\na.mp4 2", "must hold a file once, got a.mp4 twice"),
     ("a.mp4 1\nb.mp4", "every line of .* must have a label, or none"),
     ("a.jpg 1", "a.jpg, which doesn't end in one of .mp4"),
