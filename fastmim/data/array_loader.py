@@ -241,8 +241,11 @@ def settled(source: ArrayFiles | PatchShards, crops: ArrayCrops) -> ArrayCrops:
     stated, patch = crops.nodata, crops.patch
     if stated is None:
         stated = source.stated()
+    if stated is not None:
+        # numbers are told apart by their text, since NaN is no other's equal: 0, 0.0 and -0.0 are one
+        stated = float(stated) + 0.0
     if isinstance(source, PatchShards):
-        given = (crops.axes, crops.channels_last, repr(None if stated is None else float(stated)))
+        given = (crops.axes, crops.channels_last, repr(stated))
         held = (source.axes, False, repr(source.nodata))
         for name, value, allowed in zip(("axes", "channels_last", "nodata"), given, held):
             if value != allowed:

@@ -20,7 +20,7 @@ Stamp = tuple[int, int, int]
 class Pair(NamedTuple):
     """A pair of pictures: bytes of files or pixels (H, W, 3) of both, and the mask of what both show, or None.
 
-    The mask is the bytes of a file, or uint8 (h, w) of 0 and 1 that covers the first picture.
+    The mask is the bytes of a file, or uint8 (h, w) of 0 and 1 that covers the second picture.
     """
 
     first: bytes | Pixels

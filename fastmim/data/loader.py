@@ -77,10 +77,10 @@ class PairBatch(NamedTuple):
 
 
 class CovisibleBatch(NamedTuple):
-    """A batch of pairs of images, with the shares of the first that the second shows.
+    """A batch of pairs of images, with the shares of the second that the first shows.
 
     images, pair: as in `PairBatch`.
-    covisible: float32 (B, L), the share of each patch of `images` that the mask of its pair covers; 1 without a mask.
+    covisible: float32 (B, L), the share of each patch of `pair` that the mask of the two images covers; 1 without one.
     labels, ids: as in `Batch`.
     """
 

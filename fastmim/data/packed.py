@@ -39,7 +39,7 @@ def shard_files(root: Path, shard: int) -> tuple[Path, Path]:
 
 
 def view_names(pairs: bool) -> tuple[str, ...]:
-    """Return the names, in an index, of the places of images of each sample: one, or two and the mask of the first."""
+    """Return the names, in an index, of the places of images of each sample: one, or two and the mask of the second."""
     return ("places", "partners", "masks") if pairs else ("places",)
 
 

@@ -32,7 +32,7 @@ class Pairs:
     """The pairs of a text file: on each line the paths of two pictures, and perhaps a mask and a label.
 
     Columns are separated by tabs if the line holds one, else by white space. Paths are relative to the file's folder.
-    The mask, an image or a .npy file of any resolution, covers the first picture and is not zero where the second shows
+    The mask, an image or a .npy file of any resolution, covers the second picture and is not zero where the first shows
     the same place; "-" stands for none. The label is an integer. Empty lines and lines that begin with # are left out.
 
     Raises:
@@ -98,7 +98,7 @@ def _columns(place: str, line: str) -> tuple[str, str, str | None, int | None]:
 
 
 class PairReader:
-    """Decoder of pairs: crops of both pictures and the shares of each patch of the first that the second shows.
+    """Decoder of pairs: crops of both pictures and the shares of each patch of the second that the first shows.
 
     Args:
         source: the pairs.
@@ -149,7 +149,7 @@ class PairReader:
             found: Floats = np.ones((len(boxes) // 2, self.grid[0] * self.grid[1]))
         else:
             values = decode_mask(pair.mask) if isinstance(pair.mask, bytes) else pair.mask
-            found = shares(values, boxes[::2], tuple(sizes[0].tolist()), self.grid)
+            found = shares(values, boxes[1::2], tuple(sizes[1].tolist()), self.grid)
         return rows, Covisible(torch.from_numpy(found.astype(np.float32)))
 
     def finish(self, prepared: list[Pixels]) -> tuple[list[Row], dict[int, str]]:
@@ -164,7 +164,7 @@ class PairReader:
 
 @dataclass(frozen=True)
 class Covisible:
-    """The shares (n, L) of the patches of first crops that the second picture shows."""
+    """The shares (n, L) of the patches of second crops that the first picture shows."""
 
     shares: Tensor
 

@@ -99,7 +99,7 @@ class PatchShards:
         self.patch_size: tuple[int, ...] = tuple(info["patch_size"])
         self.channels: int = info["channels"]
         self.dtype: str = info["dtype"]
-        self.nodata: float | None = None if info["nodata"] is None else float(info["nodata"])
+        self.nodata: float | None = None if info["nodata"] is None else float(info["nodata"]) + 0.0
         self.classes: list[str] = info["classes"]
         self.names: list[str] = []
         self.left_out: dict[str, int] = {}

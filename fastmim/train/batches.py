@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor
 
 from .._patches import Patches
-from ..data import ArrayBatch, Batch, PairBatch, PatchBatch
+from ..data import ArrayBatch, Batch, CovisibleBatch, PairBatch, PatchBatch
 from ..data.masks import joined, tensors
 from ..masking import Mask
 
-AnyBatch = Batch | PatchBatch | PairBatch | ArrayBatch
+AnyBatch = Batch | PatchBatch | PairBatch | CovisibleBatch | ArrayBatch
 
 
 def mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:

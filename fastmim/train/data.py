@@ -162,8 +162,17 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         backend=config.backend,
         inner=config.inner,
         **_patches(config, source, model),
-        **_options(config, ("ratio", "repeats")),
+        **_image_options(config, model),
     )
+
+
+def _image_options(config: Config, model: MaskedAutoencoder) -> dict[str, Any]:
+    options = _options(config, ("ratio", "repeats", "covisible"))
+    if not isinstance(covisible := options.pop("covisible", False), bool):
+        raise ConfigError(f"data_options.covisible must be true or false, got {covisible!r}")
+    if covisible and config.objective == "mae" and not Masks(config.mask_settings, model.grid_size).ranks:
+        raise ConfigError('data_options.covisible must be false without a mask of kind "weighted" or "hardest"')
+    return {**options, "covisible": model.patch_size if covisible else None}
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -192,16 +201,13 @@ def _clips(config: Config, source: Path, model: MaskedAutoencoder, common: dict[
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
-ARRAY_OPTIONS = ("channels_last", "key", "sample_axis", "flips", "repeats", "nodata", "mean", "std")
+ARRAY_OPTIONS = ("channels_last", "key", "sample_axis", "flips", "repeats", "nodata", "min_valid", "mean", "std")
 
 
 def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ArrayLoader:
     if config.inner is not None:
         raise ConfigError(f"inner must be none for arrays, which data {config.data} holds; got {list(config.inner)}")
     options, axes = _options(config, ARRAY_OPTIONS), len(model.grid_size)
-    if isinstance(options.get("nodata"), int):
-        # the loader tells numbers apart by their text, since NaN is no other's equal
-        options["nodata"] = float(options["nodata"])
     measured = None
     if not {"mean", "std"} & {*options, *config.model_options}:
         measured = measured_of(source)
@@ -263,7 +269,7 @@ def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str
         f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
         "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
         "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
-        "a list of pairs, of which both are whole": takes_pairs(model) and config.inner is None,
+        "data_options.covisible, whose shares are of whole images": bool(config.data_options.get("covisible")),
         "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
         "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
     }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import ArrayBatch, PairBatch
+from ..data import ArrayBatch, CovisibleBatch, PairBatch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
@@ -255,7 +255,7 @@ class Trainer:
         # all that is removed is drawn
         settings = {name: value for name, value in settings.items() if name not in ("decode", "decode_ratio")}
         mask = Masks(settings, self.model.grid_size)(seeds, valid=valid)
-        pair = isinstance(part, PairBatch)
+        pair = isinstance(part, (PairBatch, CovisibleBatch))
         images = (part.pair if pair else part.images).to(device)
         with whole(self.parallel):
             context = {"context": self.model.encode(part.images.to(device), None)} if pair else {}

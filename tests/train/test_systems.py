@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,9 +17,10 @@ from small_run import SETTINGS, outcome
 
 import fastmim
 from fastmim import cli
-from fastmim.data import PairBatch
+from fastmim.data import CovisibleBatch, PairBatch
+from fastmim.data.pack import pack
 from fastmim.models.masked_autoencoder import MaskedAutoencoder
-from fastmim.train import Config, ConfigError, Trainer
+from fastmim.train import Config, ConfigError, Objective, Trainer
 from fastmim.train.load_run import load_model
 from fastmim.train.masks import Masks
 from fastmim.train.registry import MODELS, SHORT
@@ -111,12 +113,17 @@ def test_patches_of_the_masked_view_give_the_same_run(config, tmp_path):
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
 
 
+def pairs_of(photos, data, mask="-"):
+    """Write a list of pairs of photographs, and return the settings of a run on it."""
+    names = sorted(path.name for path in photos.iterdir())
+    lines = [f"{photos}/{first} {photos}/{second} {mask}\n" for first, second in itertools.pairwise(names)]
+    data.write_text("".join(lines))
+    return settings_of("croco_vit_base_patch16", data=str(data)) | {"inner": None}
+
+
 def test_a_list_of_pairs(config, photos, tmp_path):
     """Check a run on it, that it resumes exactly, and that a model of one view refuses it."""
-    names = sorted(path.name for path in photos.iterdir())
-    data = tmp_path / "pairs.txt"
-    data.write_text("".join(f"{photos}/{first} {photos}/{second}\n" for first, second in itertools.pairwise(names)))
-    settings = settings_of("croco_vit_base_patch16", data=str(data)) | {"inner": None}
+    settings = pairs_of(photos, data := tmp_path / "pairs.txt")
     run(config(**settings))
     resumed(config, "run", tmp_path, 6, 3, **settings)
     with pytest.raises(
@@ -125,6 +132,51 @@ def test_a_list_of_pairs(config, photos, tmp_path):
         run(config("other", data=str(data)))
     with pytest.raises(ConfigError, match="inner must be None with a list of pairs"):
         run(config("other", **{**settings, "inner": [0.3, 0.6]}))
+
+
+def test_packed_pairs_are_read_by_patches(config, photos, tmp_path):
+    settings = pairs_of(photos, tmp_path / "pairs.txt") | {"decode_ratio": 0.5}
+    pack(settings["data"], tmp_path / "packed", short_side=24)
+    settings["data"] = str(tmp_path / "packed")
+    patches, images = (run(config(name, patchwise=value, **settings)) for name, value in (("a", "auto"), ("b", False)))
+    assert patches.loader.crops.patch == (4, 4) and images.loader.crops.patch is None
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+COVISIBLE = {
+    "mask": {"kind": "weighted", "mask_ratio": 0.5, "remove": True},
+    "data_options": {"covisible": True},
+    "crop_scale": [1.0, 1.0],
+    "flip": False,
+    "micro_batch_size": 3,
+    "reconstruct_every": 3,
+}
+
+
+def test_covisible_patches_are_removed_first(config, photos, tmp_path, monkeypatch):
+    """Predict the left half of each second picture, which the first shows too, and resume exactly."""
+    np.save(tmp_path / "left.npy", np.arange(40) < np.full((30, 1), 20))
+    settings = pairs_of(photos, tmp_path / "pairs.txt", "left.npy") | COVISIBLE
+    removed, call = [], Masks.__call__
+
+    def watched(*args, **options):
+        mask = call(*args, **options)
+        # the first draws count patches, and reconstructions are of random masks
+        if args[0].ranks and len(args[1]) > 1:
+            removed.append(mask.mask.view(-1, 4, 4))
+        return mask
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masks, "__call__", watched)
+        trainer = run(config(**settings))
+    assert isinstance(next(iter(trainer.loader)), CovisibleBatch)
+    share = torch.cat(removed).float().mean((0, 1))
+    # centred squares of pictures may end beside the middle
+    assert share[0] > 0.9 and share[3] < 0.1, share
+    resumed(config, "run", tmp_path, 6, 3, **settings)
+    other = settings | {"mask": {}, "data_options": {}, "max_steps": 7}
+    with pytest.raises(ConfigError, match="covisible"):
+        run(config(**other))
 
 
 @pytest.mark.parametrize(
@@ -163,6 +215,10 @@ def test_settings_of_an_earlier_version_still_resume(config, straight, tmp_path)
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
+class Own(Objective):
+    pass
+
+
 BAD = [
     (
         {"model": "CroCo"},
@@ -170,7 +226,16 @@ BAD = [
     ),
     ({"inner": [0.3, 0.6]}, "inner must be none for model mae_vit_tiny_patch16, which takes one view"),
     ({"model": "CroCo", "inner": [0.6, 0.3]}, r"inner must be two ascending shares in \(0, 1\], got \[0.6, 0.3\]"),
-    ({"model": "CroCo", "patchwise": True}, "with a list of pairs, of which both are whole; got true"),
+    (
+        {"model": "CroCo", "inner": [0.3, 0.6], **COVISIBLE},
+        "covisible must be None without a list of pairs, got",
+    ),
+    (
+        {**COVISIBLE, "model": "CroCo", "patchwise": True, "objective": "test_systems:Own", "mask": {}},
+        'patchwise must be "auto" or false with data_options.covisible, whose shares are of whole images; got true',
+    ),
+    ({"data_options": {"covisible": True}}, 'must be false without a mask of kind "weighted" or "hardest"'),
+    ({"data_options": {"covisible": 16}}, "data_options.covisible must be true or false, got 16"),
     ({"model": "CroCo", "inner": [0.3, 0.6], "objective": "distill"}, "objective must not be distill for model CroCo"),
     (
         {"model": "VideoMAE", "image_size": 16, "model_options": {}},
