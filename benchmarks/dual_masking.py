@@ -39,7 +39,7 @@ JUDGES = {"linear probe": "linear probe, all labels", "fine-tuned": "fine-tuned,
 
 
 class Form(NamedTuple):
-    """What is trained."""
+    """A decoder, and shares of patches: one thing that is trained."""
 
     decoder: str
     mask_ratio: float
