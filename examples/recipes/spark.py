@@ -24,7 +24,7 @@ class VisibleNorm(nn.BatchNorm2d):
         """Normalise x (B, C, h, w) by the pixels that are `visible` (B, 1, h, w)."""
         if not self.training:
             return super().forward(x)
-        count = visible.sum()
+        x, count = x.to(self.weight.dtype), visible.sum()
         mean = (x * visible).sum((0, 2, 3), keepdim=True) / count
         var = ((x - mean).square() * visible).sum((0, 2, 3), keepdim=True) / count
         with torch.no_grad():
