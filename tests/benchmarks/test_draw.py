@@ -146,14 +146,3 @@ def test_facts_of_the_readme():
         f"{theirs[dual].images_per_second:.2f} images/s and {theirs[dual].megabytes:.0f} MB",
     ):
         assert re.search(number.replace(" ", r"\s+"), readme), number
-
-
-def test_table_of_the_quickstart():
-    rows, page = read("quickstart.json"), (draw.ROOT / "docs" / "pretraining.md").read_text()
-    assert f"{mean(row['cpu_seconds'] for row in rows):.0f} s of one core a seed" in page
-    for form in rows[0]["found"]:
-        cells = []
-        for judge in ("k-NN", "linear"):
-            shares = [100 * row["found"][form][judge] for row in rows]
-            cells.append(f"{mean(shares):.1f}%" + (f" ± {stdev(shares):.1f}" if stdev(shares) else ""))
-        assert f"| {form} | {' | '.join(cells)} |" in page
