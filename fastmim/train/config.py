@@ -249,6 +249,11 @@ class Config:
             raise ConfigError(
                 f"image_size must be [frames, height, width] for model {self.model}, got {self.image_size}"
             )
+        values, made = model.in_chans * math.prod(model.patch_size), model.decoder_pred.out_features
+        if made != values and (self.objective == "mae" or self.objective_options.get("own")):
+            raise ConfigError(
+                f"model_options.out_dim must be {values}, the values of a patch, which are scored; got {made}"
+            )
         masks = Masks(self.mask_settings, model.grid_size)
         scored = self.objective == "mae" and self.data_options.get("covisible")
         if masks.ranks and self.objective in ("mae", "distill") and not scored:

@@ -2,7 +2,8 @@
 
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
 sample). A result therefore does not depend on restarts; the number of processes and of PyTorch's threads changes it by
-rounding alone. The host reads from the device every `log_every` steps only.
+rounding alone, but where data are missing: there each process, and each part of micro_batch_size samples, has the mean
+over its own valid patches, and these means count alike. The host reads from the device every `log_every` steps only.
 """
 
 import os

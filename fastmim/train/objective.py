@@ -99,7 +99,8 @@ class Distill(Objective):
 
     Raises:
         TypeError: a value of a wrong type.
-        ValueError: neither or both of teacher and momentum; an unknown choice; taps that don't match.
+        ValueError: neither or both of teacher and momentum; an unknown choice; taps that don't match; a model without a
+            decoder, of which only predicted patches are compared.
     """
 
     def __init__(
@@ -132,6 +133,12 @@ class Distill(Objective):
             )
         if on == "predicted" and (sees == "visible" or own):
             raise ValueError('on="predicted" needs sees="all" and own=0: predictions are features of patches not seen')
+        if on == "visible" and getattr(student, "decoder", "self") is None:
+            raise ValueError(
+                'on must be "predicted" for a model whose mask tokens go through the encoder, got "visible"'
+            )
+        if sees == "visible" and getattr(teacher, "decoder", "self") is None:
+            raise ValueError('sees must be "all" for a teacher whose mask tokens go through the encoder, got "visible"')
         if not check_number("own", own) >= 0:
             raise ValueError(f"own must not be negative, got {own}")
         if momentum is not None and not 0 <= check_number("momentum", momentum) < 1:

@@ -16,11 +16,11 @@ from PIL import Image
 from small_run import SETTINGS, outcome
 
 import fastmim
-from fastmim import cli
+from fastmim import SimMIM, cli
 from fastmim.data import CovisibleBatch, PairBatch
 from fastmim.data.pack import pack
 from fastmim.models.masked_autoencoder import MaskedAutoencoder
-from fastmim.train import Config, ConfigError, Objective, Trainer
+from fastmim.train import Config, ConfigError, Distill, Objective, Trainer
 from fastmim.train.load_run import load_model
 from fastmim.train.masks import Masks
 from fastmim.train.registry import MODELS, SHORT
@@ -270,6 +270,7 @@ WRONG = [
     ("MaskedAutoencoder", {"qkv_bias": "x"}, "qkv_bias must be True or False, got 'x'"),
     ("CropMAE", {"decoder_mlp_ratio": "x"}, "decoder_mlp_ratio must be a number, got str 'x'"),
     ("CropMAE", {"decoder_mlp_ratio": 0.0}, "decoder_mlp_ratio must be positive and finite, got 0.0"),
+    ("MaskedAutoencoder", {"out_dim": 7}, "model_options.out_dim must be 48, the values of a patch, which are scored"),
     ("CrossMAE", {"use_input": 1.5}, "use_input must be True or False, got 1.5"),
     (
         "SimMIM",
@@ -286,6 +287,18 @@ def test_wrong_options_are_named(config, name, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         config(model=name, **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault
+def test_mask_tokens_are_not_distilled_as_visible_patches():
+    """States of such encoders hold mask tokens, which were compared with a teacher's visible patches."""
+    student = SimMIM(img_size=16, patch_size=4, embed_dim=16, depth=1, num_heads=2)
+    with pytest.raises(ValueError, match='on must be "predicted" for a model whose mask tokens go through the encoder'):
+        Distill(student, momentum=0.9, sees="all")
+    other = MaskedAutoencoder(16, 4, 3, 16, 1, 2, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
+    with pytest.raises(ValueError, match='sees must be "all" for a teacher whose mask tokens go through the encoder'):
+        Distill(other, student)
+    Distill(other, student, sees="all")
 
 
 @pytest.mark.fault
