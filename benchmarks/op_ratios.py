@@ -5,7 +5,8 @@
 Forms are timed in interleaved rounds; a ratio is the median over rounds of a peer's time over ours, so below 1 the peer
 is faster. With one thread (OMP_NUM_THREADS=1) times are of the thread's CPU, which other processes disturb less.
 Where the processor has AVX-512, FASTMIM_ISA=avx2, ATEN_CPU_CAPABILITY=avx2, MKL_ENABLE_INSTRUCTIONS=AVX2 and
-ONEDNN_MAX_CPU_ISA=AVX2 together stand in for a machine without it.
+ONEDNN_MAX_CPU_ISA=AVX2 together stand in for a machine without it. MALLOC_MMAP_THRESHOLD_=1073741824 with
+MALLOC_TRIM_THRESHOLD_=4294967296 keeps freed memory, whose page faults would fall on either form.
 """
 
 import argparse
