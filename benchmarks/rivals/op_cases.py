@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmim import ops
+from fastmim.ops.tokens import sum_rows
 from rivals import attention_forms
 from rivals.plain_mae import patch_grid, squared_error
 
@@ -64,6 +65,16 @@ def cut(images: Tensor, chosen: Tensor, order: str) -> Tensor:
     return (rows if order == "cpq" else rows.permute(0, 1, 3, 4, 2)).flatten(2)
 
 
+def eager_gather(images: Tensor, chosen: Tensor) -> Tensor:
+    rows = patch_grid(images, 16)[torch.arange(len(images), device=DEVICE)[:, None], chosen // 14, chosen % 14]
+    return rows.sub(0.45).div(0.225).flatten(2)
+
+
+def eager_gather_signals(signals: Tensor, chosen: Tensor) -> Tensor:
+    rows = signals.unflatten(2, (L, -1)).transpose(1, 2)
+    return rows[torch.arange(len(signals), device=DEVICE)[:, None], chosen].flatten(2)
+
+
 def eager_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
     return F.linear(cut(images, chosen, "cpq").to(weight.dtype), weight.flatten(1), bias) + pos[chosen]
 
@@ -73,8 +84,7 @@ def our_embed(images: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos:
 
 
 def eager_embed_signals(signals: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
-    rows = signals.unflatten(2, (L, -1)).transpose(1, 2)[torch.arange(len(signals), device=DEVICE)[:, None], chosen]
-    return F.linear(rows.flatten(2), weight.flatten(1), bias) + pos[chosen]
+    return F.linear(eager_gather_signals(signals, chosen), weight.flatten(1), bias) + pos[chosen]
 
 
 def our_embed_signals(signals: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor, pos: Tensor) -> Tensor:
@@ -162,20 +172,19 @@ def pixels(
     return Case(forms, [pred, images, ids(batch, L, L - K)], pred.numel() * (2 + 1 + 2))
 
 
-def assembly(batch: int = B) -> Case:
+def assembly(batch: int = B, dtype: torch.dtype = torch.float32) -> Case:
     order = ids(batch, L, L)
-    f32 = partial(randn, dtype=torch.float32)
+    rows = partial(randn, dtype=dtype)
     inputs = [
-        f32(batch, 1 + K, 512),
+        rows(batch, 1 + K, 512),
         order[:, :K].contiguous(),
         order[:, K:].contiguous(),
-        f32(512),
-        f32(1 + L, 512, grad=False),
+        rows(512),
+        rows(1 + L, 512, grad=False),
     ]
     ours = partial(ops.decoder_tokens, num_prefix_tokens=1)
-    return Case(
-        {"fastmim": lambda *a: ours(*a), "eager": eager_assembly}, inputs, 4 * batch * 512 * (2 * (1 + K) + 2 * (1 + L))
-    )
+    moved = dtype.itemsize * batch * 512 * (2 * (1 + K) + 2 * (1 + L))
+    return Case({"fastmim": lambda *a: ours(*a), "eager": eager_assembly}, inputs, moved)
 
 
 def unshuffling(batch: int = B) -> Case:
@@ -196,17 +205,38 @@ def cosine(batch: int = B) -> Case:
     )
 
 
-def norm(batch: int = B) -> Case:
-    x, residual = randn(batch * (1 + L), 512), randn(batch * (1 + L), 512, dtype=torch.float32)
-    weight, bias = randn(512, dtype=torch.float32), randn(512, dtype=torch.float32)
+def norm(batch: int = B, branch: torch.dtype = torch.bfloat16, stream: torch.dtype = torch.float32) -> Case:
+    x, residual = randn(batch * (1 + L), 512, dtype=branch), randn(batch * (1 + L), 512, dtype=stream)
+    weight, bias = randn(512, dtype=stream), randn(512, dtype=stream)
     ours = {"fastmim": lambda *a: ops.add_layer_norm(*a)[0], "eager": eager_norm}
     # x, residual, normed and the sum; the gradient of normed, the sum, the gradients of residual and of x
-    return Case(ours, [x, residual, weight, bias], x.numel() * (2 + 4 + 4 + 4 + 4 + 4 + 4 + 2))
+    return Case(ours, [x, residual, weight, bias], x.numel() * (2 * branch.itemsize + 6 * stream.itemsize))
 
 
 def gelu(batch: int = B) -> Case:
     x, bias = randn(batch * (1 + L), 2048), randn(2048)
     return Case({"fastmim": ops.bias_gelu, "eager": lambda x, b: F.gelu(x + b)}, [x, bias], 5 * nbytes(x))
+
+
+def gather(pixels: torch.dtype) -> Case:
+    images = torch.rand(B, 3, 224, 224, device=DEVICE)
+    if not pixels.is_floating_point:
+        images = (images * torch.iinfo(pixels).max).to(pixels)
+    ours = partial(ops.gather_patches, patch_size=16, mean=[0.45] * 3, std=[0.225] * 3, dtype=torch.float32)
+    eager = eager_gather if pixels.is_floating_point else partial(cut, order="cpq")
+    return Case({"fastmim": lambda *a: ours(*a), "eager": eager}, [images, ids(B, L, K)])
+
+
+def gather_signals() -> Case:
+    signals = randn(B, 12, L * 25, dtype=torch.float32, grad=False)
+    ours = partial(ops.gather_patches, patch_size=25)
+    return Case({"fastmim": lambda *a: ours(*a), "eager": eager_gather_signals}, [signals, ids(B, L, K)])
+
+
+def sums(first: int) -> Case:
+    x = randn(B, 1 + L, 512, grad=False)[:, first:]
+    forms = {"fastmim": lambda x: sum_rows(x, x.dtype), "eager": lambda x: x.sum((0, 1))}
+    return Case(forms, [x], nbytes(x))
 
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -230,4 +260,16 @@ CASES: dict[str, Callable[[], Case]] = {
     "scaled_cosine_loss": cosine,
     "add_layer_norm": norm,
     "bias_gelu": gelu,
+}
+# cases beside those that a GPU's time allows
+CPU_CASES: dict[str, Callable[[], Case]] = {
+    "gather_patches uint8": lambda: gather(torch.uint8),
+    "gather_patches uint16": lambda: gather(torch.uint16),
+    "gather_patches float32": lambda: gather(torch.float32),
+    "gather_patches 12x4900": gather_signals,
+    "decoder_tokens bf16": lambda: assembly(dtype=torch.bfloat16),
+    "add_layer_norm float32": lambda: norm(branch=torch.float32),
+    "add_layer_norm bf16": lambda: norm(stream=torch.bfloat16),
+    "sum_rows bf16": lambda: sums(0),
+    "sum_rows bf16, last rows": lambda: sums(1 + K),
 }

@@ -14,7 +14,14 @@ FASTMIM_HD float add_branch_as(const AddLayerNorm& args, int64_t row, float* flo
     Vec value = lanes.get(x + i);
     if (x_bias != nullptr) value += lanes.get(x_bias + i);
     value += lanes.get(residual + i);
-    if constexpr (!std::is_same_v<Sum, float>) lanes.put(sum + i, value), value = lanes.get(sum + i);
+    if constexpr (!std::is_same_v<Sum, float>) {
+      lanes.put(sum + i, value);
+      if constexpr (std::is_same_v<Sum, Bf16>) {
+        value = (Vec)(rounded_to_bf16(value) & 0xffff0000u);
+      } else {
+        value = lanes.get(sum + i);
+      }
+    }
     lanes.put(floats + i, value);
     sums[chain] += value;
   });

@@ -1,31 +1,39 @@
 // Patches read from an image in place, and written back to one.
 
+// VL pixels before mean and deviation, as `pixel`
+template <typename T>
+FASTMIM_HD Vec pixels(const T* from) {
+  const Vec value = load(from);
+  if constexpr (!std::is_integral_v<T>) return value;
+  // x / 255 and x / 65535 for every x of the type, bit by bit: the first product is exact
+  constexpr float most = sizeof(T) == 1 ? 0x1.01p-8f : 0x1p-16f,
+                  rest = sizeof(T) == 1 ? 0x1.010102p-24f : 0x1.0001p-32f;
+  return value * most + value * rest;
+}
+
 // normalised values: value i of channel c is written to out[c * channel_step + i * value_step]
 template <typename T>
 FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64_t channel_step, int64_t value_step) {
   const T* image = static_cast<const T*>(p.images) + start;
   const int64_t width = p.patch[p.axes - 1], step = p.stride[p.axes - 1], lines = patch_area(p) / width;
   for (int64_t c = 0; c < p.channels; ++c) {
+    const Vec mean = splat(p.mean[c]), std = splat(p.std[c]);
+    const bool plain = p.mean[c] == 0 && p.std[c] == 1;
     for (int64_t line = 0; line < lines; ++line) {
       const T* source = image + patch_line(p, c, line);
       float* target = out + c * channel_step + line * width * value_step;
-      if constexpr (std::is_same_v<T, float>) {
-        if (step == 1 && value_step == 1 && p.mean[c] == 0 && p.std[c] == 1) {
-          __builtin_memcpy(target, source, width * sizeof(float));
-          continue;
+      // a vector that the compiler makes of T is longer than most lines; the last one here ends with the line
+      if (step == 1 && value_step == 1 && width >= VL) {
+        for (int64_t i = 0; i < width; i += VL) {
+          const int64_t first = i < width - VL ? i : width - VL;
+          const Vec value = pixels(source + first);
+          store(target + first, plain ? value : (value - mean) / std);
         }
+        continue;
       }
-      if constexpr (std::is_integral_v<T>) {
-        // a vector that the compiler makes of T is longer than most lines
-        if (step == 1 && value_step == 1 && width % VL == 0) {
-          const Vec mean = splat(p.mean[c]), std = splat(p.std[c]);
-          // x / 255 and x / 65535 for every x of the type, bit by bit: the first product is exact
-          constexpr float most = sizeof(T) == 1 ? 0x1.01p-8f : 0x1p-16f,
-                          rest = sizeof(T) == 1 ? 0x1.010102p-24f : 0x1.0001p-32f;
-          for (int64_t i = 0; i < width; i += VL) {
-            const Vec value = load(source + i);
-            store(target + i, (value * most + value * rest - mean) / std);
-          }
+      if constexpr (std::is_same_v<T, float>) {
+        if (step == 1 && value_step == 1 && plain) {
+          __builtin_memcpy(target, source, width * sizeof(float));
           continue;
         }
       }
@@ -33,8 +41,7 @@ FASTMIM_HD void read_patch_as(const Patches& p, int64_t start, float* out, int64
         const float* table = p.table + c * 256;
         for (int64_t i = 0; i < width; ++i) target[i * value_step] = table[source[i * step]];
       } else {
-        const float mean = p.mean[c], std = p.std[c];
-        for (int64_t i = 0; i < width; ++i) target[i * value_step] = (pixel(source[i * step]) - mean) / std;
+        for (int64_t i = 0; i < width; ++i) target[i * value_step] = (pixel(source[i * step]) - p.mean[c]) / p.std[c];
       }
     }
   }

@@ -6,7 +6,14 @@ static void add_row_as(const void* a, const void* b, void* out, int64_t width) {
   const B* y = static_cast<const B*>(b);
   Out* sum = static_cast<Out*>(out);
   // `out` may be `a` or `b` itself
-  if constexpr (sizeof(A) == 2 || sizeof(B) == 2 || sizeof(Out) == 2) {
+  if constexpr (std::is_same_v<A, Bf16> && std::is_same_v<B, Bf16> && std::is_same_v<Out, Bf16>) {
+    int64_t i = 0;
+    for (; i + 2 * VL <= width; i += 2 * VL) {
+      const EvenOdd left = load_even_odd(x + i), right = load_even_odd(y + i);
+      store(sum + i, EvenOdd{left.even + right.even, left.odd + right.odd});
+    }
+    for (; i < width; ++i) sum[i] = narrow<Out>(widen(x[i]) + widen(y[i]));
+  } else if constexpr (sizeof(A) == 2 || sizeof(B) == 2 || sizeof(Out) == 2) {
     // the compiler packs 16-bit values of two vectors at a time
 #pragma omp simd
     for (int64_t i = 0; i < width; ++i) sum[i] = narrow<Out>(widen(x[i]) + widen(y[i]));
@@ -66,7 +73,20 @@ static void sum_rows_as(const SumRows& args, float* sums, int64_t begin) {
     const int64_t b = (begin + r) / args.rows, k = (begin + r) % args.rows;
     row[r] = static_cast<const T*>(at(args.x, b * args.x.stride[0] + k * args.x.stride[1]));
   }
-  by_vectors(args.width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<T, Bf16>) {
+    for (; done + 2 * VL <= args.width; done += 2 * VL) {
+      EvenOdd sum = load_even_odd(row[0] + done);
+#pragma GCC unroll 8
+      for (int r = 1; r < ROWS; ++r) {
+        const EvenOdd values = load_even_odd(row[r] + done);
+        sum.even += values.even, sum.odd += values.odd;
+      }
+      add_to(sums + done, sum);
+    }
+  }
+  by_vectors(args.width - done, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
+    i += done;
     Vec sum = lanes.get(row[0] + i);
 #pragma GCC unroll 8
     for (int r = 1; r < ROWS; ++r) sum += lanes.get(row[r] + i);

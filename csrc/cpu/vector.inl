@@ -7,6 +7,7 @@ typedef int32_t Int __attribute__((vector_size(VL * 4)));
 typedef float Unaligned __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t UnalignedInt __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(VL * 4)));
+typedef uint32_t UnalignedBits __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t Half __attribute__((vector_size(VL * 2)));
 typedef uint8_t UnalignedBytes __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef uint16_t UnalignedHalf __attribute__((vector_size(VL * 2), aligned(2), may_alias));
@@ -63,10 +64,14 @@ FASTMIM_HD Half upper(Bits bits) {
   return __builtin_convertvector(bits >> 16, Half);
 #endif
 }
+// narrow<Bf16> in the upper half of each lane; the lower half is of no meaning
+FASTMIM_HD Bits rounded_to_bf16(Vec value) {
+  const Bits bits = (Bits)value;
+  return value != value ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
 // as narrow<Bf16>
 FASTMIM_HD void store(Bf16* to, Vec value) {
-  const Bits bits = (Bits)value, rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  *reinterpret_cast<UnalignedHalf*>(to) = upper(value != value ? bits | 0x400000u : rounded);
+  *reinterpret_cast<UnalignedHalf*>(to) = upper(rounded_to_bf16(value));
 }
 // as narrow<F16>
 FASTMIM_HD void store(F16* to, Vec value) {
@@ -76,6 +81,18 @@ FASTMIM_HD void store(F16* to, Vec value) {
   const Bits special = bits > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   const Bits magnitude = bits >= 0x47800000u ? special : bits < 0x38800000u ? subnormal : normal;
   *reinterpret_cast<UnalignedHalf*>(to) = __builtin_convertvector(sign | magnitude, Half);
+}
+// 2 VL values of bf16, those at even and those at odd places: cheaper to make and to store than vectors of neighbours
+struct EvenOdd {
+  Vec even, odd;
+};
+FASTMIM_HD EvenOdd load_even_odd(const Bf16* from) {
+  const Bits words = *reinterpret_cast<const UnalignedBits*>(from);
+  return {(Vec)(words << 16), (Vec)(words & 0xffff0000u)};
+}
+FASTMIM_HD void store(Bf16* to, EvenOdd values) {
+  *reinterpret_cast<UnalignedBits*>(to) =
+      rounded_to_bf16(values.even) >> 16 | (rounded_to_bf16(values.odd) & 0xffff0000u);
 }
 FASTMIM_HD Vec splat(float value) {
   return value - Vec{};
@@ -87,6 +104,19 @@ FASTMIM_HD Vec larger(Vec a, Vec b) {
 template <int S, int... C>
 FASTMIM_HD Vec rotated(Vec v, std::integer_sequence<int, C...>) {
   return __builtin_shufflevector(v, v, ((C + S) % VL)...);
+}
+
+// VL neighbours of 2 VL values, from lane FIRST of each vector on
+template <int FIRST, int... C>
+FASTMIM_HD Vec neighbours(EvenOdd v, std::integer_sequence<int, C...>) {
+  return __builtin_shufflevector(v.even, v.odd, (FIRST + C / 2 + C % 2 * VL)...);
+}
+
+// adds 2 VL values to those at `to`
+FASTMIM_HD void add_to(float* to, EvenOdd values) {
+  constexpr auto lanes = std::make_integer_sequence<int, VL>{};
+  store(to, load(to) + neighbours<0>(values, lanes));
+  store(to + VL, load(to + VL) + neighbours<VL / 2>(values, lanes));
 }
 
 // a reduction over the lanes as a tree
