@@ -176,6 +176,7 @@ def attention_calls() -> Iterator[Call]:
         yield from packed(model.name, 1 + model.keep(0.985), model.heads, model.width // model.heads)
     for model in (B, H):
         yield from packed(model.name, 1 + model.keep(0.75), model.heads, model.width // model.heads, masked=True)
+    yield from packed(B.name, 1 + B.keep(0.5), B.heads, B.width // B.heads)
     for model in (B, H):
         dim = DECODER_WIDTH // DECODER_HEADS
         yield from packed(f"decoder of {model.name}", 1 + model.patches, DECODER_HEADS, dim)

@@ -23,12 +23,14 @@ import torch
 from fastmim.train.config import Config
 from fastmim.train.flops import CARDS, DEVICE, UPDATE, Card, Count, Stage, count, count_step
 from rivals import plain_mae
-from rivals.contestants import MODELS, adamw
+from rivals.contestants import adamw
 from rivals.plain_mae import PlainGatherMAE
 from rivals.sizes import Cell, Sizes
+from rivals.systems import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = "fastmim", "plain"
+NAMED = [name for name, system in SYSTEMS.items() if system.draw is None]
 CLIP = 1.0
 
 
@@ -196,7 +198,7 @@ def _name(step: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="large")
+    parser.add_argument("--model", choices=NAMED, default="large")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--mask-ratio", type=float, default=0.75)
     parser.add_argument("--decode-ratio", type=float, default=1.0)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from tqdm import tqdm
 
+import clips
 from fastmim import _backends, masking
 from fastmim.data import Batch, ImageLoader, PatchBatch
 from fastmim.data.decoders import BACKENDS, installed
@@ -49,10 +50,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, default=available_cpus(), metavar="N", help="and of workers. Default: all CPUs")
     add("--rounds", type=positive, default=5, metavar="N", help="timed epochs of each. Default: 5")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches. Default: cpu")
+    add("--videos", action="store_true", help="measure clips of videos of 10 s, --images of them, instead: clips.py")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
     args = parser.parse_args(argv)
     if args.data and not any(args.data.rglob("*.jpg")):
         parser.error(f"argument --data: must be a folder of .jpg files, got {str(args.data)!r}")
+    if args.videos and (args.data or args.device != "cpu"):
+        parser.error("argument --videos: makes its own videos, and measures on the CPU; got --data or --device")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: must be cpu where torch finds no CUDA device, got cuda")
     return args
@@ -169,11 +173,17 @@ def main(argv: list[str] | None = None) -> int:
     environment = machine.environment(args.device)
     with tempfile.TemporaryDirectory() as work:
         folder = args.data or Path(work) / "jpegs"
+        if args.videos:
+            return report(args, environment, clips.measure(args, Path(work)), clips.table)
         if args.data is None:
             environment["bytes_per_image"] = write_jpegs(folder, args.images, Photographs())
             print(f"{args.images} JPEGs of {environment['bytes_per_image'] / 1e3:.0f} KB on average", flush=True)
         pack(folder, Path(work) / "packed", num_threads=args.threads)
-        rows = measure(args, folder, Path(work) / "packed")
+        return report(args, environment, measure(args, folder, Path(work) / "packed"), table)
+
+
+def report(args: argparse.Namespace, environment: Any, rows: list[dict[str, Any]], table: Callable[..., str]) -> int:
+    """Print and write rows; return the exit status."""
     print(f"{machine.describe(environment)}\nbatch {args.batch_size}, {args.threads} threads or workers\n{table(rows)}")
     if args.json:
         args.json.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")

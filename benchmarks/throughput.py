@@ -25,9 +25,10 @@ from rivals.arguments import parse
 from rivals.breakdown import breakdown, share_of_step
 from rivals.contestants import ACCELERATED, Contestant, Setting, batches
 from rivals.fed import train_fed
-from rivals.footprint import fitting_batch_size, peak_in_fresh_process
+from rivals.footprint import fitting_batch_size, peak_in_fresh_process, step_flops
 from rivals.race import Result, race
-from rivals.sizes import Cell, Sizes, classify_flops, train_flops
+from rivals.sizes import Cell, Sizes, classify_flops
+from rivals.systems import SYSTEMS
 
 # batches of different images, which take turns
 POOL = 4
@@ -58,46 +59,50 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(model: str, args: argparse.Namespace, folder: Path) -> list[tables.Row]:
     """Measure a model: peak memory, agreement in every cell of the grid, then time; `folder` is for --loader."""
-    setting = Setting(model, args.image_size, args.batch_size or 0, args.dtype, args.device)
-    template = setting.template()
-    sizes = Sizes.of(template)
+    image_size, cells = args.image_size or SYSTEMS[model].image_size, args.cells[model]
+    setting = Setting(model, image_size, args.batch_size or 0, args.dtype, args.device)
+    template, system = setting.template(), setting.system
+    sizes = system.sizes(template)
     if args.batch_size is None:
-        setting = replace(setting, batch_size=fitting_batch_size(setting, template, args.cells[0]))
-    forms = ["fastmim", *args.peers]
+        setting = replace(setting, batch_size=fitting_batch_size(setting, template, cells[0]))
+    forms = ["fastmim", *(peer for peer in args.peers if peer in system.peers)]
     if args.accelerated:
-        forms += [peer + ACCELERATED for peer in ACCELERABLE if peer in args.peers]
+        forms += [peer + ACCELERATED for peer in ACCELERABLE if peer in forms]
     entries = list(product((False, True) if args.compile else (False,), forms))
 
     peaks = {}
     if args.full:
-        for (compiled, form), cell in tqdm(list(product(entries, args.cells)), f"{model}, memory", leave=False):
+        for (compiled, form), cell in tqdm(list(product(entries, cells)), f"{model}, memory", leave=False):
             peaks[compiled, form, cell] = peak_in_fresh_process(form, compiled, setting, cell)
 
     contestants = [Contestant(form, setting, template, compiled) for compiled, form in entries]
-    for cell in tqdm(args.cells, f"{model}, agreement", leave=False):
+    for cell in tqdm(cells, f"{model}, agreement", leave=False):
         count = agreement.images_to_check(sizes, cell)
-        images = args.pictures.crops(count, args.image_size).to(args.device)
-        agreed = agreement.check(contestants, setting, cell, next(batches(images, count, sizes.patches)))
+        images = system.inputs(args.pictures, count, image_size).to(args.device)
+        batch = next(batches(images, count, sizes, cell))
+        agreed = agreement.check(contestants, setting, cell, batch)
         tqdm.write(f"{model}, {cell}: {agreed}")
         for plain, accelerated in _pairs(contestants):
-            same = agreement.check_accelerated(plain, accelerated, cell, next(batches(images, count, sizes.patches)))
+            same = agreement.check_accelerated(plain, accelerated, cell, batch)
             tqdm.write(f"{model}, {cell}: {same}")
 
-    images = args.pictures.crops(POOL * setting.batch_size, args.image_size).to(args.device)
-    supply = batches(images, setting.batch_size, sizes.patches)
+    images = system.inputs(args.pictures, POOL * setting.batch_size, image_size).to(args.device)
     rows = []
-    for cell in args.cells:
+    for cell in cells:
+        supply = batches(images, setting.batch_size, sizes, cell)
+        flops = step_flops(contestants, cell, next(supply))
         results, rate = race(contestants, cell, supply, args.steps)
-        here = [_row(c, cell, results, rate, peaks.get((c.compiled, c.form, cell))) for c in contestants]
+        here = [_row(c, cell, results, rate, flops[c.form], peaks.get((c.compiled, c.form, cell))) for c in contestants]
         rows += here
         attention = {c.name: c.attention for c in contestants}
         print("\n" + tables.table(setting, sizes, cell, here, attention))
         clocked = list(islice(supply, args.steps))
-        print(tables.stage_line(breakdown(contestants[0], clocked), share_of_step(contestants[0], clocked)), flush=True)
+        stages = breakdown(contestants[0], clocked) if sizes.draw is None else {}
+        print(tables.stage_line(stages, share_of_step(contestants[0], clocked)), flush=True)
         if args.loader:
             here[0]["loader"] = fed = train_fed(contestants[0], folder, args.loader, args.steps)
             print(tables.loader_line(fed), flush=True)
-    if args.accelerated:
+    if args.accelerated and sizes.draw is None:
         rows += _whole_image(setting, sizes, images, args.steps)
     return rows
 
@@ -108,11 +113,12 @@ def _whole_image(setting: Setting, sizes: Sizes, images: Tensor, steps: int) -> 
         print("timm is not installed: pip install --no-deps timm", flush=True)
         return []
     pair = whole_image.contestants(setting, sizes)
-    supply = batches(images, setting.batch_size, sizes.patches)
+    supply = batches(images, setting.batch_size, sizes, whole_image.WHOLE)
     agreed = agreement.check_accelerated(*pair, whole_image.WHOLE, next(supply))
     print(f"\n{setting.model}, whole image: {agreed}", flush=True)
     results, rate = race(list(pair), whole_image.WHOLE, supply, steps)
-    rows = [_row(contestant, whole_image.WHOLE, results, rate, None) for contestant in pair]
+    flops = classify_flops(sizes)
+    rows = [_row(contestant, whole_image.WHOLE, results, rate, flops, None) for contestant in pair]
     print(tables.whole_image_line(setting, rows), flush=True)
     return rows
 
@@ -123,7 +129,9 @@ def _pairs(contestants: list[Contestant]) -> list[tuple[Contestant, Contestant]]
     return [(by_name[n.removesuffix(ACCELERATED)], c) for n, c in by_name.items() if n.endswith(ACCELERATED)]
 
 
-def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: float, peak: int | None) -> tables.Row:
+def _row(
+    contestant: Contestant, cell: Cell, results: dict[str, Result], rate: float, flops: int, peak: int | None
+) -> tables.Row:
     """Return the figures of a contestant, for the table and the file.
 
     `ratio` is fastmim's speed over this one's, eager or compiled alike; `speedup` that of an accelerated peer over
@@ -133,10 +141,6 @@ def _row(contestant: Contestant, cell: Cell, results: dict[str, Result], rate: f
     ours = results.get("fastmim" + "+compile" * contestant.compiled)
     plain = results.get(contestant.name.replace(ACCELERATED, ""))
     seconds = median(result.seconds)
-    if contestant.name.startswith("timm"):
-        flops = classify_flops(contestant.sizes)
-    else:
-        flops = train_flops(contestant.sizes, contestant.form, cell)
     return {
         "contestant": contestant.name,
         "model": setting.model,

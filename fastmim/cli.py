@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from .data.formats import describe
-from .data.quarantine import NAME, Quarantine
+from .data.quarantine import NAME, Quarantine, listing_of
+from .data.remote import is_url
 from .data.sources import open_source
 from .data.threads import available_cpus
 
 SOURCE = (
-    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, "
-    "or a packed dataset"
+    "a folder of images (its subfolders are classes), a .tar file or a folder of them as WebDataset writes them, their "
+    "URLs, Parquet files, a folder of save_to_disk, a .txt file of pairs, or a packed dataset"
 )
 
 
@@ -39,6 +40,11 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
+def _source(text: str) -> str | Path:
+    """Return a URL as it is, or a path."""
+    return text if is_url(text) else _path(text)
+
+
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_count, default=available_cpus(), metavar="N", help="default: all CPUs")
 
@@ -54,7 +60,12 @@ def _add_arrays(parser: argparse.ArgumentParser, of: str = "") -> None:
         "--channels-last", action="store_true", help=f"{of}the channels are the last axis, not the first"
     )
     parser.add_argument("--key", help=f"{of}name of the array in files that hold several")
-    parser.add_argument("--nodata", type=float, metavar="VALUE", help=f"{of}value of missing data, or nan")
+    parser.add_argument(
+        "--nodata",
+        type=float,
+        metavar="VALUE",
+        help=f"{of}value of missing data, or nan; --nodata=-3e38 where it has an exponent",
+    )
     parser.add_argument(
         "--sample-axis", type=int, metavar="AXIS", help=f"{of}axis, from 0, along which a file holds many samples"
     )
@@ -76,7 +87,7 @@ def _crops(source: Any, args: argparse.Namespace) -> Any:
 
 
 def _add_pack(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument("out", metavar="OUT", type=_path, help="the folder to write: new, or of an earlier run")
     parser.add_argument(
         "--short-side",
@@ -93,17 +104,15 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "for all",
     )
     _add_arrays(parser, "with --patch-size, ")
-    _add_pack_videos(parser)
+    add = parser.add_argument
+    add(
+        "--frame-stride",
+        type=_count,
+        metavar="N",
+        help="SOURCE holds videos, as ClipLoader reads them: store every N-th frame, by default in patches of 2,16,16",
+    )
+    add("--clip-length", type=_count, metavar="N", help="with --frame-stride, most frames to store, from the middle")
     _add_threads(parser)
-
-
-def _add_pack_videos(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group(
-        "videos, for ClipLoader: SOURCE is a folder, or a file of paths and labels"
-    ).add_argument
-    add("--frame-stride", type=_count, metavar="N", help="pack every N-th frame: the sampling_rate of clips")
-    add("--clip-length", type=_count, metavar="N", help="most frames to pack of a video, from its middle. Default: all")
-    add("--tube", type=_count, nargs=3, metavar="N", help="frames, height and width of a patch. Default: 2 16 16")
 
 
 def _pack_videos(args: argparse.Namespace) -> int:
@@ -113,11 +122,11 @@ def _pack_videos(args: argparse.Namespace) -> int:
     from .data.clip_pack import pack_videos
 
     if args.frame_stride is None:
-        raise ValueError("--clip-length and --tube need --frame-stride, which packs videos")
+        raise ValueError("--clip-length needs --frame-stride, which packs videos")
     total = len(open_videos(args.source).names)
     options = {"short_side": args.short_side, "frame_stride": args.frame_stride, "clip_length": args.clip_length}
-    if args.tube is not None:
-        options["patch_size"] = args.tube
+    if args.patch_size is not None:
+        options["patch_size"] = args.patch_size
     with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
         packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
     bad = len(packed.reasons)
@@ -134,10 +143,9 @@ def _pack(args: argparse.Namespace) -> int:
 
     Arrays keep their values, without what lies beyond the last whole patch of an axis. Each patch has a checksum and is
     one contiguous read, so that ArrayLoader reads in proportion to the patches that a mask keeps or predicts.
-
-    With --frame-stride SOURCE holds videos, and OUT is a source of ClipLoader.
+    Videos, with --frame-stride, are decoded once and stored likewise, for ClipLoader.
     """
-    if (args.frame_stride, args.clip_length, args.tube) != (None, None, None):
+    if args.frame_stride is not None or args.clip_length is not None:
         return _pack_videos(args)
     from tqdm import tqdm
 
@@ -183,13 +191,13 @@ def _pack_arrays(args: argparse.Namespace) -> int:
 
 
 def _add_check_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", type=_path, help=SOURCE)
+    parser.add_argument("source", metavar="SOURCE", type=_source, help=SOURCE)
     parser.add_argument(
         "--quarantine", type=_path, metavar="FILE", help=f"the file that lists them. Default: {NAME} in SOURCE"
     )
+    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     parser.add_argument("--arrays", action="store_true", help="SOURCE holds arrays, as ArrayLoader reads them")
     _add_arrays(parser, "with --arrays, ")
-    parser.add_argument("--videos", action="store_true", help="SOURCE holds videos, as ClipLoader reads them")
     _add_threads(parser)
 
 
@@ -200,7 +208,7 @@ def _check_data(args: argparse.Namespace) -> int:
     skips them. Training uses images that are damaged but decodable, such as JPEGs with too little data before their end
     mark, and 16-bit images that are nearly black because they use less than 12 bits: both are printed and counted but
     not listed, and the exit status stays 0. Damage in JPEGs is found where simplejpeg is installed. For a packed
-    dataset all checksums are compared. With --videos every frame of each video is decoded.
+    dataset all checksums are compared. With --videos, every frame of each video is decoded.
 
     With --arrays, every array is read in full. Those that can't be served are listed likewise, also for channels or a
     dtype other than those of the first, NaN without --nodata, and infinity. Sizes, dtypes and the share of missing data
@@ -219,7 +227,7 @@ def _check_data(args: argparse.Namespace) -> int:
 
     noun, check = ("videos", check_videos) if args.videos else ("images", check_source)
     source = open_videos(args.source) if args.videos else open_source(args.source)
-    quarantine = Quarantine(args.quarantine or source.root / NAME, len(source.names))
+    quarantine = Quarantine(listing_of(source, args.quarantine), len(source.names))
     found = tqdm(
         check(args.source, num_threads=args.threads), "checking", len(source.names), unit=f" {noun}", disable=None
     )
@@ -382,8 +390,8 @@ def _reconstruct(args: argparse.Namespace) -> int:
     from .data.seeds import mask_seeds
     from .train.evaluate import check_takes_pictures
     from .train.load_run import load_model
-    from .train.objective import takes_pairs
     from .train.reconstruct import draw_grid, find_images, read_images
+    from .train.registry import takes_pairs
 
     model = load_model(args.checkpoint, key=args.key).eval()
     check_takes_pictures(model, "reconstruct")

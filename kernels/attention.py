@@ -2,7 +2,8 @@
 
 There are three forms. A tile holds whole sequences of one head, as many as fit, under a block-diagonal mask: each
 tensor is read once, and the backward pass needs neither the output nor the softmax's statistics. A sequence of 65 rows
-is a block of 64 and an edge, of which the same is true. Longer sequences are processed block by block.
+is a block of 64 and an edge, of which the same is true. Longer sequences are processed block by block. In the backward
+pass, up to 256 keys of a head stay in one program, which processes the queries block by block.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import Unserved
 from ._launch import INTERPRETED, check_cu_seqlens, on_device, power_of_2, refuse_float64, strides_of, unit_of
 from .attention_edge import edge_backward_kernel, edge_forward_kernel
+from .attention_head import head_backward_kernel
 from .attention_loop import (
     loop_backward_kernel,
     loop_backward_keys_kernel,
@@ -140,6 +142,26 @@ def _has_edge(q: Tensor, queries: int, keys: int, plain: bool, widest: int) -> b
     """Return whether a sequence is a block and an edge; `plain` ones are, with heads up to `widest`: none spills."""
     served = INTERPRETED or (q.dtype != torch.float32 and q.shape[-1] <= widest)
     return plain and queries == keys == BLOCK + 1 and served
+
+
+def _head_tile(q: Tensor, keys: int, plain: bool) -> dict[str, Any] | None:
+    """Return the sizes of a program that holds all keys of a head; None where they don't fit.
+
+    The gradients of keys and values fill half of the registers of 4 warps, with which two programs run on a
+    multiprocessor. A block of scores and one of slopes fill a quarter.
+    """
+    rows, columns = power_of_2(keys, least=16), power_of_2(q.shape[-1], least=16)
+    served = q.dtype == torch.bfloat16 or (INTERPRETED and q.dtype == torch.float32)  # float16 might not hold slopes
+    if not (plain and served and columns in (32, 64) and rows * columns <= 2**13):
+        return None
+    block = min(2**17 // (rows * columns), 64)
+    if not _has_large_tiles(q):
+        block = max(block // 2, 16)  # more of them spill registers there
+    # Compute capability 9 multiplies from shared memory where a left factor has 64 rows: keys, if not queries. The
+    # interpreter runs both forms.
+    transposed = block < 64 and (rows == 256 if INTERPRETED else _capability(q) == 9)
+    # rows that are loaded ahead cost registers, of which transposed scores leave none
+    return dict(BLOCK_Q=block, BLOCK_K=rows, TRANSPOSED=transposed, num_warps=4, num_stages=1 if transposed else 2)
 
 
 def _blocks(q: Tensor, biased: bool) -> dict[str, int]:
@@ -285,6 +307,14 @@ def _backward(
                 **columns,
                 **tile,
                 **_limit(q, 128, sum_rows and key_mask is None and dim == 64 and tile["BLOCK_Q"] == 64),
+            )
+            return _sum_of(partials, q)
+        if head_tile := _head_tile(q, keys, ragged is None and bias is None and key_mask is None):
+            partials = _partials(q, batch, batch) if sum_rows else None
+            head_backward_kernel[(batch * heads,)](
+                *(*_strided(unit, grad, q, k, v, dq, dk), dv, partials, heads, queries, keys, scale),
+                **_columns_of(q, unit),
+                **head_tile,
             )
             return _sum_of(partials, q)
         # each from a boundary of 16 bytes

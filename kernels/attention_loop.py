@@ -1,4 +1,4 @@
-"""Attention block by block, for sequences that do not fit in a tile.
+"""Attention block by block, for sequences that do not fit in a tile; gradients where no program holds all keys.
 
 Keys are processed in blocks of BLOCK_K, which need no mask of their own, and a last one of TAIL, as narrow as the keys
 that are left. The gradients take eight products: four for dq, four for dk and dv. Two launches make them, or one where

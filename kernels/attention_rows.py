@@ -1,4 +1,4 @@
-"""Device functions that both forms of attention share: rows of a head, their products, spans of ragged batches.
+"""Device functions that the forms of attention share: rows of a head, their products, spans of ragged batches.
 
 A head's D columns are in two blocks, D0 and D1 wide, so that 80 columns are not padded to 128. Without a second block
 (D1 is 0) its variable holds the first. Strides come divided by UNIT, which tells the compiler how they are aligned.

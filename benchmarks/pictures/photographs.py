@@ -65,9 +65,10 @@ class Photographs:
 
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise uint8 (B, 3, H, W) to (x / 255 - mean) / std, contiguous."""
+    """Normalise uint8 (B, 3, *size) to (x / 255 - mean) / std, contiguous."""
     options = dict(dtype=dtype, device=images.device)
-    mean, std = (torch.tensor(values, **options)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    shape = (3,) + (1,) * (images.dim() - 2)
+    mean, std = (torch.tensor(values, **options).view(shape) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return ((images.to(dtype) / 255 - mean) / std).contiguous()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pictures.photographs import normalise
 from rivals.contestants import Batch, Contestant, Setting
-from rivals.sizes import PARTIAL, Cell, Sizes
+from rivals.sizes import Cell, Sizes
 
 LOSS_TOLERANCE = 1e-5
 ERROR_FACTOR = 1.25
@@ -32,32 +32,38 @@ def images_to_check(sizes: Sizes, cell: Cell) -> int:
 def check(contestants: list[Contestant], setting: Setting, cell: Cell, batch: Batch) -> str:
     """Compare losses in fp32, and fastmim's gradients in the timed dtype with float64; return both in words.
 
-    The reference is the plain peer with fastmim's objective: `plain`, or `plain-gather` where decode_ratio
-    is below 1; losses of contestants that decode all are compared with `plain`.
+    The reference is the plain peer with fastmim's objective: `plain` if the system has one, or `plain-gather` where
+    decode_ratio is below 1; losses of contestants that decode all are compared with one that does, too.
 
     Raises:
         Disagreement: a loss is off by more than 1e-5 of its value, or the error of some parameter's gradient,
             ||g - g64|| / ||g64||, is more than 1.25 times the reference's.
     """
     template = contestants[0].model
-    references = {form: _entered(Contestant(form, setting, template), cell) for form in ("plain", "plain-gather")}
+    references = {form: _entered(Contestant(form, setting, template), cell) for form in setting.system.plain}
+    published = "plain" if "plain" in references else "plain-gather"
     few = batch.head(2)
-    expected = {form: _loss(reference, few) for form, reference in references.items()}
+    expected: dict[tuple[str, bool], float] = {}
     worst_loss = 0.0
     for contestant in contestants:
-        form = "plain-gather" if cell.decode_ratio < 1 and contestant.form in PARTIAL else "plain"
-        loss = _loss(_entered(contestant, cell), few)
-        off = abs(loss / expected[form] - 1)
+        partial = cell.decode_ratio < 1 and not contestant.decodes_all(cell)
+        form = "plain-gather" if partial else published
+        if (form, partial) not in expected:
+            expected[form, partial] = _loss(references[form], few if partial else few.predict_all())
+        loss, right = _loss(_entered(contestant, cell), few), expected[form, partial]
+        off = abs(loss / right - 1)
         if not off <= LOSS_TOLERANCE:
             raise Disagreement(
-                f"{cell}: the loss of {contestant.name} is {loss:.8f} in fp32, that of {form} "
-                f"{expected[form]:.8f}, off by {off:.1e}; at most {LOSS_TOLERANCE:.0e} is allowed"
+                f"{cell}: the loss of {contestant.name} is {loss:.8f} in fp32, that of {form} {right:.8f}, "
+                f"off by {off:.1e}; at most {LOSS_TOLERANCE:.0e} is allowed"
             )
         worst_loss = max(worst_loss, off)
 
-    reference = references["plain-gather" if cell.decode_ratio < 1 else "plain"]
-    exact_model = copy.deepcopy(reference.model).double()
-    exact = _gradients(exact_model, exact_model(normalise(batch.images, torch.float64), batch.noise, cell))
+    reference = references["plain-gather" if cell.decode_ratio < 1 else published]
+    exact_contestant = copy.copy(reference)
+    exact_contestant.model = copy.deepcopy(reference.model).double()
+    floats = normalise(batch.images, torch.float64)
+    exact = _gradients(exact_contestant.model, _entered(exact_contestant, cell).loss(replace(batch, floats=floats)))
     allowed = {
         key: max(ERROR_FACTOR * error, ERROR_FLOOR[setting.dtype])
         for key, error in _errors(reference, batch, exact).items()

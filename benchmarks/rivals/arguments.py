@@ -7,27 +7,26 @@ import torch
 
 from fastmim.data.decoders import BACKENDS, installed
 from pictures.photographs import Photographs
-from rivals.contestants import DTYPES, MODELS, PATCH_SIZES, PEERS
+from rivals.contestants import DTYPES, PEERS
 from rivals.sizes import Cell
+from rivals.systems import SYSTEMS
 
-DEFAULT_CELLS = [Cell(0.75, 1.0), Cell(0.98, 1.0), Cell(0.98, 0.1)]
-FULL_CELLS = [Cell(r, q) for r in (0.75, 0.9, 0.95, 0.98) for q in (1.0, 0.25, 0.1) if q == 1 or r > 0.9]
 DEFAULT_DTYPE = {"cpu": "fp32", "cuda": "bf16"}
 DEFAULT_STEPS = {"cpu": 3, "cuda": 20}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse arguments, fill in every default, and add `cells`, the grid, and `pictures`.
+    """Parse arguments, fill in every default, and add `cells`, by model, and `pictures`.
 
     An argument that can't be served ends the program with its name, its value and what is allowed.
     """
     parser = argparse.ArgumentParser(description="Trains masked autoencoders beside their peers; see the README.")
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=["base"], help="default: base")
+    add("--models", nargs="+", choices=SYSTEMS, default=["base"], help="default: base")
     add("--mask-ratios", nargs="+", type=float, metavar="R", help="shares of the patches that are removed")
     add("--decode-ratios", nargs="+", type=float, metavar="Q", help="shares of the removed that are predicted")
-    add("--batch-size", type=_batch_size, metavar="N|auto", help="default: auto, which is 8 on a CPU")
-    add("--image-size", type=positive, default=224, metavar="N", help="default: 224")
+    add("--batch-size", type=_batch_size, metavar="N|auto", help="default: auto, which is 8 on a CPU, 2 of clips")
+    add("--image-size", type=positive, metavar="N", help="default: 224, 256 of pixio")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, cuda if there is one")
     add("--dtype", choices=DTYPES, help="default: bf16 (by autocast) on cuda, fp32 on a CPU")
     add("--compile", action="store_true", help="run every contestant under torch.compile too")
@@ -53,35 +52,35 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.compile |= args.full
     args.peers = [peer for peer in PEERS if peer in (*args.peers, "plain-gather")]
     try:
-        args.cells = _cells(args)
+        args.cells = {model: _cells(model, args) for model in args.models}
         args.pictures = Photographs(args.data)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def _cells(args: argparse.Namespace) -> list[Cell]:
-    """Return the cells of the grid; ratios that are given span one of their own."""
-    cells = FULL_CELLS if args.full else DEFAULT_CELLS
+def _cells(model: str, args: argparse.Namespace) -> list[Cell]:
+    """Return the cells of a model's table; ratios that are given span a grid of their own."""
+    system = SYSTEMS[model]
+    if args.loader and system.draw is not None:
+        raise ValueError(f"argument --loader: must not be given with {model}, whose masks are drawn outside the clock")
+    cells = list(system.full_cells if args.full and system.full_cells else system.cells)
     if args.mask_ratios or args.decode_ratios:
-        cells = [Cell(r, q) for r in args.mask_ratios or [0.75] for q in args.decode_ratios or [1.0]]
+        first = system.cells[0]
+        cells = [Cell(r, q) for r in args.mask_ratios or [first.mask_ratio] for q in args.decode_ratios or [1.0]]
     for cell in cells:
         if not 0 < cell.mask_ratio < 1:
             raise ValueError(f"argument --mask-ratios: must be between 0 and 1, got {cell.mask_ratio:g}")
         if not 0 < cell.decode_ratio <= 1:
             raise ValueError(f"argument --decode-ratios: must be above 0 and at most 1, got {cell.decode_ratio:g}")
-    for model in args.models:
-        size, patch = args.image_size, PATCH_SIZES[model]
-        if size % patch:
-            raise ValueError(f"argument --image-size: must be a multiple of {model}'s patch size {patch}, got {size}")
-        patches = (size // patch) ** 2
-        for cell in cells:
-            kept = int(patches * (1 - cell.mask_ratio))
-            if not 0 < kept < patches:
-                raise ValueError(
-                    f"argument --mask-ratios: must keep and remove some of {model}'s {patches} patches; "
-                    f"{cell.mask_ratio:g} keeps {kept}"
-                )
+    size = args.image_size or system.image_size
+    if size % system.multiple:
+        raise ValueError(f"argument --image-size: must be a multiple of {model}'s {system.multiple}, got {size}")
+    for cell in cells:
+        try:
+            system.check(size, cell)
+        except ValueError as error:
+            raise ValueError(f"arguments --mask-ratios and --decode-ratios: {model}: {error}") from None
     return cells
 
 

@@ -2,26 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 
 import torch
 from torch import Tensor, nn
 
 import fastmim
+from fastmim import Mask
 from fastmim.train.schedule import decay_groups
 from pictures.photographs import normalise
-from rivals.plain_mae import PlainGatherMAE, PlainMAE
+from rivals.plain_mae import Ids, Plain
 from rivals.sizes import PARTIAL, Cell, Sizes
+from rivals.systems import SYSTEMS, System
 
-MODELS = {
-    "tiny": fastmim.mae_vit_tiny_patch16,
-    "small": fastmim.mae_vit_small_patch16,
-    "base": fastmim.mae_vit_base_patch16,
-    "large": fastmim.mae_vit_large_patch16,
-    "huge": fastmim.mae_vit_huge_patch14,
-}
-PATCH_SIZES = {model: 14 if model == "huge" else 16 for model in MODELS}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # the same algorithm first, beside ours
 PEERS = ("plain-gather", "plain", "huggingface")
@@ -39,10 +33,14 @@ class Setting:
     dtype: str
     device: str
 
-    def template(self) -> fastmim.MaskedAutoencoderViT:
+    @property
+    def system(self) -> System:
+        return SYSTEMS[self.model]
+
+    def template(self) -> nn.Module:
         """Return the fastmim model whose weights all contestants start from."""
         torch.manual_seed(0)
-        return MODELS[self.model](img_size=self.image_size, norm_pix_loss=True)
+        return self.system.template(self.image_size)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Narrow the products; the residual stream, weights and reductions stay fp32 in every contestant."""
@@ -51,22 +49,40 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images twice, uint8 for fastmim, normalised outside the clock for its peers; noise (B, L)."""
+    """Images twice, uint8 for fastmim, normalised outside the clock for its peers; noise (B, L) or masks."""
 
     images: Tensor
     floats: Tensor
     noise: Tensor
+    mask: Mask | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors."""
+        mask = self.mask
+        ids = [] if mask is None else [mask.ids_keep, mask.ids_predict, mask.ids_restore]
+        return [self.images, self.floats, self.noise, *ids]
 
     def head(self, count: int) -> "Batch":
-        return Batch(self.images[:count], self.floats[:count], self.noise[:count])
+        images, floats, noise, *ids = (tensor[:count] for tensor in self.tensors())
+        return Batch(images, floats, noise, Mask(*ids, self.mask.num_patches) if self.mask else None)
+
+    def predict_all(self) -> "Batch":
+        """Return the batch with masks that predict all removed patches."""
+        if self.mask is None:
+            return self
+        keep, restore = self.mask.ids_keep, self.mask.ids_restore
+        return replace(self, mask=Mask(keep, restore.argsort(1)[:, keep.shape[1] :], restore, restore.shape[1]))
 
 
-def batches(images: Tensor, batch_size: int, patches: int) -> Iterator[Batch]:
-    """Yield batches without end, from uint8 images (N, 3, H, W) in turns, with fresh noise each time."""
+def batches(images: Tensor, batch_size: int, sizes: Sizes, cell: Cell) -> Iterator[Batch]:
+    """Yield batches without end, from uint8 images (N, 3, *size) in turns, with fresh noise and masks each time."""
     pool = [(part, normalise(part, torch.float32)) for part in images.split(batch_size)]
-    generator = torch.Generator(images.device).manual_seed(0)
+    device = images.device
+    generator = torch.Generator(device).manual_seed(0)
     for part, floats in cycle(pool):
-        yield Batch(part, floats, torch.rand(batch_size, patches, generator=generator, device=images.device))
+        noise = torch.rand(batch_size, sizes.patches, generator=generator, device=device)
+        mask = None if sizes.draw is None else sizes.draw(batch_size, cell, generator=generator, device=device)
+        yield Batch(part, floats, noise, mask)
 
 
 class Contestant:
@@ -81,14 +97,14 @@ class Contestant:
     def __init__(self, form: str, setting: Setting, template: nn.Module, compiled: bool = False) -> None:
         self.form, self.setting, self.compiled = form, setting, compiled
         self.name = form + "+compile" * compiled
-        self.sizes = Sizes.of(template)
+        self.sizes = setting.system.sizes(template)
         self.model = _build(form, setting, template, self.sizes).to(setting.device)
         self.optimizer = adamw(self.model)
         self.attention = ""
 
     def enter(self, cell: Cell) -> None:
         """Prepare for a cell of the grid: choose the form of attention, compile if asked."""
-        if isinstance(self.model, PlainMAE):
+        if isinstance(self.model, Plain):
             dtype = DTYPES[self.setting.dtype]
             self.attention = self.model.choose_attention(cell, self.setting.batch_size, dtype, self.compiled)
         loss = _loss_function(self.form, self.model, cell)
@@ -114,6 +130,8 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
         fastmim.accelerate(model)
         return model
     weights = template.state_dict()
+    if form == "huggingface" and sizes.tubelet:
+        return fastmim.to_huggingface(template)
     if form == "huggingface":
         from rivals import vit_mae  # slow to import, and not needed in every process
 
@@ -121,21 +139,41 @@ def _build(form: str, setting: Setting, template: nn.Module, sizes: Sizes) -> nn
             model = vit_mae.build(sizes)
         vit_mae.load(model, weights)
         return model
-    build = {"fastmim": lambda _: setting.template(), "plain": PlainMAE, "plain-gather": PlainGatherMAE}[form]
-    with torch.device(setting.device):  # where drawing the initial values, which are replaced, is fast
-        model = build(sizes)
+    if form == "fastmim":
+        model = setting.template()
+    else:
+        with torch.device(setting.device):  # where drawing the initial values, which are replaced, is fast
+            model = setting.system.plain[form](sizes)
     model.load_state_dict(weights)
     return model
 
 
 def _loss_function(form: str, model: nn.Module, cell: Cell) -> Callable[[Batch], Tensor]:
-    if form == "fastmim":
+    """Return the loss of a batch, with the batch's masks if it has any."""
+
+    def ours(batch: Batch) -> Tensor:
+        if batch.mask is not None:
+            return model(batch.images, mask=batch.mask).loss
         r, q = cell.mask_ratio, cell.decode_ratio
-        return lambda batch: model(batch.images, mask_ratio=r, decode_ratio=q, noise=batch.noise).loss
-    if form.startswith("huggingface"):
-        model.config.mask_ratio = cell.mask_ratio
-        return lambda batch: model(batch.floats, noise=batch.noise).loss
-    return lambda batch: model(batch.floats, batch.noise, cell)
+        return model(batch.images, mask_ratio=r, decode_ratio=q, noise=batch.noise).loss
+
+    def hugging_face(batch: Batch) -> Tensor:
+        if batch.mask is not None:
+            return model(batch.floats.transpose(1, 2), bool_masked_pos=batch.mask.mask).loss
+        return model(batch.floats, noise=batch.noise).loss
+
+    def plain(batch: Batch) -> Tensor:
+        mask = batch.mask
+        if mask is not None:
+            return model.score(batch.floats, Ids(mask.ids_keep, mask.ids_predict, mask.ids_restore))
+        return model(batch.floats, batch.noise, cell)
+
+    if form == "fastmim":
+        return ours
+    if not form.startswith("huggingface"):
+        return plain
+    model.config.mask_ratio = cell.mask_ratio
+    return hugging_face
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:

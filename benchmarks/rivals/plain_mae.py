@@ -2,8 +2,11 @@
 
 Written from the formulas of He et al., "Masked autoencoders are scalable vision learners" (CVPR 2022);
 parameters are named as in facebookresearch/mae. Letters: B batch, L patches, K visible, M predicted,
-D width, S sequence length, P values of a patch.
+N prefix tokens, D width, S sequence length, P values of a patch.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,14 @@ from torch import Tensor, nn
 
 from rivals.attention_forms import fastest, sdpa
 from rivals.sizes import Cell, Sizes
+
+
+class Ids(NamedTuple):
+    """Visible patches (B, K), those to predict (B, M), and the rank of each patch (B, L) for who needs it."""
+
+    keep: Tensor
+    predict: Tensor
+    restore: Tensor | None
 
 
 class Attention(nn.Module):
@@ -60,22 +71,76 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class PlainMAE(nn.Module):
-    """Embed every patch, decode and score every token, as facebookresearch/mae does."""
+class Plain(nn.Module):
+    """Base of plain models, whose blocks take the faster form of attention."""
+
+    def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
+        """Return blocks, heads, queries and keys of each stage."""
+        raise TypeError(f"{type(self).__name__} must define sequences(cell)")
+
+    def choose_attention(self, cell: Cell, batch: int, dtype: torch.dtype, compiled: bool) -> str:
+        """Give every block the faster form for its shape; return the choice in words."""
+        device = next(self.parameters()).device.type
+        chosen = {}
+        for name, (blocks, heads, queries, keys) in self.sequences(cell).items():
+            attentions = [module for module in blocks.modules() if isinstance(module, Attention)]
+            attend = fastest(batch, heads, queries, keys, attentions[0].head_dim, dtype, device, compiled)
+            chosen[name] = attend.__name__
+            for attention in attentions:
+                attention.attend = attend
+        return ", ".join(f"{name} {form}" for name, form in chosen.items())
+
+
+class PlainEncoder(Plain):
+    """Embedding of patches, positions, prefix tokens and blocks."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
         self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, sizes.width, sizes.patch, sizes.patch)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, sizes.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.patches, sizes.width), requires_grad=False)
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[len(sizes.patch_shape)]
+        self.patch_embed.proj = conv(3, sizes.width, sizes.patch_shape, sizes.patch_shape)
+        self.cls_token = nn.Parameter(torch.zeros(1, sizes.prefix, sizes.width)) if sizes.prefix else None
+        self.pos_embed = self.table(sizes.width)
         self.blocks = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.depth))
         self.norm = nn.LayerNorm(sizes.width, eps=1e-6)
+
+    def table(self, width: int) -> nn.Parameter:
+        """Return positions (1, N+L, width)."""
+        rows = self.sizes.prefix + self.sizes.patches
+        return nn.Parameter(torch.zeros(1, rows, width), requires_grad=self.sizes.learned)
+
+    def embed(self, patches: "Patches", ids: Tensor) -> Tensor:
+        """Embed the patches ids (B, K), with their positions: (B, K, D)."""
+        proj = self.patch_embed.proj
+        values = patches.pick(ids).flatten(2)
+        return F.linear(values, proj.weight.flatten(1), proj.bias) + self.pos_embed[0, self.sizes.prefix :][ids]
+
+    def states(self, x: Tensor) -> Iterator[Tensor]:
+        """Yield prefix tokens and patches x (B, K, D) before the first block and after each: (B, N+K, D)."""
+        if self.cls_token is not None:
+            prefix = (self.cls_token + self.pos_embed[:, : self.sizes.prefix]).expand(len(x), -1, -1)
+            x = torch.cat([prefix, x], 1)
+        yield x
+        for block in self.blocks:
+            x = block(x)
+            yield x
+
+    def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
+        """Return blocks, heads, queries and keys of each stage."""
+        visible = self.sizes.prefix + self.sizes.visible(cell)
+        return {"encoder": (self.blocks, self.sizes.heads, visible, visible)}
+
+
+class PlainMAE(PlainEncoder):
+    """Embed every patch, decode and score every token, as facebookresearch/mae does."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
         decoder_width = sizes.decoder_width
         self.decoder_embed = nn.Linear(sizes.width, decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + sizes.patches, decoder_width), requires_grad=False)
+        self.decoder_pos_embed = self.table(decoder_width)
         self.decoder_blocks = nn.ModuleList(
             Block(decoder_width, sizes.decoder_heads) for _ in range(sizes.decoder_depth)
         )
@@ -84,53 +149,39 @@ class PlainMAE(nn.Module):
 
     def forward(self, images: Tensor, noise: Tensor, cell: Cell) -> Tensor:
         """Return the loss of normalised images (B, 3, H, W) with noise (B, L)."""
-        batch, kept = len(images), self.sizes.visible(cell)
-        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, 1:]
-        ids_shuffle = noise.argsort(1)
-        ids_restore = ids_shuffle.argsort(1)
-        x = x.gather(1, ids_shuffle[:, :kept, None].expand(-1, -1, x.shape[2]))
-        mask = (ids_restore >= kept).float()
+        kept, ids_shuffle = self.sizes.visible(cell), noise.argsort(1)
+        return self.score(images, Ids(ids_shuffle[:, :kept], ids_shuffle[:, kept:], ids_shuffle.argsort(1)))
+
+    def score(self, images: Tensor, ids: Ids) -> Tensor:
+        """Return the loss of normalised images; of all removed patches, whichever are to be predicted."""
+        (batch, kept), prefix = ids.keep.shape, self.sizes.prefix
+        x = self.patch_embed.proj(images).flatten(2).transpose(1, 2) + self.pos_embed[:, prefix:]
+        x = x.gather(1, ids.keep[:, :, None].expand(-1, -1, x.shape[2]))
+        mask = (ids.restore >= kept).float()
 
         x = self.encode(x)
 
-        removed = self.mask_token.expand(batch, noise.shape[1] - kept, -1)
-        tokens = torch.cat([x[:, 1:], removed], 1)
-        tokens = tokens.gather(1, ids_restore[:, :, None].expand(-1, -1, tokens.shape[2]))
-        x = torch.cat([x[:, :1], tokens], 1) + self.decoder_pos_embed
+        removed = self.mask_token.expand(batch, self.sizes.patches - kept, -1)
+        tokens = torch.cat([x[:, prefix:], removed], 1)
+        tokens = tokens.gather(1, ids.restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+        x = torch.cat([x[:, :prefix], tokens], 1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        pred = self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        pred = self.decoder_pred(self.decoder_norm(x))[:, prefix:]
 
         error = squared_error(pred, patch_grid(images, self.sizes.patch).permute(0, 1, 2, 4, 5, 3).reshape(pred.shape))
         return (error * mask).sum() / mask.sum()
 
     def encode(self, x: Tensor) -> Tensor:
-        """Encode visible tokens (B, K, D) to (B, 1+K, decoder width), class token first."""
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], 1)
-        for block in self.blocks:
-            x = block(x)
+        """Encode visible tokens (B, K, D) to (B, N+K, decoder width), prefix tokens first."""
+        for state in self.states(x):
+            x = state
         return self.decoder_embed(self.norm(x))
 
     def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
         """Return blocks, heads, queries and keys of each stage."""
-        visible, tokens = 1 + self.sizes.visible(cell), 1 + self.sizes.patches
-        return {
-            "encoder": (self.blocks, self.sizes.heads, visible, visible),
-            "decoder": (self.decoder_blocks, self.sizes.decoder_heads, tokens, tokens),
-        }
-
-    def choose_attention(self, cell: Cell, batch: int, dtype: torch.dtype, compiled: bool) -> str:
-        """Give every block the faster form for its shape; return the choice in words."""
-        device = self.cls_token.device.type
-        chosen = {}
-        for name, (blocks, heads, queries, keys) in self.sequences(cell).items():
-            head_dim = blocks[0].attn.head_dim
-            attend = fastest(batch, heads, queries, keys, head_dim, dtype, device, compiled)
-            chosen[name] = attend.__name__
-            for block in blocks:
-                block.attn.attend = attend
-        return ", ".join(f"{name} {form}" for name, form in chosen.items())
+        tokens = self.sizes.prefix + self.sizes.patches
+        return super().sequences(cell) | {"decoder": (self.decoder_blocks, self.sizes.decoder_heads, tokens, tokens)}
 
 
 class PlainGatherMAE(PlainMAE):
@@ -138,38 +189,62 @@ class PlainGatherMAE(PlainMAE):
 
     def forward(self, images: Tensor, noise: Tensor, cell: Cell) -> Tensor:
         """Return the loss of normalised images (B, 3, H, W) with noise (B, L)."""
-        batch, kept, predicted = len(images), self.sizes.visible(cell), self.sizes.predicted(cell)
+        kept, predicted = self.sizes.visible(cell), self.sizes.predicted(cell)
         ids_shuffle = noise.argsort(1)
-        ids_keep, ids_predict = ids_shuffle[:, :kept], ids_shuffle[:, kept : kept + predicted]
-        patches, rows = patch_grid(images, self.sizes.patch), torch.arange(batch, device=images.device)[:, None]
-        columns = patches.shape[2]
+        return self.score(images, Ids(ids_shuffle[:, :kept], ids_shuffle[:, kept : kept + predicted], None))
 
-        visible = patches[rows, ids_keep // columns, ids_keep % columns].flatten(2)
-        proj = self.patch_embed.proj
-        x = F.linear(visible, proj.weight.flatten(1), proj.bias) + self.pos_embed[0, 1:][ids_keep]
+    def score(self, images: Tensor, ids: Ids) -> Tensor:
+        """Return the loss of normalised images."""
+        patches = Patches(images, self.sizes)
+        pred = self.predict(patches, ids)
+        return self.error(pred, patches.pick(ids.predict), ids)
 
-        x = self.encode(x)
+    def predict(self, patches: "Patches", ids: Ids) -> Tensor:
+        """Predict patches: (B, M, P)."""
+        return self.decode(self.encode(self.embed(patches, ids.keep)), ids)
 
-        positions = self.decoder_pos_embed[0]
-        removed = self.mask_token + positions[1 + ids_predict]
-        x = torch.cat([x[:, :1] + positions[:1], x[:, 1:] + positions[1 + ids_keep], removed], 1)
+    def decode(self, x: Tensor, ids: Ids) -> Tensor:
+        """Predict patches from what `encode` returns: (B, M, P)."""
+        prefix, positions = self.sizes.prefix, self.decoder_pos_embed[0]
+        removed = self.mask_token + positions[prefix + ids.predict]
+        x = torch.cat([x[:, :prefix] + positions[:prefix], x[:, prefix:] + positions[prefix + ids.keep], removed], 1)
         for block in self.decoder_blocks[:-1]:
             x = block(x)
-        x = self.decoder_blocks[-1](x, queries=predicted)
-        pred = self.decoder_pred(self.decoder_norm(x))
+        x = self.decoder_blocks[-1](x, queries=ids.predict.shape[1])
+        return self.decoder_pred(self.decoder_norm(x))
 
-        target = patches[rows, ids_predict // columns, ids_predict % columns]
+    def error(self, pred: Tensor, target: Tensor, ids: Ids) -> Tensor:
+        """Return the loss of predictions (B, M, P) of patches (B, M, 3, p, p)."""
         return squared_error(pred, target.permute(0, 1, 3, 4, 2).reshape(pred.shape)).mean()
 
     def sequences(self, cell: Cell) -> dict[str, tuple[nn.ModuleList, int, int, int]]:
         """Return blocks, heads, queries and keys of each stage."""
-        visible, predicted = 1 + self.sizes.visible(cell), self.sizes.predicted(cell)
-        tokens, heads = visible + predicted, self.sizes.decoder_heads
-        return {
-            "encoder": (self.blocks, self.sizes.heads, visible, visible),
+        predicted, heads = self.sizes.predicted(cell), self.sizes.decoder_heads
+        tokens = self.sizes.prefix + self.sizes.visible(cell) + predicted
+        return super().sequences(cell) | {
             "decoder": (self.decoder_blocks[:-1], heads, tokens, tokens),
             "last block": (self.decoder_blocks[-1:], heads, predicted, tokens),
         }
+
+
+class Patches:
+    """Patches of images or clips, which are copied where they are picked.
+
+    Args:
+        images: (B, 3, *size).
+    """
+
+    def __init__(self, images: Tensor, sizes: Sizes) -> None:
+        self.grid = patch_grid(images, *sizes.patch_shape)
+        self.rows = torch.arange(len(images), device=images.device)[:, None]
+
+    def pick(self, ids: Tensor) -> Tensor:
+        """Return the patches ids (B, K): (B, K, 3, *patch)."""
+        places = []
+        for size in reversed(self.grid.shape[2 : self.grid.dim() // 2]):
+            places.insert(0, ids % size)
+            ids = ids // size
+        return self.grid[(self.rows, ids, *places)]
 
 
 def squared_error(pred: Tensor, target: Tensor) -> Tensor:
@@ -178,6 +253,10 @@ def squared_error(pred: Tensor, target: Tensor) -> Tensor:
     return (pred - (target - mean) * (var + 1e-6).rsqrt()).square().mean(-1)
 
 
-def patch_grid(images: Tensor, patch: int) -> Tensor:
-    """View images (B, 3, H, W) as (B, rows, columns, 3, patch, patch)."""
-    return images.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 1, 3, 5)
+def patch_grid(images: Tensor, *patch: int) -> Tensor:
+    """View images (B, 3, *size) as (B, *grid, 3, *patch); one number is the side of a square."""
+    patch = patch * 2 if len(patch) == 1 else patch
+    axes = len(patch)
+    for axis, side in reversed(list(enumerate(patch, 2))):
+        images = images.unflatten(axis, (-1, side))
+    return images.permute(0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2))

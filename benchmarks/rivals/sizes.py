@@ -1,9 +1,13 @@
 """Sizes of a masked autoencoder, and the FLOPs that each contestant's algorithm needs."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from fastmim import Mask
 from fastmim.models.cost import step_flops
 
 # contestants that embed the visible and decode and score the predicted patches; the others compute all L tokens
@@ -23,7 +27,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sizes:
-    """L patches of P values; encoder and decoder width, depth, heads."""
+    """L patches of P values; encoder and decoder width, depth, heads.
+
+    Args:
+        prefix: class tokens.
+        learned: positions are trained.
+        tubelet: frames of a patch; 0 of images.
+        draw: draws masks of a batch size and a cell; None: patches at random, with facebookresearch/mae's counts.
+        teacher: of distillation, an encoder.
+    """
 
     image: int
     patch: int
@@ -35,29 +47,47 @@ class Sizes:
     decoder_width: int
     decoder_depth: int
     decoder_heads: int
+    prefix: int = 1
+    learned: bool = False
+    tubelet: int = 0
+    draw: Callable[[int, Cell], Mask] | None = None
+    teacher: "Sizes | None" = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Sizes":
-        """Read the sizes of a fastmim model."""
+    def of(cls, model: nn.Module, **others: Any) -> "Sizes":
+        """Read the sizes of a fastmim model, of an encoder with a decoder of width 0; `others` are further fields."""
+        decoder = getattr(model, "decoder_blocks", None)
         return cls(
-            image=model.patch_embed.img_size[0],
-            patch=model.patch_embed.patch_size[0],
+            image=model.patch_embed.img_size[-1],
+            patch=model.patch_embed.patch_size[-1],
             patches=model.patch_embed.num_patches,
-            values=model.decoder_pred.out_features,
-            width=model.cls_token.shape[-1],
+            values=3 * math.prod(model.patch_embed.patch_size),
+            width=model.embed_dim,
             depth=len(model.blocks),
-            heads=model.blocks[0].attn.num_heads,
-            decoder_width=model.mask_token.shape[-1],
-            decoder_depth=len(model.decoder_blocks),
-            decoder_heads=model.decoder_blocks[0].attn.num_heads,
+            heads=model.num_heads,
+            decoder_width=0 if decoder is None else model.mask_token.shape[-1],
+            decoder_depth=0 if decoder is None else len(decoder),
+            decoder_heads=0 if decoder is None else model.decoder_num_heads,
+            prefix=model.num_prefix_tokens,
+            learned=model.position == "learned",
+            tubelet=model.patch_size[0] if len(model.patch_size) == 3 else 0,
+            **others,
         )
+
+    @property
+    def patch_shape(self) -> tuple[int, ...]:
+        return (self.tubelet,) * (self.tubelet > 0) + (self.patch, self.patch)
 
     def visible(self, cell: Cell) -> int:
         """Return K."""
+        if self.draw is not None:
+            return self.draw(1, cell).ids_keep.shape[1]
         return int(self.patches * (1 - cell.mask_ratio))
 
     def predicted(self, cell: Cell) -> int:
         """Return M."""
+        if self.draw is not None:
+            return self.draw(1, cell).ids_predict.shape[1]
         return max(1, round(cell.decode_ratio * (self.patches - self.visible(cell))))
 
 

@@ -60,7 +60,8 @@ def stage_line(stages: dict[str, float], products: float) -> str:
     """Format the stages of a fastmim step, and the share of it that its matrix products take alone."""
     total = sum(stages.values())
     shares = ", ".join(f"{stage} {seconds / total:.1%}" for stage, seconds in stages.items())
-    return f"fastmim's step, {total * 1e3:.3g} ms: {shares}; its matrix products alone: {products:.0%}"
+    measured = f", {total * 1e3:.3g} ms: {shares}; its" if stages else ": its"
+    return f"fastmim's step{measured} matrix products alone: {products:.0%}"
 
 
 def loader_line(fed: dict[str, Any]) -> str:

@@ -10,7 +10,9 @@ the middle of an epoch.
 #   masks of samples.
 # - `resample`: crops, or patches of them, resized to their size in a batch.
 # - `formats`, `images`, `jpeg`, `dali`, `dali_probe`: names of image files, and decoding.
-# - `tar_members`, `tars`, `packed`, `sources`: reading samples.
+# - `base_source`, `chunks`: what a source is, parts of one that are read whole.
+# - `folders`, `tar_members`, `tars`, `remote`, `rows`, `tables`, `pairs`, `packed`: kinds of sources.
+# - `sources`: which kind a path or an object is.
 # - `array_formats`, `array_files`, `array_crops`, `array_reader`: arrays in files, and reading crops of them.
 # - `clip_files`, `clip_decoders`, `clip_crops`: videos in files, frames of them, and clips.
 # - `clip_packed`, `clip_pack`: videos that were cut into patches of several frames.
@@ -24,6 +26,15 @@ the middle of an epoch.
 
 from .array_loader import ArrayBatch, ArrayLoader
 from .clip_loader import ClipLoader
-from .loader import Batch, ImageLoader, PairBatch, PatchBatch
+from .loader import Batch, CovisibleBatch, ImageLoader, PairBatch, PatchBatch
 
-__all__ = ["ArrayBatch", "ArrayLoader", "Batch", "ClipLoader", "ImageLoader", "PairBatch", "PatchBatch"]
+__all__ = [
+    "ArrayBatch",
+    "ArrayLoader",
+    "Batch",
+    "ClipLoader",
+    "CovisibleBatch",
+    "ImageLoader",
+    "PairBatch",
+    "PatchBatch",
+]

@@ -18,8 +18,8 @@ AXES = 3
 ATTEMPTS = 10
 # random numbers of a crop, in blocks of four: flips along three axes, then positions
 BLOCKS = (AXES + AXES * ATTEMPTS + 3) // 4
-# values of a channel that are read at once from a whole array
-BLOCK = 2**22
+# values that are read at once from a whole array
+BLOCK = 2**24
 # dtypes of files, and of the batches made of them: models take no int16
 DTYPES = {
     **{name: name for name in ("uint8", "uint16", "float16", "float32")},
@@ -118,15 +118,14 @@ class ArrayCrops:
     def blocks(self, array: Array, sizes: tuple[int, ...]) -> Iterator[Values]:
         """Yield the parts of an array, one after the other."""
         first, *others = sizes
-        rows = max(1, BLOCK // math.prod(others))
+        values = math.prod(others) * (math.prod(array.shape) // math.prod(sizes))
+        rows = max(1, BLOCK // values)
         for start in range(0, first, rows):
             yield self.read(array, (slice(start, min(start + rows, first)), *[slice(0, size) for size in others]))
 
     def missing(self, part: Values) -> Values | None:
         """Return where a part of an array holds no data; None without `nodata`."""
-        if self.nodata is None:
-            return None
-        return np.isnan(part) if math.isnan(self.nodata) else part == self.nodata
+        return None if self.nodata is None else missing_in(part, self.nodata)
 
     def holds_data(self, missing: Values) -> Values:
         """Return the patches of a crop (C, *sizes) in which some value isn't missing, (L,)."""
@@ -151,3 +150,14 @@ def reason(part: Values, nodata: float | None) -> str:
     if np.isnan(part).any():
         return f"it holds NaN, and nodata is {nodata}: nodata=float('nan') marks NaN as missing data"
     return "it holds infinity, or values beyond the range of float32"
+
+
+def missing_in(values: Values, nodata: float) -> Values:
+    """Return where values are `nodata`, NaN for NaN; nowhere if their dtype can't hold it."""
+    if math.isnan(nodata):
+        found: Values = np.isnan(values)
+        return found
+    if values.dtype.kind == "f" and math.isfinite(nodata) and abs(nodata) > float(np.finfo(values.dtype).max):
+        return np.zeros(values.shape, bool)
+    found = values == nodata
+    return found

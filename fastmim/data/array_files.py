@@ -14,15 +14,21 @@ import numpy as np
 from .._checks import check_count
 from . import formats
 from .array_formats import DESCRIPTIONS, STORES, SUFFIXES, Array, format_of
+from .base_source import Source, Stamp
+from .folders import Contents, Files, folder, listed
 from .images import Unreadable
 from .packed import INDEX
 from .patch_shards import PatchShards
 from .philox import Ints
-from .sources import Contents, Files, Source, Stamp, folder, listed, paths_of
+from .sources import paths_of
 
 
 class Arrays(Source, Protocol):
     """A source whose samples are arrays."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds all arrays."""
 
     def opened(self, sample: int) -> AbstractContextManager[Array]:
         """Open an array. Errors of reading it, until the context ends, are Unreadable."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import struct
 import threading
@@ -91,10 +92,19 @@ def _npz(path: Path, key: str | None) -> Iterator[Values]:
 
 @contextmanager
 def _raw(path: Path, key: str | None) -> Iterator[Values]:
-    header = json.loads(path.with_suffix(".json").read_text())
+    described = path.with_suffix(".json")
+    if not described.is_file():
+        raise ValueError(f"{described.name}, which must state its shape and dtype, is no file")
+    header = json.loads(described.read_text())
     if not isinstance(header, Mapping) or not {"shape", "dtype"} <= set(header):
-        raise ValueError(f"{path.with_suffix('.json').name} must hold shape and dtype")
-    yield np.memmap(path, np.dtype(header["dtype"]), "r", header.get("offset", 0), tuple(header["shape"]))
+        raise ValueError(f"{described.name} must hold shape and dtype")
+    shape, dtype, offset = header["shape"], np.dtype(header["dtype"]), header.get("offset", 0)
+    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in [*shape, offset + 1]):
+        raise ValueError(f"shape and offset in {described.name} must be whole numbers, got {shape} and {offset}")
+    size, stated = path.stat().st_size, offset + math.prod(shape) * dtype.itemsize
+    if size != stated:
+        raise ValueError(f"it holds {size} bytes, where {described.name} states {stated}")
+    yield np.memmap(path, dtype, "r", offset, tuple(shape))
 
 
 class _Volume:

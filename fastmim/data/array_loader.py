@@ -58,9 +58,9 @@ class ArrayLoader(Loader):
         source: a dataset that `fastmim pack` wrote, whose crops are those of its source, bit for bit, but for the rest
             of an axis beyond its last whole patch; or a folder, whose subfolders are classes if no array lies beside
             them, or a list of files: .npy, .npz, .raw with a .json file of the same name beside it (`shape`, `dtype`,
-            and `offset` in bytes, 0 by default), and where their packages are installed .nii and .nii.gz
-            (`fastmim[nifti]`), .tif and .tiff (`fastmim[tiff]`), .h5 and .hdf5 (`fastmim[hdf5]`), .zarr
-            (`fastmim[zarr]`).
+            and `offset` in bytes, 0 by default, which state the size of the file), and where their packages are
+            installed .nii and .nii.gz (`fastmim[nifti]`), .tif and .tiff (`fastmim[tiff]`), .h5 and .hdf5
+            (`fastmim[hdf5]`), .zarr (`fastmim[zarr]`).
         batch_size: number of different arrays in a batch of this shard.
         crop: size of random crops, int or one per axis; None: whole arrays, which must have equal sizes.
         axes: number of axes, 1 to 3, beside that of the channels. An array of only so many axes has one channel.
@@ -241,8 +241,11 @@ def settled(source: ArrayFiles | PatchShards, crops: ArrayCrops) -> ArrayCrops:
     stated, patch = crops.nodata, crops.patch
     if stated is None:
         stated = source.stated()
+    if stated is not None:
+        # numbers are told apart by their text, since NaN is no other's equal: 0, 0.0 and -0.0 are one
+        stated = float(stated) + 0.0
     if isinstance(source, PatchShards):
-        given = (crops.axes, crops.channels_last, repr(None if stated is None else float(stated)))
+        given = (crops.axes, crops.channels_last, repr(stated))
         held = (source.axes, False, repr(source.nodata))
         for name, value, allowed in zip(("axes", "channels_last", "nodata"), given, held):
             if value != allowed:

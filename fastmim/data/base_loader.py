@@ -6,7 +6,6 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count
+from .base_source import Source
 from .feeds import Feed, Supply
 from .loader_state import FORMAT, accept, contents
 from .order import Order
 from .prefetch import Position, Prefetcher
-from .quarantine import NAME, Quarantine
-from .sources import Source
+from .quarantine import Quarantine, listing_of
 from .threads import available_cpus
 from .transfer import transfer_to
 
@@ -77,14 +76,13 @@ class Loader(ABC):
         rank, world = _shard(shard)
         self.device = device_of(device)
         self.source = open_source()
-        self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last)
+        self.order = Order(len(self.source.names), batch_size, rank, world, seed, drop_last, self.source.chunks)
         if not len(self.order):
             raise TooFewImages(len(self.source.names), batch_size, world, self.noun)
         self._repeats = repeats
         self.num_threads = num_threads or available_cpus()
         self.on_error = on_error
-        path = Path(quarantine) if quarantine is not None else self.source.root / NAME
-        self.quarantine = Quarantine(path, len(self.source.names))
+        self.quarantine = Quarantine(listing_of(self.source, quarantine), len(self.source.names))
         self._identity, self._contents = self.source.identity(), contents(self.source)
         self._position = Position()
         # an iteration of the position's epoch has begun
@@ -119,7 +117,7 @@ class Loader(ABC):
     def __repr__(self) -> str:
         rank, world = self.order.rank, self.order.world
         return (
-            f"{type(self).__name__}({self.source.root}: {len(self.source.names)} {self.noun}, {len(self)} batches of "
+            f"{type(self).__name__}({self.source.title}: {len(self.source.names)} {self.noun}, {len(self)} batches of "
             f"{self.order.batch_size}, {self._described()}, shard {rank} of {world})"
         )
 
@@ -221,7 +219,7 @@ class Loader(ABC):
         if accepted.changed and self.order.rank == 0:
             logger.warning(
                 "%d of %d files of %s that were compared changed since; they are served as they are now",
-                *(accepted.changed, len(self._contents), self.source.root),
+                *(accepted.changed, len(self._contents), self.source.title),
             )
         for sample, reason in accepted.bad.items():
             self.quarantine.reasons.setdefault(sample, reason)

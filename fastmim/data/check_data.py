@@ -6,11 +6,13 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from . import images
+from .base_source import Pair
 from .clip_decoders import BACKENDS, choose
 from .clip_files import open_videos
 from .clip_packed import PackedVideos
 from .decoders import installed
 from .images import Unreadable
+from .pairs import decode_mask
 from .sources import open_source
 from .threads import map_ahead
 
@@ -39,13 +41,17 @@ def check_source(source: str | os.PathLike[str] | list[str], *, num_threads: int
         remarks: list[str] = []
         try:
             data = opened.read(sample)
-            if isinstance(data, bytes):
-                images.decode(data, remarks.append)
+            pictures = data[:2] if isinstance(data, Pair) else [data]
+            encoded = [picture for picture in pictures if isinstance(picture, bytes)]
+            for picture in encoded:
+                images.decode(picture, remarks.append)
+            if isinstance(data, Pair) and isinstance(data.mask, bytes):
+                decode_mask(data.mask)
         except Unreadable as error:
             return Finding(name, UNREADABLE, str(error))
-        reason = damage(data) if isinstance(data, bytes) else None
-        if reason:
-            return Finding(name, DAMAGED, reason)
+        for reason in map(damage, encoded):
+            if reason:
+                return Finding(name, DAMAGED, reason)
         return Finding(name, *((DIM, remarks[0]) if remarks else ()))
 
     yield from map_ahead(num_threads, check, range(len(opened.names)))

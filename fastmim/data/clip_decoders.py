@@ -3,9 +3,11 @@
 Frames are numbered from 0 in the order in which they are shown, so that a variable frame rate plays no part.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +19,8 @@ from .resample import Pixels
 
 # decoders that may skip frames which no other frame refers to
 SKIPPING = ("h264", "hevc")
+# files whose index is kept in memory
+INDICES = 256
 # seconds that may be missing at the end of a file: its last frame may be shown so long
 MISSING = 0.5
 
@@ -45,11 +49,12 @@ class Video(Protocol):
 
 
 class Index(NamedTuple):
-    """Times of the frames of a video in the order in which they are shown, and the numbers of its key frames.
+    """Number of frames of a video, their times in the order in which they are shown, and the numbers of its key frames.
 
-    Both are empty where the file doesn't give each frame a time.
+    Times and key frames are empty where the file doesn't give each frame a time.
     """
 
+    frames: int
     times: Ints
     keys: Ints
 
@@ -58,27 +63,12 @@ class _Opened:
     """A video that PyAV reads: it seeks to the last key frame before the first frame wanted and decodes from there."""
 
     def __init__(self, path: str) -> None:
-        self._path = path
-        with self._container() as (container, stream):
-            self._index = _index(container, stream)
-        self.frames = len(self._index.times) or sum(1 for _ in self._decoded(frozenset()))
-        if not self.frames:
-            raise Unreadable("it holds no frame")
+        status = os.stat(path)
+        self._path, self._index = path, _index_of(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
-    @contextmanager
-    def _container(self) -> Iterator[tuple[Any, Any]]:
-        import av
-
-        # files alone: a playlist can't name an address
-        with av.open(self._path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
-            streams = [stream for stream in container.streams.video if not _is_picture(stream)]
-            if not streams:
-                raise Unreadable("it has no video stream")
-            context = streams[0].codec_context
-            # the pool of the loader has threads enough
-            context.thread_count, context.thread_type = 1, "NONE"
-            context.options = {"err_detect": "explode"}
-            yield container, streams[0]
+    @property
+    def frames(self) -> int:
+        return self._index.frames
 
     def read(self, numbers: Sequence[int], change: Change = same) -> list[Pixels]:
         wanted = frozenset(numbers)
@@ -115,7 +105,7 @@ class _Opened:
         """Yield the frames from a key frame on, with their numbers, until those wanted are there; all if none is."""
         times, left = self._index.times, set(wanted)
         number_of = {time: number for number, time in enumerate(times.tolist())}
-        with self._container() as (container, stream):
+        with _container(self._path) as (container, stream):
             if start:
                 container.seek(int(times[start]), stream=stream)
             context, begun = stream.codec_context, not len(times)
@@ -147,6 +137,25 @@ class _Opened:
                     return
 
 
+@contextmanager
+def _container(path: str) -> Iterator[tuple[Any, Any]]:
+    """Open a file, and yield it with its video stream."""
+    import av
+
+    # files alone: a playlist can't name an address
+    with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+        streams = [stream for stream in container.streams.video if not _is_picture(stream)]
+        if not streams:
+            raise Unreadable("it has no video stream")
+        context = streams[0].codec_context
+        if context is None:
+            raise Unreadable("it is of a codec that is not known")
+        # the pool of the loader has threads enough
+        context.thread_count, context.thread_type = 1, "NONE"
+        context.options = {"err_detect": "explode"}
+        yield container, streams[0]
+
+
 def _is_picture(stream: Any) -> bool:
     """Return whether a stream is a cover picture, as music files have."""
     from av.stream import Disposition
@@ -154,12 +163,25 @@ def _is_picture(stream: Any) -> bool:
     return bool(stream.disposition & Disposition.attached_pic)
 
 
-def _index(container: Any, stream: Any) -> Index:
-    """Return the index of a stream from its packets, none of which is decoded.
+@lru_cache(maxsize=INDICES)
+def _index_of(path: str, *stamp: int) -> Index:
+    """Return the index of a file of that size and those times. Its packets are read, and decoded only without times.
 
     Raises:
-        Unreadable: there is no key frame, or fewer packets than the header states.
+        Unreadable: there is no key frame or no frame, or fewer frames than the header states.
     """
+    with _container(path) as (container, stream):
+        index = _index(container, stream)
+    if not index.frames:
+        with _container(path) as (container, stream):
+            index = index._replace(frames=sum(1 for _ in container.decode(stream)))
+    if not index.frames:
+        raise Unreadable("it holds no frame")
+    return index
+
+
+def _index(container: Any, stream: Any) -> Index:
+    """Return the index of a stream from its packets, with 0 frames where they have no times."""
     times, keys, packets, cut_short = list[int | None](), list[int | None](), 0, False
     for packet in container.demux(stream):
         if not packet.size:
@@ -183,9 +205,9 @@ def _index(container: Any, stream: Any) -> Index:
     # AVI states the order of decoding alone
     shuffled = container.format.name == "avi" and stream.codec_context.has_b_frames and known == sorted(known)
     if shuffled or len(set(known)) < len(times):
-        return Index(np.empty(0, np.int64), np.empty(0, np.int64))
+        return Index(0, np.empty(0, np.int64), np.empty(0, np.int64))
     ordered = np.array(sorted(known), dtype=np.int64)
-    return Index(ordered, np.flatnonzero(np.isin(ordered, [key for key in keys if key is not None])))
+    return Index(len(ordered), ordered, np.flatnonzero(np.isin(ordered, [key for key in keys if key is not None])))
 
 
 def _stated_end(stream: Any) -> float:
@@ -215,6 +237,10 @@ def _pyav(path: str) -> Iterator[Video]:
         yield _Opened(path)
     except FFmpegError as error:
         raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+    except (Unreadable, MemoryError):
+        raise
+    except Exception as error:  # PyAV raises errors of any type on damaged data
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
 # ---- torchcodec ------------------------------------------------------------------------------------------------------
@@ -245,10 +271,13 @@ def _torchcodec(path: str) -> Iterator[Video]:
 # ---- choice ----------------------------------------------------------------------------------------------------------
 
 
+Opener = Callable[[str], AbstractContextManager[Video]]
+
+
 class Backend(NamedTuple):
     """A decoder: a function that opens a video, and the module and its name, which the extra `video` installs."""
 
-    open: Callable[[str], AbstractContextManager[Video]]
+    open: Opener
     module: str
     install: str
 

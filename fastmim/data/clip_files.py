@@ -5,13 +5,13 @@ import os
 import stat
 from pathlib import Path
 
-import numpy as np
-
 from . import formats
 from .clip_packed import PackedVideos
+from .folders import Files, folder, lines_of, listed
 from .images import Unreadable
 from .packed import INDEX
-from .sources import Files, folder, listed, paths_of
+from .sources import paths_of
+from .tars import labels_of
 
 SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".vob", ".wmv", ".flv"),
@@ -19,6 +19,8 @@ SUFFIXES = (
 )
 # suffixes of files that list videos
 LISTS = (".txt", ".csv")
+# most digits of a label
+DIGITS = 19
 
 
 class VideoFiles(Files):
@@ -73,21 +75,20 @@ def _listed(paths: list[Path]) -> VideoFiles:
 def _from_text(path: Path) -> VideoFiles:
     """Return the videos that a text file lists, a line each: a path, relative to the file's folder, and a label."""
     labels: dict[str, int | None] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not label.isdecimal() and not line.strip().lower().endswith(SUFFIXES):
-            raise ValueError(f"line {number} of {path} must be a path and a label, a whole number; got {line!r:.80}")
-        name, known = (name.strip(), int(label)) if label.isdecimal() else (line.strip(), None)
+    for place, line in lines_of(path):
+        name, label = line.strip(), None
+        if not name.lower().endswith(SUFFIXES):
+            name, *last = name.rsplit(None, 1)
+            if not last or not last[0].isdecimal() or len(last[0]) > DIGITS:
+                raise ValueError(f"{place} must be a path, a space and a label, a whole number; got {line!r:.80}")
+            label = int(last[0])
         video = os.path.abspath(path.parent / name)
         if video in labels:
             raise ValueError(f"source must hold a file once, got {name} twice in {path}")
-        labels[video] = known
+        labels[video] = label
     opened = _listed([Path(video) for video in labels])
     numbers = [labels[os.path.abspath(opened.root / name)] for name in opened.names]
     if None in numbers and any(number is not None for number in numbers):
         raise ValueError(f"every line of {path} must have a label, or none")
-    if None not in numbers:
-        opened.labels = np.array(numbers, dtype=np.int64)
+    opened.labels = labels_of(str(path), opened.names, numbers)
     return opened

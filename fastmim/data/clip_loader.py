@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._checks import axes, check_count
-from .._patches import Patches
 from .base_loader import Loader, check_bool
 from .clip_crops import Clips, MultiScaleCrops
 from .clip_decoders import BACKENDS, choose
@@ -35,9 +34,9 @@ class ClipLoader(Loader):
     and depend on seed, epoch and sample alone, as clips, crops and flips do.
 
     Only the frames from the last key frame before a clip up to its last frame are decoded, after the packets of the
-    file were read once for their times. Frames are turned as the file says, and converted to 8-bit RGB; the ratio of
-    the sides of pixels is ignored. A file counts as unreadable if it is truncated, holds no video stream or no key
-    frame, or if frames that the clip needs are damaged or differ in size.
+    file were read for their times, which are kept in memory for 256 files. Frames are turned as the file says, and
+    converted to 8-bit RGB; the ratio of the sides of pixels is ignored. A file counts as unreadable if it is truncated,
+    holds no video stream or no key frame, or if frames that the clip needs are damaged or differ in size.
 
     `Batch.images` is (B, 3, num_frames, H, W) uint8 in channels_last_3d memory, and in `PatchBatch` the values of a
     patch are in the order (3, frames, height, width).
@@ -151,8 +150,7 @@ class ClipLoader(Loader):
     def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch:
         if mask is None:
             return Batch(values.permute(0, 4, 1, 2, 3), labels, ids)
-        visible, predicted = values.split([mask.ids_keep.shape[1], mask.ids_predict.shape[1]], 1)
-        return PatchBatch(Patches(visible, predicted), mask, labels, ids)
+        return PatchBatch.of(values, mask, labels, ids)
 
     def _own_settings(self) -> dict[str, Any]:
         crops, multiscale = self.clips.crops, isinstance(self.clips.crops, MultiScaleCrops)

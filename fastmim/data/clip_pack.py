@@ -1,21 +1,22 @@
 """Pack videos: decode their frames once, into a dataset of patches of several frames."""
 
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from .._checks import axes, check_count
-from .clip_decoders import BACKENDS, choose
-from .clip_files import open_videos
+from .array_crops import ArrayCrops, Layout
+from .clip_decoders import BACKENDS, Opener, choose
+from .clip_files import VideoFiles, open_videos
 from .clip_packed import PackedVideos
 from .images import Unreadable
+from .pack_arrays import Packing
 from .patch_writer import PatchWriter
-from .quarantine import NAME, Quarantine
 from .resample import Pixels, resized
-from .sources import digest
-from .threads import map_ahead
 
 SHARD_SIZE = 256
 
@@ -35,8 +36,9 @@ def pack_videos(
 ) -> PackedVideos:
     """Decode every video of `source` once, into a dataset of patches in the folder `out`, which ClipLoader reads.
 
-    After an interruption the same call continues with the first shard that is incomplete. A video that can't be read
-    keeps its number; the reason is stored and listed in `out`/quarantine.jsonl.
+    After an interruption, the same call continues: complete shards stay. A video that can't be read keeps its number;
+    the reason is stored and listed in `out`/quarantine.jsonl. On a finished dataset, the same call writes the shards
+    again in which files were repaired or changed since, by size or time.
 
     Args:
         source: a source as for ClipLoader, not packed.
@@ -47,7 +49,8 @@ def pack_videos(
         clip_length: most frames to keep of a video, those in its middle; None: all. The last frame repeats where it is
             needed to fill a patch.
         patch_size: (frames, height, width).
-        backend, num_threads: as in ClipLoader.
+        backend: as in ClipLoader.
+        num_threads: number of threads that decode; each holds a few packed videos in memory.
         shard_size: videos of a shard.
         progress: is called with the number of videos completed since its last call.
 
@@ -58,59 +61,68 @@ def pack_videos(
         RuntimeError: more than a tenth of the videos can't be read.
         OSError: a file, which is named, can't be written; complete shards stay.
     """
-    counts = {"short_side": short_side, "frame_stride": frame_stride, "num_threads": num_threads}
-    for name, value in {**counts, "shard_size": shard_size}.items():
+    counts = {"short_side": short_side, "frame_stride": frame_stride}
+    for name, value in {**counts, "num_threads": num_threads, "shard_size": shard_size}.items():
         check_count(name, value, 1)
     patch = tuple(axes("patch_size", patch_size, 3))
     if clip_length is not None:
         check_count("clip_length", clip_length, patch[0])
-    videos, opener = open_videos(source), BACKENDS[choose(backend)].open
-    if isinstance(videos, PackedVideos):
+    found, opener = open_videos(source), BACKENDS[choose(backend)].open
+    if isinstance(found, PackedVideos):
         raise ValueError(f"source {source} is a packed dataset already")
-
-    def decode(sample: int) -> Pixels | Unreadable:
-        try:
-            with opener(videos.path(sample)) as video:
-                numbers = list(range(0, video.frames, frame_stride))
-                if clip_length is not None and len(numbers) > clip_length:
-                    first = (len(numbers) - clip_length) // 2
-                    numbers = numbers[first : first + clip_length]
-                frames = video.read(numbers, lambda frame: _reduced(frame, short_side, patch[1:]))
-        except Unreadable as error:
-            return error
-        frames += frames[-1:] * (-len(frames) % patch[0])
-        return np.stack(frames).transpose(3, 0, 1, 2)
-
-    settings = {
-        "frame_stride": frame_stride,
-        "short_side": short_side,
-        "clip_length": clip_length,
-        "videos": digest(videos.names, videos.labels).hexdigest(),
-    }
-    with PatchWriter(
-        Path(out),
+    plan = _Plan(short_side, frame_stride, clip_length, patch)
+    videos = _Decoded(found, plan, opener)
+    writer = PatchWriter(
+        out,
         patch,
         samples=len(videos.names),
         channels=3,
         dtype="uint8",
         classes=videos.classes,
         shard_size=shard_size,
-        settings=settings,
-    ) as writer:
-        quarantine = Quarantine(writer.root / NAME, len(videos.names))
-        progress(len(videos.names) - len(writer.missing))
-        decoded = map_ahead(num_threads, lambda at: decode(writer.missing[at]), range(len(writer.missing)))
-        for sample, video in zip(list(writer.missing), decoded):
-            label = None if videos.labels is None else int(videos.labels[sample])
-            if isinstance(video, Unreadable):
-                quarantine.add(sample, videos.names[sample], str(video))
-                quarantine.check(0, 0)
-                writer.skip(str(video), label, videos.names[sample])
-            else:
-                quarantine.remove(sample, videos.names[sample])
-                writer.add(video, label, videos.names[sample])
-            progress(1)
+        settings={"source": videos.identity(), **counts, "clip_length": clip_length},
+    )
+    # sizes differ between videos
+    like = Layout(3, patch, "uint8", "uint8")
+    with writer:
+        Packing(videos, ArrayCrops(3, False, patch=patch), like, writer, num_threads, progress).run()
     return PackedVideos(writer.root)
+
+
+class _Plan(NamedTuple):
+    """The arguments of `pack_videos` that say which frames are packed, and how."""
+
+    short_side: int
+    frame_stride: int
+    clip_length: int | None
+    patch: tuple[int, ...]
+
+    def numbers(self, frames: int) -> list[int]:
+        """Return the frames to pack of a video."""
+        numbers = list(range(0, frames, self.frame_stride))
+        first = max(0, len(numbers) - (self.clip_length or len(numbers))) // 2
+        return numbers[first : first + (self.clip_length or len(numbers))]
+
+
+class _Decoded(VideoFiles):
+    """Videos as arrays (3, frames, height, width) of the frames to pack."""
+
+    def __init__(self, videos: VideoFiles, plan: _Plan, opener: Opener) -> None:
+        super().__init__(videos.root, videos.names, videos.labels, videos.classes, videos.left_out)
+        self._plan, self._opener = plan, opener
+
+    @contextmanager
+    def opened(self, sample: int) -> Iterator[Pixels]:
+        """Decode a video. Raises Unreadable."""
+        plan = self._plan
+        with self._opener(self.path(sample)) as video:
+            change = partial(_reduced, short_side=plan.short_side, patch=plan.patch[1:])
+            frames = video.read(plan.numbers(video.frames), change)
+        frames += frames[-1:] * (-len(frames) % plan.patch[0])
+        yield np.stack(frames).transpose(3, 0, 1, 2)
+
+    def stated(self) -> None:
+        """Return None, since no data are missing."""
 
 
 def _reduced(frame: Pixels, short_side: int, patch: tuple[int, ...]) -> Pixels:

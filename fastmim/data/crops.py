@@ -37,6 +37,7 @@ class Crops:
         repeats: crops per image.
         patch: (h, w) of the patches that are made of each crop; None: whole crops.
         inner: (low, high) share of each crop's area that a second crop inside it covers; None: no second crops.
+        pairs: images come in pairs, and each crop of the first has one of the second, mirrored if it is.
     """
 
     size: tuple[int, int]
@@ -46,16 +47,22 @@ class Crops:
     repeats: int
     patch: tuple[int, int] | None = None
     inner: tuple[float, float] | None = None
+    pairs: bool = False
 
     @property
     def rows(self) -> int:
-        """Number of rows of a batch that an image gives: two for a crop and one inside it, unless that is patches."""
-        return self.repeats if self.inner is None or self.patch is not None else 2 * self.repeats
+        """Number of rows of a batch that an image or a pair gives: two for two views, unless one of them is patches."""
+        return 2 * self.repeats if self.views == 2 and self.patch is None else self.repeats
+
+    @property
+    def views(self) -> int:
+        """Number of crops for each repeat."""
+        return 2 if self.inner is not None or self.pairs else 1
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
         """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
         n, numbers = len(samples), np.arange(self.repeats)
-        if self.inner is not None:
+        if self.views == 2:
             numbers = np.stack([numbers, INNER + numbers], 1).reshape(-1)
         pairs = np.repeat(samples, len(numbers)), np.tile(numbers, n)
         return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, len(numbers), -1)
@@ -64,13 +71,18 @@ class Crops:
         """Return the crops (n, rows, 5) of images of those sizes from their random numbers (n, rows, 4 * BLOCKS).
 
         Each is left, top, width, height and 1 to mirror it, as in `Crop`. With `inner` each crop is followed by the one
-        inside it.
+        inside it. With `pairs` widths and heights are (n, 2), and each crop is followed by that of the second image.
         """
         n, rows, size = draws.shape
         count = n * self.repeats
         numbers = draws.reshape(count, rows // self.repeats, size)
-        full = np.stack([np.repeat(side, count // np.size(side)) for side in (width, height)]).astype(np.int64)
-        boxes = first = self._boxes(numbers[:, 0], full, self.scale)
+        sides = np.array([width, height], dtype=np.int64).reshape(2, -1, 2 if self.pairs else 1)
+        full = np.repeat(sides, count // sides.shape[1], 1)
+        boxes = first = self._boxes(numbers[:, 0], full[..., 0], self.scale)
+        if self.pairs:
+            second = self._boxes(numbers[:, 1], full[..., 1], self.scale)
+            second[:, 4] = first[:, 4]
+            boxes = np.stack([first, second], 1)
         if self.inner is not None:
             second = self._boxes(numbers[:, 1], first[:, 2:4].T, self.inner)
             second[:, :2] += first[:, :2]

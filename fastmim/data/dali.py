@@ -58,13 +58,16 @@ class Dali:
         self._pipeline: Any = None
         self._capacity = 0
 
-    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Job | Pixels:
-        size = jpeg.plain_size(data)
-        if size:
-            crops = self._boxes(draws, size)
-            return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), ids)
-        image = images.decode(data, note)
-        return cut(image, self._boxes(draws, image.size), self.crops, ids).made()
+    def prepare(
+        self, data: bytes | Pixels, draws: Floats, note: Note = ignore, ids: Ints | None = None
+    ) -> Job | Pixels:
+        size = jpeg.plain_size(data) if isinstance(data, bytes) else None
+        if not size or not isinstance(data, bytes):
+            image = images.decode(data, note) if isinstance(data, bytes) else data
+            own = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+            return cut(image, self._boxes(draws, own), self.crops, ids).made()
+        crops = self._boxes(draws, size)
+        return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), ids)
 
     def _boxes(self, draws: Floats, size: tuple[int, int]) -> list[Crop]:
         return [Crop(*box) for box in self.crops.boxes(draws[None], *size)[0].tolist()]

@@ -66,7 +66,7 @@ class Decoder(Protocol):
 
     crops: Crops
 
-    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Any:
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Any:
         """Return the crops of a sample, or with `ids` (repeats, k) these patches of them, as `Row` describes.
 
         It may be an object that `finish` turns into a row. `note` is called with remarks on the image. Raises
@@ -86,8 +86,8 @@ class CpuDecoder:
     def __init__(self, crops: Crops, decode: Callable[[Any, Note], Any]) -> None:
         self.crops, self._decode = crops, decode
 
-    def prepare(self, data: bytes, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Pixels:
-        image = self._decode(data, note)
+    def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Pixels:
+        image = self._decode(data, note) if isinstance(data, bytes) else data
         size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
         return cut(image, self.crops.boxes(draws[None], *size)[0].tolist(), self.crops, ids).made()
 

@@ -80,19 +80,24 @@ def decode(data: bytes, note: Note = ignore) -> Any:
     formats.register()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise Unreadable(f"decompression bomb: {width}x{height} pixels")
-            # read before load(), in which Pillow reduces colours to 8 bits and drops the description of the tiles
-            sixteen = re.search(";16[BLN]", str(image.tile)) is not None
-            image.load()
-            return _upright(image, _rgb(image, sixteen, note))
+            return converted(image, note)
     except (Unreadable, MemoryError):
         raise
     except UnidentifiedImageError:  # its message is the address of a buffer
         raise Unreadable("not an image of a format that Pillow knows") from None
     except Exception as error:  # decoders raise errors of any type on damaged data
         raise Unreadable(f"{type(error).__name__}: {error}") from error
+
+
+def converted(image: Any, note: Note = ignore) -> Any:
+    """Return a PIL image in RGB, as `decode` describes. Raises Unreadable, and errors of decoders of any type."""
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise Unreadable(f"decompression bomb: {width}x{height} pixels")
+    # read before load(), in which Pillow reduces colours to 8 bits and drops the description of the tiles
+    sixteen = re.search(";16[BLN]", str(getattr(image, "tile", ""))) is not None
+    image.load()
+    return _upright(image, _rgb(image, sixteen, note))
 
 
 def _rgb(image: Any, sixteen: bool, note: Note) -> Any:

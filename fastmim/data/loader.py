@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -11,13 +11,16 @@ from torch import Tensor
 
 from .._checks import axes
 from .._patches import Patches
+from . import images
 from .base_loader import Loader, check_bool, device_of
+from .base_source import Pair
 from .crops import Crops
-from .decoders import choose, make
+from .decoders import DECODE, choose, make
 from .feeds import Ahead, Feed, Mapped, Supply
 from .images import Notes
 from .masks import Masks, ids_of
 from .packed import Packed
+from .pairs import PairReader, Pairs
 from .philox import Floats
 from .sources import open_source
 
@@ -57,18 +60,33 @@ class PatchBatch(NamedTuple):
 
 
 class PairBatch(NamedTuple):
-    """A batch of two views of each image.
+    """A batch of two views of each image, or of pairs of images.
 
-    images: uint8 (B, 3, H, W) in channels_last order, the first view, which is always whole: with `inner` the crop.
-    pair: the second view, which a model reconstructs: with `inner` the crop inside the first; uint8 (B, 3, H, W), or
-        with `patch_size` a `PatchBatch` of its patches and their mask, with the same labels and ids.
+    images: uint8 (B, 3, H, W) in channels_last order, the crop, or of a list of pairs the crop of the first image.
+    pair: uint8 (B, 3, H, W), the second crop inside it, or of a list of pairs the crop of the second image.
     labels, ids: as in `Batch`.
 
-    The images and what `pair` holds of pixels are views of one tensor.
+    With `patch_size` the second view, which a model reconstructs, is a `PatchBatch` of its patches and their mask, with
+    the same labels and ids, and the first is whole. The pixels of both are views of one tensor.
     """
 
     images: Tensor
     pair: Tensor | PatchBatch
+    labels: Tensor | None
+    ids: Tensor
+
+
+class CovisibleBatch(NamedTuple):
+    """A batch of pairs of images, with the shares of the second that the first shows.
+
+    images, pair: as in `PairBatch`.
+    covisible: float32 (B, L), the share of each patch of `pair` that the mask of the two images covers; 1 without one.
+    labels, ids: as in `Batch`.
+    """
+
+    images: Tensor
+    pair: Tensor
+    covisible: Tensor
     labels: Tensor | None
     ids: Tensor
 
@@ -98,10 +116,12 @@ class ImageLoader(Loader):
     Args:
         source: a folder of images, whose subfolders are classes if no image lies beside them; a list of files; a tar
             file, a list of them or a folder of them, as WebDataset writes them: uncompressed, `key.jpg` with its label,
-            an integer, in `key.cls`; a dataset that `fastmim pack` wrote. Files in folders and tars whose suffix is not
-            that of an image are left out, and in folders also hidden names and output folders of runs.
-            `source.left_out` counts them, and a warning is logged if images may be among them. HEIC is read where
-            pillow-heif is installed.
+            an integer, in `key.cls`; URLs of tar files, as `s3://data/{000..127}.tar` (`fastmim[remote]`); .parquet
+            files or a folder of Hugging Face's `save_to_disk` (`fastmim[parquet]`); a .txt file with the paths of a
+            pair of images a line; a map-style dataset of bytes, paths, PIL images or uint8 arrays; a dataset that
+            `fastmim pack` wrote. Files in folders and tars whose suffix is not that of an image are left out, and in
+            folders also hidden names and output folders of runs. `source.left_out` counts them, and a warning is logged
+            if images may be among them. HEIC is read where pillow-heif is installed.
         batch_size: number of different images in a batch of this shard.
         image_size: size of the crops, int or (height, width).
         scale: (low, high) share of the image's area that a crop covers.
@@ -118,7 +138,7 @@ class ImageLoader(Loader):
         num_threads: number of threads that decode; None: the number of CPUs that this process may use.
         drop_last: leave out the remainder of an epoch that fills no global batch.
         on_error: "skip", or "raise" at the first sample that can't be read.
-        quarantine: the file that lists skipped samples; None: quarantine.jsonl in the source's folder.
+        quarantine: the file that lists skipped samples; None: quarantine.jsonl in the source's folder, if it has one.
         patch_size: int or (height, width): read patches of this size and yield `PatchBatch` instead of `Batch`. Only
             the patches of each crop's mask are resampled and sent to the device; from packed datasets, only those are
             read too. They equal the patches of the whole crops bit for bit.
@@ -131,6 +151,8 @@ class ImageLoader(Loader):
             `ratio` is that of its pixels there, and it is mirrored or not whatever the first is. The first crops are
             the same as without `inner`. With patch_size, patches of the second crops alone are read, and the first ones
             whole: masks and ids are those of the second.
+        covisible: of a list of pairs with masks, the size of patches, int or (height, width), whose shares are
+            computed: yield `CovisibleBatch` instead of `PairBatch`.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -142,7 +164,7 @@ class ImageLoader(Loader):
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        source: Any,
         batch_size: int,
         *,
         image_size: int | tuple[int, int] = 224,
@@ -161,11 +183,13 @@ class ImageLoader(Loader):
         patch_size: int | tuple[int, int] | None = None,
         masking: Callable[[Tensor], Any] | None = None,
         inner: tuple[float, float] | None = None,
+        covisible: int | tuple[int, int] | None = None,
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
         intervals = interval("scale", scale, 1.0), interval("ratio", ratio, None)
         patch = patch_of((height, width), patch_size, masking)
+        shown = None if covisible is None else _divisor("covisible", covisible, (height, width))
         second = None if inner is None else interval("inner", inner, 1.0)
         self.backend = choose(backend, device_of(device), patch is not None)
         super().__init__(
@@ -180,9 +204,19 @@ class ImageLoader(Loader):
             on_error=on_error,
             quarantine=quarantine,
         )
+        pairs = isinstance(self.source, Pairs) or (isinstance(self.source, Packed) and self.source.pairs)
         if isinstance(self.source, Packed):
             self.backend = "packed"
-        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second)
+        elif pairs:
+            self.backend = _backend_of_pairs(backend)
+        if pairs and inner is not None:
+            raise ValueError(f"inner must be None with a list of pairs, got {inner!r}")
+        if shown is not None and patch is not None:
+            raise ValueError(f"covisible must be None with patch_size, got {covisible!r}")
+        if shown is not None and not pairs:
+            raise ValueError(f"covisible must be None without a list of pairs, got {covisible!r}")
+        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second, pairs)
+        self.covisible = shown
         self._masks: Masks | None = None
         if patch is not None and masking is not None:
             self._masks = Masks(masking, seed, height // patch[0] * (width // patch[1]))
@@ -193,29 +227,40 @@ class ImageLoader(Loader):
 
     def _feed(self, device: torch.device) -> Callable[[Supply, threading.Event], Feed]:
         order, crops, masks, notes, threads = self.order, self.crops, self._masks, self._notes, self.num_threads
+        if crops.pairs:
+            grid = None
+            if self.covisible is not None:
+                grid = crops.size[0] // self.covisible[0], crops.size[1] // self.covisible[1]
+            pairs = PairReader(self.source, crops, DECODE.get(self.backend, images.decode), grid, notes)
+            return lambda supply, stopped: Ahead(
+                supply, pairs.prepare, pairs, threads, order.seed, order.batch_size, masks, stopped
+            )
         if isinstance(source := self.source, Packed):
             return lambda supply, stopped: Mapped(supply, source, crops, threads, order.seed, masks)
         decoder = make(self.backend, crops, device, threads)
 
         def prepare(sample: int, draws: Floats, mask: Any) -> tuple[Any, Any]:
-            data = source.read(sample)
-            assert isinstance(data, bytes)
             ids = None if mask is None else ids_of(mask)
+            data = source.read(sample)
+            assert not isinstance(data, Pair)
             return decoder.prepare(data, draws, notes.on(source.names[sample]), ids), mask
 
         return lambda supply, stopped: Ahead(
             supply, prepare, decoder, threads, order.seed, order.batch_size, masks, stopped
         )
 
-    def _batch(self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor) -> Batch | PatchBatch | PairBatch:
-        if mask is None:
-            images = values.permute(0, 3, 1, 2)
-            if self.crops.inner is None:
-                return Batch(images, labels, ids)
-            first, second = images.unflatten(0, (-1, 2)).unbind(1)
-            return PairBatch(first, second, labels, ids)
-        if self.crops.inner is None:
+    def _batch(
+        self, values: Tensor, mask: Any, labels: Tensor | None, ids: Tensor
+    ) -> Batch | PatchBatch | PairBatch | CovisibleBatch:
+        if self.crops.views == 1:
+            if mask is None:
+                return Batch(values.permute(0, 3, 1, 2), labels, ids)
             return PatchBatch.of(values, mask, labels, ids)
+        if self._masks is None:
+            first, second = values.permute(0, 3, 1, 2).unflatten(0, (-1, 2)).unbind(1)
+            if mask is not None:
+                return CovisibleBatch(first, second, mask.shares, labels, ids)
+            return PairBatch(first, second, labels, ids)
         height, width = self.crops.size
         split = 3 * height * width
         images = values[:, :split].unflatten(1, (height, width, 3)).permute(0, 3, 1, 2)
@@ -230,6 +275,7 @@ class ImageLoader(Loader):
             "ratio": list(crops.ratio),
             "flip": crops.flip,
             "inner": crops.inner and list(crops.inner),
+            "covisible": self.covisible and list(self.covisible),
         }
 
 
@@ -245,12 +291,22 @@ def patch_of(size: tuple[int, ...], patch_size: Any, masking: object) -> Any:
         return None
     if not callable(masking):
         raise TypeError(f"masking must be a function of seeds that returns a mask, got {type(masking).__name__}")
-    patch = tuple(axes("patch_size", patch_size, len(size)))
+    return _divisor("patch_size", patch_size, size)
+
+
+def _divisor(name: str, value: Any, size: tuple[int, ...]) -> tuple[int, ...]:
+    """Check a size of patches, and return it by axis."""
+    patch = tuple(axes(name, value, len(size)))
     if any(whole % part for whole, part in zip(size, patch)):
-        raise ValueError(
-            f"patch_size must divide {'image_size' if len(size) == 2 else 'clips'} {size}, got {patch_size!r}"
-        )
+        raise ValueError(f"{name} must divide {'image_size' if len(size) == 2 else 'clips'} {size}, got {value!r}")
     return patch
+
+
+def _backend_of_pairs(backend: str) -> str:
+    """Return the backend that decodes pairs."""
+    if backend == "dali":
+        raise ValueError("backend must be another than 'dali' with a list of pairs")
+    return choose(backend, torch.device("cpu"))
 
 
 def interval(name: str, value: object, most: float | None) -> tuple[float, float]:

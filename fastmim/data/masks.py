@@ -30,8 +30,7 @@ class Masks:
     def __init__(self, masking: Callable[..., Any], seed: int, num_patches: int, *, missing_data: bool = False) -> None:
         self.masking, self.seed, self.num_patches = masking, seed, num_patches
         self.counts: tuple[int, int] | None = None
-        if missing_data:
-            _check_takes_valid(masking)
+        _check_takes(masking, missing_data)
         valid = torch.ones(2, num_patches, dtype=torch.bool) if missing_data else None
         both = self.of(0, np.array([0, 1]), valid)
         second = self.of(0, np.array([1]), None if valid is None else valid[1:])
@@ -62,6 +61,9 @@ class Masks:
         if not is_dataclass(mask) or not all(isinstance(part, Tensor) and len(part) == len(samples) for part in ids):
             raise TypeError(f"masking must return a fastmim.Mask of as many rows as seeds, got {type(mask).__name__}")
         found: Any = mask
+        for part in tensors(found):
+            if part.device.type != "cpu":
+                raise ValueError(f"masking must return masks on the CPU, as its seeds are, got device {part.device}")
         if found.num_patches != self.num_patches:
             raise ValueError(
                 f"masking must give masks of the {self.num_patches} patches of an image, got {found.num_patches}"
@@ -76,11 +78,16 @@ class Masks:
         return found
 
 
-def _check_takes_valid(masking: Callable[..., Any]) -> None:
+def _check_takes(masking: Callable[..., Any], missing_data: bool) -> None:
     try:
-        inspect.signature(masking).bind(None, valid=None)
+        signature = inspect.signature(masking)
+    except ValueError:  # of a builtin that tells none
+        return
+    try:
+        signature.bind(None, **({"valid": None} if missing_data else {}))
     except TypeError as error:
-        raise TypeError(f"masking must be a function of seeds and valid=, where data may be missing: {error}") from None
+        wanted = "seeds and valid=, where data may be missing" if missing_data else "seeds alone"
+        raise TypeError(f"masking must be a function of {wanted}: {error}") from None
 
 
 def ids_of(mask: Any) -> Ints:

@@ -13,18 +13,33 @@ import numpy as np
 
 from .._checks import check_count
 from . import images
+from .base_source import Pair, Source
 from .formats import first_names
 from .images import Note, Notes, Unreadable
 from .lock import Lock
-from .packed import FORMAT, INDEX, Packed, make_folder, read_json, replaced, shard_files, write_json
+from .packed import (
+    FORMAT,
+    INDEX,
+    Packed,
+    make_folder,
+    pixels_at,
+    read_json,
+    replaced,
+    shard_files,
+    view_names,
+    write_json,
+)
+from .pairs import Pairs, decode_mask
 from .quarantine import NAME, Quarantine
 from .resample import Pixels, resized
-from .sources import Source, open_source
+from .sources import open_source
 from .threads import map_ahead
 
 logger = logging.getLogger("fastmim.data")
 
 SHARD_SIZE = 4096
+# the pixels of an image, or of both images of a pair and its mask
+Views = list[Pixels]
 
 
 def pack(
@@ -68,12 +83,13 @@ def pack(
     header = {
         "format": FORMAT,
         "plan": hashlib.sha256(f"{opened.identity()} {short_side} {shard_size}".encode()).hexdigest(),
-        "source": str(opened.root),
+        "source": opened.title,
         "samples": total,
         "short_side": short_side,
         "shard_size": shard_size,
         "shards": -(-total // shard_size),
         "classes": opened.classes,
+        **({"pairs": True} if isinstance(opened, Pairs) else {}),
     }
     make_folder(root)
     with Lock("out", root):
@@ -184,8 +200,7 @@ class _Packing:
             except Unreadable:
                 self.kept.append(self.source.names[sample])
                 return False, before
-            assert isinstance(data, bytes)
-            return (False, [*now, before[3]]) if now and before[3] == zlib.crc32(data) else (True, before)
+            return (False, [*now, before[3]]) if now and before[3] == _checksum(data) else (True, before)
 
         found = list(map_ahead(self.threads, compare, samples))
         again = {sample for sample, (changed, _) in zip(samples, found) if changed}
@@ -210,15 +225,18 @@ class _Packing:
         if earlier is not None and earlier["bytes"]:
             pixels_before = np.memmap(data, np.uint8, "r")
 
-        def copy_of(at: int) -> Pixels | None:
+        names = view_names(self.header.get("pairs", False))
+
+        def copy_of(at: int) -> Views | None:
             """Return the earlier pixels of a sample, unless there are none or they are damaged."""
             if earlier is None or str(at) in earlier["reasons"]:
                 return None
-            start, height, width, checksum = earlier["places"][at]
-            flat = pixels_before[start : start + height * width * 3]
-            return flat.reshape(height, width, 3) if zlib.crc32(flat.data) == checksum else None
+            places = [earlier[name][at] for name in names]
+            views = [pixels_at(pixels_before, *place[:3], mask=view == 2) for view, place in enumerate(places)]
+            intact = all(zlib.crc32(view.data) == place[3] for view, place in zip(views, places))
+            return views if intact else None
 
-        def make(sample: int) -> tuple[Pixels | Unreadable, list[int] | None]:
+        def make(sample: int) -> tuple[Views | Unreadable, list[int] | None]:
             """Return the pixels of a sample or the reason why there are none, and the stamp of its file."""
             at, name = sample - samples.start, self.source.names[sample]
             stamp = earlier["stamps"][at] if earlier and "stamps" in earlier else None
@@ -237,21 +255,24 @@ class _Packing:
                 self.renewed.append(name)
             return decoded, new_stamp
 
-        places, stamps, reasons, start = [], [], {}, 0
+        places: dict[str, list[list[int]]] = {name: [] for name in names}
+        stamps, reasons, start = [], {}, 0
         with replaced(data) as file:
-            for at, (pixels, stamp) in enumerate(map_ahead(self.threads, make, samples)):
+            for at, (views, stamp) in enumerate(map_ahead(self.threads, make, samples)):
                 sample, name = samples[at], self.source.names[samples[at]]
                 stamps.append(stamp)
-                if isinstance(pixels, Unreadable):
-                    reasons[at] = str(pixels)
-                    self.quarantine.add(sample, name, str(pixels))
+                if isinstance(views, Unreadable):
+                    reasons[at] = str(views)
+                    self.quarantine.add(sample, name, str(views))
                     self.quarantine.check(0, 0)
-                    places.append([start, 0, 0, 0])
+                    for of_view in places.values():
+                        of_view.append([start, 0, 0, 0])
                 else:
                     self.quarantine.remove(sample, name)
-                    flat = pixels.tobytes()
-                    places.append([start, *pixels.shape[:2], zlib.crc32(flat)])
-                    start += file.write(flat)
+                    for of_view, pixels in zip(places.values(), views, strict=True):
+                        flat = pixels.tobytes()
+                        of_view.append([start, *pixels.shape[:2], zlib.crc32(flat)])
+                        start += file.write(flat)
                 self.progress(1)
             file.flush()
             # the old index doesn't describe the new pixels
@@ -264,13 +285,13 @@ class _Packing:
                 "bytes": start,
                 "names": list(self.source.names[samples.start : samples.stop]),
                 "labels": labels,
-                "places": places,
+                **places,
                 "stamps": stamps,
                 "reasons": reasons,
             },
         )
 
-    def _decode(self, sample: int) -> tuple[Pixels | Unreadable, list[int] | None]:
+    def _decode(self, sample: int) -> tuple[Views | Unreadable, list[int] | None]:
         """Return the reduced pixels of a sample or the reason why there are none, and the stamp of its file.
 
         A stamp consists of size, modification time, change time and CRC-32.
@@ -281,20 +302,33 @@ class _Packing:
             data = self.source.read(sample)
         except Unreadable as error:
             return error, None
-        assert isinstance(data, bytes)
         note = self.notes.on(self.source.names[sample])
-        return _reduced(data, self.header["short_side"], note), stamp and [*stamp, zlib.crc32(data)]
+        return _views(data, self.header["short_side"], note), stamp and [*stamp, _checksum(data)]
 
 
-def _reduced(data: bytes, short_side: int, note: Note) -> Pixels | Unreadable:
-    """Return the decoded image, reduced so that its shorter side is at most `short_side`."""
+def _checksum(data: bytes | Pixels | Pair) -> int:
+    if isinstance(data, Pair):
+        return zlib.crc32(str([0 if part is None else _checksum(part) for part in data]).encode())
+    return zlib.crc32(data if isinstance(data, bytes) else data.data)
+
+
+def _views(data: bytes | Pixels | Pair, short_side: int, note: Note) -> Views | Unreadable:
+    """Return the reduced pixels of an image, or of both images of a pair and its mask, which is empty for none."""
     try:
-        image = images.decode(data, note)
+        if not isinstance(data, Pair):
+            return [_reduced(data, short_side, note)]
+        pictures = [_reduced(picture, short_side, note) for picture in (data.first, data.second)]
+        return [*pictures, decode_mask(data.mask) if isinstance(data.mask, bytes) else np.empty((0, 0), np.uint8)]
     except Unreadable as error:
         return error
-    width, height = image.size
+
+
+def _reduced(data: bytes | Pixels, short_side: int, note: Note) -> Pixels:
+    """Return the decoded image, reduced so that its shorter side is at most `short_side`."""
+    image = np.asarray(images.decode(data, note)) if isinstance(data, bytes) else data
+    height, width = image.shape[:2]
     share = short_side / min(width, height)
     if share >= 1:
-        return np.asarray(image)
+        return image
     size = max(short_side, round(height * share)), max(short_side, round(width * share))
     return resized(image, size)

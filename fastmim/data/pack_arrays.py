@@ -86,11 +86,11 @@ def pack_arrays(
     )
     threads = min(num_threads, max(1, AHEAD_BYTES // (AHEAD * array_bytes)))
     with writer:
-        _Packing(opened, crops, like, writer, threads, progress).run()
+        Packing(opened, crops, like, writer, threads, progress).run()
     return PatchShards(writer.root)
 
 
-class _Packing:
+class Packing:
     """Job that packs `source` by an entered `writer`."""
 
     def __init__(

@@ -3,13 +3,14 @@
 A packed dataset is a folder with the file `packed.json`, which describes the whole. Shard k has samples k * shard_size
 and up, in two files. `shard-k.bin` holds the uint8 pixels (H, W, 3) of its images, concatenated. `shard-k.json` holds
 for each sample its name, its label, the start, height, width and CRC-32 of its pixels, or the reason why it couldn't be
-read, and the size, modification time, change time and CRC-32 of the original file. Each .json file holds the SHA-256 of
-its content.
+read, and the size, modification time, change time and CRC-32 of the original file. Of pairs of images it also holds the
+places of the second images, and of masks (h, w) of 0 and 1. Each .json file holds the SHA-256 of its content.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .base_source import Pair
 from .crops import Crops
 from .images import Unreadable
 from .lock import NAME as LOCK
@@ -34,6 +36,17 @@ SMALL = 2**30
 def shard_files(root: Path, shard: int) -> tuple[Path, Path]:
     """Return the paths of a shard's pixels and of its index."""
     return root / f"shard-{shard:05d}.bin", root / f"shard-{shard:05d}.json"
+
+
+def view_names(pairs: bool) -> tuple[str, ...]:
+    """Return the names, in an index, of the places of images of each sample: one, or two and the mask of the second."""
+    return ("places", "partners", "masks") if pairs else ("places",)
+
+
+def pixels_at(flat: Pixels, start: int, height: int, width: int, *, mask: bool) -> Pixels:
+    """Return the pixels (height, width, 3), or of a mask (height, width), that start at a place of a shard."""
+    shape = (height, width) if mask else (height, width, 3)
+    return flat[start : start + math.prod(shape)].reshape(shape)
 
 
 def make_folder(root: Path) -> None:
@@ -92,14 +105,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Packed:
-    """A packed dataset as a source of samples, as sources.Source describes.
+    """A packed dataset as a source of samples, as base_source.Source describes.
 
     Raises:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
+    chunks: Ints | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.title = str(self.root)
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
             arrays = "patches" in str(info.get("format"))
@@ -114,8 +130,10 @@ class Packed:
         self.reasons: dict[int, str] = {}
         self._shard_size: int = info["shard_size"]
         self._plan: str = info["plan"]
+        # a sample is a pair of images
+        self.pairs: bool = info.get("pairs", False)
         labels: list[int] = []
-        places: list[list[int]] = []
+        views: list[list[list[int]]] = [[] for _ in view_names(self.pairs)]
         bytes_held = 0
         for shard in range(info["shards"]):
             data, index = shard_files(self.root, shard)
@@ -129,11 +147,13 @@ class Packed:
             self.reasons |= {len(self.names) + int(at): reason for at, reason in content["reasons"].items()}
             self.names += content["names"]
             labels += content["labels"] or []
-            places += content["places"]
+            for places, name in zip(views, view_names(self.pairs)):
+                places += content[name]
             bytes_held += size
         self.labels: Ints | None = np.array(labels, dtype=np.int64) if labels else None
-        # by sample: start, height, width and checksum of its pixels
-        self._places: Ints = np.array(places, dtype=np.int64).reshape(-1, 4)
+        # by image of a sample, and by sample: start, height, width and checksum of its pixels
+        self._views: Ints = np.array(views, dtype=np.int64).reshape(len(views), -1, 4)
+        self._places: Ints = self._views[0]
         self._verified = bytearray(len(self.names))
         self._maps: dict[int, Pixels] = {}
         if bytes_held <= SMALL:
@@ -141,21 +161,21 @@ class Packed:
                 if sample not in self.reasons:
                     self.read(sample)
 
-    def read(self, sample: int, most: int = -1) -> Pixels:
-        """Return all pixels of an image, mapped into memory; their checksum is verified at the first read."""
+    def read(self, sample: int, most: int = -1) -> Pixels | Pair:
+        """Return all pixels of a sample, mapped into memory; their checksum is verified at the first read."""
         if sample in self.reasons:
             raise Unreadable(self.reasons[sample])
         shard = sample // self._shard_size
-        start, height, width, checksum = self._places[sample].tolist()
-        flat = self._mapped(shard)[start : start + height * width * 3]
+        places = self._views[:, sample].tolist()
+        views = [pixels_at(self._mapped(shard), *place[:3], mask=at == 2) for at, place in enumerate(places)]
         if not self._verified[sample]:
-            if zlib.crc32(flat.data) != checksum:
+            if any(zlib.crc32(view.data) != place[3] for view, place in zip(views, places)):
                 raise ValueError(
                     f"packed dataset: {shard_files(self.root, shard)[0]} is damaged: the checksum of "
                     f"{self.names[sample]} differs; remove it and run the same `fastmim pack` again"
                 )
             self._verified[sample] = 1
-        return flat.reshape(height, width, 3)
+        return Pair(views[0], views[1], views[2] if views[2].size else None) if self.pairs else views[0]
 
     def _mapped(self, shard: int) -> Pixels:
         if shard not in self._maps:
@@ -189,8 +209,9 @@ class Packed:
         return cut_from([self._mapped(shard) for shard in numbers], boxes, crops, ids, threads)
 
     def checksum(self, sample: int) -> int:
-        """Return the CRC-32 of an image's pixels, 0 where there are none."""
-        return int(self._places[sample, 3])
+        """Return the CRC-32 of an image's pixels, 0 where there are none; of pairs that of both and the mask."""
+        own = self._views[:, sample, 3].tolist()
+        return own[0] if len(own) == 1 else zlib.crc32(str(own).encode())
 
     def stamp(self, sample: int) -> None:
         """Return None, since a packed image is no file."""

@@ -74,7 +74,7 @@ class Table(NamedTuple):
 
 
 class PatchShards:
-    """A dataset of patches as a source of samples, as sources.Source describes.
+    """A dataset of patches as a source of samples, as base_source.Source describes.
 
     Attributes:
         patch_size: sizes of a patch, one for each axis beside the channels.
@@ -86,8 +86,11 @@ class PatchShards:
         ValueError: the dataset is not finished, or a shard, which is named, is damaged or missing.
     """
 
+    chunks: Ints | None = None
+
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+        self.title = str(self.root)
         info = read_json(root / INDEX)
         if info.get("format") != FORMAT:
             raise ValueError(f"packed dataset: {root / INDEX} must be of format {FORMAT!r}, got {info.get('format')!r}")
@@ -96,7 +99,7 @@ class PatchShards:
         self.patch_size: tuple[int, ...] = tuple(info["patch_size"])
         self.channels: int = info["channels"]
         self.dtype: str = info["dtype"]
-        self.nodata: float | None = None if info["nodata"] is None else float(info["nodata"])
+        self.nodata: float | None = None if info["nodata"] is None else float(info["nodata"]) + 0.0
         self.classes: list[str] = info["classes"]
         self.names: list[str] = []
         self.left_out: dict[str, int] = {}

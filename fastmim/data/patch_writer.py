@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .._checks import axes, check_count
+from .array_crops import missing_in
 from .lock import Lock
 from .packed import INDEX, make_folder, read_json, replaced, shard_files, write_json
 from .patch_shards import DTYPES, FORMAT, Table, split, stored_order
@@ -186,8 +187,8 @@ class PatchWriter:
             self._file.write(patches.data)
             sums += [zlib.crc32(patch.data) for patch in patches]
             if self.nodata is not None:
-                missing = np.isnan(patches) if math.isnan(self.nodata) else patches == self.nodata
-                valid.append(~missing.all(1))
+                lacking: Any = missing_in(patches, self.nodata).all(1)
+                valid.append(~lacking)
         self._index["sizes"].append(list(whole.shape[1:]))
         table = Table(np.array(sums, "<u4"), None if self.nodata is None else np.concatenate(valid).astype(np.uint8))
         self._tables.append(table)

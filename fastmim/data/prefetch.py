@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from .base_source import Source
 from .feeds import Feed, Supply
 from .masks import concatenated
 from .order import Order
 from .quarantine import Quarantine
-from .sources import Source
 from .transfer import Host, Row, Sent
 
 # finished batches that wait to be consumed

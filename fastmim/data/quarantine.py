@@ -3,8 +3,11 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from .base_source import Source
 
 logger = logging.getLogger("fastmim.data")
 
@@ -15,14 +18,21 @@ LIMIT = 0.1
 ENOUGH = 100
 
 
+def listing_of(source: Source, path: str | os.PathLike[str] | None = None) -> Path | None:
+    """Return the file that lists the unreadable samples of a source: `path`, else one in the source's folder."""
+    if path is not None:
+        return Path(path)
+    return None if source.root is None else source.root / NAME
+
+
 class Quarantine:
-    """The unreadable samples found so far, `reasons` by sample number, and the file that lists them.
+    """The unreadable samples found so far, `reasons` by sample number, and the file that lists them, or None.
 
     The file is only appended to, one JSON object per line with `file`, `id` and `reason`; it isn't created while every
     sample is readable. A file that becomes readable again gets a line with the reason null.
     """
 
-    def __init__(self, path: Path, samples: int) -> None:
+    def __init__(self, path: Path | None, samples: int) -> None:
         self.path, self.samples = path, samples
         self.reasons: dict[int, str] = {}
         # names of files that the quarantine file lists; None until it is read
@@ -52,6 +62,8 @@ class Quarantine:
 
     def _list(self, sample: int, name: str, reason: str | None) -> None:
         """Append a line, unless the file states this already."""
+        if self.path is None:
+            return
         try:
             if self._listed is None:
                 self._listed = set()
@@ -67,6 +79,8 @@ class Quarantine:
 
     def listing(self) -> str:
         """Return where the samples are listed, or why they aren't, for messages."""
+        if self.path is None:
+            return "not listed, since no quarantine file was named"
         if self._failure is None:
             return f"listed in {self.path}"
         return f"not listed, since {self.path} can't be written: {self._failure.strerror}"

@@ -96,10 +96,10 @@ class Cut(Resampled):
 
 @dataclass(frozen=True)
 class Views(Resampled):
-    """Crops, and patches of the second crops inside them. A row has the bytes of a crop, then those of its patches."""
+    """Whole crops, and patches of others. A row has the bytes of a crop, then those of the patches."""
 
-    first: Cut
-    second: Cut
+    first: Resampled
+    second: Resampled
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ def cut_from(
 
 
 def resized(image: Any, size: tuple[int, int]) -> Pixels:
-    """Return a whole PIL image resized to `size` (H, W)."""
+    """Return a whole image, pixels (H, W, 3) or a PIL image, resized to `size` (H, W)."""
     pixels = np.asarray(image)
     height, width = pixels.shape[:2]
     out: Pixels = Cut([pixels], np.array([[0, 0, 3 * width, height, width, 0]]), size).made()[0]

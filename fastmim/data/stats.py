@@ -13,12 +13,12 @@ import numpy as np
 from .array_crops import ArrayCrops, Layout, reason
 from .array_files import Arrays
 from .array_loader import first_layout
+from .folders import STATS
 from .images import Unreadable
 from .loader_state import contents
 from .packed import replaced
 from .philox import Floats
 from .quarantine import NAME, Quarantine
-from .sources import STATS
 from .threads import map_ahead
 
 logger = logging.getLogger("fastmim.data")
@@ -188,6 +188,8 @@ def _saved(path: Path, layout: Layout, of: dict[str, Any]) -> Statistics | None:
     """
     if not path.exists():
         return None
+    if not path.is_file():
+        raise ValueError(f"the file of statistics must be a regular file, got {path}")
     try:
         held = json.loads(path.read_text())
         if held["format"] != FORMAT:

@@ -52,7 +52,7 @@ def tube(
         raise ValueError(f"mask_ratio {mask_ratio} removes none of the {frame} patches of a frame")
     if decode not in ("all", "running_cell"):
         raise ValueError(f'decode must be "all" or "running_cell", got {decode!r}')
-    if decode == "all" and decode_ratio not in (None, 1):
+    if decode == "all" and (decode_ratio not in (None, 1) or decode_ratio is True):
         raise ValueError(
             f'decode_ratio is the share of decode="running_cell"; with "all" it must be 1, got {decode_ratio}'
         )

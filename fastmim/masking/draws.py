@@ -10,7 +10,7 @@ from .._checks import can_be_read, check_count, check_floating, check_number, ch
 from ..ops.masking import check_device, seeds_of
 from ..reference import philox
 from .counts import check_valid, count_kept, count_predicted, first_row, patches_of, row_counts
-from .mask import Mask
+from .mask import Mask, unchecked
 from .ranking import drawn_order, grouped, ranked_mask
 
 
@@ -89,7 +89,7 @@ def random(
         return ranked_mask(drawn_order(batch, num_patches, **source), mask_ratio, len_keep, decode_ratio, valid)
     len_keep = count_kept(num_patches, mask_ratio, len_keep)
     len_predict = count_predicted(num_patches - len_keep, decode_ratio)
-    ids = ops.random_masking(
+    keep, predict, restore = ops.random_masking(
         batch,
         num_patches,
         len_keep,
@@ -99,7 +99,8 @@ def random(
         generator=generator,
         device=device,
     )
-    return Mask(*ids, num_patches)
+    # the op gives ranks: there is nothing to check
+    return unchecked(ids_keep=keep, ids_predict=predict, ids_restore=restore, num_patches=num_patches)
 
 
 def from_scores(
@@ -165,6 +166,8 @@ def weighted(
     check_floating("weights", weights)
     batch, num_patches = weights.shape
     count_predicted(num_patches - count_kept(num_patches, mask_ratio, len_keep), decode_ratio)
+    if not isinstance(remove, bool):
+        raise TypeError(f"remove must be True or False, got {remove!r}")
     check_device(device, weights=weights)
     if valid is not None:
         check_valid(valid, batch, num_patches, weights=weights)

@@ -100,6 +100,14 @@ class Mask:
 _TENSORS = "ids_keep", "ids_predict", "ids_restore", "valid_keep", "valid_predict"
 
 
+def unchecked(**values: Any) -> Mask:
+    """Return a mask of values that are not checked: those of an op, or of a tree, which may hold anything."""
+    mask = object.__new__(Mask)
+    for name in ("num_patches", *_TENSORS):
+        object.__setattr__(mask, name, values.get(name))
+    return mask
+
+
 def _flatten(mask: Mask) -> tuple[list[Tensor], list[Any]]:
     """Return the tensors of a mask, and its number of patches followed by their names."""
     given = {name: value for name in _TENSORS if (value := getattr(mask, name)) is not None}
@@ -107,13 +115,8 @@ def _flatten(mask: Mask) -> tuple[list[Tensor], list[Any]]:
 
 
 def _unflatten(values: Any, context: list[Any]) -> Mask:
-    """Return a mask of values that are not checked: a tree may hold anything in their place."""
-    mask = object.__new__(Mask)
     num_patches, *names = context
-    given = dict(zip(names, values))
-    for name, value in [("num_patches", num_patches), *((name, given.get(name)) for name in _TENSORS)]:
-        object.__setattr__(mask, name, value)
-    return mask
+    return unchecked(num_patches=num_patches, **dict(zip(names, values)))
 
 
 def _flatten_with_keys(mask: Mask) -> tuple[list[tuple[Any, Tensor]], list[Any]]:

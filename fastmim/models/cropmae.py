@@ -3,6 +3,7 @@
 Letters: B batch, L patches, K visible, N prefix tokens, D width.
 """
 
+import math
 import re
 from typing import Any
 
@@ -67,6 +68,8 @@ class CropMAE(MaskedAutoencoder):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         depth = check_count("decoder_depth", options.pop("decoder_depth"), 0)
         ratio = options.pop("decoder_mlp_ratio", None)
+        if ratio is not None and not 0 < check_number("decoder_mlp_ratio", ratio) < math.inf:
+            raise ValueError(f"decoder_mlp_ratio must be positive and finite, got {ratio}")
         super().__init__(**options, decoder="both", decoder_depth=0)
         width, norm_layer = self.mask_token.shape[2], options.get("norm_layer") or LayerNorm
         hidden = 2048 if ratio is None else int(width * ratio + 1e-6)

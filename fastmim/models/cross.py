@@ -41,6 +41,8 @@ class CrossMAE(MaskedAutoencoder):
     """
 
     def __init__(self, *, use_input: bool = True, **options: Any) -> None:
+        if not isinstance(use_input, bool):
+            raise TypeError(f"use_input must be True or False, got {use_input!r}")
         defaults: dict[str, Any] = dict(
             img_size=224,
             patch_size=16,

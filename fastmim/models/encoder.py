@@ -87,6 +87,10 @@ class Encoder(nn.Module):
         if not 0 <= check_number("drop_path", drop_path) < 1:
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         check_sizes("", embed_dim, depth, num_heads, mlp_ratio)
+        if not isinstance(qkv_bias, bool):
+            raise TypeError(f"qkv_bias must be True or False, got {qkv_bias!r}")
+        if layer_scale is not None and not math.isfinite(check_number("layer_scale", layer_scale)):
+            raise ValueError(f"layer_scale must be finite, or None, got {layer_scale}")
         self.in_chans, self.embed_dim, self.num_heads = in_chans, embed_dim, num_heads
         self.num_prefix_tokens, self.position = num_prefix_tokens, pos_embed
         self.gradient_checkpointing = False

@@ -22,7 +22,7 @@ class LayerScale(nn.Module):
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
         self.value = value
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def reset_parameters(self) -> None:
         """Set all factors to their initial value."""

@@ -8,6 +8,7 @@
 #     data           the loader of a run, by what the data hold; photos: pictures that need no download
 #     seeds          seeds of a sample's masks
 #     masks          masks of a run
+#     batches        batches of any loader
 #     objective      what a step minimises: the model's loss, distillation
 #     schedule       AdamW and its learning rate
 #     distributed    processes, DDP and FSDP2

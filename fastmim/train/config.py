@@ -19,8 +19,8 @@ from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.video import VideoMAE
 from . import registry
 from .masks import Masks
-from .objective import imported, takes_pairs
-from .registry import MODELS, SHORT
+from .objective import imported
+from .registry import MODELS, SHORT, takes_pairs
 from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"
@@ -60,7 +60,7 @@ class Config:
         mask: another source of masks: `kind`, a function of `fastmim.masking` (random, cells, blocks, tube, weighted,
             hardest), and its options, which replace mask_ratio and decode_ratio. mask_ratio, decode_ratio and share may
             be [first, last], which change in proportion to the steps done. For "weighted" and "hardest" the objective
-            scores the patches.
+            scores the patches, or `covisible` of `data_options`.
         objective: "mae", the model's own loss; "distill", `fastmim.train.Distill`; or "package.module:Class", a module
             made of (model, **objective_options) whose forward(batch, mask) returns the loss.
         objective_options: those of the objective; for "distill" `teacher` is the path of a checkpoint.
@@ -70,8 +70,9 @@ class Config:
         flip: mirror half of the crops; without use for arrays, for which `data_options` names the axes, `flips`.
         inner: least and largest share of a crop's area that a second crop inside it takes, for models of two views.
         data_options: further arguments of the loader: ratio and repeats of `ImageLoader`; channels_last, key,
-            sample_axis, flips, repeats, nodata, mean and std of `ArrayLoader`; sampling_rate, scale, ratio and repeats
-            of `ClipLoader`.
+            sample_axis, flips, repeats, nodata, min_valid, mean and std of `ArrayLoader`; sampling_rate, scale, ratio
+            and repeats of `ClipLoader`. For a list of pairs covisible: true: objective "mae" scores patches by the
+            share of each that the first picture shows too.
         backend, num_threads: decoder and threads of the loader.
         patchwise: true: the loader reads the patches that are kept or predicted, instead of whole images, with the same
             results; not with a mask that changes or ranks patches, an objective that sees all patches, or
@@ -249,10 +250,11 @@ class Config:
                 f"image_size must be [frames, height, width] for model {self.model}, got {self.image_size}"
             )
         masks = Masks(self.mask_settings, model.grid_size)
-        if masks.ranks and self.objective in ("mae", "distill"):
+        scored = self.objective == "mae" and self.data_options.get("covisible")
+        if masks.ranks and self.objective in ("mae", "distill") and not scored:
             raise ConfigError(
-                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own; "
-                f"got objective {self.objective}"
+                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own, or mae with "
+                f"data_options.covisible; got objective {self.objective}"
             )
         if self.inner is not None:
             if not 0 < self.inner[0] <= self.inner[1] <= 1:

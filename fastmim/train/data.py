@@ -23,7 +23,7 @@ from . import photos
 from .config import Config
 from .distributed import Processes
 from .masks import Masks
-from .objective import takes_pairs
+from .registry import takes_pairs
 from .values import ConfigError
 
 Kind = Literal["images", "arrays", "clips"]
@@ -119,12 +119,20 @@ def open_loader(config: Config, processes: Processes) -> Loader:
         ) from None
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"data {config.data}: {str(error).removeprefix('source ')}") from None
-    # a list of pairs is a file
-    if takes_pairs(model) and config.objective == "mae" and config.inner is None and not source.is_file():
-        raise ConfigError(
-            f"inner must be given for model {config.model}, which takes pairs of views, unless data is a list of pairs"
-        )
+    if config.objective in ("mae", "distill") and takes_pairs(model) != gives_pairs(loader):
+        if takes_pairs(model):
+            raise ConfigError(
+                f"data must be a list of pairs, or inner given, for model {config.model}, which takes two views; got "
+                f"data {config.data} and inner none"
+            )
+        raise ConfigError(f"model {config.model} takes one view, and data {config.data} gives pairs of them")
     return loader
+
+
+def gives_pairs(loader: Loader) -> bool:
+    """Return whether the batches of a loader hold two views: crops inside others, or pairs of pictures."""
+    crops = getattr(loader, "crops", None)
+    return getattr(crops, "inner", None) is not None or bool(getattr(crops, "pairs", False))
 
 
 def normalised(config: Config, loader: Loader) -> Config:
@@ -154,8 +162,17 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         backend=config.backend,
         inner=config.inner,
         **_patches(config, source, model),
-        **_options(config, ("ratio", "repeats")),
+        **_image_options(config, model),
     )
+
+
+def _image_options(config: Config, model: MaskedAutoencoder) -> dict[str, Any]:
+    options = _options(config, ("ratio", "repeats", "covisible"))
+    if not isinstance(covisible := options.pop("covisible", False), bool):
+        raise ConfigError(f"data_options.covisible must be true or false, got {covisible!r}")
+    if covisible and config.objective == "mae" and not Masks(config.mask_settings, model.grid_size).ranks:
+        raise ConfigError('data_options.covisible must be false without a mask of kind "weighted" or "hardest"')
+    return {**options, "covisible": model.patch_size if covisible else None}
 
 
 # ---- clips -----------------------------------------------------------------------------------------------------------
@@ -184,19 +201,14 @@ def _clips(config: Config, source: Path, model: MaskedAutoencoder, common: dict[
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
-ARRAY_OPTIONS = ("channels_last", "key", "sample_axis", "flips", "repeats", "nodata", "mean", "std")
+ARRAY_OPTIONS = ("channels_last", "key", "sample_axis", "flips", "repeats", "nodata", "min_valid", "mean", "std")
 
 
 def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict[str, Any]) -> ArrayLoader:
     if config.inner is not None:
         raise ConfigError(f"inner must be none for arrays, which data {config.data} holds; got {list(config.inner)}")
     options, axes = _options(config, ARRAY_OPTIONS), len(model.grid_size)
-    if isinstance(options.get("nodata"), int):
-        # the loader tells numbers apart by their text, since NaN is no other's equal
-        options["nodata"] = float(options["nodata"])
-    command, measured = f"fastmim stats {source} --axes {axes}", None
-    if "nodata" in options:
-        command += f" --nodata={options['nodata']:g}"
+    measured = None
     if not {"mean", "std"} & {*options, *config.model_options}:
         measured = measured_of(source)
     if measured is not None:
@@ -209,23 +221,30 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         **{"patch_size": model.patch_size, **_patches(config, source, model)},
         **options,
     )
-    layout = loader.layout
+    layout, nodata = loader.layout, loader.crops.nodata
+    command = f"fastmim stats {source} --axes {axes}"
+    if loader.crops.channels_last:
+        command += " --channels-last"
+    if options.get("key"):
+        command += f" --key {options['key']}"
+    if nodata is not None:
+        command += f" --nodata={nodata:g}"
     if layout.channels != model.in_chans:
         raise ConfigError(
             f"in_chans must be {layout.channels}, the channels of data {config.data}; got {model.in_chans}"
         )
     if measured is not None:
-        nodata = None if loader.crops.nodata is None else repr(loader.crops.nodata)
-        now = loader.source.identity(), len(loader.source.names), nodata
+        now = loader.source.identity(), len(loader.source.names), None if nodata is None else repr(nodata)
         if (measured["of"]["data"], measured["done"], measured["of"]["nodata"]) != now:
             raise ConfigError(
                 f"data {config.data}: its statistics are of other arrays or another nodata: run {command} again"
             )
     if loader.crops.mean is None and (layout.dtype not in ("uint8", "uint16") or model.mean is None):
         given = "model_options.mean is for uint8 and uint16; " if "mean" in config.model_options else ""
+        run = "" if source.is_file() else f"run {command}, or "
         raise ConfigError(
-            f"data {config.data} holds {layout.dtype} arrays, whose mean and deviation must be known: {given}run "
-            f"{command}, or give data_options.mean and data_options.std"
+            f"data {config.data} holds {layout.dtype} arrays, whose mean and deviation must be known: {given}{run}give "
+            "data_options.mean and data_options.std"
         )
     return loader
 
@@ -250,7 +269,7 @@ def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str
         f"masks of kind {masks.kind!r}, for which the objective scores whole images": masks.ranks,
         "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
         "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
-        "a model that takes pairs, of which one is whole": takes_pairs(model) or config.inner is not None,
+        "data_options.covisible, whose shares are of whole images": bool(config.data_options.get("covisible")),
         "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
         "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
     }

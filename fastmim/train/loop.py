@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data import ArrayBatch, PairBatch
+from ..data import ArrayBatch, CovisibleBatch, PairBatch
 from ..data.lock import Lock, Locked
 from ..data.seeds import mask_seeds
 from . import metrics, objective
+from .batches import AnyBatch
 from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config
 from .data import normalised, open_loader
@@ -28,7 +29,7 @@ from .meter import Meter
 from .reconstruct import draw_grid
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
-from .step import AnyBatch, Average, Update, graphed
+from .step import Average, Update, graphed
 from .values import ConfigError
 
 
@@ -254,7 +255,7 @@ class Trainer:
         # all that is removed is drawn
         settings = {name: value for name, value in settings.items() if name not in ("decode", "decode_ratio")}
         mask = Masks(settings, self.model.grid_size)(seeds, valid=valid)
-        pair = isinstance(part, PairBatch)
+        pair = isinstance(part, (PairBatch, CovisibleBatch))
         images = (part.pair if pair else part.images).to(device)
         with whole(self.parallel):
             context = {"context": self.model.encode(part.images.to(device), None)} if pair else {}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import masking
+from .._checks import check_number
 from ..masking import Mask
 
 # options that may change while the run goes on, given as [first, last]
@@ -23,7 +24,8 @@ def _of_grid(source: Callable[..., Mask]) -> Callable[..., Mask]:
 
 
 def _of_scores(source: Callable[..., Mask]) -> Callable[..., Mask]:
-    return lambda grid, scores, batch, **options: source(scores, **options)
+    # len_keep stands in place of mask_ratio, which no default of masking.hardest leaves out
+    return lambda grid, scores, batch, **options: source(scores, **{"mask_ratio": None, **options})
 
 
 def _random(grid: Sequence[int], scores: Tensor | None, batch: int, **options: Any) -> Mask:
@@ -66,8 +68,11 @@ class Masks:
                 raise ValueError(
                     f"mask of kind {self.kind!r} has no option {name!r}; valid ones are {', '.join(valid)}"
                 )
-            if name in SCHEDULED and isinstance(value, (list, tuple)) and len(value) != 2:
-                raise ValueError(f"mask.{name} must be a number, or [first, last]; got {value!r}")
+            if name in SCHEDULED and isinstance(value, (list, tuple)):
+                if len(value) != 2:
+                    raise ValueError(f"mask.{name} must be a number, or [first, last]; got {value!r}")
+                for end in value:
+                    check_number(f"mask.{name}", end)
         self.options = options
         try:
             # the options that no default and no setting gives are named by Python, values are checked by the source

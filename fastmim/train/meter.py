@@ -11,7 +11,8 @@ from ..models.masked_autoencoder import MaskedAutoencoder
 from .config import Config
 from .distributed import Processes
 from .masks import Masks
-from .objective import PixelObjective, takes_pairs
+from .objective import PixelObjective
+from .registry import takes_pairs
 
 
 class Meter:

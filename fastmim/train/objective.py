@@ -12,8 +12,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import ops
 from .._checks import check_count, check_number
-from ..data import Batch, PairBatch
+from ..data import Batch, CovisibleBatch, PairBatch
 from ..masking import Mask
+
+# added to the shares of patches that the other view shows: as weights, they must be above zero
+UNSEEN = 0.01
 
 
 class Objective(nn.Module):
@@ -37,8 +40,9 @@ class Objective(nn.Module):
 
         Args:
             batch: a process's part of an update, as the loader gave it: images (B, C, *img_size), labels where the data
-                have any, ids; `pair` of a `PairBatch`, `valid` of an `ArrayBatch`. Where the run reads patches alone
-                (the setting patchwise), it is a `Batch` whose images are `fastmim.Patches`.
+                have any, ids; `pair` of a `PairBatch`, and `covisible` of a `CovisibleBatch`; `valid` of an
+                `ArrayBatch`. Where the run reads patches alone (the setting patchwise), they are `fastmim.Patches` in
+                place of images, or of the second views, `pair`.
             mask: of the images.
         """
         raise TypeError(f"{type(self).__name__} must define forward(batch, mask)")
@@ -54,18 +58,19 @@ class Objective(nn.Module):
 class PixelObjective(Objective):
     """The model's own loss; of pairs, that of predicting patches of `pair` with `images`, whole, as the second view."""
 
-    def forward(self, batch: Batch | PairBatch, mask: Mask) -> Tensor:
+    def forward(self, batch: Batch | PairBatch | CovisibleBatch, mask: Mask) -> Tensor:
         """Return the loss of the model."""
-        if isinstance(batch, PairBatch):
+        if isinstance(batch, (PairBatch, CovisibleBatch)):
             loss: Tensor = self.model(batch.pair, mask=mask, context=self.model.encode(batch.images, None)).loss
         else:
             loss = self.model(batch.images, mask=mask).loss
         return loss
 
-
-def takes_pairs(model: nn.Module) -> bool:
-    """Return whether the model predicts patches of one view with another one."""
-    return getattr(model, "decoder", None) == "both"
+    def scores(self, batch: Any) -> Tensor:
+        """Return the shares (B, L) of the patches of `pair` that `images` shows, from `UNSEEN` to 1 + `UNSEEN`."""
+        if not isinstance(batch, CovisibleBatch):
+            return super().scores(batch)
+        return batch.covisible + UNSEEN
 
 
 class Distill(Objective):

@@ -6,6 +6,8 @@ import pkgutil
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
 from .. import models
 from ..models.masked_autoencoder import MaskedAutoencoder
 
@@ -43,3 +45,8 @@ def build(name: str, options: dict[str, Any]) -> MaskedAutoencoder:
     if absent := [argument for argument in missing if argument != "self" and argument not in options]:
         raise ValueError(f"model_options must hold {' and '.join(absent)} for model {name}")
     return make(**options)
+
+
+def takes_pairs(model: nn.Module) -> bool:
+    """Return whether the model predicts patches of one view with another one."""
+    return getattr(model, "decoder", None) == "both"

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .._patches import Patches
-from ..data import ArrayBatch, Batch, PairBatch, PatchBatch
-from ..data.masks import joined, tensors
+from ..data import Batch, PairBatch, PatchBatch
 from ..masking import Mask
+from .batches import AnyBatch, mapped, tensors_of
 from .config import DTYPES, Config
 from .distributed import Processes, accumulating
 from .masks import Masks
@@ -18,9 +18,6 @@ from .objective import move_average
 
 # added to the norm of the gradient by torch.nn.utils.clip_grad_norm_ too
 EPS = 1e-6
-
-# what a loader gives
-AnyBatch = Batch | PatchBatch | PairBatch | ArrayBatch
 
 
 class Results(NamedTuple):
@@ -92,7 +89,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seeds = seeds.to(device, non_blocking=True)
-        batch = _mapped(batch, lambda values: values.to(device, non_blocking=True))
+        batch = mapped(batch, lambda values: values.to(device, non_blocking=True))
         size = len(seeds)
         micro = config.micro_batch_size or size
         total = torch.zeros((), device=device, dtype=torch.float64)
@@ -122,11 +119,14 @@ class Update:
 
     def _part(self, batch: AnyBatch, rows: slice) -> tuple[Any, Mask | None]:
         """Return rows of a batch for the objective, and their mask if they are patches."""
-        part = _mapped(batch, lambda values: values[rows])._replace(ids=batch.ids[rows])
+        part = mapped(batch, lambda values: values[rows])._replace(ids=batch.ids[rows])
         if isinstance(part, PatchBatch):
             return Batch(self._prepared(part.patches), part.labels, part.ids), part.mask
-        views = {name: self._prepared(getattr(part, name)) for name in ("images", "pair") if name in part._fields}
-        return part._replace(**views), None
+        if isinstance(part, PairBatch) and isinstance(part.pair, PatchBatch):
+            views = self._prepared(part.images), self._prepared(part.pair.patches)
+            return PairBatch(*views, part.labels, part.ids), part.pair.mask
+        prepared = {name: self._prepared(getattr(part, name)) for name in ("images", "pair") if name in part._fields}
+        return part._replace(**prepared), None
 
     def _prepared(self, images: Any) -> Any:
         """Return images or patches as they are; integers are normalised by the kernels, with float32 constants.
@@ -196,8 +196,8 @@ class GraphedUpdate:
             return self.update(batch, seeds, lr, progress)
         if self.inputs is None:
             return self._warm_up(batch, seeds, lr)
-        kept = [values.shape for values in _tensors(self.inputs[0])]
-        if kept != [values.shape for values in _tensors(batch)]:
+        kept = [values.shape for values in tensors_of(self.inputs[0])]
+        if kept != [values.shape for values in tensors_of(batch)]:
             if not self.reported:
                 self.reported = True
                 self.say(f"cuda_graphs: off for batches of another shape than {list(kept[0])}")
@@ -213,7 +213,7 @@ class GraphedUpdate:
     def _copy(self, batch: AnyBatch, seeds: Tensor, lr: float) -> None:
         assert self.inputs is not None
         static, own, rate = self.inputs
-        for kept, given in zip([*_tensors(static), own], [*_tensors(batch), seeds]):
+        for kept, given in zip([*tensors_of(static), own], [*tensors_of(batch), seeds]):
             kept.copy_(given, non_blocking=True)
         rate.fill_(lr)
 
@@ -221,7 +221,7 @@ class GraphedUpdate:
         """Update on the stream of the capture."""
         device = self.update.processes.device
         self.inputs = (
-            _mapped(batch._replace(labels=None), lambda values: torch.empty_like(values, device=device)),
+            mapped(batch._replace(labels=None), lambda values: torch.empty_like(values, device=device)),
             torch.empty_like(seeds, device=device),
             # float32 is what fused optimisers read
             torch.zeros((), device=device),
@@ -277,29 +277,3 @@ def graphed(update: Update, say: Callable[[str], None]) -> Update | GraphedUpdat
             say(f"cuda_graphs: off with {reason}")
             return update
     return GraphedUpdate(update, say)
-
-
-def _mapped(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Return a batch of function(each tensor but the ids, which stay on the host)."""
-    changed: dict[str, Any] = {}
-    for name, value in zip(batch._fields, batch):
-        if isinstance(value, Patches):
-            changed[name] = Patches(function(value.visible), function(value.predicted))
-        elif isinstance(value, Mask):
-            changed[name] = joined([value], function)
-        elif value is not None and name != "ids":
-            changed[name] = function(value)
-    return batch._replace(**changed)
-
-
-def _tensors(batch: AnyBatch) -> list[Tensor]:
-    """Return the tensors of a batch other than labels and ids."""
-    found: list[Tensor] = []
-    for name, value in zip(batch._fields, batch):
-        if isinstance(value, Patches):
-            found += [value.visible, value.predicted]
-        elif isinstance(value, Mask):
-            found += tensors(value)
-        elif value is not None and name not in ("labels", "ids"):
-            found.append(value)
-    return found

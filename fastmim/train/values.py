@@ -1,5 +1,6 @@
 """Values of settings: read from the text of `key=value`, and checked to be of the type of their key."""
 
+import json
 import os
 import sys
 import types
@@ -65,6 +66,12 @@ def typed(name: str, value: Any, kind: Any) -> Any:
         }.get(origin, origin.__name__)
         got = f"{type(value).__name__} {value!r}"
         raise ConfigError(f"{name} must be {words}{' or none' if optional else ''}, got {got}")
+    if origin is dict:
+        try:
+            # as checkpoints hold it
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name} must hold numbers, texts, lists and tables, got {value!r}: {error}") from None
     return value
 
 

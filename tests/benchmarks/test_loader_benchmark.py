@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+import clips
 import loader
 import throughput
 from pictures.jpegs import write_jpegs
@@ -28,6 +29,20 @@ def test_a_run_prints_a_table_and_writes_its_rows(tmp_path, capsys):
     pixels, size = (written["rows"][-2][f"share_of_{what}"] for what in ("pixels", "bytes"))
     assert 0.5 < pixels < 0.8 and 0.5 < size < 0.6
     assert written["rows"][0]["ratio"] == 1 and written["environment"]["bytes_per_image"] > 10_000
+
+
+def test_videos(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(clips, "LENGTH", 70)
+    monkeypatch.setattr(clips, "SHAPE", (64, 48))
+    arguments = ["--videos", "--images", "3", "--batch-size", "2", "--rounds", "1", "--threads", "1"]
+    assert loader.main([*arguments, "--image-size", "32", "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    out = capsys.readouterr().out
+    assert all(row["backend"] in out and row["clips_per_second"] > 0 for row in rows)
+    every, seeking, four, patches, packed, *_, visible = (row["frames_decoded_per_clip"] for row in rows)
+    assert every == 70 > seeking == patches > 4 * four - 1 and packed == visible == 0
+    # of 32 patches, of which 4 cells of 2 x 2 are too few for a mask of 0.9: 3 of 4 are removed
+    assert [round(row["share_of_bytes"], 2) for row in rows] == [1, 1, 1, 0.75, 1, 0.75, 0.28]
 
 
 def test_jpegs_are_of_imagenets_size(tmp_path):

@@ -17,7 +17,7 @@ from pictures.photographs import Photographs, normalise
 from rivals import attention_forms, vit_mae
 from rivals.breakdown import Recorded, share_of_step
 from rivals.contestants import PEERS, Contestant, Setting, batches
-from rivals.sizes import Cell, train_flops
+from rivals.sizes import Cell, Sizes, train_flops
 
 TINY = ["--models", "tiny", "--image-size", "64", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
 KEYS = {
@@ -27,6 +27,7 @@ KEYS = {
 ENVIRONMENT = {"torch", "python", "fastmim", "device_name", "threads", "commit", "command", "matmul_flops_per_second"}
 SETTING = Setting("tiny", 64, 2, "fp32", "cpu")
 CELLS = [Cell(0.75, 1.0), Cell(0.75, 0.3)]
+SIZES = Sizes.of(SETTING.template())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def template():
 
 
 def batch(count=2):
-    return next(batches(Photographs(seed=1).crops(count, 64), count, 16))
+    return next(batches(Photographs(seed=1).crops(count, 64), count, SIZES, CELLS[0]))
 
 
 def entered(form, template, cell, setting=SETTING):
@@ -215,7 +216,7 @@ def test_a_wrong_gradient_prints_no_speed_up(monkeypatch, capsys):
         (["--peers", "timm"], ["--peers", "timm", "plain-gather"]),
         (["--device", "tpu"], ["--device", "tpu", "cuda"]),
         (["--mask-ratios", "1.5"], ["--mask-ratios", "1.5", "between 0 and 1"]),
-        (["--mask-ratios", "0.999"], ["--mask-ratios", "0.999", "keeps 0"]),
+        (["--mask-ratios", "0.999"], ["--mask-ratios", "0.999", "keeps none"]),
         (["--decode-ratios", "0"], ["--decode-ratios", "got 0", "at most 1"]),
         (["--batch-size", "0"], ["--batch-size", "'0'", "from 1 up"]),
         (["--image-size", "100"], ["--image-size", "100", "multiple", "16"]),

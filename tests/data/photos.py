@@ -18,11 +18,11 @@ def picture(seed, size=(96, 64)):
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def write_pictures(root, count=SAMPLES, classes=3):
+def write_pictures(root, count=SAMPLES, classes=3, size=None):
     """Write `count` JPEGs of different sizes and subsampling below `root`, and return it."""
     for index in range(count):
         folder = root / f"class{index % classes}"
         folder.mkdir(parents=True, exist_ok=True)
-        size = (96, 64) if index % 2 else (70, 90)
-        picture(index, size).save(folder / f"{index:03}.jpg", quality=92, subsampling=index % 3)
+        own_size = size or ((96, 64) if index % 2 else (70, 90))
+        picture(index, own_size).save(folder / f"{index:03}.jpg", quality=92, subsampling=index % 3)
     return root

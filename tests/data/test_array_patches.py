@@ -311,6 +311,19 @@ def test_files_without_the_axis_of_samples(tmp_path):
         load(tmp_path, 1, sample_axis=-1)
 
 
+@pytest.mark.fault
+def test_missing_data_are_told_by_value(tmp_path):
+    with_holes(tmp_path / "plain", 2, nodata=0)
+    for given in (0, -0.0):
+        pack_arrays(tmp_path / "plain", tmp_path / f"packed{given}", patch_size=4, nodata=given)
+        for name in (tmp_path / "plain", tmp_path / f"packed{given}"):
+            first, *others = (
+                load(name, crop=8, patch_size=4, nodata=nodata) for nodata in (0.0, 0, np.float32(0), -0.0)
+            )
+            for other in others:
+                other.load_state_dict(first.state_dict())
+
+
 def test_nodata_that_a_geotiff_states(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     for sample in range(4):

@@ -7,11 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import videos
 from cases import TEST_ALL
 from photos import write_pictures
 
 from fastmim import masking
-from fastmim.data import ArrayLoader, ImageLoader
+from fastmim.data import ArrayLoader, ClipLoader, ImageLoader
+from fastmim.data.clip_pack import pack_videos
 from fastmim.data.pack import pack
 from fastmim.data.pack_arrays import pack_arrays
 from fastmim.data.packed import shard_files
@@ -83,9 +85,30 @@ def samples_of_files(root, bad):
     return root / "files"
 
 
+def clips(root, bad):
+    for sample in range(SAMPLES):
+        videos.write(root / "videos" / f"class{sample % 3}" / f"{sample:02}.mp4", 14, seed=sample)
+    paths = sorted((root / "videos").rglob("*.mp4"))
+    for index in bad:
+        paths[index].write_bytes(b"no video")
+    return root / "videos"
+
+
+def packed_clips(root, bad):
+    shards = pack_videos(clips(root, ()), root / "patches", frame_stride=3, patch_size=(2, 8, 8))
+    path, size = shard_files(root / "patches", 0)[0], shards.array(0).nbytes
+    data = bytearray(path.read_bytes())
+    for index in bad:
+        for place in range(index * size, (index + 1) * size, 64):
+            data[place] ^= 1
+    path.write_bytes(data)
+    return root / "patches"
+
+
 # ---- loaders ---------------------------------------------------------------------------------------------------------
 
 MISSING = {"patch_size": 4, "nodata": NAN, "flips": (0, 1)}
+CLIP = {"num_frames": 4, "sampling_rate": 3, "image_size": (8, 24), "flip": True}
 CASES = {
     "images": (pictures, ImageLoader, {"backend": "pillow", "image_size": 32}),
     "patches of images": (
@@ -98,6 +121,8 @@ CASES = {
     "patches of arrays": (arrays, ArrayLoader, {"crop": (8, 12), "masking": draw, **MISSING}),
     "packed arrays": (packed_arrays, ArrayLoader, {"crop": (8, 12), "flips": (0,)}),
     "patches of packed arrays": (packed_arrays, ArrayLoader, {"crop": (8, 12), "masking": draw, "flips": (0, 1)}),
+    "clips": (clips, ClipLoader, CLIP),
+    "patches of packed clips": (packed_clips, ClipLoader, {**CLIP, "patch_size": (2, 8, 8), "masking": draw}),
     "samples of files": (samples_of_files, ArrayLoader, {"crop": (8, 12), "sample_axis": 1, **MISSING}),
 }
 

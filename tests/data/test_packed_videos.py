@@ -119,10 +119,10 @@ def test_packing_continues_and_lists_unreadable_videos(clips, tmp_path, monkeypa
     options = {"frame_stride": 3, "patch_size": PATCH, "shard_size": 4}
     plain = PatchWriter.add
 
-    def interrupted(self, array, label, name):
+    def interrupted(self, array, label, name, **others):
         if name == "05.mp4":
             raise KeyboardInterrupt
-        plain(self, array, label, name)
+        plain(self, array, label, name, **others)
 
     monkeypatch.setattr(PatchWriter, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -136,11 +136,15 @@ def test_packing_continues_and_lists_unreadable_videos(clips, tmp_path, monkeypa
     assert '"07.mp4"' in (tmp_path / "out" / "quarantine.jsonl").read_text()
     whole = pack_videos(tmp_path / "videos", tmp_path / "whole", **options)
     assert all(np.array_equal(found.array(i), whole.array(i)) for i in range(11) if i != 7)
+    # a file that was repaired since
+    (tmp_path / "videos" / "07.mp4").write_bytes((clips / names_of(clips)[7]).read_bytes())
+    repaired = pack_videos(tmp_path / "videos", tmp_path / "out", **options)
+    assert not repaired.reasons and np.array_equal(repaired.array(5), whole.array(5))
     with pytest.raises(ValueError, match="holds another packed dataset: settings was"):
         pack_videos(tmp_path / "videos", tmp_path / "out", **{**options, "frame_stride": 2})
     with pytest.raises(ValueError, match="is a packed dataset already"):
         pack_videos(tmp_path / "out", tmp_path / "again")
-    seen = [i for batch in load(tmp_path / "out") for i in batch.ids.tolist()]
+    seen = [i for batch in load(tmp_path / "whole") for i in batch.ids.tolist()]
     assert sorted(seen) == [i for i in range(11) if i != 7]
 
 
@@ -181,9 +185,9 @@ def test_the_commands(clips, tmp_path, capsys):
         (tmp_path / f"{sample:02}.mp4").write_bytes((clips / names_of(clips)[sample]).read_bytes())
     (tmp_path / "07.mp4").write_bytes(b"no video")
     given, out = str(tmp_path), str(tmp_path / "out")
-    options = ["--clip-length", "4", "--tube", "2", "8", "8"]
+    options = ["--clip-length", "4", "--patch-size", "2,8,8"]
     assert cli.main(["pack", given, out, *options]) == 1
-    assert "--clip-length and --tube need --frame-stride" in capsys.readouterr().err
+    assert "--clip-length needs --frame-stride" in capsys.readouterr().err
     assert cli.main(["pack", given, out, *options, "--frame-stride", "3", "--short-side", "32"]) == 0
     assert f"{out}: 10 videos; 1 can't be read" in capsys.readouterr().out
     assert len(next(iter(load(out, 10))).ids) == 10

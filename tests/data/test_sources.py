@@ -97,9 +97,9 @@ def test_a_tar_without_labels_that_is_cut_off(photographs, tmp_path):
         ("none.tar", ValueError, "can't be read as an uncompressed tar file"),
         ([], ValueError, "source must hold at least one file"),
         (["a.jpg", "a.jpg"], ValueError, "source must hold a file once, got a.jpg twice"),
-        (["a.jpg", "a.tar"], ValueError, "images or .tar files"),
+        (["a.jpg", "a.tar"], ValueError, "all images or .tar files or .parquet files, got several kinds"),
         (3, TypeError, "source must be a path or a list of paths, got int 3"),
-        ([3], TypeError, "source must be a path or a list of paths"),
+        ([3], TypeError, "source must be a dataset of images: row 0 holds a int"),
     ],
 )
 def test_other_paths_are_refused(tmp_path, monkeypatch, source, error, message):

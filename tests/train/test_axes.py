@@ -177,6 +177,8 @@ def test_a_run_on_packed_patches_is_that_on_arrays(make, tmp_path, domain):
     """Compare crops of files, patches of files, and patches of a packed dataset."""
     config = make(domain, max_steps=3, checkpoint_every=3, decode_ratio=0.5)
     options = {**config.data_options, "mean": [5000.0] * config.in_chans, "std": [2000.0] * config.in_chans}
+    if "nodata" in options:
+        options["min_valid"] = 0.1
     with torch.device("meta"):
         model = config.build()
     packed, axes = tmp_path / "shards", len(model.grid_size)
@@ -292,8 +294,14 @@ def test_missing_data_need_a_rule(make, capsys):
         Trainer(config).run()
 
 
-def test_a_run_of_other_statistics_is_another_run(make):
+def test_a_run_of_other_statistics_is_another_run_and_commands_refuse_it(make, tmp_path, capsys):
     config = make(series, max_steps=1, data_options={"mean": [20] * 3, "std": [5] * 3})
     Trainer(config).run()
+    run = str(tmp_path / "run")
+    for arguments in (["reconstruct", run, config.data, "-o", "x.png"], ["evaluate", run, config.data]):
+        assert cli.main(arguments) == 1
+        error = capsys.readouterr().err
+        assert f"fastmim: {arguments[0]} needs a model of pictures, of 3 channels on 2 axes; this Masked" in error
+        assert "takes 3 channels of 64\n" in error
     with pytest.raises(ConfigError, match=r"holds a run on other data: .*mean was"):
         Trainer({**config.to_dict(), "data_options": {"mean": [21] * 3, "std": [5] * 3}}).run()

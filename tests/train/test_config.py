@@ -230,7 +230,7 @@ def test_bad_settings_are_one_clear_line(setting, message):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(ConfigError, match="CONFIG must be a TOML file or one of dmae_base, mae_vit_base_imagenet, "):
+    with pytest.raises(ConfigError, match="CONFIG must be a TOML file or one of croco_base, cropmae_small, "):
         read("quickstart_gpu")
     (tmp_path / "bad.toml").write_text("seed = ")
     with pytest.raises(ConfigError, match=r"bad\.toml can't be read as TOML"):

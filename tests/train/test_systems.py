@@ -1,11 +1,15 @@
 """Runs of every model by its name, of pairs of views, and what their commands can do with them."""
 
+import datetime
 import hashlib
 import inspect
+import itertools
 import json
+import math
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,10 +17,12 @@ from small_run import SETTINGS, outcome
 
 import fastmim
 from fastmim import cli
-from fastmim.data import PairBatch
+from fastmim.data import CovisibleBatch, PairBatch
+from fastmim.data.pack import pack
 from fastmim.models.masked_autoencoder import MaskedAutoencoder
-from fastmim.train import Config, ConfigError, Trainer
+from fastmim.train import Config, ConfigError, Objective, Trainer
 from fastmim.train.load_run import load_model
+from fastmim.train.masks import Masks
 from fastmim.train.registry import MODELS, SHORT
 
 SMALL = SETTINGS["model_options"]
@@ -100,6 +106,79 @@ def test_a_pair_is_predicted_with_the_other_view_as_context(config):
     assert torch.equal(trainer.objective(batch, mask), expected)
 
 
+def test_patches_of_the_masked_view_give_the_same_run(config, tmp_path):
+    settings = {**settings_of("croco_vit_base_patch16"), "decode_ratio": 0.5, "micro_batch_size": 3}
+    patches, images = (run(config(name, patchwise=value, **settings)) for name, value in (("a", True), ("b", False)))
+    assert patches.loader.crops.patch == (4, 4) and images.loader.crops.patch is None
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+def pairs_of(photos, data, mask="-"):
+    """Write a list of pairs of photographs, and return the settings of a run on it."""
+    names = sorted(path.name for path in photos.iterdir())
+    lines = [f"{photos}/{first} {photos}/{second} {mask}\n" for first, second in itertools.pairwise(names)]
+    data.write_text("".join(lines))
+    return settings_of("croco_vit_base_patch16", data=str(data)) | {"inner": None}
+
+
+def test_a_list_of_pairs(config, photos, tmp_path):
+    """Check a run on it, that it resumes exactly, and that a model of one view refuses it."""
+    settings = pairs_of(photos, data := tmp_path / "pairs.txt")
+    run(config(**settings))
+    resumed(config, "run", tmp_path, 6, 3, **settings)
+    with pytest.raises(
+        ConfigError, match=r"model mae_vit_tiny_patch16 takes one view, and data .* gives pairs of them"
+    ):
+        run(config("other", data=str(data)))
+    with pytest.raises(ConfigError, match="inner must be None with a list of pairs"):
+        run(config("other", **{**settings, "inner": [0.3, 0.6]}))
+
+
+def test_packed_pairs_are_read_by_patches(config, photos, tmp_path):
+    settings = pairs_of(photos, tmp_path / "pairs.txt") | {"decode_ratio": 0.5}
+    pack(settings["data"], tmp_path / "packed", short_side=24)
+    settings["data"] = str(tmp_path / "packed")
+    patches, images = (run(config(name, patchwise=value, **settings)) for name, value in (("a", "auto"), ("b", False)))
+    assert patches.loader.crops.patch == (4, 4) and images.loader.crops.patch is None
+    assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+COVISIBLE = {
+    "mask": {"kind": "weighted", "mask_ratio": 0.5, "remove": True},
+    "data_options": {"covisible": True},
+    "crop_scale": [1.0, 1.0],
+    "flip": False,
+    "micro_batch_size": 3,
+    "reconstruct_every": 3,
+}
+
+
+def test_covisible_patches_are_removed_first(config, photos, tmp_path, monkeypatch):
+    """Predict the left half of each second picture, which the first shows too, and resume exactly."""
+    np.save(tmp_path / "left.npy", np.arange(40) < np.full((30, 1), 20))
+    settings = pairs_of(photos, tmp_path / "pairs.txt", "left.npy") | COVISIBLE
+    removed, call = [], Masks.__call__
+
+    def watched(*args, **options):
+        mask = call(*args, **options)
+        # the first draws count patches, and reconstructions are of random masks
+        if args[0].ranks and len(args[1]) > 1:
+            removed.append(mask.mask.view(-1, 4, 4))
+        return mask
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Masks, "__call__", watched)
+        trainer = run(config(**settings))
+    assert isinstance(next(iter(trainer.loader)), CovisibleBatch)
+    share = torch.cat(removed).float().mean((0, 1))
+    # centred squares of pictures may end beside the middle
+    assert share[0] > 0.9 and share[3] < 0.1, share
+    resumed(config, "run", tmp_path, 6, 3, **settings)
+    other = settings | {"mask": {}, "data_options": {}, "max_steps": 7}
+    with pytest.raises(ConfigError, match="covisible"):
+        run(config(**other))
+
+
 @pytest.mark.parametrize(
     "name, size, options, expected",
     [
@@ -136,17 +215,27 @@ def test_settings_of_an_earlier_version_still_resume(config, straight, tmp_path)
     assert outcome(tmp_path / "run") == outcome(straight)
 
 
+class Own(Objective):
+    pass
+
+
 BAD = [
     (
         {"model": "CroCo"},
-        "inner must be given for model CroCo, which takes pairs of views, unless data is a list of pairs",
+        "data must be a list of pairs, or inner given, for model CroCo, which takes two views",
     ),
     ({"inner": [0.3, 0.6]}, "inner must be none for model mae_vit_tiny_patch16, which takes one view"),
     ({"model": "CroCo", "inner": [0.6, 0.3]}, r"inner must be two ascending shares in \(0, 1\], got \[0.6, 0.3\]"),
     (
-        {"model": "CroCo", "inner": [0.3, 0.6], "patchwise": True},
-        "with a model that takes pairs, of which one is whole",
+        {"model": "CroCo", "inner": [0.3, 0.6], **COVISIBLE},
+        "covisible must be None without a list of pairs, got",
     ),
+    (
+        {**COVISIBLE, "model": "CroCo", "patchwise": True, "objective": "test_systems:Own", "mask": {}},
+        'patchwise must be "auto" or false with data_options.covisible, whose shares are of whole images; got true',
+    ),
+    ({"data_options": {"covisible": True}}, 'must be false without a mask of kind "weighted" or "hardest"'),
+    ({"data_options": {"covisible": 16}}, "data_options.covisible must be true or false, got 16"),
     ({"model": "CroCo", "inner": [0.3, 0.6], "objective": "distill"}, "objective must not be distill for model CroCo"),
     (
         {"model": "VideoMAE", "image_size": 16, "model_options": {}},
@@ -168,6 +257,42 @@ def test_what_can_not_be_served_is_one_clear_line(config, changes, message):
     with pytest.raises(ConfigError, match=message) as caught:
         run(config(**changes))
     assert "\n" not in str(caught.value)
+
+
+WRONG = [
+    ("tiny", {"mask": {"mask_ratio": ["a", "b"]}}, "mask.mask_ratio must be a number, got str 'a'"),
+    (
+        "tiny",
+        {"objective": "builtins:dict", "mask": {"kind": "weighted", "mask_ratio": 0.5, "remove": "x"}},
+        "remove must be True or False, got 'x'",
+    ),
+    ("MaskedAutoencoder", {"layer_scale": math.nan}, "layer_scale must be finite, or None, got nan"),
+    ("MaskedAutoencoder", {"qkv_bias": "x"}, "qkv_bias must be True or False, got 'x'"),
+    ("CropMAE", {"decoder_mlp_ratio": "x"}, "decoder_mlp_ratio must be a number, got str 'x'"),
+    ("CropMAE", {"decoder_mlp_ratio": 0.0}, "decoder_mlp_ratio must be positive and finite, got 0.0"),
+    ("CrossMAE", {"use_input": 1.5}, "use_input must be True or False, got 1.5"),
+    (
+        "SimMIM",
+        {"decoder_depth": datetime.date(2020, 1, 1)},
+        "model_options must hold numbers, texts, lists and tables",
+    ),
+]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("name, changes, message", WRONG)
+def test_wrong_options_are_named(config, name, changes, message):
+    settings = changes if "mask" in changes else {"model_options": {**SMALL, **changes}}
+    with pytest.raises(ConfigError, match=message) as caught:
+        config(model=name, **settings)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.fault
+def test_whole_numbers_are_served_where_floats_are(config):
+    assert config(model="MaskedAutoencoder", model_options={**SMALL, "layer_scale": 1}).build().blocks[0].ls1.value == 1
+    hard = {"kind": "hardest", "len_keep": 4, "share": 0.5}
+    assert Masks(config(objective="builtins:dict", mask=hard).mask_settings, (4, 4)).counts == (4, 12)
 
 
 def test_a_class_needs_its_arguments(config):

@@ -56,6 +56,7 @@ RULES = {
     "attention_tile.tile_backward_kernel": Rule(ATTENTION, "dq dk dv sums score_grad", products=5),
     "attention_edge.edge_forward_kernel": Rule(ATTENTION, "out", products=2),
     "attention_edge.edge_backward_kernel": Rule(ATTENTION, "dq dk dv sums", products=5),
+    "attention_head.head_backward_kernel": Rule(ATTENTION, "dq dk dv sums", products=5),
     "attention_loop.loop_forward_kernel": Rule(ATTENTION, "out", products=2),
     # what it reads twice, and the statistics that it writes and reads, are in cache the second time
     "attention_loop.loop_backward_kernel": Rule(
