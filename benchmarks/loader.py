@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from tqdm import tqdm
 
-import clips
 from fastmim import _backends, masking
 from fastmim.data import Batch, ImageLoader, PatchBatch
 from fastmim.data.decoders import BACKENDS, installed
@@ -31,6 +30,7 @@ from harness import machine
 from harness.timing import interleave, spread
 from pictures.jpegs import write_jpegs
 from pictures.photographs import Photographs
+from rivals import clips
 from rivals.arguments import positive
 from rivals.recipe import recipe
 
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=positive, default=available_cpus(), metavar="N", help="and of workers. Default: all CPUs")
     add("--rounds", type=positive, default=5, metavar="N", help="timed epochs of each. Default: 5")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of the batches. Default: cpu")
-    add("--videos", action="store_true", help="measure clips of videos of 10 s, --images of them, instead: clips.py")
+    add("--videos", action="store_true", help="measure clips of videos of 10 s, --images of them, instead")
     add("--json", type=Path, metavar="FILE", help="write environment and rows")
     args = parser.parse_args(argv)
     if args.data and not any(args.data.rglob("*.jpg")):

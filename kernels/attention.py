@@ -158,8 +158,9 @@ def _head_tile(q: Tensor, keys: int, plain: bool) -> dict[str, Any] | None:
     if not _has_large_tiles(q):
         block = max(block // 2, 16)  # more of them spill registers there
     # Compute capability 9 multiplies from shared memory where a left factor has 64 rows: keys, if not queries. The
-    # interpreter runs both forms.
-    transposed = block < 64 and (rows == 256 if INTERPRETED else _capability(q) == 9)
+    # interpreter runs both forms of what devices serve; it adds along the first axis one by one, which float32 shows.
+    capable = rows == 256 and q.dtype == torch.bfloat16 if INTERPRETED else _capability(q) == 9
+    transposed = block < 64 and capable
     # rows that are loaded ahead cost registers, of which transposed scores leave none
     return dict(BLOCK_Q=block, BLOCK_K=rows, TRANSPOSED=transposed, num_warps=4, num_stages=1 if transposed else 2)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-import clips
 import loader
 import throughput
 from pictures.jpegs import write_jpegs
 from pictures.photographs import Photographs
+from rivals import clips
 from rivals.recipe import Folder
 
 

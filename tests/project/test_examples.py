@@ -39,8 +39,8 @@ def test_train_mae(folder, tmp_path):
         "train_mae.py", folder, "--steps", 3, "--batch-size", 2, "--image-size", 32, "--out", "g.png", cwd=tmp_path
     )
     assert re.search(r"loss \d+\.\d+", output)
-    # three pictures, each as original | masked | reconstruction
-    assert Image.open(tmp_path / "g.png").size == (3 * 32, 3 * 32)
+    # a line of titles, and three rows of pictures of 32 pixels, six times as large, with 8 between them and around
+    assert Image.open(tmp_path / "g.png").size == (3 * 200, 24 + 3 * 200)
 
 
 def test_train_mae_names_an_empty_folder(tmp_path):

@@ -180,7 +180,8 @@ def test_files_of_a_run(config, tmp_path, capsys):
     assert all(line["images_per_second"] > 0 and 0 <= line["waiting"] <= 1 for line in lines)
     assert all(0 < line["matmul_share"] < 1 for line in lines)
     with Image.open(run / "reconstructions" / "step-00000006.png") as grid:
-        assert grid.size == (3 * 16, 4 * 16)
+        # a line of titles, and four rows of pictures of 16 pixels, twelve times as large, with their margins
+        assert grid.size == (3 * 200, 24 + 4 * 200)
     with Image.open(run / "loss.png") as drawn:
         # white, grid, axis labels, and the curve's own colour
         assert (0x1F, 0x77, 0xB4) in {colour for _, colour in drawn.convert("RGB").getcolors(1 << 20)}

@@ -88,7 +88,7 @@ def test_a_run_of_each_system(config, tmp_path, name):
     losses = curve_of(tmp_path / "run")
     assert all(map(torch.isfinite, torch.tensor(losses))) and min(losses[-2:]) < losses[0]
     with Image.open(tmp_path / "run" / "reconstructions" / "step-00000006.png") as grid:
-        assert grid.size == (3 * 16, 4 * 16)
+        assert grid.size == (3 * 200, 24 + 4 * 200)
     resumed(config, "run", tmp_path, 6, 3, **settings)
     model = load_model(tmp_path / "run")
     assert type(model) is type(trainer.model)
@@ -329,7 +329,7 @@ def test_commands_serve_other_models_of_pictures(crossed, photos, tmp_path, caps
         shutil.copytree(photos, tmp_path / "data" / label)
     assert cli.main(["reconstruct", str(crossed), str(photos), "--count", "2", "-o", str(tmp_path / "grid.png")]) == 0
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (3 * 16, 2 * 16)
+        assert grid.size == (3 * 200, 24 + 2 * 200)
     assert cli.main(["evaluate", str(crossed), str(tmp_path / "data")]) == 0
     assert "random encoder" in capsys.readouterr().out
     assert cli.main(["export", str(crossed), "--to", "facebook", str(tmp_path / "out")]) == 1
