@@ -6,7 +6,7 @@ Each sub-command is a function here and an entry in COMMANDS, and imports what i
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,7 @@ def _crops(source: Any, args: argparse.Namespace) -> Any:
 
     axes = args.axes or (source.axes if isinstance(source, PatchShards) else 2)
     # patches matter to crops alone
-    crops = settled(source, ArrayCrops(axes, args.channels_last, patch=(1,) * axes, nodata=args.nodata))
-    return crops
+    return settled(source, ArrayCrops(axes, args.channels_last, patch=(1,) * axes, nodata=args.nodata))
 
 
 # ---- pack ------------------------------------------------------------------------------------------------------------
@@ -104,15 +103,23 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
         "for all",
     )
     _add_arrays(parser, "with --patch-size, ")
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--frame-stride",
         type=_count,
         metavar="N",
         help="SOURCE holds videos, as ClipLoader reads them: store every N-th frame, by default in patches of 2,16,16",
     )
-    add("--clip-length", type=_count, metavar="N", help="with --frame-stride, most frames to store, from the middle")
+    parser.add_argument(
+        "--clip-length", type=_count, metavar="N", help="with --frame-stride, most frames to store, from the middle"
+    )
     _add_threads(parser)
+
+
+def _packed(args: argparse.Namespace, reasons: Collection[int], total: int, noun: str) -> int:
+    """Print what was packed, and return the exit status."""
+    bad = len(reasons)
+    print(f"{args.out}: {total - bad} {noun}" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
+    return 0
 
 
 def _pack_videos(args: argparse.Namespace) -> int:
@@ -129,9 +136,7 @@ def _pack_videos(args: argparse.Namespace) -> int:
         options["patch_size"] = args.patch_size
     with tqdm(total=total, desc="packing", unit=" videos", disable=None) as bar:
         packed = pack_videos(args.source, args.out, **options, num_threads=args.threads, progress=bar.update)
-    bad = len(packed.reasons)
-    print(f"{args.out}: {total - bad} videos" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
-    return 0
+    return _packed(args, packed.reasons, total, "videos")
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -156,9 +161,7 @@ def _pack(args: argparse.Namespace) -> int:
     total = len(open_source(args.source).names)
     with tqdm(total=total, desc="packing", unit=" images", disable=None) as bar:
         packed = pack(args.source, args.out, short_side=args.short_side, num_threads=args.threads, progress=bar.update)
-    bad = len(packed.reasons)
-    print(f"{args.out}: {total - bad} images" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
-    return 0
+    return _packed(args, packed.reasons, total, "images")
 
 
 def _pack_arrays(args: argparse.Namespace) -> int:
@@ -182,9 +185,7 @@ def _pack_arrays(args: argparse.Namespace) -> int:
             num_threads=args.threads,
             progress=bar.update,
         )
-    bad = len(packed.reasons)
-    print(f"{args.out}: {total - bad} arrays" + (f"; {bad} can't be read: {args.out / NAME}" if bad else ""))
-    return 0
+    return _packed(args, packed.reasons, total, "arrays")
 
 
 # ---- check-data ------------------------------------------------------------------------------------------------------

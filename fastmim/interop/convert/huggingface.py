@@ -13,7 +13,7 @@ from ..._checks import axes, import_error
 from ...models.mae import MaskedAutoencoderViT
 from ...models.video import VideoMAE
 from . import videomae
-from .weights import Weights, assemble, assign, check, check_new, settings_of_model
+from .weights import Weights, assemble, assign, check, rename_and_join, settings_of_model
 
 # matches the names of transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
 # and those that transformers 5 writes to files (decoder_encoder.layer.N); names of a ViTMAEModel lack "vit."
@@ -260,21 +260,7 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
     Raises:
         ValueError: two tensors of one name; the message begins with `source`.
     """
-    weights: Weights = {}
-    joined: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        name, letter = _new_name(key)
-        if letter is not None:
-            joined.setdefault(name, {})[letter] = value
-            continue
-        check_new(name, weights, key, source)
-        weights[name] = value
-    for name, parts in joined.items():
-        if parts.keys() == set("qkv"):
-            weights[name] = torch.cat([parts[letter] for letter in "qkv"])
-        else:
-            weights.update({f"{name}.{letter}": value for letter, value in parts.items()})
-    return weights
+    return rename_and_join(state, _new_name, source)
 
 
 def _new_name(key: str) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from ...models.arguments import IMAGENET_MEAN, IMAGENET_STD
 from ...models.positions import sincos_interleaved
 from ...models.video import VideoMAE
 from .facebook import write
-from .weights import Weights, assemble, assign, check, check_new, shared_settings
+from .weights import Weights, assemble, assign, check, check_new, rename_and_join, shared_settings
 
 # numbers of heads by width, of the published models
 HEADS = {384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16}
@@ -105,23 +105,13 @@ def rename(state: Mapping[str, Tensor], source: str) -> Weights:
     Raises:
         ValueError: two tensors of one name; the message begins with `source`.
     """
-    weights: Weights = {}
-    joined: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        name, letter = _new_name(key)
-        if letter is not None:
-            joined.setdefault(name, {})[letter] = value
-            continue
-        check_new(name, weights, key, source)
-        weights[name] = value
-    for name, parts in joined.items():
-        if name.endswith("bias") and parts.keys() == set("qv"):
-            parts["k"] = torch.zeros_like(parts["q"])
-        if parts.keys() == set("qkv"):
-            check_new(name, weights, "query, key and value", source)
-            weights[name] = torch.cat([parts[letter] for letter in "qkv"])
-        else:
-            weights.update({f"{name}.{letter}": value for letter, value in parts.items()})
+    weights = rename_and_join(state, _new_name, source)
+    for name in [name.removesuffix(".q") for name in weights if name.endswith("bias.q")]:
+        # keys have no bias
+        if f"{name}.v" in weights and f"{name}.k" not in weights:
+            check_new(name, weights, "the biases of query and value", source)
+            query, value = weights.pop(f"{name}.q"), weights.pop(f"{name}.v")
+            weights[name] = torch.cat([query, torch.zeros_like(query), value])
     return weights
 
 

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial, reduce
 from typing import Any, TypeVar
@@ -121,6 +121,37 @@ def check_new(name: str, weights: Weights, key: str, source: str) -> None:
     """Refuse a second tensor `name`, which is `key` in the file."""
     if name in weights:
         raise ValueError(f"{source} has two tensors {name}, one of them {key}")
+
+
+def rename_and_join(
+    state: Mapping[str, Tensor], new_name: Callable[[str], tuple[str, str | None]], source: str
+) -> Weights:
+    """Rename tensors, with query, key and value joined; parts that lack one of the three keep names that end in theirs.
+
+    Args:
+        state: tensors by name.
+        new_name: returns the new name, and for a part of three that are joined its letter, "q", "k" or "v".
+        source: begins the message of an error.
+
+    Raises:
+        ValueError: two tensors of one name.
+    """
+    weights: Weights = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, letter = new_name(key)
+        if letter is not None:
+            parts.setdefault(name, {})[letter] = value
+            continue
+        check_new(name, weights, key, source)
+        weights[name] = value
+    for name, found in parts.items():
+        if found.keys() == set("qkv"):
+            check_new(name, weights, "query, key and value", source)
+            weights[name] = torch.cat([found[letter] for letter in "qkv"])
+        else:
+            weights.update({f"{name}.{letter}": value for letter, value in found.items()})
+    return weights
 
 
 def check(
