@@ -19,9 +19,10 @@ from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.video import VideoMAE
 from . import registry
 from .masks import Masks
-from .objective import imported
+from .objective import NAMES
 from .registry import MODELS, SHORT, takes_pairs
-from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
+from .report.reporter import check_name
+from .values import PATHS, ConfigError, expanded, imported, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -96,6 +97,11 @@ class Config:
         keep_last, keep_every: checkpoints that are kept: the last `keep_last`, and those of every `keep_every` steps.
         log_every: steps between lines of metrics.
         reconstruct_every: steps between pictures of reconstructions; 0: none.
+        report_to: the service to which each line of metrics is sent, too: "wandb" (Weights & Biases), "mlflow", or
+            "package.module:Class", a `fastmim.train.Reporter`. Training neither waits for it nor stops with it. A run
+            that continues is the same run there.
+        report_options: arguments of that class: project, name, entity, group, job_type, tags, notes, mode and settings
+            for "wandb"; tracking_uri, experiment_name, run_name and tags for "mlflow".
         max_skipped: consecutive updates without a finite loss and gradient after which the run goes back to the last
             checkpoint, and the second time stops.
 
@@ -145,6 +151,8 @@ class Config:
     keep_every: int | None = None
     log_every: int = 10
     reconstruct_every: int = 0
+    report_to: str | None = None
+    report_options: dict[str, Any] = field(default_factory=dict)
     max_skipped: int = 5
 
     def __post_init__(self) -> None:
@@ -210,10 +218,14 @@ class Config:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a path, got an empty one")
         self._check_model()
-        if self.objective not in ("mae", "distill"):
-            imported(self.objective)
+        if self.objective not in NAMES:
+            imported("objective", self.objective, NAMES)
         if self.objective == "mae" and self.objective_options:
             raise ConfigError(f"objective_options must be empty for objective mae, got {self.objective_options}")
+        if self.report_to is not None:
+            check_name(self.report_to)
+        elif self.report_options:
+            raise ConfigError(f"report_options must be empty without report_to, got {self.report_options}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be in [0, 1), or none, got {self.ema}")
         if not isinstance(self.patchwise, bool) and self.patchwise != "auto":

@@ -28,6 +28,8 @@ from .distributed import joined, parallelize, whole
 from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
+from .report.reporter import Ending
+from .report.sender import Sender, open_sender
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
 from .step import Average, Update, graphed
@@ -74,14 +76,21 @@ class Trainer:
             self._claim_folder() as self.lock,
         ):
             self._prepare()
+            ending: Ending = "failed"
             try:
                 self._train()
                 self._finish()
+                ending = "finished"
+            except KeyboardInterrupt:
+                ending = "interrupted"
+                raise
             finally:
                 self.progress.close()
                 self.checkpoints.writer.close()
                 if self.processes.first:
                     self.journal.close()
+                if self.sender is not None:
+                    self.sender.close(ending)
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
@@ -103,9 +112,13 @@ class Trainer:
                 problem = str(error)
             except OSError as error:
                 problem = f"output_dir {self.folder} can't be made or written to: {error}"
-            if problems := [text for text in self.processes.gather(problem) if text]:
-                raise ConfigError(problems[0])
+            self._raise_first(problem)
             yield lock
+
+    def _raise_first(self, problem: str | None) -> None:
+        """Raise the first problem that a process has, in all processes."""
+        if problems := [text for text in self.processes.gather(problem) if text]:
+            raise ConfigError(problems[0])
 
     def _prepare(self) -> None:
         self.loader = open_loader(self.config, self.processes)
@@ -135,8 +148,20 @@ class Trainer:
             config, self.processes, self.objective, self.optimizer, self.average, self.loader, self.lock, self._say
         )
         self.meter = Meter(self.masks, config, self.processes, dtype)
+        self.sender = self._open_sender()
         if not self._resume():
             self._save()
+
+    def _open_sender(self) -> Sender | None:
+        """Return what sends metrics to the service of `report_to`, in the first process."""
+        sender, problem, to = None, None, self.config.report_to
+        if to is not None and self.processes.first:
+            try:
+                sender = open_sender(to, self.config.report_options, self.config.to_dict())
+            except ConfigError as error:
+                problem = str(error)
+        self._raise_first(problem)
+        return sender
 
     def _resume(self) -> bool:
         """Continue from the newest good checkpoint, dropping metrics of later steps; return whether there was one."""
@@ -144,7 +169,8 @@ class Trainer:
         if path is not None:
             self.step, self.skipped, self.streak = self.checkpoints.restore(path)
         if self.processes.first:
-            self.journal = metrics.Journal(self.folder, self.step)
+            send = None if self.sender is None else self.sender.send
+            self.journal = metrics.Journal(self.folder, self.step, send)
             if path is not None or self.journal.repeated:
                 self._say(f"going on from step {self.step}; {self.journal.repeated} logged steps are repeated")
         self.progress = metrics.Progress(self.step, self.steps, self.processes.first)
@@ -276,6 +302,8 @@ class Trainer:
 
     def _stop(self) -> None:
         self.checkpoints.writer.wait(strict=True)
+        if self.sender is not None:
+            self.sender.close("interrupted")
         # launchers end all processes soon after one of them, so none may leave while the first one writes
         self.processes.any(True)
         self._say(f"interrupted: step {self.step} is saved; the same command goes on from there")

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ class Journal:
     Args:
         folder: the run's folder.
         start: the step that the run continues from; lines of later steps are dropped from both files.
+        send: function that is given each line of `metrics.jsonl` as well.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, send: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.send = send
         self.path, self.skipped = folder / "metrics.jsonl", folder / "skipped.jsonl"
         self.repeated = max([0, *(line[STEP] - start for line in read_lines(self.path))])
         for path in (self.path, self.skipped):
@@ -35,10 +37,13 @@ class Journal:
         self.tensorboard = _open_tensorboard(folder / "tensorboard", start)
 
     def write(self, line: dict[str, Any]) -> None:
+        finite = {key: _finite(value) for key, value in line.items()}
         with forgiving(f"{self.path} is behind"):
             # a line that can't be written stays in the buffer and is written with the next one
-            self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
+        if self.send is not None:
+            self.send(finite)
         writer, self.tensorboard = self.tensorboard, None
         if writer is not None:
             with forgiving(f"{writer.file.name} ends before step {line[STEP]}"):

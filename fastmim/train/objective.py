@@ -1,7 +1,6 @@
 """The loss that a run minimises: the model's own, distillation, or that of a module of the user's."""
 
 import copy
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +13,10 @@ from .. import ops
 from .._checks import check_count, check_number
 from ..data import Batch, CovisibleBatch, PairBatch
 from ..masking import Mask
+from .values import imported
 
+# values of the setting `objective` that are no class
+NAMES = "mae", "distill"
 # added to the shares of patches that the other view shows: as weights, they must be above zero
 UNSEEN = 0.01
 
@@ -284,28 +286,10 @@ def build(name: str, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
         return PixelObjective(model)
     if name == "distill":
         return Distill(model, **{**options, "teacher": _teacher(options.get("teacher"), model)})
-    objective = imported(name)(model, **options)
+    objective = imported("objective", name, NAMES)(model, **options)
     if not isinstance(objective, nn.Module) or getattr(objective, "model", None) is not model:
         raise TypeError(f"objective {name} must be a torch.nn.Module that has its first argument as attribute model")
     return objective
-
-
-def imported(name: str) -> Any:
-    """Return the class "package.module:Class".
-
-    Raises:
-        ValueError: another form of name, no such module or class.
-    """
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ValueError(f'objective must be "mae", "distill" or "package.module:Class", got {name!r}')
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"objective {name} can't be imported: {error}; {module} must be installed, on PYTHONPATH, or in the folder "
-            "in which `python -m fastmim` is started"
-        ) from None
 
 
 def _teacher(path: Any, model: nn.Module) -> nn.Module | None:
