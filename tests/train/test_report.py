@@ -242,14 +242,13 @@ class WandbRun:
 
 @pytest.fixture
 def wandb(package, monkeypatch):
-    """Return the reporter for a stand-in of wandb, which has the key `api.api_key`."""
+    """Return the reporter for a stand-in of wandb, which someone is logged in to."""
     for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_DIR", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     content = {
         "init": lambda **options: WandbRun(**options),
         "setup": lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")),
-        "api": SimpleNamespace(api_key="key"),
-        "Settings": SimpleNamespace(model_fields={"finish_timeout": 0}),
+        "login": lambda prompt=True, verify=True: not prompt and not verify,
     }
     return package("wandb", wandb=content)
 
@@ -259,7 +258,8 @@ def test_wandb(wandb):
     run, options = reporter._run, reporter._run.options
     assert (options["project"], options["name"], options["dir"], options["id"]) == ("fastmim", "a", "/runs/a", None)
     assert options["config"] == {"output_dir": "/runs/a", "seed": 1} and options["resume"] == "allow"
-    assert options["settings"] == {"finish_timeout": sending.PATIENCE, "console": "off"} and options["tags"] == ["x"]
+    patience = dict.fromkeys(("init_timeout", "finish_timeout"), sending.PATIENCE)
+    assert options["settings"] == {**patience, "console": "off"} and options["tags"] == ["x"]
     reporter.write(LINES)
     assert run.calls == [
         ("define_metric", "step", {"hidden": True}),
@@ -280,10 +280,17 @@ def test_wandb(wandb):
 
 
 def test_wandb_never_asks_for_a_key(wandb):
-    sys.modules["wandb"].api.api_key = None
+    sys.modules["wandb"].login = lambda prompt=True, verify=True: prompt
     with pytest.raises(RuntimeError, match="not logged in: call `wandb login`"):
         wandb({"output_dir": "/runs/a"}, None)
     assert wandb({"output_dir": "/runs/a"}, None, mode="offline").run_id == "made"
+    # before version 0.30
+    sys.modules["wandb"].login = lambda: True
+    sys.modules["wandb"].api = SimpleNamespace(api_key=None)
+    with pytest.raises(RuntimeError, match="not logged in"):
+        wandb({"output_dir": "/runs/a"}, None)
+    sys.modules["wandb"].api.api_key = "key"
+    assert wandb({"output_dir": "/runs/a"}, None).run_id == "made"
 
 
 class Store:

@@ -62,6 +62,8 @@ class Sender:
             self.ending = ending
             self.changed.notify()
         self.thread.join(PATIENCE)
+        # what packages raise while the process exits would only confuse
+        self.warned = True
         if missing := len(self.waiting) + self.given_up:
             say(
                 f"{self.name} lacks {missing} lines of metrics.jsonl; `fastmim report {self.folder} --to {self.name}` "

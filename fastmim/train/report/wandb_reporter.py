@@ -1,5 +1,6 @@
 """Metrics of a run at Weights & Biases."""
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,12 +46,11 @@ class WandbReporter(Reporter):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         online = (mode or wandb.setup().settings.mode) not in ("offline", "disabled", "dryrun")
-        if online and wandb.api.api_key is None and "WANDB_IDENTITY_TOKEN_FILE" not in os.environ:
+        if online and not _has_key():
             # wandb.init would ask for the key, on the terminal of a run
             raise RuntimeError('not logged in: call `wandb login`, or set WANDB_API_KEY or mode = "offline"')
-        own: dict[str, Any] = {}
-        if "finish_timeout" in wandb.Settings.model_fields:
-            own["finish_timeout"] = PATIENCE
+        # the exit of the process waits for both
+        own = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE}
         self._run = wandb.init(
             project=project or os.environ.get("WANDB_PROJECT", "fastmim"),
             name=name or os.environ.get("WANDB_NAME", Path(config["output_dir"]).name),
@@ -80,3 +80,11 @@ class WandbReporter(Reporter):
         if ending == "interrupted":
             self._run.mark_preempting()
         self._run.finish(exit_code=0 if ending == "finished" else 1)
+
+
+def _has_key() -> bool:
+    """Return whether someone is logged in, without asking."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False, verify=False))
+    # before version 0.30
+    return wandb.api.api_key is not None
