@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .._checks import check_count, check_ratio
+from .._checks import check_count, check_number, check_ratio
 from ..models.mae import MaskedAutoencoderViT
 from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.video import VideoMAE
@@ -83,6 +83,8 @@ class Config:
         micro_batch_size: most images that a process takes at once; the gradients of larger batches are accumulated.
         epochs, max_steps: length of the run; max_steps overrides epochs.
         base_lr, min_lr: the peak is base_lr * batch_size / 256; min_lr is absolute.
+        lr_drops: ascending shares of the run at which the learning rate falls to a tenth; none: it falls along half a
+            cosine.
         warmup: share of the run in which the learning rate rises.
         weight_decay, betas: AdamW's; biases and norms don't decay.
         clip_grad: largest norm of the gradient; none: no clipping.
@@ -136,6 +138,7 @@ class Config:
     max_steps: int | None = None
     base_lr: float = 1.5e-4
     min_lr: float = 0.0
+    lr_drops: list[float] = field(default_factory=list)
     warmup: float = 0.05
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -208,6 +211,12 @@ class Config:
                 raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
         if self.warmup >= 1:
             raise ConfigError(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
+        if any(not self.warmup <= check_number("lr_drops", share) < 1 for share in self.lr_drops) or (
+            sorted(set(self.lr_drops)) != self.lr_drops
+        ):
+            raise ConfigError(
+                f"lr_drops must be ascending shares of the run from warmup, {self.warmup}, to 1; got {self.lr_drops}"
+            )
         if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
             raise ConfigError(f"clip_grad must be positive and finite, or none, got {self.clip_grad}")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -2,8 +2,10 @@
 
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
 sample). A result therefore does not depend on restarts; the number of processes and of PyTorch's threads changes it by
-rounding alone, but where data are missing: there each process, and each part of micro_batch_size samples, has the mean
-over its own valid patches, and these means count alike. The host reads from the device every `log_every` steps only.
+rounding alone, with two exceptions. Where samples have different numbers of scored patches (missing data, running
+cells), each process, and each part of micro_batch_size samples, has the mean over its own patches, and these means count
+alike. Dropout and drop path draw from a generator of each process. The host reads from the device every `log_every`
+steps only.
 """
 
 import os
@@ -135,6 +137,9 @@ class Trainer:
             self.objective = objective.build(config.objective, config.objective_options, self.model)
         except (OSError, TypeError, ValueError) as error:
             raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
+        if not self.processes.first:
+            # weights are the same on all processes, what dropout and drop path leave out is not
+            torch.manual_seed(config.seed + self.processes.rank)
         self.parallel = parallelize(self.objective, config, self.processes)
         self.optimizer = adamw(self.objective, config)
         self.average = Average(self.model, config.ema) if config.ema is not None else None

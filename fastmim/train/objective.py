@@ -85,7 +85,8 @@ class Distill(Objective):
 
     Args:
         student: the model that is trained, with the verbs of `fastmim.MaskedAutoencoder`.
-        teacher: an encoder with the same number of patches, which does not change; None with `momentum`.
+        teacher: an encoder with the same number of patches, which does not change; None with `momentum`. It moves with
+            `to`, and is in neither parameters nor `state_dict`.
         on: "visible": compare states of the student's blocks with the teacher's at prefix and visible tokens;
             "predicted": compare the student's predictions with the teacher's states of the predicted patches.
         sees: the teacher encodes "visible" patches alone or "all".
@@ -192,6 +193,13 @@ class Distill(Objective):
         """Set the mode of the student; the teacher stays in evaluation mode."""
         super().train(mode)
         self._teacher[0].eval()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distill":
+        """Apply what `to`, `cuda` and the like do to the teacher too."""
+        super()._apply(fn, recurse)
+        if self.momentum is None and recurse:
+            self._teacher[0]._apply(fn)
         return self
 
     def after_update(self) -> None:
