@@ -79,7 +79,7 @@ class Trainer:
                 self._finish()
             finally:
                 self.progress.close()
-                self.checkpoints.writer.close()
+                self.checkpoints.close()
                 if self.processes.first:
                     self.journal.close()
 
