@@ -21,11 +21,15 @@ from .values import ConfigError
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank of this process, number of processes, and the device of this one."""
+    """Rank of this process, number of processes, the device of this one, and the group in which they talk.
+
+    Without a group they talk in the default one.
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -37,13 +41,13 @@ class Processes:
         if self.world == 1:
             return list(flags)
         merged = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(merged, dist.ReduceOp.MAX)
+        dist.all_reduce(merged, dist.ReduceOp.MAX, self.group)
         return [bool(flag) for flag in merged.tolist()]
 
     def mean(self, value: Tensor) -> Tensor:
         """Average a tensor over processes, in place, on the device."""
         if self.world > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
             value /= self.world
         return value
 
@@ -52,7 +56,7 @@ class Processes:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -60,7 +64,7 @@ class Processes:
         if self.world == 1:
             return [value]
         boxes = [None] * self.world
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, self.group)
         return boxes
 
 

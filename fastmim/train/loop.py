@@ -88,7 +88,7 @@ class Trainer:
                 raise
             finally:
                 self.progress.close()
-                self.checkpoints.writer.close()
+                self.checkpoints.close()
                 if self.processes.first:
                     self.journal.close()
                 if self.sender is not None:
