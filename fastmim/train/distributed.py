@@ -90,8 +90,9 @@ def joined(config: Config) -> Iterator[Processes]:
     timeout = timedelta(seconds=config.timeout)
     if "MASTER_ADDR" in os.environ:
         store, *_ = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it; on
+            # several hosts it counts restarts by host, and must not share its store
             attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
     else:
@@ -101,7 +102,7 @@ def joined(config: Config) -> Iterator[Processes]:
         if world > 1:
             # a store serves one thread at a time
             own = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
-            stack.enter_context(Peers(own, rank, world, config.lost_after).watching())
+            stack.enter_context(Peers(own, rank, world, config.lost_after, config.timeout).watching())
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         stack.callback(dist.destroy_process_group)
         yield Processes(rank, world, device)
@@ -135,9 +136,28 @@ def parallelize(objective: nn.Module, config: Config, processes: Processes) -> n
             f"compile must be true with cuda_graphs over {processes.world} processes, got false: the exchange of "
             "gradients is not captured"
         )
+    replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else None
+    if replicated is not None:
+        settle_buckets(replicated)
     if config.compile:
         objective.compile(mode="reduce-overhead" if config.cuda_graphs else None)
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else objective
+    return objective if replicated is None else replicated
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP arrange its buckets before the first step, by a backward pass that gives zeros.
+
+    DDP arranges them anew after its first one, and the place of a gradient decides in which order three or more
+    processes add it: the first step after a restart would round in another way than the same step without it.
+    """
+    objective = model.module
+    # its last parameters, whose gradients are ready first, come first
+    objective.forward = lambda: sum(p.flatten()[:0].sum() for p in objective.parameters() if p.requires_grad)
+    try:
+        model().backward()
+    finally:
+        del objective.forward
+    model.zero_grad()
 
 
 @contextmanager

@@ -32,24 +32,49 @@ class Peers:
         store: a store of all processes, with a connection and keys of its own.
         rank, world: rank of this process, and number of processes.
         patience: seconds without a sign of life after which a process is lost.
+        timeout: seconds to wait for all processes to join.
+
+    Raises:
+        LostProcess: a process didn't join.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world: int, patience: float) -> None:  # type: ignore[name-defined]
+    def __init__(
+        self,
+        store: dist.Store,  # type: ignore[name-defined]
+        rank: int,
+        world: int,
+        patience: float,
+        timeout: float,
+    ) -> None:
         self.store, self.rank, self.world, self.patience = store, rank, world, patience
         self.interval = patience / 12
         self.verdict: str | None = None
-        store.set_timeout(timedelta(seconds=patience))
         self._lives = [f"life/{other}" for other in range(world)]
         self._note, self._count = "", 0
         self._tell()
         store.set(f"host/{rank}", socket.gethostname())
-        self.hosts = [text.decode() for text in store.multi_get([f"host/{other}" for other in range(world)])]
+        self.hosts = self._meet(timeout)
+        store.set_timeout(timedelta(seconds=patience))
         self._answered = time.monotonic()
         self._seen = [(b"", self._answered)] * world
         # this process's end is in hand; wake the thread that talks; it has ended
         self._over, self._wake, self._silent = threading.Event(), threading.Event(), threading.Event()
         for target in (self._talk, self._watch):
             threading.Thread(target=target, name="fastmim-peers", daemon=True).start()
+
+    def _meet(self, timeout: float) -> list[str]:
+        """Return the host of each process, once all have joined."""
+        keys = [f"host/{other}" for other in range(self.world)]
+        try:
+            self.store.wait(keys, timedelta(seconds=timeout))
+            return [text.decode() for text in self.store.multi_get(keys)]
+        except dist.DistStoreError:
+            absent = [other for other, key in enumerate(keys) if not self.store.check([key])]
+            here = sorted({self.store.get(key).decode() for key in keys if self.store.check([key])})
+            raise LostProcess(
+                f"rank {', '.join(map(str, absent))} of {self.world} did not join within {timeout:g} s; processes on "
+                f"{', '.join(here)} did"
+            ) from None
 
     def name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}"
