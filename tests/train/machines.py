@@ -216,6 +216,7 @@ class Starter:
         return Job(log)
 
     def close(self) -> None:
+        self.process.kill()
         self.process.communicate()
 
     def __enter__(self) -> "Starter":
