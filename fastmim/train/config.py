@@ -106,6 +106,8 @@ class Config:
             for "wandb"; tracking_uri, experiment_name, run_name and tags for "mlflow".
         max_skipped: consecutive updates without a finite loss and gradient after which the run goes back to the last
             checkpoint, and the second time stops.
+        lost_after: seconds without a sign of life after which another process counts as lost, and all end.
+        timeout: seconds that an exchange with other processes may take.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -157,6 +159,8 @@ class Config:
     report_to: str | None = None
     report_options: dict[str, Any] = field(default_factory=dict)
     max_skipped: int = 5
+    lost_after: float = 60.0
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(Config).items():
@@ -209,6 +213,9 @@ class Config:
         for name in ("base_lr", "min_lr", "weight_decay", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        for name in ("lost_after", "timeout"):
+            if not 1 <= getattr(self, name) < 1e8:
+                raise ConfigError(f"{name} must be at least 1 second and below 1e8, got {getattr(self, name)}")
         if self.warmup >= 1:
             raise ConfigError(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
         if any(not self.warmup <= check_number("lr_drops", share) < 1 for share in self.lr_drops) or (

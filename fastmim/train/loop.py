@@ -319,6 +319,8 @@ class Trainer:
         if self.checkpoints.saved != self.step:
             self._save()
         path = self.checkpoints.finish()
+        # no process succeeds unless the first one does
+        self.processes.any(True)
         if self.processes.first:
             curve = self.folder / "loss.png"
             with metrics.forgiving(f"{curve} can't be drawn"):
