@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,24 +70,29 @@ class Journal:
                 self.tensorboard.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; one that was cut off is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get(STEP), int):
-            lines.append(line)
-    return lines
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics file, none if there is no file; one that was cut off is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get(STEP), int):
+                yield line
 
 
 def _drop_after(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`, and those that were cut off."""
     if path.exists():
-        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
-        write_atomically(path, lambda aside: aside.write_text(kept))
+
+        def write(aside: Path) -> None:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
+
+        write_atomically(path, write)
 
 
 def _finite(value: Any) -> Any:
@@ -155,7 +160,7 @@ class Progress:
 # ---- the curve -------------------------------------------------------------------------------------------------------
 
 
-def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
+def draw_curve(lines: Iterable[dict[str, Any]], path: Path) -> None:
     """Draw the loss over the steps as a PNG; without matplotlib, print a line instead."""
     try:
         from matplotlib.figure import Figure
