@@ -11,6 +11,9 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+
 from fastmim.nn import chain
 from fastmim.train import Config, objective
 from fastmim.train.distributed import Processes
@@ -18,8 +21,6 @@ from fastmim.train.masks import Masks
 from fastmim.train.plan.examples import batch_of
 from fastmim.train.schedule import adamw
 from fastmim.train.step import Average, Update
-from torch.utils._pytree import tree_iter
-from torch.utils.checkpoint import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 def prepared(config):
     """Return a step of the run, its objective and its batch, with values."""
     torch.manual_seed(0)
-    model = config.build()
+    model = config.build().to(torch.float64 if config.dtype == "float64" else torch.float32)
     model.set_grad_checkpointing(config.checkpoint_activations)
     trained = objective.build(config.objective, config.objective_options, model)
     optimizer = adamw(trained, config)

@@ -23,7 +23,7 @@ VOLUME = dict(
     model="MaskedAutoencoder",
     image_size=[64, 64, 64],
     in_chans=1,
-    model_options=dict(patch_size=8, embed_dim=384, depth=4, num_heads=6, decoder_depth=2),
+    model_options=dict(patch_size=[8, 8, 8], embed_dim=384, depth=4, num_heads=6, decoder_depth=2),
 )
 AUDIO = VOLUME | dict(image_size=[4096], in_chans=2, model_options=VOLUME["model_options"] | dict(patch_size=[16]))
 CLIPS = dict(model="videomae_vit_small_patch16", image_size=[16, 112, 112], mask=dict(kind="tube", mask_ratio=0.9))
