@@ -3,8 +3,9 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config
+from .peers import Peers
 from .values import ConfigError
 
 
@@ -70,7 +72,13 @@ class Processes:
 
 @contextmanager
 def joined(config: Config) -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    Raises:
+        ConfigError: a batch_size that can't be shared out.
+        LostProcess (a RuntimeError): another process ended or can't be reached. A process that waits for it in an
+            exchange prints this error and ends instead.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % world:
         raise ConfigError(f"batch_size must be a multiple of the {world} processes, got {config.batch_size}")
@@ -78,25 +86,30 @@ def joined(config: Config) -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    started = (world > 1 or config.parallel == "fsdp") and not dist.is_initialized()
+    if (world == 1 and config.parallel != "fsdp") or dist.is_initialized():
+        yield Processes(rank, world, device)
+        return
     # gloo for messages between hosts, nccl for gradients
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if started and "MASTER_ADDR" in os.environ:
-        store, *_ = next(rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it
+    timeout = timedelta(seconds=config.timeout)
+    if "MASTER_ADDR" in os.environ:
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it; on
+            # several hosts it counts restarts by host, and must not share its store
             attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    elif started:
+    else:
         # FSDP on a single process
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
+        rank, world, store = 0, 1, dist.HashStore()  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        if world > 1:
+            # a store serves one thread at a time
+            own = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
+            stack.enter_context(Peers(own, rank, world, config.lost_after, config.timeout).watching())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        stack.callback(dist.destroy_process_group)
         yield Processes(rank, world, device)
-    finally:
-        if started:
-            dist.destroy_process_group()
 
 
 def parallelize(objective: nn.Module, config: Config, processes: Processes) -> nn.Module:
@@ -127,9 +140,28 @@ def parallelize(objective: nn.Module, config: Config, processes: Processes) -> n
             f"compile must be true with cuda_graphs over {processes.world} processes, got false: the exchange of "
             "gradients is not captured"
         )
+    replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else None
+    if replicated is not None:
+        settle_buckets(replicated)
     if config.compile:
         objective.compile(mode="reduce-overhead" if config.cuda_graphs else None)
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else objective
+    return objective if replicated is None else replicated
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP arrange its buckets before the first step, by a backward pass that gives zeros.
+
+    DDP arranges them anew after its first one, and the place of a gradient decides in which order three or more
+    processes add it: the first step after a restart would round in another way than the same step without it.
+    """
+    objective = model.module
+    # its last parameters, whose gradients are ready first, come first
+    objective.forward = lambda: sum(p.flatten()[:0].sum() for p in objective.parameters() if p.requires_grad)
+    try:
+        model().backward()
+    finally:
+        del objective.forward
+    model.zero_grad()
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -46,6 +46,10 @@ class Row:
     flops: int = 0
     milliseconds: float = 0.0
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.stage, self.direction, self.kind, self.kernel
+
     def add(self, kernel: Kernel, card: Card) -> None:
         moved = kernel.read + kernel.written
         self.launches += 1
@@ -62,10 +66,21 @@ class Count:
     Attributes:
         card: the GPU.
         rows: one for each stage, direction and kernel, in the order of the first launch.
+        assumed: what is not known of the step, in words.
     """
 
     card: Card
     rows: list[Row] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def plus(self, other: "Count", times: int = 1) -> "Count":
+        """Return the sum of this count and `times` another one, which may be negative."""
+        rows = {row.key: replace(row) for row in self.rows}
+        for row in other.rows:
+            total = rows.setdefault(row.key, Row(*row.key))
+            for name in ("launches", "read", "written", "flops", "milliseconds"):
+                setattr(total, name, getattr(total, name) + times * getattr(row, name))
+        return Count(self.card, list(rows.values()), self.assumed)
 
     @property
     def launches(self) -> int:
@@ -126,13 +141,16 @@ class Recorder:
         if self._counting:
             self._add(kernel_of(name, arguments))
 
-    def _add(self, kernel: Kernel) -> None:
+    def place(self) -> tuple[str, str]:
+        """Return the stage and direction of what is called now."""
         node = torch._C._current_autograd_node()
         if node is None:
-            key = self.stage.name, self.stage.direction, kernel.kind, kernel.name
-        else:
-            made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
-            key = self._stages[made].name, BACKWARD, kernel.kind, kernel.name
+            return self.stage.name, self.stage.direction
+        made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._stages[made].name, BACKWARD
+
+    def _add(self, kernel: Kernel) -> None:
+        key = (*self.place(), kernel.kind, kernel.name)
         if key not in self._rows:
             self._rows[key] = Row(*key)
             self.count.rows.append(self._rows[key])
