@@ -15,7 +15,7 @@ import time
 import traceback
 
 from fastmim.train import Config, Trainer, meter
-from fastmim.train.checkpoint import sharding, store
+from fastmim.train.checkpoint import shard_writer, store
 
 # imported late by runs
 LATE = "matplotlib.figure PIL.Image safetensors.torch tensorboard.summary.writer.record_writer torch._dynamo tqdm"
@@ -25,14 +25,14 @@ for name in LATE.split():
 
 def at_shard(act, step, rank):
     """Call `act` instead of writing the shard of a process at a step."""
-    original = sharding.ShardWriter._write
+    original = shard_writer.ShardWriter._write
 
     def altered(self, plan, planner):
         if f"step-{step:08d}" in str(self.path) and int(os.environ["RANK"]) in rank:
             act(self)
         original(self, plan, planner)
 
-    sharding.ShardWriter._write = altered
+    shard_writer.ShardWriter._write = altered
 
 
 def fail(number):

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: state (tensors to keep), store (files), writer (a thread), manager (all of them together)."""
+"""Checkpoints of a run: state (tensors to keep), store (files), shard_writer (shards), writer (a thread), manager (all)."""

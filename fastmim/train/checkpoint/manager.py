@@ -21,7 +21,7 @@ from ..config import IDENTITY, Config
 from ..distributed import Processes
 from ..step import Average
 from ..values import ConfigError
-from . import sharding, state, store
+from . import shard_writer, state, store
 from .writer import BackgroundWriter
 
 FORMAT = 1
@@ -61,9 +61,9 @@ class CheckpointManager:
         if config.sharded and processes.world > 1:
             # a group of its own, so that a save doesn't come between the messages of training
             self.background = dataclasses.replace(processes, group=dist.new_group(backend="gloo"))
-            self.staging = sharding.Staging(processes)
+            self.staging = shard_writer.Staging(processes)
             self.hosts = processes.gather(socket.gethostname())
-            sharding.check_shared(self.run, processes, self.hosts)
+            shard_writer.check_shared(self.run, processes, self.hosts)
         self.writer = BackgroundWriter(self._failed, quiet=not processes.first)
 
     def close(self) -> None:
@@ -118,7 +118,7 @@ class CheckpointManager:
         )
         aside = store.aside_of(self.folder, step)
         steps = self._check_lock, self._prune
-        return partial(sharding.write, aside, tensors, saved, self.background, self.hosts, *steps)
+        return partial(shard_writer.write, aside, tensors, saved, self.background, self.hosts, *steps)
 
     def _tensors(self) -> dict[str, state.Tensors]:
         """Return the tensors to save: of the model, of the rest of the objective, their average and the optimiser."""
