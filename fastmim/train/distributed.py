@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -132,6 +132,9 @@ def parallelize(objective: nn.Module, config: Config, processes: Processes) -> n
                 block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(objective, mesh=mesh)
+        # masks may be drawn by what the model makes of a batch, before the step's own forward pass
+        if hasattr(objective, "scores"):
+            register_fsdp_forward_method(objective, "scores")
         # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return objective
