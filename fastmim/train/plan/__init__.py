@@ -1,0 +1,1 @@
+"""Memory, time and traffic of a run, planned before it starts."""
