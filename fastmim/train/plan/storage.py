@@ -4,6 +4,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from ..config import Config
 WRITTEN = 256 << 20
 
 
-def checkpoint_bytes(config: Config, objective: nn.Module, *, world: int = 1) -> int:
+def checkpoint_bytes(config: Config, objective: Any, *, world: int = 1) -> int:
     """Return the bytes of tensors in a checkpoint: weights, AdamW's moments and steps, the average, and generators.
 
     Args:
