@@ -1,1 +1,1 @@
-"""Memory, time and traffic of a run, planned before it starts."""
+"""Plan of a run before it starts: time, memory and communication of its steps."""
