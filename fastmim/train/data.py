@@ -161,7 +161,7 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         flip=config.flip,
         backend=config.backend,
         inner=config.inner,
-        **_patches(config, source, model),
+        **patch_options(config, source, model),
         **_image_options(config, model),
     )
 
@@ -194,7 +194,7 @@ def _clips(config: Config, source: Path, model: MaskedAutoencoder, common: dict[
         image_size=(height, width),
         flip=config.flip,
         backend=config.backend,
-        **_patches(config, source, model),
+        **patch_options(config, source, model),
         **_options(config, ("sampling_rate", "scale", "ratio", "repeats")),
     )
 
@@ -218,7 +218,7 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
         **common,
         crop=model.img_size,
         axes=axes,
-        **{"patch_size": model.patch_size, **_patches(config, source, model)},
+        **{"patch_size": model.patch_size, **patch_options(config, source, model)},
         **options,
     )
     layout, nodata = loader.layout, loader.crops.nodata
@@ -252,7 +252,7 @@ def _arrays(config: Config, source: Path, model: MaskedAutoencoder, common: dict
 # ---- settings that several loaders share -----------------------------------------------------------------------------
 
 
-def _patches(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
+def patch_options(config: Config, source: Path, model: MaskedAutoencoder) -> dict[str, Any]:
     """Return the loader's arguments of a run that reads patches alone; none for one that reads whole images.
 
     "auto" reads patches where that saves reading: those of a packed source, of the size in which it was cut, without

@@ -8,6 +8,7 @@ Modules:
     torch_kernels    kernels of PyTorch's ops, and their traffic
     triton_kernels   traffic of fastmim's Triton kernels
     recorder         kernels summed by the stage that launches them
+    inputs           objective and batch of a step, without data
     trainer          kernels of the Trainer's step
 """
 

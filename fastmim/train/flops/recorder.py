@@ -5,7 +5,7 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -46,6 +46,10 @@ class Row:
     flops: int = 0
     milliseconds: float = 0.0
 
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return self.stage, self.direction, self.kind, self.kernel
+
     def add(self, kernel: Kernel, card: Card) -> None:
         moved = kernel.read + kernel.written
         self.launches += 1
@@ -62,10 +66,21 @@ class Count:
     Attributes:
         card: the GPU.
         rows: one for each stage, direction and kernel, in the order of the first launch.
+        assumed: what is not known of the step, in words.
     """
 
     card: Card
     rows: list[Row] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
+
+    def plus(self, other: "Count", times: int = 1) -> "Count":
+        """Return the sum of this count and `times` another one, which may be negative."""
+        rows = {row.key: replace(row) for row in self.rows}
+        for row in other.rows:
+            total = rows.setdefault(row.key, Row(*row.key))
+            for name in ("launches", "read", "written", "flops", "milliseconds"):
+                setattr(total, name, getattr(total, name) + times * getattr(row, name))
+        return Count(self.card, list(rows.values()), self.assumed)
 
     @property
     def launches(self) -> int:

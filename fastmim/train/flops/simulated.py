@@ -126,8 +126,19 @@ class _Calls(TorchFunctionMode):
             elif name in WIDE_RESULT and kwargs.get("dtype") is None and _is_narrow(args[0]):
                 kwargs["dtype"] = torch.float32
         if name == "scaled_dot_product_attention":
-            return _flash_attention(*args, **kwargs)
+            return _attention(*args, **kwargs)
+        if name == "dropout":
+            return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def during(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a backward pass in which this mode is on too, as blocks that are recomputed need it."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return backward(*args, **kwargs)
+
+        return run
 
     def _narrow(self, tensor: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cuda")
@@ -138,6 +149,13 @@ class _Calls(TorchFunctionMode):
         if id(tensor) not in self.cast:
             self.cast[id(tensor)] = tensor, tensor.to(dtype)
         return self.cast[id(tensor)][1]
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Call the kernel that draws and applies dropout in one pass, which tensors of other devices don't get."""
+    if not training or not 0 < p < 1 or inplace or not x.is_meta:
+        return torch.dropout(x, p, training)
+    return torch.native_dropout(x, p, training)[0]
 
 
 def _is_ours(device: Any) -> bool:
@@ -152,11 +170,39 @@ def _is_narrow(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_meta and tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def _flash_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    """Call PyTorch's flash attention, which serves 16-bit tensors without a mask; refuse other calls."""
-    if attn_mask is not None or args or kwargs or q.dtype.itemsize != 2 or q.shape[-1] % 8:
-        raise NotImplementedError("of PyTorch's attention only that of 16-bit tensors without a mask is simulated")
-    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Call the attention that PyTorch chooses: flash for 16 bits without a mask, the formula for float64, else its own.
+
+    Without a GPU cuDNN's is not chosen, nor padding of heads and masks for alignment.
+    """
+    aten = torch.ops.aten
+    out: Tensor
+    if q.dtype == torch.float64 or kwargs.get("enable_gqa"):
+        out = aten._scaled_dot_product_attention_math(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **kwargs)[
+            0
+        ]
+    elif attn_mask is None and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0:
+        out = aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    else:
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            bias = torch.zeros_like(attn_mask, dtype=q.dtype)
+            attn_mask = bias.masked_fill_(attn_mask.logical_not(), -torch.inf)
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*q.shape[:-1], k.shape[-2])
+        learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        out = aten._scaled_dot_product_efficient_attention(
+            q, k, v, attn_mask, learns, dropout_p, is_causal, scale=scale
+        )[0]
     return out
 
 
@@ -181,6 +227,7 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
             "torch.cuda.is_bf16_supported": lambda *args: True,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.clear_autocast_cache": calls.cast.clear,
+            "torch.autograd._engine_run_backward": calls.during(torch.autograd._engine_run_backward),
             "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
         }.items():
             stack.enter_context(mock.patch(name, value))

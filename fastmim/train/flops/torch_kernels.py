@@ -26,6 +26,8 @@ CHUNK, MOST_TENSORS, MOST_CHUNKS = 65536, (770, 448, 336, 252, 210), 2240
 NORMS, JOINED = 400, 128
 # a thread block of a reduction, and the threads that a multiprocessor holds
 REDUCE_THREADS, MULTIPROCESSOR_THREADS = 512, 2048
+# passes of a radix sort of int64 and their histograms, roughly
+SORTED = 9
 # bytes that an elementwise kernel or a reduction can index with 32 bits
 SPAN = 2**31 - 1
 
@@ -62,7 +64,9 @@ class Op:
         """Return the argument `name` of the schema."""
         for position, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
-                return self.args[position] if position < len(self.args) else self.kwargs.get(name)
+                if position < len(self.args):
+                    return self.args[position]
+                return self.kwargs.get(name, argument.default_value)
         raise KeyError(f"{self.func} has no argument {name}")
 
     def inputs(self) -> list[Tensor]:
@@ -93,7 +97,7 @@ def _on_device(values: Any) -> list[Tensor]:
 
 # ops that launch nothing, besides views
 NOTHING = frozenset(
-    """detach alias lift_fresh _unsafe_view empty empty_like empty_strided new_empty new_empty_strided set_
+    """detach alias lift_fresh detach_ _unsafe_view empty empty_like empty_strided new_empty new_empty_strided set_
     resize_""".split()
 )
 Rule = Callable[[Op], Iterator[Kernel]]
@@ -130,7 +134,10 @@ def _elementwise(op: Op, kind: str, inputs: list[Tensor], outputs: list[Tensor])
     erf sin cos sigmoid tanh clamp clamp_ clamp_min where eq ne lt le gt ge isnan isfinite logical_and logical_or
     logical_not bitwise_and bitwise_or bitwise_xor bitwise_not __and__ __or__ __xor__ __lshift__ __rshift__
     bitwise_left_shift bitwise_right_shift maximum minimum lerp lerp_ addcmul addcmul_ addcdiv addcdiv_ masked_fill
-    masked_fill_"""
+    masked_fill_ sgn sign round floor ceil trunc clamp_min_ clamp_max clamp_max_ bitwise_and_ bitwise_or_ bitwise_xor_
+    logical_and_ logical_or_ logical_xor huber_loss huber_loss_backward smooth_l1_loss smooth_l1_loss_backward mse_loss
+    mse_loss_backward silu silu_backward relu threshold_backward tanh_backward sigmoid_backward native_dropout
+    native_dropout_backward bernoulli_ uniform_ normal_"""
 )
 def _arithmetic(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, ELEMENTWISE, op.inputs(), op.outputs())
@@ -141,7 +148,10 @@ def _gelu(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, GELU, op.inputs(), op.outputs())
 
 
-@_of("zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill_ zero_ arange rand")
+@_of(
+    """zeros zeros_like new_zeros ones ones_like new_ones full full_like new_full fill_ zero_ arange rand randn
+    scalar_tensor"""
+)
 def _fill(op: Op) -> Iterator[Kernel]:
     return _elementwise(op, FILLS, [], op.outputs())
 
@@ -191,6 +201,46 @@ def _sort(op: Op) -> Iterator[Kernel]:
     yield Kernel("copy_", GATHERS, length * ids.element_size(), stored(ids))
     yield Kernel("copy_", GATHERS, stored(op.args[0]), stored(values))
     yield Kernel(op.name, GATHERS, stored(values, ids), stored(values, ids))
+
+
+@_of("scatter scatter_ scatter_add scatter_add_ index_add index_add_ index_put index_put_")
+def _scatter(op: Op) -> Iterator[Kernel]:
+    target, *ids, values = op.inputs()
+    if not op.name.endswith("_"):
+        yield Kernel("copy_", COPIES, stored(target), stored(op.out))
+    # written in place; sums read what they add to
+    added = "add" in op.name or op.name.startswith("index_put") and bool(op.argument("accumulate"))
+    moved = values.numel() * target.element_size() if values.numel() > 1 else min(map(stored, ids))
+    yield Kernel(op.name, GATHERS, stored(values, *ids) + moved * added, moved)
+
+
+@_of("embedding")
+def _embedding(op: Op) -> Iterator[Kernel]:
+    table, ids = op.inputs()
+    yield Kernel(op.name, GATHERS, min(stored(op.out), stored(table)) + stored(ids), stored(op.out))
+
+
+@_of("embedding_dense_backward")
+def _embedding_backward(op: Op) -> Iterator[Kernel]:
+    grad, ids = op.inputs()
+    yield Kernel("zeros", FILLS, 0, stored(op.out))
+    if ids.numel() > 3072:
+        # the ids are sorted with their positions, and counted
+        for _ in range(SORTED):
+            yield Kernel("sort", GATHERS, 2 * stored(ids), 2 * stored(ids))
+    yield Kernel(op.name, GATHERS, stored(grad, ids), min(stored(grad), stored(op.out)))
+
+
+@_of("repeat constant_pad_nd flip roll")
+def _rearranged(op: Op) -> Iterator[Kernel]:
+    if op.name == "constant_pad_nd":
+        yield Kernel("fill_", FILLS, 0, stored(op.out))
+    yield from _elementwise(op, COPIES, op.inputs(), op.outputs())
+
+
+@_of("cumsum max_pool2d_with_indices max_pool3d_with_indices _softmax _safe_softmax _softmax_backward_data")
+def _by_rows(op: Op) -> Iterator[Kernel]:
+    return _elementwise(op, REDUCTIONS, op.inputs(), op.outputs())
 
 
 # ---- reductions ------------------------------------------------------------------------------------------------------
@@ -304,6 +354,22 @@ def _attention_backward(op: Op) -> Iterator[Kernel]:
     yield Kernel(op.name, ATTENTION, accumulated, stored(dq))
 
 
+@_of("_scaled_dot_product_efficient_attention")
+def _efficient_attention(op: Op) -> Iterator[Kernel]:
+    out, statistics = op.out[:2]
+    yield Kernel(op.name, ATTENTION, stored(*op.args[:4]), stored(out, statistics), _flops(op))
+
+
+@_of("_scaled_dot_product_efficient_attention_backward")
+def _efficient_attention_backward(op: Op) -> Iterator[Kernel]:
+    grad, q, k, v, bias, out, statistics = op.args[:7]
+    # the sums of rows of grad * out, by two kernels of their own
+    product, sums = 4 * grad.numel(), 4 * grad.numel() // max(grad.shape[-1], 1)
+    yield Kernel("mul", ATTENTION, stored(grad, out), product)
+    yield Kernel("sum", ATTENTION, product, sums)
+    yield Kernel(op.name, ATTENTION, stored(grad, q, k, v, bias, statistics) + sums, stored(*op.outputs()), _flops(op))
+
+
 # ---- lists of tensors ------------------------------------------------------------------------------------------------
 
 
@@ -333,6 +399,12 @@ def _over_lists(
 def _foreach(op: Op) -> Iterator[Kernel]:
     lists = [arg for arg in op.args if isinstance(arg, list) and arg and isinstance(arg[0], Tensor)]
     return _over_lists(op, lists[0], len(lists), stored(*op.inputs()), stored(*lists[0]))
+
+
+@_of("_foreach_lerp_")
+def _foreach_lerp(op: Op) -> Iterator[Kernel]:
+    averages, values = op.args[:2]
+    return _over_lists(op, averages, 2, stored(*averages, *values), stored(*averages))
 
 
 @_of("_foreach_copy_")

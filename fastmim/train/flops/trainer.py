@@ -4,17 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
-from ... import masking
-from ...data import Batch
 from ..config import Config
 from ..distributed import Processes
 from ..loop import Trainer
 from ..masks import Masks
-from ..objective import PixelObjective
 from ..schedule import adamw
-from ..step import Update
+from ..step import Average, Update
 from .cards import Card
+from .inputs import batch_of, objective_of, rows_of, teacher_of
 from .recorder import UPDATE, Count, Stage, count
 from .simulated import DEVICE
 
@@ -22,35 +21,63 @@ from .simulated import DEVICE
 def count_step(config: Config, card: Card) -> Count:
     """Count the kernels of an update of `Trainer(config)` on one GPU, from a batch on the device to the new weights.
 
-    The kernels are those of eager PyTorch, even if `config` compiles. The copy of the images to the device is the
-    loader's and not counted.
+    The whole of `config.batch_size` is taken by this GPU, in parts of `micro_batch_size`, of which those alike are
+    counted once. Settings that change while the run goes on, such as a mask_ratio, are taken from its middle. The
+    kernels are those of eager PyTorch, even if `config` compiles. The copy of the images to the device is the loader's
+    and not counted.
 
     Raises:
+        ConfigError: an objective that can't be made, or whose teacher is not known.
         UnknownOpError: the step calls an op, or launches a kernel, for which there is no rule.
     """
-    return count(lambda: _prepared(config), card)
+
+    teacher, assumed = teacher_of(config)
+
+    def of(rows: int) -> Count:
+        found = count(lambda: prepared(config, DEVICE, rows, teacher), card)
+        found.assumed = [assumed] if assumed else []
+        return found
+
+    rows = rows_of(config)
+    parts, rest = divmod(rows, micro := config.micro_batch_size or rows)
+    if parts + bool(rest) <= 2:
+        return of(rows)
+    first = of(micro)
+    total = first.plus(of(2 * micro), parts - 1).plus(first, 1 - parts)
+    return total.plus(of(micro + rest)).plus(first, -1) if rest else total
 
 
-def _prepared(config: Config) -> tuple[Callable[[], None], Sequence[Stage]]:
+def prepared(
+    config: Config, device: torch.device, rows: int, teacher: nn.Module | None = None
+) -> tuple[Callable[[], None], Sequence[Stage]]:
+    """Prepare an update of `rows` samples as the Trainer makes it; return the update and its stages.
+
+    `teacher` is that of `inputs.teacher_of`.
+    """
     trainer: Any = Trainer(config)
-    trainer.processes = Processes(0, 1, DEVICE)
+    trainer.processes = Processes(0, 1, device)
     trainer.loader, trainer.steps, trainer.step, trainer.pending = range(1), 2, 0, []
-    with DEVICE:
-        model = config.build()
-        images = torch.empty(config.batch_size, model.in_chans, *model.patch_embed.img_size, dtype=torch.uint8)
+    objective = objective_of(config, device, teacher)
+    model: Any = objective.model
     model.set_grad_checkpointing(config.checkpoint_activations)
-    objective = PixelObjective(model)
     optimizer = adamw(objective, config)
-    masks = Masks(config.mask_settings, model.patch_embed.grid_size)
-    trainer.update = Update(config, trainer.processes, objective, objective, masks, optimizer)
-    batch = Batch(images, None, torch.arange(config.batch_size))
+    masks = Masks(config.mask_settings, model.grid_size)
+    average = Average(model, config.ema) if config.ema is not None else None
+    update = Update(config, trainer.processes, objective, objective, masks, optimizer, average)
+    trainer.update = update
+    batch = batch_of(config, model, masks, rows, device)
     stages = [
-        Stage("masking", masking, "random"),
+        Stage("masking", masks, "_make"),
         Stage("encoder", model, "_encode"),
         Stage("embedding", model.patch_embed, "forward"),
         Stage("decoder", model, "_decode"),
         Stage("loss", model, "loss"),
-        Stage("clipping", trainer.update, "_clip", UPDATE),
+        Stage("clipping", update, "_clip", UPDATE),
         Stage("optimiser", optimizer, "step", UPDATE),
+        Stage("average", update, "after_update", UPDATE),
     ]
+    if average is not None:
+        stages.append(Stage("average", average, "update", UPDATE))
+    if hasattr(objective, "_targets"):
+        stages.append(Stage("teacher", objective, "_targets"))
     return lambda: trainer._update(batch), stages
