@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +67,27 @@ def objective_of(config: Config, device: torch.device, teacher: nn.Module | None
     options = config.objective_options
     try:
         with device:
-            model = config.build().to(dtype)
+            model = _replaced(config.build(), lambda values: values.to(dtype))
             if teacher is None:
                 return objective.build(config.objective, options, model)
-            teacher = copy.deepcopy(teacher).to_empty(device=device).to(dtype)
-            for weights in teacher.parameters():
-                nn.init.normal_(weights, std=0.02)
+            teacher = _replaced(
+                copy.deepcopy(teacher), lambda values: 0.02 * torch.randn(values.shape, dtype=dtype, device=device)
+            )
             return objective.Distill(model, **{**options, "teacher": teacher})
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
+
+
+def _replaced(module: Any, make: Callable[[Tensor], Tensor]) -> Any:
+    """Replace the floating values of a module in place; `Module.to` doesn't take tensors without values."""
+    for part in module.modules():
+        for name, values in part._parameters.items():
+            if values is not None:
+                part._parameters[name] = nn.Parameter(make(values.detach()), values.requires_grad)
+        for name, values in part._buffers.items():
+            if values is not None and values.is_floating_point():
+                part._buffers[name] = make(values)
+    return module
 
 
 def batch_of(config: Config, model: MaskedAutoencoder, masks: Masks, rows: int, device: torch.device) -> AnyBatch:

@@ -141,13 +141,16 @@ class Recorder:
         if self._counting:
             self._add(kernel_of(name, arguments))
 
-    def _add(self, kernel: Kernel) -> None:
+    def place(self) -> tuple[str, str]:
+        """Return the stage and direction of what is called now."""
         node = torch._C._current_autograd_node()
         if node is None:
-            key = self.stage.name, self.stage.direction, kernel.kind, kernel.name
-        else:
-            made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
-            key = self._stages[made].name, BACKWARD, kernel.kind, kernel.name
+            return self.stage.name, self.stage.direction
+        made = bisect.bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._stages[made].name, BACKWARD
+
+    def _add(self, kernel: Kernel) -> None:
+        key = (*self.place(), kernel.kind, kernel.name)
         if key not in self._rows:
             self._rows[key] = Row(*key)
             self.count.rows.append(self._rows[key])

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from ... import _dispatch
+from ...models import positions, simmim
 from ...ops import patches
 from .cards import Card
 
@@ -207,6 +208,19 @@ def _attention(
 
 
 @contextlib.contextmanager
+def own_constants() -> Iterator[None]:
+    """Clear constants that are cached by device: none of a real one is found inside, nor a simulated one outside."""
+    caches = patches._constant, simmim._kept, positions._rope_table
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
+
+
+@contextlib.contextmanager
 def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
     """Simulate `card` as device "cuda:0" inside the context.
 
@@ -227,16 +241,14 @@ def simulated(card: Card, see: See, launched: Callable[[str, dict[str, Any]], No
             "torch.cuda.is_bf16_supported": lambda *args: True,
             "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
             "torch.clear_autocast_cache": calls.cast.clear,
-            "torch.autograd._engine_run_backward": calls.during(torch.autograd._engine_run_backward),
+            "torch.autograd._engine_run_backward": calls.during(torch.autograd.graph._engine_run_backward),
             "torch.utils._foreach_utils._get_foreach_kernels_supported_devices": lambda: ["cuda", "meta"],
         }.items():
             stack.enter_context(mock.patch(name, value))
         # which a process keeps
         stack.enter_context(mock.patch.object(_dispatch, "_capability", lambda device: list(card.capability)))
         stack.enter_context(mock.patch.object(Tensor, "device", place.property()))
-        # constants are cached by device: none of a real one may be found inside, nor a simulated one outside
-        patches._constant.cache_clear()
-        stack.callback(patches._constant.cache_clear)
+        stack.enter_context(own_constants())
         stack.enter_context(_dispatch.recorded_launches(launched))
         stack.enter_context(calls)
         stack.enter_context(_Ops(see, place))

@@ -38,13 +38,27 @@ def count_step(config: Config, card: Card) -> Count:
         found.assumed = [assumed] if assumed else []
         return found
 
+    (rows, times), *others = parts_of(config)
+    total = of(rows)
+    if times != 1:
+        total = total.plus(total, times - 1)
+    for rows, times in others:
+        total = total.plus(of(rows), times)
+    return total
+
+
+def parts_of(config: Config) -> list[tuple[int, int]]:
+    """Return updates (rows, times) whose sum is that of all samples, in parts of `micro_batch_size`.
+
+    The first part of an update makes the gradients, the others add to them. The last one may be smaller.
+    """
     rows = rows_of(config)
-    parts, rest = divmod(rows, micro := config.micro_batch_size or rows)
+    micro = config.micro_batch_size or rows
+    parts, rest = divmod(rows, micro)
     if parts + bool(rest) <= 2:
-        return of(rows)
-    first = of(micro)
-    total = first.plus(of(2 * micro), parts - 1).plus(first, 1 - parts)
-    return total.plus(of(micro + rest)).plus(first, -1) if rest else total
+        return [(rows, 1)]
+    updates = [(2 * micro, parts - 1), (micro, 2 - parts - bool(rest))]
+    return updates + [(micro + rest, 1)] * bool(rest)
 
 
 def prepared(

@@ -1,0 +1,353 @@
+"""Time of a step on this machine, from rates that are measured in a few seconds.
+
+The ops of the step are recorded on tensors without values. Then the largest of them are run, each alone, on tensors of
+those shapes, or of fewer samples if they take long: an op of more samples takes as many times longer as it moves more
+bytes, or has more FLOPs. What was not run is taken at the rates of a large product and of a copy.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from ..config import DTYPES, Config
+from ..flops.cards import Card
+from ..flops.inputs import teacher_of
+from ..flops.kernel import stored
+from ..flops.recorder import Recorder
+from ..flops.simulated import own_constants
+from ..flops.torch_kernels import NOTHING
+from ..flops.trainer import parts_of, prepared
+from .steptime import BYTES, LAUNCHES, PRODUCTS, StepTime, staged
+
+# samples of the shorter step are one of SHORTER
+SHORTER = 8
+# share of the calibration that one run of an op may take, before it is run on fewer samples
+LONGEST = 0.02
+# bytes of the lists of tensors of an optimiser's op; of a large copy
+LISTS, COPIED = 1 << 28, 1 << 27
+# rows of a large product, by the type of the device
+SIDE = {"cpu": 1024, "cuda": 8192}
+# a model whose step takes as long as the host needs to launch it
+SMALL = dict(
+    data="skimage_photos",
+    model="mae_vit_tiny_patch16",
+    model_options=dict(
+        patch_size=8,
+        embed_dim=32,
+        depth=4,
+        num_heads=1,
+        decoder_embed_dim=32,
+        decoder_depth=2,
+        decoder_num_heads=1,
+    ),
+    image_size=16,
+    batch_size=1,
+)
+# values of noise that arguments repeat
+NOISE = 1 << 16
+Key = tuple[Any, ...]
+
+
+class Shape(NamedTuple):
+    """A tensor without values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Call(NamedTuple):
+    """An op of a step.
+
+    Attributes:
+        place: stage and direction.
+        func: the op.
+        arguments: positional and keyword arguments, in which tensors are of type `Shape`.
+        flops, moved: FLOPs of products, and bytes read and written.
+    """
+
+    place: tuple[str, str]
+    func: Any
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    flops: int
+    moved: int
+
+    @property
+    def key(self) -> Key:
+        """Return what calls of the same op on tensors of the same shapes have in common."""
+        leaves = tree_leaves(self.arguments, is_leaf=lambda leaf: isinstance(leaf, Shape))
+        # constants such as a learning rate change no time
+        return (self.func, *(leaf if isinstance(leaf, (Shape, int)) else str(leaf)[:20] for leaf in leaves))
+
+    def like(self, other: "Call") -> Key:
+        """Return the key, in which sizes that differ in `other`, a call of fewer samples, are left out."""
+        pairs = zip(_numbers(self.key), _numbers(other.key))
+        return (self.func, *(a if a == b else None for a, b in pairs))
+
+
+def _numbers(key: Key) -> list[Any]:
+    found: list[Any] = []
+    for entry in key[1:]:
+        found += [*entry.shape, entry.dtype] if isinstance(entry, Shape) else [entry]
+    return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of this machine.
+
+    Attributes:
+        name: of the processor or GPU, with its threads.
+        device: "cpu" or "cuda".
+        product: FLOP/s of a large product in the dtype of the run.
+        copy: bytes a second, read and written together, of a large copy.
+        launch: seconds that the host needs to launch an op.
+        ops: by op and sizes: seconds, FLOPs and bytes of a call.
+    """
+
+    name: str
+    device: str
+    product: float
+    copy: float
+    launch: float
+    ops: dict[Key, tuple[float, int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def card(self) -> Card:
+        """Return the rates as those of a card."""
+        properties: Any = torch.cuda.get_device_properties(0) if self.device == "cuda" else None
+        several = (properties.multi_processor_count, (properties.major, properties.minor)) if properties else (1, (0, 0))
+        return Card(self.name, self.copy, self.product, self.launch, *several, "measured on this machine")
+
+    def seconds(self, call: Call, key: Key) -> float:
+        """Return the time of a call, by that of a call of other samples that was measured, or at the rates."""
+        if key not in self.ops:
+            return max(call.flops / self.product, call.moved / self.copy)
+        seconds, flops, moved = self.ops[key]
+        if flops and call.flops:
+            return seconds * call.flops / flops
+        return seconds * call.moved / moved if moved else seconds
+
+
+# ---- the ops of a step -----------------------------------------------------------------------------------------------
+
+
+class _Ops(Recorder):
+    """Records calls with the stage that makes them."""
+
+    def __init__(self) -> None:
+        super().__init__(Card("", 1, 1, 0, 1, (0, 0), ""))
+        self.calls: list[Call] = []
+
+    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        if func.namespace not in ("aten", "fastmim") or func.is_view or func.overloadpacket.__name__ in NOTHING:
+            return
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not any(leaf is x for x in tensors)]
+        written = [
+            leaf
+            for argument, value in zip(func._schema.arguments, args)
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for leaf in tree_leaves(value)
+            if isinstance(leaf, Tensor)
+        ]
+        formula = flop_registry.get(func.overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+        arguments = tree_map_only(Tensor, lambda x: Shape(tuple(x.shape), tuple(x.stride()), x.dtype), (args, kwargs))
+        self.calls.append(Call(self.place(), func, arguments, flops, stored(*tensors, *made) + stored(*written)))
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self, ops: _Ops) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops = ops
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.ops.see(func, args, kwargs or {}, out)
+        return out
+
+
+def calls_of(config: Config, rows: int) -> list[Call]:
+    """Return the ops of an update of `rows` samples, in order."""
+    teacher, _ = teacher_of(config)
+    ops = _Ops()
+    with own_constants(), FakeTensorMode():
+        step, stages = prepared(config, torch.device(config.device), rows, teacher)
+        with ops.counting(stages), _Seen(ops):
+            step()
+    return ops.calls
+
+
+def _pairs(config: Config, rows: int) -> list[tuple[Call, Call, Key]]:
+    """Return each call of an update, the same one of an update of fewer samples, and what they have in common."""
+    return _pairs_of(json.dumps(config.to_dict()), rows)
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs_of(settings: str, rows: int) -> list[tuple[Call, Call, Key]]:
+    config = Config.of(json.loads(settings))
+    micro = config.micro_batch_size or rows
+    fewer = max(1, min(micro, rows) // SHORTER)
+    short = fewer * (rows // micro) + min(rows % micro, fewer)
+    calls = calls_of(config, rows)
+    others = calls_of(dataclasses.replace(config, micro_batch_size=fewer), short) if short < rows else calls
+    if [call.func for call in calls] != [call.func for call in others]:
+        others = calls
+    return [(call, other, call.like(other)) for call, other in zip(calls, others)]
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def calibrate(config: Config, seconds: float = 10.0) -> Rates:
+    """Measure this machine's rates for the steps of a config, with the threads that PyTorch has now.
+
+    With one thread on a CPU its own processor time is measured, which other processes change little.
+
+    Args:
+        config: settings of a run; `device` says what is measured.
+        seconds: how long to measure, roughly. Ops of the step are run in turns for that time.
+    """
+    device = torch.device(config.device)
+    clock = _clock(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type == "cpu":
+        name = f"{name}, {torch.get_num_threads()} threads"
+    rates = Rates(name, device.type, *_large(config, device, clock), 0.0)
+    rates = dataclasses.replace(rates, launch=_host(config, device, clock))
+    rows = max(rows for rows, _ in parts_of(config))
+    chosen: dict[Key, tuple[Key, Call]] = {}
+    weight: dict[Key, float] = defaultdict(float)
+    for call, other, key in _pairs(config, rows):
+        run = call if rates.seconds(call, ()) < LONGEST * seconds else other
+        chosen.setdefault(run.key, (key, run))
+        weight[run.key] += rates.seconds(call, ())
+    found: dict[Key, list[float]] = defaultdict(list)
+    end = time.perf_counter() + seconds
+    # the largest first, each at least once while the time lasts
+    order = sorted(chosen, key=lambda key: -weight[key])
+    for _ in range(1000):
+        for run in order:
+            if time.perf_counter() > end:
+                break
+            found[run].append(_seconds(chosen[run][1], device, clock))
+    ops = {}
+    for run, laps in found.items():
+        key, call = chosen[run]
+        ops[key] = statistics.median(laps), call.flops, call.moved
+    return dataclasses.replace(rates, ops=ops)
+
+
+def step_time_here(config: Config, rates: Rates, *, micro_batch: int | None = None) -> StepTime:
+    """Estimate the time of a step on this machine.
+
+    Args:
+        config: settings of the run, for the device and dtype of the calibration.
+        rates: what `calibrate` returned, for this config or one whose ops have the same sizes but for the samples.
+        micro_batch: most images that are taken at once. Default: `config.micro_batch_size`.
+    """
+    if micro_batch is not None:
+        config = dataclasses.replace(config, micro_batch_size=micro_batch)
+    times: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    flops = moved = launches = 0
+    for rows, count in parts_of(config):
+        for call, _, key in _pairs(config, rows):
+            bound = PRODUCTS if call.flops else BYTES
+            times[call.place][bound] += 1e3 * count * rates.seconds(call, key)
+            times[call.place][LAUNCHES] += 1e3 * count * rates.launch
+            flops, moved, launches = flops + count * call.flops, moved + count * call.moved, launches + count
+    assumed = teacher_of(config)[1]
+    host = 1e3 * rates.launch * launches
+    return StepTime(staged(times), flops, moved, launches, host, (assumed,) if assumed else ())
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cuda":
+
+        def synchronised() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronised
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _large(config: Config, device: torch.device, clock: Callable[[], float]) -> tuple[float, float]:
+    """Return the rates of a large product and of a large copy, the best of three."""
+    dtype, n = DTYPES[config.dtype], SIDE[device.type]
+    a, source = torch.ones(n, n, device=device, dtype=dtype), torch.ones(COPIED // 4, device=device)
+    target = torch.empty_like(source)
+    products, copies = ([] for _ in range(2))
+    for _ in range(4):
+        start = clock()
+        a @ a
+        between = clock()
+        target.copy_(source)
+        products.append(between - start)
+        copies.append(clock() - between)
+    return 2 * n**3 / min(products[1:]), 2 * COPIED / min(copies[1:])
+
+
+def _host(config: Config, device: torch.device, clock: Callable[[], float]) -> float:
+    """Return the seconds that Python and autograd add to an op: those of a step of a small model beyond its ops."""
+    with tempfile.TemporaryDirectory() as folder:
+        small = Config(output_dir=folder, device=config.device, dtype=config.dtype, **SMALL)
+        calls = calls_of(small, 1)
+        step, _ = prepared(small, device, 1)
+        laps, alone = [], []
+        for _ in range(8):
+            start = clock()
+            step()
+            laps.append(clock() - start)
+        once = {call.key: call for call in calls}
+        taken = {key: _seconds(call, device, clock) for key, call in once.items()}
+        alone = [taken[call.key] for call in calls]
+    return max(statistics.median(laps[2:]) - sum(alone), 0.0) / len(calls)
+
+
+def _seconds(call: Call, device: torch.device, clock: Callable[[], float]) -> float:
+    """Return the seconds of a call, the median of up to five that take 20 ms together."""
+    args, kwargs = _made(call, device)
+    laps: list[float] = []
+    with torch.no_grad():
+        call.func(*args, **kwargs)
+        while len(laps) < 5 and sum(laps) < 0.02:
+            start = clock()
+            call.func(*args, **kwargs)
+            laps.append(clock() - start)
+    return statistics.median(laps)
+
+
+def _made(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return arguments with values: noise, and numbers from 0 on along the last axis for ids."""
+
+    def tensor(of: Shape) -> Tensor:
+        values = 1 + sum((size - 1) * stride for size, stride in zip(of.shape, of.stride)) if 0 not in of.shape else 0
+        if of.dtype.is_floating_point:
+            flat = (0.5 + torch.rand(NOISE, device=device)).to(of.dtype).repeat(math.ceil(values / NOISE) or 1)[:values]
+        else:
+            length = of.shape[-1] if of.shape else 1
+            flat = torch.arange(max(length, 1), device=device).to(of.dtype).repeat(math.ceil(values / max(length, 1)) or 1)
+            flat = flat[:values]
+        return flat.as_strided(of.shape, of.stride)
+
+    args, kwargs = call.arguments
+    return tree_map_only(Shape, tensor, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Shape))  # type: ignore[no-any-return]
