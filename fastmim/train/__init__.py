@@ -17,6 +17,7 @@
 #     metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
 #     meter          images per second and their share of the matrix product rate
 #     flops/         kernels of a GPU step, counted without a GPU
+#     plan/          memory, time and traffic of a run before it starts
 #     load_run       the model of a run
 #     evaluate, export, reconstruct    the `fastmim` commands of these names
 
