@@ -5,8 +5,9 @@ moves from labels of the source domain to the target domain, on which the model 
 nothing is masked.
 Paid for visible patches alone: the encoder of the first stage; for visible and predicted ones its decoder. The second
 stage encodes whole clips.
-Differs: the abstract is the source. The curriculum is linear, and agreement is the cross-entropy to the average's
-sharpened classes of the same clip without noise.
+Differs: the curriculum is linear, while their code weighs both terms equally and lowers the learning rate of the
+classifier; noise stands for strong augmentation. Agreement is as there: the cross-entropy to the average's classes of
+the weakly augmented clip, sharpened by 0.1.
 """
 
 import copy

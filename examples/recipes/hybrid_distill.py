@@ -5,8 +5,8 @@ Masked: redundant patches, progressively: after each third of the student's bloc
 are dropped. Relations among the last tokens, of queries to keys and of values to values, come from a teacher trained by
 masked modelling; features from one trained by contrast.
 Paid for visible patches alone: both teachers, and the losses; the student's blocks as its tokens become fewer.
-Differs: the rule of redundancy is our reading, mean cosine similarity, since no code is public; small encoders of
-random weights are the teachers.
+Differs: relations are compared in the last block, in the paper in blocks before it. The rule of redundancy is our
+reading, mean cosine similarity, since no code is public; small encoders of random weights are the teachers.
 """
 
 import torch

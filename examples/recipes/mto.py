@@ -4,7 +4,8 @@
 Masked: 75% of the patches, at random, for an MAE. Each decoder block has a learned weight, at most 1, by which all
 tokens attend less to mask tokens; a term of the loss keeps the mask token unlike the visible tokens beside it.
 Paid for visible and predicted patches alone: everything.
-Differs: code is not public; weight and term are our reading of the abstract.
+Differs: weight and term are our reading of the abstract, since no code is public; the paper has three terms, of which
+one is of the entropy of the tokens.
 """
 
 import torch

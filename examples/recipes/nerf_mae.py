@@ -2,10 +2,12 @@
 radiance fields", ECCV 2024.
 
 Masked: 75% of the windows of a grid of colour and density. Mask tokens go through the windows of a 3-D Swin
-transformer with the visible patches; a convolution brings tokens back to voxels. Colour is scored where there is
-matter, density everywhere, on masked patches.
+transformer with the visible patches; a decoder brings tokens back to voxels. Colour is scored where there is matter,
+density everywhere, on masked patches.
 Paid for visible patches alone: embedding; for masked ones: loss. Windows and decoder take the whole grid.
-Differs: one stage of two blocks, whole and shifted windows, in place of four stages; a decoder of one convolution.
+Differs: one stage of two blocks, whole and shifted windows, in place of four stages; a norm and a linear layer in place
+of a decoder of four 3-D convolutions with upsampling; learned positions; exactly 75% of the windows are masked, which
+their code draws one by one.
 """
 
 import torch

@@ -165,6 +165,10 @@ class Lock:
                 "%s %s was last used by process %s on %s, which didn't end properly: waiting %g s for a sign of life",
                 *(self.argument, self.folder, pid, holder.get("host"), PATIENCE),
             )
+        return self._beats(holder)
+
+    def _beats(self, holder: dict[str, Any]) -> bool:
+        """Return whether the lock file is updated within PATIENCE seconds, by this holder or a later one."""
         updated, end = self._updated(), time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(PATIENCE / 20)
@@ -206,12 +210,14 @@ class Lock:
 def holder_of(folder: Path) -> tuple[dict[str, Any], bool]:
     """Return the entry of the process that holds `folder`, empty if none does, and whether it is alive.
 
-    Its process is looked for on this machine. If it isn't found, it is alive if it updates the lock file within
-    PATIENCE seconds.
+    If its process is on this machine and updated the lock file lately, it is alive; otherwise it is if it updates the
+    file within PATIENCE seconds. The number of a dead process may be another one's, as after a restart of the machine.
     """
     lock = Lock("folder", folder)
     holder = lock._holder()
-    return holder, bool(holder) and lock._is_alive(holder)
+    here = holder.get("host") == socket.gethostname() and isinstance(pid := holder.get("pid"), int) and _is_running(pid)
+    recent = abs(time.time() - lock._updated() / 1e9) < PATIENCE
+    return holder, bool(holder) and ((here and recent) or lock._beats(holder))
 
 
 def _is_running(pid: int) -> bool:

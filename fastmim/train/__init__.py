@@ -15,6 +15,7 @@
 #     signals        SIGTERM and SIGUSR1
 #     checkpoint/    writing, verifying and restoring checkpoints
 #     metrics        metrics.jsonl, progress, the loss curve; tensorboard: TensorBoard's files
+#     report/        sending metrics to Weights & Biases or MLflow
 #     meter          images per second and their share of the matrix product rate
 #     flops/         kernels of a GPU step, counted without a GPU
 #     plan/          memory, time and traffic of a run before it starts
@@ -24,7 +25,8 @@
 from .config import Config
 from .loop import Trainer
 from .objective import Distill, Objective
+from .report.reporter import Reporter
 from .signals import Interrupted
 from .values import ConfigError
 
-__all__ = ["Config", "ConfigError", "Distill", "Interrupted", "Objective", "Trainer"]
+__all__ = ["Config", "ConfigError", "Distill", "Interrupted", "Objective", "Reporter", "Trainer"]

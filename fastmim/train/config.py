@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 
-from .._checks import check_count, check_ratio
+from .._checks import check_count, check_number, check_ratio
 from ..models.mae import MaskedAutoencoderViT
 from ..models.masked_autoencoder import MaskedAutoencoder
 from ..models.video import VideoMAE
 from . import registry
 from .masks import Masks
-from .objective import imported
+from .objective import NAMES
 from .registry import MODELS, SHORT, takes_pairs
-from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
+from .report.reporter import check_name
+from .values import PATHS, ConfigError, expanded, imported, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -82,6 +83,8 @@ class Config:
         micro_batch_size: most images that a process takes at once; the gradients of larger batches are accumulated.
         epochs, max_steps: length of the run; max_steps overrides epochs.
         base_lr, min_lr: the peak is base_lr * batch_size / 256; min_lr is absolute.
+        lr_drops: ascending shares of the run at which the learning rate falls to a tenth; none: it falls along half a
+            cosine.
         warmup: share of the run in which the learning rate rises.
         weight_decay, betas: AdamW's; biases and norms don't decay.
         clip_grad: largest norm of the gradient; none: no clipping.
@@ -96,8 +99,15 @@ class Config:
         keep_last, keep_every: checkpoints that are kept: the last `keep_last`, and those of every `keep_every` steps.
         log_every: steps between lines of metrics.
         reconstruct_every: steps between pictures of reconstructions; 0: none.
+        report_to: the service to which each line of metrics is sent, too: "wandb" (Weights & Biases), "mlflow", or
+            "package.module:Class", a `fastmim.train.Reporter`. Training neither waits for it nor stops with it. A run
+            that continues is the same run there.
+        report_options: arguments of that class: project, name, entity, group, job_type, tags, notes, mode and settings
+            for "wandb"; tracking_uri, experiment_name, run_name and tags for "mlflow".
         max_skipped: consecutive updates without a finite loss and gradient after which the run goes back to the last
             checkpoint, and the second time stops.
+        lost_after: seconds without a sign of life after which another process counts as lost, and all end.
+        timeout: seconds that an exchange with other processes may take.
 
     Raises:
         ConfigError: a value of the wrong type or out of range.
@@ -130,6 +140,7 @@ class Config:
     max_steps: int | None = None
     base_lr: float = 1.5e-4
     min_lr: float = 0.0
+    lr_drops: list[float] = field(default_factory=list)
     warmup: float = 0.05
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -145,7 +156,11 @@ class Config:
     keep_every: int | None = None
     log_every: int = 10
     reconstruct_every: int = 0
+    report_to: str | None = None
+    report_options: dict[str, Any] = field(default_factory=dict)
     max_skipped: int = 5
+    lost_after: float = 60.0
+    timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         for name, kind in typing.get_type_hints(Config).items():
@@ -198,8 +213,17 @@ class Config:
         for name in ("base_lr", "min_lr", "weight_decay", "warmup"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        for name in ("lost_after", "timeout"):
+            if not 1 <= getattr(self, name) < 1e8:
+                raise ConfigError(f"{name} must be at least 1 second and below 1e8, got {getattr(self, name)}")
         if self.warmup >= 1:
             raise ConfigError(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
+        if any(not self.warmup <= check_number("lr_drops", share) < 1 for share in self.lr_drops) or (
+            sorted(set(self.lr_drops)) != self.lr_drops
+        ):
+            raise ConfigError(
+                f"lr_drops must be ascending shares of the run from warmup, {self.warmup}, to 1; got {self.lr_drops}"
+            )
         if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
             raise ConfigError(f"clip_grad must be positive and finite, or none, got {self.clip_grad}")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -210,10 +234,14 @@ class Config:
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be a path, got an empty one")
         self._check_model()
-        if self.objective not in ("mae", "distill"):
-            imported(self.objective)
+        if self.objective not in NAMES:
+            imported("objective", self.objective, NAMES)
         if self.objective == "mae" and self.objective_options:
             raise ConfigError(f"objective_options must be empty for objective mae, got {self.objective_options}")
+        if self.report_to is not None:
+            check_name(self.report_to)
+        elif self.report_options:
+            raise ConfigError(f"report_options must be empty without report_to, got {self.report_options}")
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ConfigError(f"ema must be in [0, 1), or none, got {self.ema}")
         if not isinstance(self.patchwise, bool) and self.patchwise != "auto":

@@ -3,8 +3,9 @@
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,16 +17,21 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from .config import Config
+from .peers import Peers
 from .values import ConfigError
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Rank of this process, number of processes, and the device of this one."""
+    """Rank of this process, number of processes, the device of this one, and the group in which they talk.
+
+    Without a group they talk in the default one.
+    """
 
     rank: int
     world: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -37,13 +43,13 @@ class Processes:
         if self.world == 1:
             return list(flags)
         merged = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(merged, dist.ReduceOp.MAX)
+        dist.all_reduce(merged, dist.ReduceOp.MAX, self.group)
         return [bool(flag) for flag in merged.tolist()]
 
     def mean(self, value: Tensor) -> Tensor:
         """Average a tensor over processes, in place, on the device."""
         if self.world > 1:
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.group)
             value /= self.world
         return value
 
@@ -52,7 +58,7 @@ class Processes:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -60,13 +66,19 @@ class Processes:
         if self.world == 1:
             return [value]
         boxes = [None] * self.world
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, self.group)
         return boxes
 
 
 @contextmanager
 def joined(config: Config) -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did, and leave them at the end."""
+    """Join the processes that torchrun started, if it did, and leave them at the end.
+
+    Raises:
+        ConfigError: a batch_size that can't be shared out.
+        LostProcess (a RuntimeError): another process ended or can't be reached. A process that waits for it in an
+            exchange prints this error and ends instead.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if config.batch_size % world:
         raise ConfigError(f"batch_size must be a multiple of the {world} processes, got {config.batch_size}")
@@ -74,25 +86,30 @@ def joined(config: Config) -> Iterator[Processes]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    started = (world > 1 or config.parallel == "fsdp") and not dist.is_initialized()
+    if (world == 1 and config.parallel != "fsdp") or dist.is_initialized():
+        yield Processes(rank, world, device)
+        return
     # gloo for messages between hosts, nccl for gradients
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if started and "MASTER_ADDR" in os.environ:
-        store, *_ = next(rendezvous("env://"))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it
+    timeout = timedelta(seconds=config.timeout)
+    if "MASTER_ADDR" in os.environ:
+        store, *_ = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store when it restarts the processes, with the addresses of the dead ones in it; on
+            # several hosts it counts restarts by host, and must not share its store
             attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
             store = dist.PrefixStore(f"start-{attempt}", store)  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    elif started:
+    else:
         # FSDP on a single process
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-    try:
+        rank, world, store = 0, 1, dist.HashStore()  # type: ignore[attr-defined]
+    with ExitStack() as stack:
+        if world > 1:
+            # a store serves one thread at a time
+            own = dist.PrefixStore("peers", store.clone())  # type: ignore[attr-defined]
+            stack.enter_context(Peers(own, rank, world, config.lost_after, config.timeout).watching())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        stack.callback(dist.destroy_process_group)
         yield Processes(rank, world, device)
-    finally:
-        if started:
-            dist.destroy_process_group()
 
 
 def check_cuda_graphs(config: Config, world: int) -> None:
@@ -134,9 +151,28 @@ def parallelize(objective: nn.Module, config: Config, processes: Processes) -> n
         # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return objective
+    replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else None
+    if replicated is not None:
+        settle_buckets(replicated)
     if config.compile:
         objective.compile(mode="reduce-overhead" if config.cuda_graphs else None)
-    return DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else objective
+    return objective if replicated is None else replicated
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP arrange its buckets before the first step, by a backward pass that gives zeros.
+
+    DDP arranges them anew after its first one, and the place of a gradient decides in which order three or more
+    processes add it: the first step after a restart would round in another way than the same step without it.
+    """
+    objective = model.module
+    # its last parameters, whose gradients are ready first, come first
+    objective.forward = lambda: sum(p.flatten()[:0].sum() for p in objective.parameters() if p.requires_grad)
+    try:
+        model().backward()
+    finally:
+        del objective.forward
+    model.zero_grad()
 
 
 @contextmanager

@@ -39,10 +39,10 @@ def load_model(
         description = path / "state.json"
     else:
         description = path / "run.json"
-    weights_file = path / f"{'ema' if ema else 'model'}.safetensors"
-    if ema and not weights_file.is_file():
-        raise ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
+    none_kept = ValueError(f"{path} holds no average of the weights, which a run with the setting ema keeps")
     if not description.is_file():
+        if ema:
+            raise none_kept
         return load(path, key=key, allow_missing=allow_missing)
     if key is not None:
         raise ValueError(f"{path} is of a run and holds one model: key is for other checkpoints, got {key!r}")
@@ -51,17 +51,18 @@ def load_model(
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{description} doesn't describe a run: {error}") from None
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        weights = load_file(path / "model.safetensors")
-        if ema:
-            # of trained parameters alone
-            weights |= load_file(weights_file)
+        weights = store.read_tensors(path, "model")
+        # of trained parameters alone
+        averages = store.read_tensors(path, "ema") if ema else {}
+        if ema and not averages:
+            raise none_kept
+        weights |= averages
         model = config.build().to(weights["patch_embed.proj.weight"].dtype)
         model.load_state_dict(weights)
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{path / 'model.safetensors'} is damaged or not of {description}: {error}") from None
+        raise ValueError(f"the model in {path} is damaged or not of {description}: {error}") from None
     return model
 
 

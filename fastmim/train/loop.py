@@ -2,8 +2,10 @@
 
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
 sample). A result therefore does not depend on restarts; the number of processes and of PyTorch's threads changes it by
-rounding alone, but where data are missing: there each process, and each part of micro_batch_size samples, has the mean
-over its own valid patches, and these means count alike. The host reads from the device every `log_every` steps only.
+rounding alone, with two exceptions. Where samples have different numbers of scored patches (missing data, running
+cells), each process, and each part of micro_batch_size samples, has the mean over its own patches, and these means count
+alike. Dropout and drop path draw from a generator of each process. The host reads from the device every `log_every`
+steps only.
 """
 
 import os
@@ -28,6 +30,8 @@ from .distributed import joined, parallelize, whole
 from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
+from .report.reporter import Ending
+from .report.sender import Sender, open_sender
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
 from .step import Average, Update, graphed
@@ -74,14 +78,21 @@ class Trainer:
             self._claim_folder() as self.lock,
         ):
             self._prepare()
+            ending: Ending = "failed"
             try:
                 self._train()
                 self._finish()
+                ending = "finished"
+            except KeyboardInterrupt:
+                ending = "interrupted"
+                raise
             finally:
                 self.progress.close()
-                self.checkpoints.writer.close()
+                self.checkpoints.close()
                 if self.processes.first:
                     self.journal.close()
+                if self.sender is not None:
+                    self.sender.close(ending)
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 
@@ -103,9 +114,13 @@ class Trainer:
                 problem = str(error)
             except OSError as error:
                 problem = f"output_dir {self.folder} can't be made or written to: {error}"
-            if problems := [text for text in self.processes.gather(problem) if text]:
-                raise ConfigError(problems[0])
+            self._raise_first(problem)
             yield lock
+
+    def _raise_first(self, problem: str | None) -> None:
+        """Raise the first problem that a process has, in all processes."""
+        if problems := [text for text in self.processes.gather(problem) if text]:
+            raise ConfigError(problems[0])
 
     def _prepare(self) -> None:
         self.loader = open_loader(self.config, self.processes)
@@ -122,6 +137,9 @@ class Trainer:
             self.objective = objective.build(config.objective, config.objective_options, self.model)
         except (OSError, TypeError, ValueError) as error:
             raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
+        if not self.processes.first:
+            # weights are the same on all processes, what dropout and drop path leave out is not
+            torch.manual_seed(config.seed + self.processes.rank)
         self.parallel = parallelize(self.objective, config, self.processes)
         self.optimizer = adamw(self.objective, config)
         self.average = Average(self.model, config.ema) if config.ema is not None else None
@@ -135,8 +153,20 @@ class Trainer:
             config, self.processes, self.objective, self.optimizer, self.average, self.loader, self.lock, self._say
         )
         self.meter = Meter(self.masks, config, self.processes, dtype)
+        self.sender = self._open_sender()
         if not self._resume():
             self._save()
+
+    def _open_sender(self) -> Sender | None:
+        """Return what sends metrics to the service of `report_to`, in the first process."""
+        sender, problem, to = None, None, self.config.report_to
+        if to is not None and self.processes.first:
+            try:
+                sender = open_sender(to, self.config.report_options, self.config.to_dict())
+            except ConfigError as error:
+                problem = str(error)
+        self._raise_first(problem)
+        return sender
 
     def _resume(self) -> bool:
         """Continue from the newest good checkpoint, dropping metrics of later steps; return whether there was one."""
@@ -144,7 +174,8 @@ class Trainer:
         if path is not None:
             self.step, self.skipped, self.streak = self.checkpoints.restore(path)
         if self.processes.first:
-            self.journal = metrics.Journal(self.folder, self.step)
+            send = None if self.sender is None else self.sender.send
+            self.journal = metrics.Journal(self.folder, self.step, send)
             if path is not None or self.journal.repeated:
                 self._say(f"going on from step {self.step}; {self.journal.repeated} logged steps are repeated")
         self.progress = metrics.Progress(self.step, self.steps, self.processes.first)
@@ -276,6 +307,8 @@ class Trainer:
 
     def _stop(self) -> None:
         self.checkpoints.writer.wait(strict=True)
+        if self.sender is not None:
+            self.sender.close("interrupted")
         # launchers end all processes soon after one of them, so none may leave while the first one writes
         self.processes.any(True)
         self._say(f"interrupted: step {self.step} is saved; the same command goes on from there")
@@ -286,6 +319,8 @@ class Trainer:
         if self.checkpoints.saved != self.step:
             self._save()
         path = self.checkpoints.finish()
+        # no process succeeds unless the first one does
+        self.processes.any(True)
         if self.processes.first:
             curve = self.folder / "loss.png"
             with metrics.forgiving(f"{curve} can't be drawn"):

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ class Journal:
     Args:
         folder: the run's folder.
         start: the step that the run continues from; lines of later steps are dropped from both files.
+        send: function that is given each line of `metrics.jsonl` as well.
     """
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int, send: Callable[[dict[str, Any]], None] | None = None) -> None:
+        self.send = send
         self.path, self.skipped = folder / "metrics.jsonl", folder / "skipped.jsonl"
         self.repeated = max([0, *(line[STEP] - start for line in read_lines(self.path))])
         for path in (self.path, self.skipped):
@@ -35,10 +37,13 @@ class Journal:
         self.tensorboard = _open_tensorboard(folder / "tensorboard", start)
 
     def write(self, line: dict[str, Any]) -> None:
+        finite = {key: _finite(value) for key, value in line.items()}
         with forgiving(f"{self.path} is behind"):
             # a line that can't be written stays in the buffer and is written with the next one
-            self.file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
+        if self.send is not None:
+            self.send(finite)
         writer, self.tensorboard = self.tensorboard, None
         if writer is not None:
             with forgiving(f"{writer.file.name} ends before step {line[STEP]}"):
@@ -65,24 +70,29 @@ class Journal:
                 self.tensorboard.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; one that was cut off is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get(STEP), int):
-            lines.append(line)
-    return lines
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a metrics file, none if there is no file; one that was cut off is left out."""
+    if not path.exists():
+        return
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and isinstance(line.get(STEP), int):
+                yield line
 
 
 def _drop_after(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`, and those that were cut off."""
     if path.exists():
-        kept = "".join(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
-        write_atomically(path, lambda aside: aside.write_text(kept))
+
+        def write(aside: Path) -> None:
+            with open(aside, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
+
+        write_atomically(path, write)
 
 
 def _finite(value: Any) -> Any:
@@ -150,7 +160,7 @@ class Progress:
 # ---- the curve -------------------------------------------------------------------------------------------------------
 
 
-def draw_curve(lines: list[dict[str, Any]], path: Path) -> None:
+def draw_curve(lines: Iterable[dict[str, Any]], path: Path) -> None:
     """Draw the loss over the steps as a PNG; without matplotlib, print a line instead."""
     try:
         from matplotlib.figure import Figure

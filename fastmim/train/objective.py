@@ -1,7 +1,6 @@
 """The loss that a run minimises: the model's own, distillation, or that of a module of the user's."""
 
 import copy
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +13,10 @@ from .. import ops
 from .._checks import check_count, check_number
 from ..data import Batch, CovisibleBatch, PairBatch
 from ..masking import Mask
+from .values import imported
 
+# values of the setting `objective` that are no class
+NAMES = "mae", "distill"
 # added to the shares of patches that the other view shows: as weights, they must be above zero
 UNSEEN = 0.01
 
@@ -83,7 +85,8 @@ class Distill(Objective):
 
     Args:
         student: the model that is trained, with the verbs of `fastmim.MaskedAutoencoder`.
-        teacher: an encoder with the same number of patches, which does not change; None with `momentum`.
+        teacher: an encoder with the same number of patches, which does not change; None with `momentum`. It moves with
+            `to`, and is in neither parameters nor `state_dict`.
         on: "visible": compare states of the student's blocks with the teacher's at prefix and visible tokens;
             "predicted": compare the student's predictions with the teacher's states of the predicted patches.
         sees: the teacher encodes "visible" patches alone or "all".
@@ -192,6 +195,13 @@ class Distill(Objective):
         self._teacher[0].eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distill":
+        """Apply what `to`, `cuda` and the like do to the teacher too."""
+        super()._apply(fn, recurse)
+        if self.momentum is None and recurse:
+            self._teacher[0]._apply(fn)
+        return self
+
     def after_update(self) -> None:
         """Move a teacher that is the student's average towards the student."""
         if self.momentum is not None:
@@ -284,28 +294,10 @@ def build(name: str, options: Mapping[str, Any], model: nn.Module) -> nn.Module:
         return PixelObjective(model)
     if name == "distill":
         return Distill(model, **{**options, "teacher": _teacher(options.get("teacher"), model)})
-    objective = imported(name)(model, **options)
+    objective = imported("objective", name, NAMES)(model, **options)
     if not isinstance(objective, nn.Module) or getattr(objective, "model", None) is not model:
         raise TypeError(f"objective {name} must be a torch.nn.Module that has its first argument as attribute model")
     return objective
-
-
-def imported(name: str) -> Any:
-    """Return the class "package.module:Class".
-
-    Raises:
-        ValueError: another form of name, no such module or class.
-    """
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
-        raise ValueError(f'objective must be "mae", "distill" or "package.module:Class", got {name!r}')
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"objective {name} can't be imported: {error}; {module} must be installed, on PYTHONPATH, or in the folder "
-            "in which `python -m fastmim` is started"
-        ) from None
 
 
 def _teacher(path: Any, model: nn.Module) -> nn.Module | None:

@@ -10,14 +10,17 @@ from .config import Config
 
 
 def learning_rate(config: Config, step: int, steps: int) -> float:
-    """Return the rate of the update after `step` of `steps`: linear warm-up, then half a cosine.
+    """Return the rate of the update after `step` of `steps`: linear warm-up, then half a cosine or drops to a tenth.
 
-    As in He et al., CVPR 2022, table 8.
+    The cosine is that of He et al., CVPR 2022, table 8; drops are those of microsoft/SimMIM's "multistep".
     """
     peak = config.base_lr * config.batch_size / 256
     rising = config.warmup * steps
     if step < rising:
         return peak * step / rising
+    if config.lr_drops:
+        dropped: float = peak * 0.1 ** sum(step >= share * steps for share in config.lr_drops)
+        return max(config.min_lr, dropped)
     # a run that is continued with fewer steps than it has done stays at the end of the schedule
     done = min(1.0, (step - rising) / max(steps - rising, 1))
     return config.min_lr + (peak - config.min_lr) * 0.5 * (1 + math.cos(math.pi * done))

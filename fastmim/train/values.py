@@ -1,5 +1,6 @@
 """Values of settings: read from the text of `key=value`, and checked to be of the type of their key."""
 
+import importlib
 import json
 import os
 import sys
@@ -91,3 +92,32 @@ def one_of(name: str, value: str, allowed: typing.Iterable[str]) -> None:
     """Check that a value is among those that are allowed."""
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def class_name(name: str, value: str, words: typing.Iterable[str]) -> tuple[str, str]:
+    """Return module and class of the value "package.module:Class"; a message names `words` as the other values.
+
+    Raises:
+        ConfigError: another form of value.
+    """
+    module, colon, attribute = value.partition(":")
+    if not (module and colon and attribute):
+        known = ", ".join(f'"{word}"' for word in words)
+        raise ConfigError(f'{name} must be {known} or "package.module:Class", got {value!r}')
+    return module, attribute
+
+
+def imported(name: str, value: str, words: typing.Iterable[str]) -> typing.Any:
+    """Return the class that a setting names as "package.module:Class".
+
+    Raises:
+        ConfigError: another form of value, no such module or class.
+    """
+    module, attribute = class_name(name, value, words)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{name} {value} can't be imported: {error}; {module} must be installed, on PYTHONPATH, or in the folder "
+            "in which `python -m fastmim` is started"
+        ) from None

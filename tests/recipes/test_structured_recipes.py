@@ -104,14 +104,28 @@ def test_p2c_leaves_points_free_where_nothing_is_observed(recipe):
     assert module.region_chamfer(completed + 0.1, centres, groups).amin() > 1e-5
 
 
-def test_p2c_surfaces_are_flat(recipe, tokens_of):
+def test_p2c_surfaces_are_smooth(recipe):
     module = recipe("p2c")
     ball = torch.randn(1, 64, 3)
-    assert module.roughness(ball * torch.tensor([1.0, 1.0, 0.0])).amax() < 1e-3 < module.roughness(ball).amin()
-    model, batch = module.example()
+    flat = module.inconsistency(ball * torch.tensor([1.0, 1.0, 0.0]))
+    assert flat.amax() < 1e-3 and module.inconsistency(ball).mean() > 0.1
+
+
+def test_p2c_encodes_a_third_and_what_it_made_around_another(recipe, tokens_of):
+    """The last third of the groups gives nothing but the places of its centres."""
+    model, (points,) = recipe("p2c").example()
     encoder = tokens_of(model.encoder.blocks[0])
-    model(*batch)
-    assert encoder == [8]
+    model(points)
+    assert encoder == [4, 4]
+    module, mask = recipe("p2c"), masking.random(len(points), 12, len_keep=4)
+    centres, groups = module.group(points, 12, 16)
+    last = mask.ids_predict[:, 4:]
+    other = groups.scatter(1, last[:, :, None, None].expand(-1, -1, 16, 3), 7.0)
+    made = []
+    for given in (groups, other):
+        module.group = lambda *_, given=given: (centres, given)
+        made.append(model(points, mask))
+    assert torch.equal(*made)
 
 
 # ---- volumes ---------------------------------------------------------------------------------------------------------

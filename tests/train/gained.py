@@ -8,14 +8,18 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from fastmim.nn import chain
 from fastmim.train import Config, objective
 from fastmim.train.distributed import Processes
 from fastmim.train.masks import Masks
 from fastmim.train.plan.examples import batch_of
 from fastmim.train.schedule import adamw
 from fastmim.train.step import Average, Update
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
 
 CPU = torch.device("cpu")
 
@@ -67,7 +71,17 @@ def saved(config):
             found[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def kept(block, *args, **kwargs):
+        # keeps its arguments by itself, which hooks don't see
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                pack(value)
+        return checkpoint(block, *args, **kwargs)
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        mock.patch.object(chain, "checkpoint", kept),
+    ):
         step()
     return sum(storage.nbytes() for storage in found.values())
 

@@ -39,6 +39,16 @@ def test_the_recipe(size):
     assert recipe.sharded == (size == "huge")
 
 
+def test_learning_rates_that_drop():
+    """Compare with SimMIM's: linear warm-up, and a tenth of the peak from epoch 700 of 800."""
+    recipe = read("simmim_base")
+    rates = [schedule.learning_rate(recipe, step, 8000) for step in (0, 50, 100, 6999, 7000, 7999)]
+    assert rates == pytest.approx([0, 2e-4, 4e-4, 4e-4, 4e-5, 4e-5])
+    twice = read("simmim_base", ["lr_drops=[0.5,0.75]", "min_lr=1e-5"])
+    rates = [schedule.learning_rate(twice, step, 8000) for step in (3999, 4000, 6000)]
+    assert rates == pytest.approx([4e-4, 4e-5, 1e-5])
+
+
 def test_the_fast_variant_changes_the_objective():
     fast = read("mae_vit_base_imagenet_fast")
     assert (fast.mask_ratio, fast.decode_ratio) == (0.9, 0.25)
@@ -284,6 +294,11 @@ MISTAKES = [
     ("output_dir={here}/file/run", "can't be made"),
     ("output_dir={straight} model=small", "holds another run: model was"),
     ("learning_rate=1", "unknown key 'learning_rate'"),
+    ("lr_drops=[0.8,0.5]", "lr_drops must be ascending shares of the run from warmup, 0.05, to 1; got [0.8, 0.5]"),
+    ("lr_drops=[0.01]", "lr_drops must be ascending shares of the run from warmup"),
+    ("lr_drops=[1.0]", "lr_drops must be ascending shares of the run from warmup"),
+    ('lr_drops=["a"]', "lr_drops must be a number, got str 'a'"),
+    ("lr_drops=0.8", "lr_drops must be list, got float 0.8"),
     ("batch_size=many", "batch_size must be int, got str 'many'"),
     ("model_options.norm_layer=rms", "model_options must not hold norm_layer"),
 ]

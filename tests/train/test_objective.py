@@ -116,6 +116,20 @@ def test_a_teacher_that_is_the_average_moves_with_the_student():
     assert not distill.average.training and not distill.train().average.training
 
 
+@pytest.mark.fault
+def test_a_teacher_moves_with_its_objective():
+    """It stayed where it was made, so that `to` left half of the objective on another device, in another dtype."""
+    student, teacher = model_of(), model_of(embed_dim=24, num_heads=3)
+    distill = Distill(student, teacher).float()
+    batch = images_of()._replace(images=torch.randn(3, 3, 16, 16))
+    assert teacher.norm.weight.dtype == torch.float32 == distill(batch, masking.random(3, 16, 0.75)).dtype
+    distill.to("meta")
+    assert {value.device.type for value in (*teacher.parameters(), *distill.parameters())} == {"meta"}
+    owned = {id(value) for value in teacher.parameters()}
+    assert not owned & {id(value) for value in distill.parameters()}
+    assert {name.partition(".")[0] for name in distill.state_dict()} == {"model", "projections"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_run import SETTINGS, outcome
+from safetensors.torch import load_file
+from small_run import SETTINGS, launch, outcome
 
 import fastmim
 from fastmim import SimMIM, cli
@@ -132,6 +133,18 @@ def test_a_list_of_pairs(config, photos, tmp_path):
         run(config("other", data=str(data)))
     with pytest.raises(ConfigError, match="inner must be None with a list of pairs"):
         run(config("other", **{**settings, "inner": [0.3, 0.6]}))
+
+
+@pytest.mark.fault
+def test_two_processes_train_on_pairs_as_one_does(config, photos, tmp_path):
+    """Their generators, from which drop path draws, were the same on all processes."""
+    settings = pairs_of(photos, tmp_path / "pairs.txt") | {"dtype": "float64", "max_steps": 3}
+    run(config("one", **settings))
+    launch(config("two", **settings), processes=2)
+    for ours, theirs in zip(curve_of(tmp_path / "two"), curve_of(tmp_path / "one"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    generators = load_file(next((tmp_path / "two" / "checkpoints").glob("step-*3")) / "generators.safetensors")
+    assert not torch.equal(generators["0/torch"], generators["1/torch"])
 
 
 def test_packed_pairs_are_read_by_patches(config, photos, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import import_error
+from .shards import NAME, is_sharded, read_shards, shards_among
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -53,6 +54,8 @@ def locate(path: Path) -> Path:
     """
     if path.is_dir():
         file = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+        if file is None and is_sharded(path):
+            return path / shards_among(entry.name for entry in path.iterdir())[0][0]
         if file is None:
             expected = ", ".join(WEIGHT_FILES)
             raise FileNotFoundError(f"{path} has none of {expected}: {_describe_directory(path)}")
@@ -80,12 +83,16 @@ def _describe_directory(path: Path) -> str:
 def read(file: Path) -> dict[Any, Any]:
     """Return the content of a file of torch.save or safetensors, or the tensors of all files that an index names.
 
+    A shard of a run's checkpoint stands for the model in all shards of its directory.
+
     Raises:
         FileNotFoundError: a file that the index names.
         ImportError: safetensors is needed and not installed.
         ValueError: a damaged file, one that would run code, or one of another kind.
     """
-    return _read_shards(file) if file.name.endswith(".index.json") else _read_file(file)
+    if NAME.fullmatch(file.name):
+        return read_shards(file.parent, "model")
+    return _read_indexed(file) if file.name.endswith(".index.json") else _read_file(file)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_indexed(index: Path) -> dict[str, Tensor]:
     """Return the tensors of all files that an index names, which must be in its directory."""
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):

@@ -3,30 +3,35 @@
 import dataclasses
 import errno
 import json
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..._version import __version__
 from ...data.base_loader import Loader
 from ...data.lock import Lock
+from ...interop.convert.shards import fill, is_sharded
 from ..config import IDENTITY, Config
 from ..distributed import Processes
 from ..step import Average
 from ..values import ConfigError
-from . import state, store
+from . import sharding, state, store
 from .writer import BackgroundWriter
 
 FORMAT = 1
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class CheckpointManager:
     """Saves model, optimiser, loader and random generators of a run in the background, and restores them.
+
+    The first process writes whole tensors. Of a model that is sharded over several processes, each writes its own
+    parts, from copies that stay in the CPU's memory. Either form is restored in any number of processes.
 
     Args:
         config, processes: of the run.
@@ -51,42 +56,88 @@ class CheckpointManager:
         self.loader, self.lock = loader, lock
         self.run = Path(config.output_dir)
         self.folder = self.run / "checkpoints"
-        self.writer = BackgroundWriter(self._failed)
         self.saved = -1
+        self.background: Processes | None = None
+        if config.sharded and processes.world > 1:
+            # a group of its own, so that a save doesn't come between the messages of training
+            self.background = dataclasses.replace(processes, group=dist.new_group(backend="gloo"))
+            self.staging = sharding.Staging(processes)
+            self.hosts = processes.gather(socket.gethostname())
+            sharding.check_shared(self.run, processes, self.hosts)
+        self.writer = BackgroundWriter(self._failed, quiet=not processes.first)
+
+    def close(self) -> None:
+        """Wait for the save in progress and leave its process group."""
+        self.writer.close()
+        if self.background is not None:
+            dist.destroy_process_group(self.background.group)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, skipped: int, streak: int) -> None:
         """Copy everything to the CPU and write it in the background."""
-        tensors = {**self._weights(), "optimizer": state.collect_optimizer(self.objective, self.optimizer)}
-        generators = self.processes.gather(state.collect_generators(self.processes.device))
-        tensors["generators"] = {f"{rank}/{k}": v for rank, own in enumerate(generators) for k, v in own.items()}
-        loaders = self.processes.gather(self.loader.state_dict())
-        self.saved = step
-        if not self.processes.first:
-            return
         saved = {
             "format": FORMAT,
             "fastmim": __version__,
             "step": step,
             "skipped": skipped,
             "streak": streak,
-            "loaders": loaders,
+            "loaders": self.processes.gather(self.loader.state_dict()),
             "config": self.config.to_dict(),
         }
-        folder, config, lock = self.folder, self.config, self.lock
+        self.saved = step
+        job = self._plain_job(step, saved) if self.background is None else self._sharded_job(step, saved)
+        if job is not None:
+            self.writer.submit(job)
+
+    def _plain_job(self, step: int, saved: dict[str, Any]) -> Callable[[], None] | None:
+        """Gather the tensors; return what writes them on the first process, None on the others."""
+        first = self.processes.first
+        tensors = {part: state.collect(values, first) for part, values in self._tensors().items()}
+        generators = self.processes.gather(state.collect_generators(self.processes.device))
+        if not first:
+            return None
+        tensors["generators"] = {f"{rank}/{k}": v for rank, own in enumerate(generators) for k, v in own.items()}
 
         def job() -> None:
-            if lock is not None and not lock.is_mine():
-                raise OSError(errno.ESTALE, "another process uses a new folder of this name", str(lock.folder))
-            store.write(folder, step, tensors, saved)
-            store.prune(folder, config.keep_last, config.keep_every)
+            self._check_lock()
+            store.write(self.folder, step, tensors, saved)
+            self._prune()
 
-        self.writer.submit(job)
+        return job
+
+    def _sharded_job(self, step: int, saved: dict[str, Any]) -> Callable[[], None]:
+        """Copy the tensors of this process; return what writes them together with the other processes."""
+        assert self.background is not None
+        # the copies of the save before are still being written
+        self.writer.wait()
+        own = state.collect_generators(self.processes.device)
+        parts = {**self._tensors(), f"generators/{self.processes.rank}": own}
+        tensors = self.staging.copy(
+            {f"{part}/{name}": v for part, values in parts.items() for name, v in values.items()}
+        )
+        aside = store.aside_of(self.folder, step)
+        steps = self._check_lock, self._prune
+        return partial(sharding.write, aside, tensors, saved, self.background, self.hosts, *steps)
+
+    def _tensors(self) -> dict[str, state.Tensors]:
+        """Return the tensors to save: of the model, of the rest of the objective, their average and the optimiser."""
+        found = state.objective_tensors(self.objective)
+        if self.average is not None:
+            found["ema"] = self.average.averages
+        return {**found, "optimizer": state.optimizer_tensors(self.objective, self.optimizer)}
+
+    def _check_lock(self) -> None:
+        lock = self.lock
+        if lock is not None and not lock.is_mine():
+            raise OSError(errno.ESTALE, "another process uses a new folder of this name", str(lock.folder))
+
+    def _prune(self) -> None:
+        store.prune(self.folder, self.config.keep_last, self.config.keep_every)
 
     def _failed(self, error: OSError) -> None:
         """Continue without this checkpoint if the disk is full; raise on other errors, which would recur."""
-        if error.errno not in FULL:
+        if error.errno not in store.FULL:
             raise OSError(
                 f"{error}: nothing can be saved, so the run stops; once {self.run} is there and can be written, "
                 "the same command goes on from the last checkpoint"
@@ -96,9 +147,10 @@ class CheckpointManager:
     def finish(self) -> Path:
         """Write the final model and a description of its run; return the model's path."""
         self.writer.wait(strict=True)
-        weights = self._weights()
+        first = self.processes.first
+        weights = {p: state.collect(values, first) for p, values in self._tensors().items() if p != "optimizer"}
         final = self.run / "final"
-        if self.processes.first:
+        if first:
             description = json.dumps({"config": self.config.to_dict(), "step": self.saved}, indent=1)
             final.mkdir(exist_ok=True)
             for name, tensors in weights.items():
@@ -107,13 +159,6 @@ class CheckpointManager:
             store.write_atomically(final / "run.json", lambda path: path.write_text(description))
             store.flush(final)
         return final / "model.safetensors"
-
-    def _weights(self) -> dict[str, state.Tensors]:
-        """Copy the weights to the CPU, by file: of the model, of the rest of the objective, and their average."""
-        found = state.collect_objective(self.objective)
-        if self.average is not None:
-            found["ema"] = state.collect(self.average.averages)
-        return found
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
@@ -131,27 +176,30 @@ class CheckpointManager:
 
     def restore(self, path: Path) -> tuple[int, int, int]:
         """Restore the state saved in `path`; return step, skipped and streak as given to `save`."""
-        from safetensors.torch import load_file
-
         first, world = self.processes.first, self.processes.world
         saved = self.processes.broadcast(store.read_state(path) if first else None)
         changed = self._compare(saved, path)
         self._restore_loader(saved["loaders"])
         if changed:
             self.say(f"settings changed since {path.name}: {'; '.join(changed)}")
-        files = {file.stem: load_file(file) for file in path.glob("*.safetensors")} if first else {}
-        names = self.processes.broadcast(list(files))
-        for name, tensors in state.objective_tensors(self.objective).items():
-            state.restore(tensors, state.reader(files[name] if first else None, world))
-        state.restore_optimizer(
-            self.objective, self.optimizer, state.reader(files["optimizer"] if first else None, world)
-        )
-        if self.average is not None:
-            # an average that the run did not have before starts from the weights
-            source = "ema" if "ema" in names else "model"
-            state.restore(self.average.averages, state.reader(files[source] if first else None, world))
+        # an average that the run did not have before starts from the weights
+        averaged = saved["config"].get("ema") is not None
+        sources = {part: "model" if part == "ema" and not averaged else part for part in self._tensors()}
+        if self.background is not None and self.processes.broadcast(first and is_sharded(path)):
+            for same in (True, False):
+                # a name may be wanted twice, by the weights and by their average
+                wanted = {
+                    f"{sources[part]}/{name}": value
+                    for part, values in self._tensors().items()
+                    for name, value in values.items()
+                    if (part == sources[part]) is same
+                }
+                fill(wanted, path, group=self.background.group)
+        else:
+            for part, values in self._tensors().items():
+                state.restore(values, state.reader(store.read_tensors(path, sources[part]) if first else None, world))
         if len(saved["loaders"]) == world:
-            states = self.processes.broadcast(files["generators"] if first else None)
+            states = self.processes.broadcast(store.read_tensors(path, "generators") if first else None)
             mark = f"{self.processes.rank}/"
             own = {name.removeprefix(mark): value for name, value in states.items() if name.startswith(mark)}
             state.restore_generators(own, self.processes.device)

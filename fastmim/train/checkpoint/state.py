@@ -22,14 +22,10 @@ def objective_tensors(objective: nn.Module) -> dict[str, Tensors]:
     return {part: tensors for part, tensors in found.items() if tensors}
 
 
-def collect_objective(objective: nn.Module) -> dict[str, Tensors]:
-    """Copy `objective_tensors` to the CPU; every process of a sharded objective must take part."""
-    return {part: collect(tensors) for part, tensors in objective_tensors(objective).items()}
-
-
-def collect(tensors: Mapping[str, Tensor]) -> Tensors:
-    """Copy tensors, sharded ones whole, to the CPU."""
-    return {name: _whole(value) for name, value in tensors.items()}
+def collect(tensors: Mapping[str, Tensor], keep: bool = True) -> Tensors:
+    """Copy tensors, sharded ones whole, to the CPU; every process must take part, those without `keep` for nothing."""
+    copies = ((name, _whole(value, keep)) for name, value in tensors.items())
+    return {name: value for name, value in copies if value is not None}
 
 
 def _named(name: str) -> tuple[str, str]:
@@ -44,11 +40,11 @@ def _parameter_names(objective: nn.Module) -> dict[Tensor, str]:
     return {p: own if part == "model" else f"{part}.{own}" for p, part, own in named}
 
 
-def collect_optimizer(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Copy AdamW's moments and steps to the CPU, named "exp_avg/blocks.0..."; every process must take part."""
+def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Return AdamW's moments and steps, named "exp_avg/blocks.0..."."""
     names = _parameter_names(objective)
     entries = [(names[p], optimizer.state[p]) for group in optimizer.param_groups for p in group["params"]]
-    return {f"{kind}/{name}": _whole(value) for name, state in entries for kind, value in state.items()}
+    return {f"{kind}/{name}": value for name, state in entries for kind, value in state.items()}
 
 
 def restore(tensors: Mapping[str, Tensor], read: Callable[[str, Tensor], Tensor]) -> None:
@@ -56,16 +52,6 @@ def restore(tensors: Mapping[str, Tensor], read: Callable[[str, Tensor], Tensor]
     with torch.no_grad():
         for name, value in tensors.items():
             value.copy_(_like(read(name, value), value))
-
-
-def restore_optimizer(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, read: Callable[[str, Tensor], Tensor]
-) -> None:
-    """Copy the moments and steps that `read(name, like)` returns into the optimiser."""
-    names = _parameter_names(objective)
-    for p, state in optimizer.state.items():
-        for kind, value in state.items():
-            value.copy_(_like(read(f"{kind}/{names[p]}", value), value))
 
 
 def reader(tensors: Mapping[str, Tensor] | None, world: int) -> Callable[[str, Tensor], Tensor]:
@@ -81,10 +67,12 @@ def reader(tensors: Mapping[str, Tensor] | None, world: int) -> Callable[[str, T
     return read
 
 
-def _whole(value: Tensor) -> Tensor:
+def _whole(value: Tensor, keep: bool) -> Tensor | None:
     value = value.detach()
     if isinstance(value, DTensor):
         value = value.full_tensor()
+    if not keep:
+        return None
     # a copy, because training changes the original while this is written
     return value.to("cpu", copy=True).contiguous()
 

@@ -19,10 +19,16 @@ from typing import Any
 
 from torch import Tensor
 
+from ...interop.convert.shards import is_sharded, read_shards, shards_among
+
 MANIFEST = "manifest.json"
 NAME = re.compile(r"step-(\d{8,})")
 # suffixes of folders that are being written, and being deleted
 ASIDE = (".tmp", ".old")
+# errors of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# sum and size of a file in the manifest
+Entry = dict[str, str | int]
 
 
 class Damaged(ValueError):
@@ -41,35 +47,65 @@ def write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], 
     Raises:
         OSError: the disk is full or gone, naming the file; earlier checkpoints stay as they were.
     """
-    final = folder / f"step-{step:08d}"
-    aside = final.with_name(final.name + ASIDE[0])
-    # not its parents: a run's folder that has vanished is not to be recreated
-    folder.mkdir(exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    aside = aside_of(folder, step)
     try:
-        aside.mkdir()
+        begin(aside)
         for name, values in tensors.items():
             write_tensors(aside / f"{name}.safetensors", values)
-        with naming_errors(aside / "state.json") as path:
-            path.write_text(json.dumps(state, indent=1))
-        sums = {path.name: {"sha256": digest(path), "bytes": path.stat().st_size} for path in sorted(aside.iterdir())}
-        with naming_errors(aside / MANIFEST) as path:
-            path.write_text(json.dumps({"files": sums}, indent=1))
-        for path in (*aside.iterdir(), aside):
+        sums = {}
+        for path in sorted(aside.iterdir()):
             flush(path)
-        if final.exists():
-            # an earlier checkpoint of the same step
-            _remove(final)
-        aside.rename(final)
+            sums[path.name] = entry_of(path)
+        return complete(aside, sums, state)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def aside_of(folder: Path, step: int) -> Path:
+    """Return the temporary folder in which the checkpoint of `step` is written."""
+    return folder / f"step-{step:08d}{ASIDE[0]}"
+
+
+def begin(aside: Path) -> None:
+    """Make an empty temporary folder."""
+    # not its parents: a run's folder that has vanished is not to be recreated
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+
+
+def complete(aside: Path, sums: Mapping[str, Entry], state: Mapping[str, Any]) -> Path:
+    """Add state and manifest to a temporary folder whose files are on disk, and put it in its place.
+
+    Args:
+        aside: the temporary folder.
+        sums: the entries of its files for the manifest, by their names.
+        state: data that JSON can hold.
+    """
+    folder, final = aside.parent, aside.with_suffix("")
+    with naming_errors(aside / "state.json") as path:
+        path.write_text(json.dumps(state, indent=1))
+    files = {**sums, path.name: entry_of(path)}
+    with naming_errors(aside / MANIFEST) as path:
+        path.write_text(json.dumps({"files": files}, indent=1))
+    for path in (aside / "state.json", aside / MANIFEST, aside):
+        flush(path)
+    if final.exists():
+        # an earlier checkpoint of the same step
+        _remove(final)
+    aside.rename(final)
     flush(folder)
     pointer = folder / f"latest{ASIDE[0]}"
     pointer.unlink(missing_ok=True)
     pointer.symlink_to(final.name)
     pointer.replace(folder / "latest")
     return final
+
+
+def entry_of(path: Path) -> Entry:
+    """Return the entry of a file for the manifest."""
+    return {"sha256": digest(path), "bytes": path.stat().st_size}
 
 
 def verify(path: Path, *, sums: bool = True) -> None:
@@ -97,8 +133,11 @@ def verify(path: Path, *, sums: bool = True) -> None:
                 raise Damaged(f"{path / name} has another SHA-256 sum than {MANIFEST} says")
     except OSError as error:
         raise Damaged(f"{path} can't be read: {error}") from None
-    if not {"model.safetensors", "state.json"} <= expected.keys():
+    shards, of = shards_among(expected)
+    if "state.json" not in expected or not ("model.safetensors" in expected or shards):
         raise Damaged(f"{path / MANIFEST} lacks model.safetensors or state.json")
+    if len(shards) != of:
+        raise Damaged(f"{path / MANIFEST} lists {len(shards)} of {of} shards")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -108,6 +147,17 @@ def read_state(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise Damaged(f"{path / 'state.json'} can't be read: {error}") from None
     return state
+
+
+def read_tensors(path: Path, part: str) -> dict[str, Tensor]:
+    """Read a part of a checkpoint, such as "model", whole, in whichever form it was saved; empty without that part."""
+    from safetensors.torch import load_file
+
+    if is_sharded(path):
+        return read_shards(path, part)
+    file = path / f"{part}.safetensors"
+    found: dict[str, Tensor] = load_file(file) if file.is_file() else {}
+    return found
 
 
 def list_checkpoints(folder: Path) -> Iterator[tuple[int, Path]]:
@@ -195,8 +245,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file of CPU tensors.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file of CPU tensors, with texts for its header.
 
     Raises:
         OSError: the file can't be written.
@@ -205,7 +255,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(dict(tensors), path, {"format": "pt"})
+        save_file(dict(tensors), path, {"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, f"{error}", str(path)) from error

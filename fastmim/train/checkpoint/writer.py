@@ -5,12 +5,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class BackgroundWriter:
-    """Runs one job at a time in a thread; an OSError of a job goes to `failed`, which may raise."""
+    """Runs one job at a time in a thread.
 
-    def __init__(self, failed: Callable[[OSError], None]) -> None:
+    Args:
+        failed: gets the OSError of a job, and may raise.
+        quiet: end the process with status 1 instead of raising an error, which another process raises too.
+    """
+
+    def __init__(self, failed: Callable[[OSError], None], *, quiet: bool = False) -> None:
         self._pool = ThreadPoolExecutor(1, "fastmim-checkpoint")
         self._job: Future[None] | None = None
-        self._failed = failed
+        self._failed, self._quiet = failed, quiet
 
     def submit(self, job: Callable[[], None]) -> None:
         """Start a job, after waiting for the one before."""
@@ -24,9 +29,14 @@ class BackgroundWriter:
             if job is not None:
                 job.result()
         except OSError as error:
-            if strict:
+            try:
+                if strict:
+                    raise
+                self._failed(error)
+            except OSError:
+                if self._quiet:
+                    raise SystemExit(1) from None
                 raise
-            self._failed(error)
 
     def close(self) -> None:
         self._pool.shutdown()
