@@ -36,7 +36,9 @@ def prepared(config):
     masks = Masks(config.mask_settings, model.grid_size)
     batch, values = batch_of(config, model, masks, config.batch_size, CPU)
     for value in values:
-        value.fill_(1)
+        # but for ids of patches
+        if value.dtype != torch.int64:
+            value.fill_(1)
     update = Update(config, Processes(0, 1, CPU), trained, trained, masks, optimizer, average)
     seeds = torch.arange(config.batch_size)
     return lambda: update(batch, seeds, 1e-4), trained, values

@@ -60,7 +60,7 @@ def config_of(**settings):
     return Config.of(dict(data="none", output_dir="none", device="cpu", dtype="float32") | settings)
 
 
-@pytest.mark.parametrize("name", SAVING)
+@pytest.mark.parametrize("name", SAVING if TEST_ALL else ["exact", "dual-masked", "checkpointed", "volume"])
 def test_saved_activations_are_those_that_autograd_is_given(name):
     config = config_of(**SAVING[name])
     planned = sum(memory(config).saved.values())
@@ -85,8 +85,8 @@ def test_total_grows_in_proportion_to_the_batch():
     assert totals[2] - totals[1] == pytest.approx(totals[1] - totals[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("settings", [LITTLE, LITTLE | dict(batch_size=64)])
+@pytest.mark.parametrize("device", ["cuda", "cpu"] if TEST_ALL else ["cuda"])
+@pytest.mark.parametrize("settings", [LITTLE, LITTLE | dict(batch_size=64)] if TEST_ALL else [LITTLE])
 def test_largest_fits_and_one_more_does_not(device, settings):
     if device == "cuda":
         pytest.importorskip("triton")

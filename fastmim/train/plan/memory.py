@@ -47,8 +47,8 @@ class Memory:
         optimizer: the state of AdamW.
         average: the average of the weights, `ema`.
         copies: narrow (16-bit) copies of weights.
-        activations: what the backward pass still needs, by the stage that made it: embedding, encoder, decoder, loss,
-            and the rest of the objective.
+        activations: what the backward pass still needs, by the stage that made it: input (masks, normalised images),
+            embedding, encoder, decoder, loss, and the rest of the objective.
         batch: batches that the loader holds on the device.
         workspace: temporaries, gradients of activations, recomputed blocks, gathered weights of FSDP2.
         saved: activations at the end of the forward pass, in full, by stage; not a part of `total`.
@@ -103,12 +103,15 @@ def memory(
     micro = micro_batch or min(config.micro_batch_size or share, share)
     share = max(share, micro)
     # values of weights are never drawn
-    with torch.device("meta"):
-        model = config.build()
+    try:
+        with torch.device("meta"):
+            objective = objectives.build(config.objective, config.objective_options, config.build())
+    except (OSError, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
     ledger = Ledger(ROUNDING[place.type])
     try:
         with _without_values(place, ledger):
-            return _Step(config, model, place, world, micro, share, held, ledger).count()
+            return _Step(config, objective, place, world, micro, share, held, ledger).count()
     except (NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
@@ -141,7 +144,7 @@ class _Step:
     def __init__(
         self,
         config: Config,
-        model: Any,
+        objective: Any,
         device: torch.device,
         world: int,
         micro: int,
@@ -151,9 +154,9 @@ class _Step:
     ) -> None:
         self.ledger, self.micro = ledger, micro
         dtype = DTYPES[config.dtype]
-        _moved(model, device, torch.float64 if dtype == torch.float64 else torch.float32)
+        _moved(objective, device, torch.float64 if dtype == torch.float64 else torch.float32)
+        self.objective, model = objective, objective.model
         model.set_grad_checkpointing(config.checkpoint_activations)
-        self.objective: Any = objectives.build(config.objective, config.objective_options, model)
         # references to storages keep modules from changing their dtype
         ledger.recording = True
         # as parallelize decides
@@ -196,7 +199,7 @@ class _Step:
 
     def count(self) -> Memory:
         ledger, step = self.ledger, lambda: self.update(self.batch, self.seeds, 1e-4)
-        with self._watched():
+        with self._watched(), ledger.making(stage="input"):
             # the first call makes constants that later ones reuse
             step()
             self.done, self.marks = 0, []
@@ -265,8 +268,8 @@ class _Step:
         self.saved = dict(saved)
 
 
-def _moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make parameters and buffers of a model of the meta device anew, on `device`, without drawing their values."""
+def _moved(objective: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make parameters and buffers on the meta device anew, on `device`, those of a teacher too."""
     made: dict[Tensor, Tensor] = {}
 
     def fresh(value: Tensor) -> Tensor:
@@ -277,7 +280,8 @@ def _moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
                 made[value] = nn.Parameter(made[value], requires_grad=value.requires_grad)
         return made[value]
 
-    for module in model.modules():
+    modules = (module for root in (objective, *getattr(objective, "_teacher", ())) for module in root.modules())
+    for module in dict.fromkeys(modules):
         for values in (module._parameters, module._buffers):
             for name, value in values.items():
                 if value is not None:
