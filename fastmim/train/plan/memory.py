@@ -105,9 +105,7 @@ def memory(
             return _Step(config, place, world, micro, share, held, ledger).count()
     except (NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"objective {config.objective} can't be counted on tensors without values: {reason}"
-        ) from error
+        raise ConfigError(f"objective {config.objective} can't be counted on tensors without values: {reason}") from error
 
 
 @contextlib.contextmanager
