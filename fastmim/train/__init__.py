@@ -18,6 +18,7 @@
 #     report/        sending metrics to Weights & Biases or MLflow
 #     meter          images per second and their share of the matrix product rate
 #     flops/         kernels of a GPU step, counted without a GPU
+#     plan/          memory, time and traffic of a run before it starts
 #     load_run       the model of a run
 #     evaluate, export, reconstruct    the `fastmim` commands of these names
 

@@ -339,13 +339,21 @@ class Config:
 def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a config from a TOML file, or a shipped one by its name, and replace what the overrides say.
 
+    Args and errors are those of `read_settings`, and the errors of `Config.of`.
+    """
+    return Config.of(read_settings(source, overrides))
+
+
+def read_settings(source: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read the settings of a config, of which only the form is checked.
+
     Args:
         source: path of a TOML file, or name of a shipped config.
         overrides: settings as `key=value`; the last one of a key counts. The value of a text key, such as `output_dir`,
             is the text after the equals sign, or a string quoted as in TOML. Other values are TOML, or `none`.
 
     Raises:
-        ConfigError: no such file, no TOML, or settings that can't be served.
+        ConfigError: no such file, no TOML, or overrides of another form.
     """
     path = Path(os.path.expanduser(source))
     if not path.is_file() and path.name == str(source):
@@ -372,7 +380,7 @@ def read(source: str | Path, overrides: Iterable[str] = ()) -> Config:
             table[option] = parsed(value)
         else:
             settings[name] = plain_text(value) if kinds.get(name) is str else parsed(value)
-    return Config.of(settings)
+    return settings
 
 
 def shipped() -> list[str]:

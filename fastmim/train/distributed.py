@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -112,34 +112,48 @@ def joined(config: Config) -> Iterator[Processes]:
         yield Processes(rank, world, device)
 
 
-def parallelize(objective: nn.Module, config: Config, processes: Processes) -> nn.Module:
-    """Return the objective compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
+def check_cuda_graphs(config: Config, world: int) -> None:
+    """Check that a step of several processes can be replayed.
 
     Raises:
         ConfigError: cuda_graphs of a model that is sharded; without compile, of one that is replicated.
     """
+    if not config.cuda_graphs or world == 1:
+        return
+    if config.sharded:
+        raise ConfigError(
+            f"parallel must be ddp with cuda_graphs, which know weights by address; {config.parallel} shards "
+            f"{config.model} over {world} processes"
+        )
+    if not config.compile:
+        raise ConfigError(
+            f"compile must be true with cuda_graphs over {world} processes, got false: the exchange of gradients is "
+            "not captured"
+        )
+
+
+def parallelize(objective: nn.Module, config: Config, processes: Processes) -> nn.Module:
+    """Return the objective compiled as configured, and sharded block by block (FSDP2) or replicated (DDP).
+
+    Raises:
+        ConfigError: from `check_cuda_graphs`.
+    """
+    check_cuda_graphs(config, processes.world)
     model = objective.model
     blocks = [*getattr(model, "blocks", ()), *getattr(model, "decoder_blocks", ())]
     if config.sharded and dist.is_initialized():
-        if config.cuda_graphs:
-            raise ConfigError(
-                f"parallel must be ddp with cuda_graphs, which know weights by address; {config.parallel} shards "
-                f"{config.model} over {processes.world} processes"
-            )
         mesh = init_device_mesh(processes.device.type, (processes.world,))
         for block in blocks:
             if config.compile:
                 block.compile()
             fully_shard(block, mesh=mesh)
         fully_shard(objective, mesh=mesh)
+        # masks may be drawn by what the model makes of a batch, before the step's own forward pass
+        if hasattr(objective, "scores"):
+            register_fsdp_forward_method(objective, "scores")
         # FSDP2 warns that the output is a view; nothing writes to it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         return objective
-    if config.cuda_graphs and not config.compile and processes.world > 1:
-        raise ConfigError(
-            f"compile must be true with cuda_graphs over {processes.world} processes, got false: the exchange of "
-            "gradients is not captured"
-        )
     replicated = DistributedDataParallel(objective, gradient_as_bucket_view=True) if processes.world > 1 else None
     if replicated is not None:
         settle_buckets(replicated)

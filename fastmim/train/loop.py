@@ -3,9 +3,9 @@
 A step is a function of the weights, the seed and the step's number: order, crops and masks are keyed on (seed, epoch,
 sample). A result therefore does not depend on restarts; the number of processes and of PyTorch's threads changes it by
 rounding alone, with two exceptions. Where samples have different numbers of scored patches (missing data, running
-cells), each process, and each part of micro_batch_size samples, has the mean over its own patches, and these means count
-alike. Dropout and drop path draw from a generator of each process. The host reads from the device every `log_every`
-steps only.
+cells), each process, and each part of micro_batch_size samples, has the mean over its own patches, and these means
+count alike. Dropout and drop path draw from a generator of each process. The host reads from the device every
+`log_every` steps only.
 """
 
 import os

@@ -197,7 +197,7 @@ class Distill(Objective):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Distill":
         """Apply what `to`, `cuda` and the like do to the teacher too."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.momentum is None and recurse:
             self._teacher[0]._apply(fn)
         return self

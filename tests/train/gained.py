@@ -8,8 +8,13 @@ import json
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch.utils._pytree import tree_iter
+from torch.utils.checkpoint import checkpoint
+
+from fastmim.nn import chain
 from fastmim.train import Config, objective
 from fastmim.train.distributed import Processes
 from fastmim.train.masks import Masks
@@ -23,7 +28,7 @@ CPU = torch.device("cpu")
 def prepared(config):
     """Return a step of the run, its objective and its batch, with values."""
     torch.manual_seed(0)
-    model = config.build()
+    model = config.build().to(torch.float64 if config.dtype == "float64" else torch.float32)
     model.set_grad_checkpointing(config.checkpoint_activations)
     trained = objective.build(config.objective, config.objective_options, model)
     optimizer = adamw(trained, config)
@@ -67,7 +72,17 @@ def saved(config):
             found[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def kept(block, *args, **kwargs):
+        # keeps its arguments by itself, which hooks don't see
+        for value in tree_iter((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                pack(value)
+        return checkpoint(block, *args, **kwargs)
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        mock.patch.object(chain, "checkpoint", kept),
+    ):
         step()
     return sum(storage.nbytes() for storage in found.values())
 

@@ -87,6 +87,10 @@ class Machine:
         """Plug the machine's cable in, or pull it."""
         self.network.ip("link", "set", self.name, "up" if up else "down")
 
+    def end_processes(self) -> None:
+        """End all processes of the machine but the one that holds its namespaces."""
+        self.run("kill", "-9", "-1")
+
     def cut_power(self) -> None:
         """End all processes of the machine; none of its connections says goodbye."""
         self.set_link(False)

@@ -191,6 +191,26 @@ def test_a_run_continues_exactly(config, tmp_path, settings):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
+class Varied(Objective):
+    """The model's loss, and difficulty by the model's own features."""
+
+    def forward(self, batch, mask):
+        return self.model(batch.images, mask=mask).loss
+
+    @torch.no_grad()
+    def scores(self, batch):
+        return self.model.encode(batch.images, None)[:, 1:].float().var(2)
+
+
+@pytest.mark.fault
+def test_a_sharded_model_scores_patches(config, tmp_path):
+    """Its weights were not gathered for the scores, which raised."""
+    settings = {**HARDEST, "objective": f"{__name__}:Varied", "objective_options": {}, "max_steps": 4}
+    for parallel in ("ddp", "fsdp"):
+        Trainer(config(parallel, parallel=parallel, **settings)).run()
+    assert outcome(tmp_path / "ddp") == outcome(tmp_path / "fsdp")
+
+
 def test_the_average_is_loaded(config, tmp_path):
     Trainer(config(ema=0.5)).run()
     model, average = load_model(tmp_path / "run"), load_model(tmp_path / "run", ema=True)

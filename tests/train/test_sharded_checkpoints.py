@@ -104,8 +104,13 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(launch, straight, stopp
 
 WORLDS = [(2, "fsdp", 1, "fsdp"), (1, "fsdp", 2, "fsdp"), (2, "fsdp", 3, "fsdp")]
 if TEST_ALL:
-    WORLDS += [(2, "fsdp", 2, "ddp"), (2, "ddp", 2, "fsdp")]
-    WORLDS += [(3, "fsdp", 2, "fsdp"), (3, "fsdp", 1, "ddp"), (6, "fsdp", 2, "fsdp")]
+    WORLDS += [
+        (2, "fsdp", 2, "ddp"),
+        (2, "ddp", 2, "fsdp"),
+        (3, "fsdp", 2, "fsdp"),
+        (3, "fsdp", 1, "ddp"),
+        (6, "fsdp", 2, "fsdp"),
+    ]
 
 
 @pytest.mark.parametrize("before, parallel, after, then", WORLDS)

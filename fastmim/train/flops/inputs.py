@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import objective, registry
 from ..._patches import Patches
 from ...data import ArrayBatch, Batch, CovisibleBatch, PairBatch, PatchBatch
 from ...models.masked_autoencoder import MaskedAutoencoder
+from .. import objective, registry
 from ..batches import AnyBatch
 from ..config import DTYPES, Config
 from ..data import patch_options

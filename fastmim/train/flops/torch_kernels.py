@@ -209,7 +209,7 @@ def _scatter(op: Op) -> Iterator[Kernel]:
     if not op.name.endswith("_"):
         yield Kernel("copy_", COPIES, stored(target), stored(op.out))
     # written in place; sums read what they add to
-    added = "add" in op.name or op.name.startswith("index_put") and bool(op.argument("accumulate"))
+    added = "add" in op.name or (op.name.startswith("index_put") and bool(op.argument("accumulate")))
     moved = values.numel() * target.element_size() if values.numel() > 1 else min(map(stored, ids))
     yield Kernel(op.name, GATHERS, stored(values, *ids) + moved * added, moved)
 

@@ -1,6 +1,7 @@
 """Memory of a device at the peak of a step, counted by running the step on tensors without values."""
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...data.prefetch import READY
+from ...models import positions, simmim
 from ...nn.narrow import NarrowWeights
+from ...ops import patches
 from .. import objective as objectives
 from ..config import DTYPES, Config
 from ..distributed import Processes
@@ -99,10 +102,13 @@ def memory(
     share = config.batch_size // world
     micro = micro_batch or min(config.micro_batch_size or share, share)
     share = max(share, micro)
+    # values of weights are never drawn
+    with torch.device("meta"):
+        model = config.build()
     ledger = Ledger(ROUNDING[place.type])
     try:
         with _without_values(place, ledger):
-            return _Step(config, place, world, micro, share, held, ledger).count()
+            return _Step(config, model, place, world, micro, share, held, ledger).count()
     except (NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"objective {config.objective} can't be counted on tensors without values: {reason}") from error
@@ -115,22 +121,35 @@ def _without_values(device: torch.device, ledger: Ledger) -> Iterator[None]:
         with simulated(CARDS["h100"], ledger.see, lambda *_: None):
             yield
         return
-    with FakeTensorMode(allow_non_fake_inputs=True), Watch(ledger):
-        yield
+    # constants that are kept for later calls have no values inside
+    caches = patches._constant, simmim._kept, positions._rope_table
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch(ledger):
+            yield
+    finally:
+        for cache in caches:
+            cache.cache_clear()
 
 
 class _Step:
     """An update whose memory is recorded."""
 
     def __init__(
-        self, config: Config, device: torch.device, world: int, micro: int, share: int, held: int, ledger: Ledger
+        self,
+        config: Config,
+        model: Any,
+        device: torch.device,
+        world: int,
+        micro: int,
+        share: int,
+        held: int,
+        ledger: Ledger,
     ) -> None:
         self.ledger, self.micro = ledger, micro
         dtype = DTYPES[config.dtype]
-        with device:
-            model: Any = config.build()
-        if dtype == torch.float64:
-            _to_float64(model)
+        _moved(model, device, torch.float64 if dtype == torch.float64 else torch.float32)
         model.set_grad_checkpointing(config.checkpoint_activations)
         self.objective: Any = objectives.build(config.objective, config.objective_options, model)
         # references to storages keep modules from changing their dtype
@@ -244,23 +263,28 @@ class _Step:
         self.saved = dict(saved)
 
 
-def _to_float64(model: nn.Module) -> None:
-    """Convert parameters and buffers, which Module.to does not do for tensors without values."""
+def _moved(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Make parameters and buffers of a model of the meta device anew, on `device`, without drawing their values."""
+    made: dict[Tensor, Tensor] = {}
+
+    def fresh(value: Tensor) -> Tensor:
+        if value not in made:
+            kind = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
+            made[value] = torch.empty(value.shape, dtype=kind, device=device)
+            if isinstance(value, nn.Parameter):
+                made[value] = nn.Parameter(made[value], requires_grad=value.requires_grad)
+        return made[value]
+
     for module in model.modules():
-        for name, p in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(p.detach().double(), requires_grad=p.requires_grad))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.double() if buffer.is_floating_point() else buffer)
+        for values in (module._parameters, module._buffers):
+            for name, value in values.items():
+                if value is not None:
+                    values[name] = fresh(value)  # type: ignore[assignment]
 
 
 def _with(config: Config, **values: Any) -> Config:
     """Return a config with other values that need no check."""
-    import copy
-
     changed = copy.copy(config)
     for name, value in values.items():
         object.__setattr__(changed, name, value)
     return changed
-
-
-__all__ = ["HELD", "Memory", "memory", "nn"]

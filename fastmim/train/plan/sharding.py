@@ -103,7 +103,7 @@ class _Group:
     def _empty(self, parameters: list[Tensor]) -> Tensor:
         size = sum(self.shards.part(p) for p in parameters) * self.shards.world
         with self.shards.ledger.making(kind="gathered", stage=""):
-            return torch.empty(size, dtype=torch.uint8, device=parameters[0].device)
+            return parameters[0].new_empty(size, dtype=torch.uint8)
 
     def gather(self) -> None:
         if self.whole is None and self.parameters:

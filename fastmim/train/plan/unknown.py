@@ -1,0 +1,65 @@
+"""What a plan does not know, in sentences."""
+
+from typing import Any
+
+from ..config import Config
+from .estimate import HOST_LAUNCH, Machines, Step
+from .traffic import REACHED
+
+
+def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]) -> list[str]:
+    """Return what a plan does not know.
+
+    Args:
+        config, machines, step: of the run.
+        plan: what is known.
+    """
+    card = machines.card
+    found = list(step.assumed)
+    if machines.rates is not None:
+        found.append(
+            "The step is reckoned from rates of this machine that were measured a moment ago, beside whatever else ran."
+        )
+    elif step.efficiency is not None:
+        found.append(f"The step is predicted from another that was measured: {step.source}.")
+    else:
+        rates = f"{card.copy / 1e12:.2g} TB/s and {card.product / 1e12:.3g} TFLOP/s"
+        found.append(
+            f"No step was timed on this card, {card.name}: the step time is a floor, each kernel at {rates} "
+            f"({card.source}), and real steps take longer."
+        )
+    if machines.rates is None:
+        found.append(
+            "Memory is counted, not measured on a GPU; 1.5 GB are left for CUDA and fragments, which is assumed."
+        )
+    if config.compile:
+        found.append("Kernels are counted as eager PyTorch runs them; compile=true fuses some, and needs less time.")
+    if machines.rates is None and step.efficiency is None and not config.cuda_graphs:
+        found.append(
+            f"Eager PyTorch is taken to launch a kernel in {1e6 * HOST_LAUNCH:.0f} µs; the host was not measured."
+        )
+    if machines.world > 1:
+        links = []
+        if machines.gpus > 1:
+            links.append(f"{card.linked} at {(card.link or 0) / 1e9:.0f} GB/s a GPU")
+        if machines.nodes > 1:
+            links.append(
+                f"the network at {(card.network or 0) * 8 / 1e9:.0f} Gbit/s a node (--network-gbps changes it)"
+            )
+        found.append(
+            f"Communication is not measured: {' and '.join(links)}, of which {REACHED:.0%} are taken to be reached, "
+            "hidden behind the pass that it belongs to."
+        )
+    if plan["steps"] is None:
+        found.append(
+            f"The size of data {config.data} is not known, so neither are steps, days and GPU-hours: give --images N "
+            "or max_steps=N."
+        )
+    loader = plan["loader"]
+    if loader["images_per_second_given"] is None:
+        on = f"{loader['measured']['device_name']}, {loader['measured']['cpus']} CPUs" if loader["measured"] else None
+        seen = f"; the rates shown are of {on}" if on else ""
+        found.append(f"The loader's rate on your machines is not known{seen}: give --loader-rate N.")
+    if plan["checkpoint"]["seconds"] is None:
+        found.append("The disk's rate is not known, so neither is the time to write a checkpoint: give --disk-gbs N.")
+    return found
