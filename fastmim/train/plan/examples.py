@@ -56,9 +56,7 @@ def batch_of(
     return batch, tensors_of(batch)
 
 
-def _patches(
-    model: Any, masks: Masks, rows: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Patches, Mask]:
+def _patches(model: Any, masks: Masks, rows: int, dtype: torch.dtype, device: torch.device) -> tuple[Patches, Mask]:
     keep, predict = masks.counts
     values = model.in_chans * math.prod(model.patch_size)
     visible, predicted = (torch.empty(rows, n, values, dtype=dtype, device=device) for n in (keep, predict))

@@ -132,7 +132,9 @@ class Rates:
     def card(self) -> Card:
         """Return the rates as those of a card."""
         properties: Any = torch.cuda.get_device_properties(0) if self.device == "cuda" else None
-        several = (properties.multi_processor_count, (properties.major, properties.minor)) if properties else (1, (0, 0))
+        several = (
+            (properties.multi_processor_count, (properties.major, properties.minor)) if properties else (1, (0, 0))
+        )
         return Card(self.name, self.copy, self.product, self.launch, *several, "measured on this machine")
 
     def seconds(self, call: Call, key: Key) -> float:
@@ -351,7 +353,9 @@ def _made(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, 
             flat = (0.5 + torch.rand(NOISE, device=device)).to(of.dtype).repeat(math.ceil(values / NOISE) or 1)[:values]
         else:
             length = of.shape[-1] if of.shape else 1
-            flat = torch.arange(max(length, 1), device=device).to(of.dtype).repeat(math.ceil(values / max(length, 1)) or 1)
+            flat = (
+                torch.arange(max(length, 1), device=device).to(of.dtype).repeat(math.ceil(values / max(length, 1)) or 1)
+            )
             flat = flat[:values]
         return flat.as_strided(of.shape, of.stride)
 

@@ -111,7 +111,9 @@ def memory(
             return _Step(config, model, place, world, micro, share, held, ledger).count()
     except (NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"objective {config.objective} can't be counted on tensors without values: {reason}") from error
+        raise ConfigError(
+            f"objective {config.objective} can't be counted on tensors without values: {reason}"
+        ) from error
 
 
 @contextlib.contextmanager
