@@ -4,10 +4,8 @@ Nothing has a name outside its namespaces, so that any number of networks may ex
 with its first process, a `cat` whose input the test holds: nothing outlives the test, however it ends.
 """
 
-import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -87,10 +85,6 @@ class Machine:
         """Plug the machine's cable in, or pull it."""
         self.network.ip("link", "set", self.name, "up" if up else "down")
 
-    def end_processes(self) -> None:
-        """End all processes of the machine but the one that holds its namespaces."""
-        self.run("kill", "-9", "-1")
-
     def cut_power(self) -> None:
         """End all processes of the machine; none of its connections says goodbye."""
         self.set_link(False)
@@ -98,8 +92,8 @@ class Machine:
         self.network.ip("link", "delete", self.name)
 
     def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        """End the machine: unshare ends its first process, and the kernel all others of its namespace."""
+        self.holder.kill()
         self.holder.communicate()
         if self.relay is not None:
             self.relay.communicate()

@@ -237,9 +237,9 @@ def test_the_rendezvous_host_dies(rehearsal, network, undisturbed):
     line = "on alpha gave no sign of life for"
     wait(lambda: all(any(line in said for said in job.said()) for job in jobs[1:]), "verdicts", LIMIT)
     for host in others:
-        host.end_processes()
+        host.cut_power()
     assert all(finish(*jobs[1:]))
-    hosts = [*others, *network.connected("delta")]
+    hosts = network.connected("beta", "gamma", "delta")
     jobs = [rehearsal.start(host, *ELASTIC, endpoint="beta") for host in hosts]
     assert finish(*jobs) == [0, 0, 0]
     check_same(rehearsal, undisturbed)
