@@ -15,6 +15,7 @@ from . import (
     pack_command,
     pretrain_command,
     reconstruct_command,
+    report_command,
     stats_command,
     status_command,
 )
@@ -36,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "stats": stats_command,
     "pretrain": pretrain_command,
     "status": status_command,
+    "report": report_command,
     "reconstruct": reconstruct_command,
     "evaluate": evaluate_command,
     "export": export_command,

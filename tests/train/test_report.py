@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from small_run import outcome
 
-from fastmim import __version__
+from fastmim import __version__, cli
 from fastmim.train import ConfigError, Interrupted, Trainer
 from fastmim.train.report import sender as sending
 from fastmim.train.report.reporter import Reporter, find_reporter
@@ -167,6 +167,52 @@ def test_the_file_of_ids_may_be_damaged_and_holds_other_services(tmp_path, text)
     ids = json.loads((tmp_path / "report.json").read_text())
     assert Recorder.parts[0].given is None and ids.pop("service") == "first"
     assert ids == ({"other": "theirs"} if "other" in text else {})
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_metrics_of_a_run_that_is_there(straight, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastmim.train.report.resend.BATCH", 5)
+    assert cli.main(["report", str(straight), "--to", "stand_in:Recorder", "--options", "project=later"]) == 0
+    (part,) = Recorder.parts
+    assert part.lines == logged(straight) and (part.given, part.project, part.ending) == (None, "later", "finished")
+    assert part.config["output_dir"] == str(straight) and part.config["seed"] == 0
+    assert "12 lines of metrics.jsonl sent to stand_in:Recorder as run first" in capsys.readouterr().out
+    assert not (straight / "report.json").exists()
+
+
+def test_the_settings_of_the_run_are_the_defaults(config, tmp_path, recorder):
+    Trainer(config(**recorder)).run()
+    (tmp_path / "run" / "final" / "run.json").unlink()
+    assert cli.main(["report", str(tmp_path / "run")]) == 0
+    live, again = Recorder.parts
+    assert (again.lines, again.project, again.ending) == (live.lines, "pretraining", "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{tmp_path}"], "whose metrics.jsonl has no line"),
+        (["{straight}"], "--to is missing"),
+        (["{straight}", "--to", "aim"], "report_to must be"),
+        (
+            ["{straight}", "--to", "stand_in:Recorder", "--options", "project"],
+            "given as key=value, got 'project'",
+        ),
+        (["{straight}", "--to", "stand_in:Recorder", "--options", "colour=red"], "report_options of stand_in:Recorder"),
+    ],
+)
+def test_wrong_arguments(straight, tmp_path, capsys, arguments, message):
+    places = {"straight": straight, "tmp_path": tmp_path}
+    assert cli.main(["report", *(argument.format(**places) for argument in arguments)]) == 1
+    assert message in capsys.readouterr().err and not Recorder.parts
+
+
+def test_a_service_that_fails_is_one_line(straight, capsys, monkeypatch):
+    monkeypatch.setattr(Recorder, "close", lambda self, ending: 1 / 0)
+    assert cli.main(["report", str(straight), "--to", "stand_in:Recorder"]) == 1
+    assert "stand_in:Recorder after 12 lines: division by zero" in capsys.readouterr().err
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
