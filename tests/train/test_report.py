@@ -174,7 +174,7 @@ def test_the_file_of_ids_may_be_damaged_and_holds_other_services(tmp_path, text)
 
 def test_the_metrics_of_a_run_that_is_there(straight, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastmim.train.report.resend.BATCH", 5)
-    assert cli.main(["report", str(straight), "--to", "stand_in:Recorder", "project=later"]) == 0
+    assert cli.main(["report", str(straight), "--to", "stand_in:Recorder", "--options", "project=later"]) == 0
     (part,) = Recorder.parts
     assert part.lines == logged(straight) and (part.given, part.project, part.ending) == (None, "later", "finished")
     assert part.config["output_dir"] == str(straight) and part.config["seed"] == 0
@@ -193,17 +193,26 @@ def test_the_settings_of_the_run_are_the_defaults(config, tmp_path, recorder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp_path}"], "whose metrics.jsonl has none"),
+        (["{tmp_path}"], "whose metrics.jsonl has no line"),
         (["{straight}"], "--to is missing"),
         (["{straight}", "--to", "aim"], "report_to must be"),
-        (["{straight}", "--to", "stand_in:Recorder", "project"], "options are given as key=value, got 'project'"),
-        (["{straight}", "--to", "stand_in:Recorder", "colour=red"], "report_options of stand_in:Recorder"),
+        (
+            ["{straight}", "--to", "stand_in:Recorder", "--options", "project"],
+            "given as key=value, got 'project'",
+        ),
+        (["{straight}", "--to", "stand_in:Recorder", "--options", "colour=red"], "report_options of stand_in:Recorder"),
     ],
 )
 def test_wrong_arguments(straight, tmp_path, capsys, arguments, message):
     places = {"straight": straight, "tmp_path": tmp_path}
     assert cli.main(["report", *(argument.format(**places) for argument in arguments)]) == 1
     assert message in capsys.readouterr().err and not Recorder.parts
+
+
+def test_a_service_that_fails_is_one_line(straight, capsys, monkeypatch):
+    monkeypatch.setattr(Recorder, "close", lambda self, ending: 1 / 0)
+    assert cli.main(["report", str(straight), "--to", "stand_in:Recorder"]) == 1
+    assert "stand_in:Recorder after 12 lines: division by zero" in capsys.readouterr().err
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

@@ -22,12 +22,13 @@ def resend(folder: Path, to: str | None, options: Iterable[str]) -> tuple[str, s
 
     Raises:
         ConfigError: no lines, no such service, wrong options.
+        RuntimeError: the service fails.
     """
     lines = read_lines(folder / "metrics.jsonl")
     batch = list(islice(lines, BATCH))
     if not batch:
         raise ConfigError(
-            f"RUN must be the output_dir of a run with metrics, got {folder}, whose metrics.jsonl has none"
+            f"RUN must be the output_dir of a run with metrics, got {folder}, whose metrics.jsonl has no line"
         )
     status = read_status(folder)
     settings, own = status.settings, status.settings.get("report_to")
@@ -40,11 +41,14 @@ def resend(folder: Path, to: str | None, options: Iterable[str]) -> tuple[str, s
         if not equals or not key:
             raise ConfigError(f"options are given as key=value, got {text!r}")
         given[key.strip()] = parsed(value)
-    reporter = find_reporter(to, given)({**settings, "output_dir": str(folder), VERSION: __version__}, None, **given)
-    count = 0
-    while batch:
-        reporter.write(batch)
-        count += len(batch)
-        batch = list(islice(lines, BATCH))
-    reporter.close("finished" if status.finished else "interrupted")
+    make, count = find_reporter(to, given), 0
+    try:
+        reporter = make({**settings, "output_dir": str(folder), VERSION: __version__}, None, **given)
+        while batch:
+            reporter.write(batch)
+            count += len(batch)
+            batch = list(islice(lines, BATCH))
+        reporter.close("finished" if status.finished else "interrupted")
+    except Exception as error:
+        raise RuntimeError(f"{to} after {count} lines: {' '.join(str(error).split())}") from error
     return to, reporter.run_id, count
