@@ -5,6 +5,8 @@ namespace FASTMIM_ISA {
 
 #include "vector.inl"
 //
+#include "rows.inl"
+//
 #include "functions.inl"
 //
 #include "masking.inl"

@@ -17,6 +17,8 @@
 #define FASTMIM_STREAM(to, value) _mm256_stream_ps(to, (__m256)(value))
 #define FASTMIM_UPPER(bits) \
   _mm_packus_epi32(_mm256_castsi256_si128((__m256i)(bits >> 16)), _mm256_extracti128_si256((__m256i)(bits >> 16), 1))
+#define FASTMIM_WIDEN_BYTES(from) _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))
+#define FASTMIM_WIDEN_HALVES(from) _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))
 #define FASTMIM_VL 8
 #include "isa.inl"
 

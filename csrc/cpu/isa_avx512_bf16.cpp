@@ -34,12 +34,16 @@ const Kernels* avx512_bf16_kernels() {
 }  // namespace fastmim::cpu
 
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FASTMIM_WIDEN_BYTES(from) _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)))
+#define FASTMIM_WIDEN_HALVES(from) _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)))
 #define FASTMIM_VL 16
 
 namespace fastmim::cpu {
 namespace avx512_bf16 {
 
 #include "vector.inl"
+//
+#include "rows.inl"
 //
 #include "functions.inl"
 //

@@ -9,6 +9,12 @@ Pixels pixels_of(const Tensor& images) {
   return images.scalar_type() == at::kUInt16 ? Pixels::uint16 : Pixels::floating;
 }
 
+std::vector<float> stats_of(const OptionalTensor& given, int64_t channels, float otherwise) {
+  if (!given.has_value()) return std::vector<float>(channels, otherwise);
+  const Tensor stats = as_float(*given);
+  return {stats.const_data_ptr<float>(), stats.const_data_ptr<float>() + channels};
+}
+
 }  // namespace
 
 void check_pixels(const Tensor& images, const OptionalTensor& mean, const OptionalTensor& std) {
@@ -17,25 +23,20 @@ void check_pixels(const Tensor& images, const OptionalTensor& mean, const Option
 }
 
 PatchReader::PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
-                         const OptionalTensor& std_of) {
+                         const OptionalTensor& std_of)
+    : mean(stats_of(mean_of, images.size(1), 0)), std(stats_of(std_of, images.size(1), 1)) {
   const int64_t channels = images.size(1);
   const Pixels pixels = pixels_of(images);
-  mean = mean_of.has_value() ? as_float(*mean_of) : at::zeros({channels}, at::kFloat);
-  std = std_of.has_value() ? as_float(*std_of) : at::ones({channels}, at::kFloat);
-  for (int64_t c = 0; c < channels; ++c) {
-    const float deviation = std.const_data_ptr<float>()[c];
-    TORCH_CHECK_VALUE(deviation > 0, "std must be positive, got ", deviation, " for channel ", c);
-  }
+  for (int64_t c = 0; c < channels; ++c)
+    TORCH_CHECK_VALUE(std[c] > 0, "std must be positive, got ", std[c], " for channel ", c);
   if (pixels == Pixels::uint8) {
-    table = at::empty({channels, 256}, at::kFloat);
-    float* entry = table.mutable_data_ptr<float>();
-    for (int64_t c = 0; c < channels; ++c) {
-      const float shift = mean.const_data_ptr<float>()[c], deviation = std.const_data_ptr<float>()[c];
-      for (int value = 0; value < 256; ++value) *entry++ = (pixel(static_cast<uint8_t>(value)) - shift) / deviation;
-    }
+    table.resize(channels * 256);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int value = 0; value < 256; ++value)
+        table[c * 256 + value] = (pixel(static_cast<uint8_t>(value)) - mean[c]) / std[c];
   }
-  patches.table = pixels == Pixels::uint8 ? table.const_data_ptr<float>() : nullptr;
-  patches.mean = mean.const_data_ptr<float>(), patches.std = std.const_data_ptr<float>();
+  patches.table = pixels == Pixels::uint8 ? table.data() : nullptr;
+  patches.mean = mean.data(), patches.std = std.data();
   patches.images = images.const_data_ptr();
   patches.pixels = pixels;
   patches.type = pixels == Pixels::floating ? type_of(images.scalar_type()) : Type::f32;

@@ -1,6 +1,8 @@
 // Images as the patch kernels see them.
 #pragma once
 
+#include <vector>
+
 #include "tensors.h"
 
 namespace fastmim::cpu {
@@ -9,7 +11,8 @@ namespace fastmim::cpu {
 struct PatchReader {
   PatchReader(const Tensor& images, at::IntArrayRef patch_size, const OptionalTensor& mean_of,
               const OptionalTensor& std_of);
-  Tensor mean, std, table;
+  PatchReader(const PatchReader&) = delete;
+  std::vector<float> mean, std, table;
   Patches patches;
 };
 

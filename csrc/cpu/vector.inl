@@ -38,20 +38,32 @@ FASTMIM_HD Int load(const int32_t* from) {
 FASTMIM_HD void store(int32_t* to, Int value) {
   *reinterpret_cast<UnalignedInt*>(to) = value;
 }
+// VL values of 1 or 2 bytes in 32 bits each; GCC converts vectors of them in several steps
+template <typename T>
+FASTMIM_HD Int widened(const T* from) {
+#if defined(FASTMIM_WIDEN_BYTES)
+  if constexpr (sizeof(T) == 1) return (Int)FASTMIM_WIDEN_BYTES(from);
+  return (Int)FASTMIM_WIDEN_HALVES(from);
+#else
+  if constexpr (sizeof(T) == 1) {
+    const Half wider = __builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(from), Half);
+    return __builtin_convertvector(wider, Int);
+  }
+  return __builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Int);
+#endif
+}
 FASTMIM_HD Vec load(const uint8_t* from) {
-  // step by step: GCC takes bytes to 32 bits one at a time
-  const Half wider = __builtin_convertvector(*reinterpret_cast<const UnalignedBytes*>(from), Half);
-  return __builtin_convertvector(__builtin_convertvector(wider, Int), Vec);
+  return __builtin_convertvector(widened(from), Vec);
 }
 FASTMIM_HD Vec load(const uint16_t* from) {
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(from), Int), Vec);
+  return __builtin_convertvector(widened(from), Vec);
 }
 FASTMIM_HD Vec load(const Bf16* from) {
-  return (Vec)(__builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits) << 16);
+  return (Vec)((Bits)widened(from) << 16);
 }
 // as widen(F16)
 FASTMIM_HD Vec load(const F16* from) {
-  const Bits half = __builtin_convertvector((Half) * reinterpret_cast<const UnalignedHalf*>(from), Bits);
+  const Bits half = (Bits)widened(from);
   const Vec magnitude = (Vec)((half & 0x7fffu) << 13) * 0x1p112f;
   const Bits special = (half & 0x7c00u) == 0x7c00u ? Bits{} + 0x7f800000u : Bits{};
   return (Vec)((Bits)magnitude | special | (half & 0x8000u) << 16);
@@ -199,102 +211,3 @@ FASTMIM_HD float total(const float* x, int64_t count) {
 FASTMIM_HD int64_t padded(int64_t count) {
   return (count + VL - 1) / VL * VL;
 }
-
-// ---- rows of any storage type ------------------------------------------------------------------------------------
-
-// call(a value of the storage type)
-template <typename Call>
-FASTMIM_HD void in_type(Type type, const Call& call) {
-  if (type == Type::f32) return call(float());
-  if (type == Type::bf16) return call(Bf16());
-  call(F16());
-}
-
-template <typename T>
-FASTMIM_HD void load_row_as(const void* from, int64_t stride, float* to, int64_t count) {
-  const T* source = static_cast<const T*>(from);
-  if (stride == 1) {
-    by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(to + i, lanes.get(source + i)); });
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = widen(source[i * stride]);
-  }
-}
-
-template <typename T>
-FASTMIM_HD void store_row_as(void* to, int64_t stride, const float* from, int64_t count) {
-  T* target = static_cast<T*>(to);
-  if (stride == 1) {
-    by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP { lanes.put(target + i, lanes.get(from + i)); });
-  } else {
-    for (int64_t i = 0; i < count; ++i) target[i * stride] = narrow<T>(from[i]);
-  }
-}
-
-static void load_row(Type type, const void* from, int64_t stride, float* to, int64_t count) {
-  in_type(type, [&](auto stored) { load_row_as<decltype(stored)>(from, stride, to, count); });
-}
-
-static void store_row(Type type, void* to, int64_t stride, const float* from, int64_t count) {
-  in_type(type, [&](auto stored) { store_row_as<decltype(stored)>(to, stride, from, count); });
-}
-
-// a row that lies at a multiple of the vector's size
-static void stream_row(float* to, const float* from, int64_t count) {
-  by_vectors(count, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-    if constexpr (std::is_same_v<decltype(lanes), Whole>) {
-      stream(to + i, load(from + i));
-    } else {
-      lanes.put(to + i, lanes.get(from + i));
-    }
-  });
-}
-
-FASTMIM_HD void* at(const View& view, int64_t offset) {
-  return static_cast<char*>(view.data) + offset * (view.type == Type::f32 ? 4 : 2);
-}
-
-// the row as floats: in place if it holds floats, else converted in `scratch`
-FASTMIM_HD const float* row_of(const View& view, int64_t row, int64_t width, float* scratch) {
-  const void* from = at(view, row * view.stride[0]);
-  if (view.type == Type::f32 && view.stride[1] == 1) return static_cast<const float*>(from);
-  load_row(view.type, from, view.stride[1], scratch, width);
-  return scratch;
-}
-
-FASTMIM_HD bool written_in_place(const View& view) {
-  return view.type == Type::f32 && view.stride[1] == 1 && !view.streamed;
-}
-
-// the memory to write the row to: in place if it holds floats, else `scratch`, which `finish` then converts and stores
-FASTMIM_HD float* target_of(const View& view, int64_t row, float* scratch) {
-  return written_in_place(view) ? static_cast<float*>(at(view, row * view.stride[0])) : scratch;
-}
-
-FASTMIM_HD void finish(const View& view, int64_t row, int64_t width, const float* scratch) {
-  if (written_in_place(view)) return;
-  void* to = at(view, row * view.stride[0]);
-  if (view.streamed) return stream_row(static_cast<float*>(to), scratch, width);
-  store_row(view.type, to, view.stride[1], scratch, width);
-}
-
-// Floats of scratch, aligned for vectors and freed at the end of the scope; each part a block of its own, so that a
-// sanitizer sees where it ends.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() {
-    while (count_ > 0) free(parts_[--count_]);
-  }
-  float* take(int64_t count) {
-    void* part = aligned_alloc(64, (count * 4 + 64) / 64 * 64);
-    if (part == nullptr) throw std::bad_alloc();
-    parts_[count_++] = part;
-    return static_cast<float*>(part);
-  }
-
- private:
-  void* parts_[16];
-  int count_ = 0;
-};
