@@ -1,4 +1,4 @@
-"""What benchmarks measured, where the repository's results are at hand: a wheel does not have them."""
+"""Measurements of benchmarks, where the results of the repository are there: a wheel does not have them."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def loading(axes: int) -> dict[str, Any] | None:
         axes: of the data: 2 for pictures, 3 for clips.
 
     Returns:
-        device_name, cpus, image_size, and images_per_second by what was read; None where nothing is at hand.
+        device_name, cpus, image_size, and images_per_second by what was read; None where there are no results.
     """
     name, size = LOADED.get(axes, ("none", []))
     found = _read(RESULTS / name)

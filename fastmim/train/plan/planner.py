@@ -25,7 +25,7 @@ RESERVED = 1_500_000_000
 
 @dataclass(frozen=True)
 class Given:
-    """What a plan is told beyond config and machines.
+    """Facts that a plan is given beyond config and machines.
 
     Attributes:
         images: samples of the data set.
@@ -216,7 +216,7 @@ def _doubled(config: Config, objective: Any, machines: Machines, step: Step, mic
 
 
 def images_of(config: Config) -> int | None:
-    """Count the samples of a config's data, where they are at hand; None elsewhere."""
+    """Count the samples of a config's data; return None where there are no data."""
     from ...data.array_files import open_arrays
     from ...data.clip_files import open_videos
     from ...data.sources import open_source

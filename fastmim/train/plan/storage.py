@@ -29,7 +29,8 @@ def checkpoint_bytes(config: Config, objective: Any, *, world: int = 1) -> int:
     moments = sum(2 * p.nbytes + 4 for p in trained)
     average = sum(p.nbytes for p in objective.model.parameters() if p.requires_grad) if config.ema is not None else 0
     generators = sum(t.nbytes for t in state.collect_generators(torch.device("cpu")).values())
-    return weights + moments + average + world * generators
+    total: int = weights + moments + average + world * generators
+    return total
 
 
 def final_bytes(objective: nn.Module) -> int:

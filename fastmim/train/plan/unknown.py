@@ -1,4 +1,4 @@
-"""What a plan does not know, in sentences."""
+"""Sentences on figures that a plan does not know."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .traffic import REACHED
 
 
 def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]) -> list[str]:
-    """Return what a plan does not know.
+    """Return sentences on the figures that a plan does not know.
 
     Args:
         config, machines, step: of the run.
