@@ -33,22 +33,21 @@ def batch_of(
     dtype, ids = pixels(config, model), torch.arange(rows)
     length = model.num_patches
     if config.patchwise is True:
-        images: Any = _patches(model, masks, rows, dtype, device)
-    else:
-        images = torch.empty(rows, model.in_chans, *model.img_size, dtype=dtype, device=device)
+        patches, mask = _patches(model, masks, rows, dtype, device)
+    images = torch.empty(rows, model.in_chans, *model.img_size, dtype=dtype, device=device)
     valid = None
     if config.data_options.get("nodata") is not None and config.patchwise is not True:
         valid = torch.ones(rows, length, dtype=torch.bool, device=device)
     batch: Any
     if takes_pairs(model) or config.inner is not None:
-        first = torch.empty(rows, model.in_chans, *model.img_size, dtype=dtype, device=device)
+        first = torch.empty_like(images)
         if config.data_options.get("covisible"):
             batch = CovisibleBatch(first, images, torch.ones(rows, length, device=device), None, ids)
         else:
-            pair = PatchBatch(*images, None, ids) if config.patchwise is True else images
+            pair: Any = PatchBatch(patches, mask, None, ids) if config.patchwise is True else images
             batch = PairBatch(first, pair, None, ids)
     elif config.patchwise is True:
-        batch = PatchBatch(*images, None, ids)
+        batch = PatchBatch(patches, mask, None, ids)
     elif dtype == torch.float32:
         batch = ArrayBatch(images, valid, None, ids)
     else:

@@ -186,7 +186,9 @@ class _Step:
         ledger.tag(values, "batch", [copies * share * value.untyped_storage().nbytes() // rows for value in values])
         processes = Processes(0, 1, device)
         self.seeds = torch.zeros(rows, dtype=torch.int64)
-        self.update = Update(config, processes, self.objective, self, masks, optimizer, average)
+        parallel: Any = self
+        self.update = Update(config, processes, self.objective, parallel, masks, optimizer, average)
+        self.marks: list[tuple[int, str]] = []
         self.rows, self.done = rows, 0
         self.saved: dict[str, int] = {}
 
@@ -195,10 +197,15 @@ class _Step:
         self.done += len(batch.ids)
         self.exchange.last = self.done >= self.rows
         with self.exchange.forward(), self.ledger.making(stage="objective"):
-            return self.objective(batch, mask)
+            loss: Tensor = self.objective(batch, mask)
+            return loss
 
     def count(self) -> Memory:
-        ledger, step = self.ledger, lambda: self.update(self.batch, self.seeds, 1e-4)
+        ledger = self.ledger
+
+        def step() -> None:
+            self.update(self.batch, self.seeds, 1e-4)
+
         with self._watched(), ledger.making(stage="input"):
             # the first call makes constants that later ones reuse
             step()
@@ -229,7 +236,6 @@ class _Step:
     def _watched(self) -> Iterator[None]:
         """Tell stages of the forward pass, copies of weights, gradients and the passes apart."""
         ledger, model = self.ledger, self.update.model
-        self.marks: list[tuple[int, str]] = []
         with contextlib.ExitStack() as stack:
 
             def around(owner: Any, name: str, **made: str) -> None:
@@ -285,7 +291,7 @@ def _moved(objective: nn.Module, device: torch.device, dtype: torch.dtype) -> No
         for values in (module._parameters, module._buffers):
             for name, value in values.items():
                 if value is not None:
-                    values[name] = fresh(value)  # type: ignore[assignment]
+                    values[name] = fresh(value)
 
 
 def _with(config: Config, **values: Any) -> Config:
