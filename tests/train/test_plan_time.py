@@ -15,6 +15,7 @@ from fastmim.train.config import read, shipped
 from fastmim.train.flops import CARDS, DEVICE, count, count_step
 from fastmim.train.flops.trainer import prepared
 from fastmim.train.plan import here
+from fastmim.train.plan.step_ops import calls_of, pairs_of
 from fastmim.train.plan.steptime import predict, step_time
 
 TEST_ALL = os.environ.get("FASTMIM_TEST_ALL") == "1"
@@ -145,10 +146,10 @@ def test_the_stages_add_up_to_the_count(config):
     assert floor.milliseconds == pytest.approx(counted.milliseconds)
     assert (floor.flops, floor.bytes, floor.launches) == (counted.flops, counted.bytes, counted.launches)
     assert floor.host_milliseconds is None
-    # kernels this small are bound by their launch
-    assert {stage.bound_by for stage in floor.stages} == {"launches"}
+    # kernels this small are bound by their launch, but for those of all weights
+    assert {s.bound_by for s in floor.stages if s.direction != "update"} == {"launches"}
     large = {(s.stage, s.direction): s.bound_by for s in step_time(config(batch_size=4096), H100).stages}
-    assert large["encoder", "forward"] != "launches" and large["optimiser", "update"] == "launches"
+    assert large["encoder", "forward"] != "launches" and large["optimiser", "update"] == "bytes"
 
 
 def measured(path, **row):
@@ -185,7 +186,7 @@ def test_results_that_are_no_results_are_refused(config, tmp_path):
         (tmp_path / "gpu.json").write_text(text)
         with pytest.raises(ValueError, match=r"measured .*gpu.json must be a file that benchmarks/gpu_report.py wrote"):
             predict(config(), H100, None, tmp_path / "gpu.json")
-    with pytest.raises(ValueError, match="measured .*absent.json must be a file"):
+    with pytest.raises(ValueError, match=r"measured .*absent.json must be a file"):
         predict(config(), H100, None, tmp_path / "absent.json")
 
 
@@ -205,11 +206,11 @@ def test_recorded_ops_are_those_of_a_real_step(config):
     step()
     with Seen():
         step()
-    recorded = Counter(str(call.func) for call in here.calls_of(settings, 4))
-    # constants are made anew where they have no values
-    for op in ("aten.stack.default", "aten.full.default"):
+    recorded = Counter(str(call.func) for call in calls_of(settings, 4))
+    # constants are made anew where they have no values, and a gradient that is used up is not scaled in place
+    for op in ("aten.stack.default", "aten.full.default", "aten.mul.Tensor"):
         recorded.pop(op, None), real.pop(op, None)
-    assert all(real[op] == times for op, times in recorded.items())
+    assert {op: real[op] for op in recorded} == recorded
     assert recorded["aten.mm.default"] > 20 and recorded["aten._fused_adamw_.default"] == 2
     # none of these tensors is kept for later steps
     step()
@@ -271,5 +272,5 @@ def test_rates_of_fewer_samples_serve_more(config):
     times = [here.step_time_here(settings, rates) for settings in (few, many)]
     assert times[1].flops == 4 * times[0].flops
     assert times[0].milliseconds < times[1].milliseconds < 4 * times[0].milliseconds
-    calls = here._pairs(many, 16)
+    calls = pairs_of(many, 16)
     assert sum(key in rates.ops for call, _, key in calls if call.flops) > 0.8 * sum(bool(c.flops) for c, *_ in calls)

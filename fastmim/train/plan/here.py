@@ -6,8 +6,7 @@ bytes, or has more FLOPs. What was not run is taken at the rates of a large prod
 """
 
 import dataclasses
-import functools
-import json
+import itertools
 import math
 import platform
 import statistics
@@ -16,35 +15,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils._pytree import tree_map_only
 
 from ..config import DTYPES, Config
 from ..flops.cards import Card
 from ..flops.inputs import teacher_of
-from ..flops.kernel import stored
-from ..flops.recorder import Recorder
-from ..flops.simulated import own_constants
-from ..flops.torch_kernels import NOTHING
 from ..flops.trainer import parts_of, prepared
+from .step_ops import Call, Key, Shape, calls_of, pairs_of
 from .steptime import BYTES, LAUNCHES, PRODUCTS, StepTime, staged
 
-# samples of the shorter step are one of SHORTER
-SHORTER = 8
 # share of the calibration that one run of an op may take, before it is run on fewer samples
 LONGEST = 0.02
-# bytes of the lists of tensors of an optimiser's op; of a large copy
+# bytes that an op of lists of tensors moves at most, such as an optimiser's; of a large copy
 LISTS, COPIED = 1 << 28, 1 << 27
 # rows of a large product, by the type of the device
 SIDE = {"cpu": 1024, "cuda": 8192}
 # a model whose step takes as long as the host needs to launch it
-SMALL = dict(
+SMALL: dict[str, Any] = dict(
     data="skimage_photos",
     model="mae_vit_tiny_patch16",
     model_options=dict(
@@ -61,51 +52,6 @@ SMALL = dict(
 )
 # values of noise that arguments repeat
 NOISE = 1 << 16
-Key = tuple[Any, ...]
-
-
-class Shape(NamedTuple):
-    """A tensor without values."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Call(NamedTuple):
-    """An op of a step.
-
-    Attributes:
-        place: stage and direction.
-        func: the op.
-        arguments: positional and keyword arguments, in which tensors are of type `Shape`.
-        flops, moved: FLOPs of products, and bytes read and written.
-    """
-
-    place: tuple[str, str]
-    func: Any
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    flops: int
-    moved: int
-
-    @property
-    def key(self) -> Key:
-        """Return what calls of the same op on tensors of the same shapes have in common."""
-        leaves = tree_leaves(self.arguments, is_leaf=lambda leaf: isinstance(leaf, Shape))
-        # constants such as a learning rate change no time
-        return (self.func, *(leaf if isinstance(leaf, (Shape, int)) else str(leaf)[:20] for leaf in leaves))
-
-    def like(self, other: "Call") -> Key:
-        """Return the key, in which sizes that differ in `other`, a call of fewer samples, are left out."""
-        pairs = zip(_numbers(self.key), _numbers(other.key))
-        return (self.func, *(a if a == b else None for a, b in pairs))
-
-
-def _numbers(key: Key) -> list[Any]:
-    found: list[Any] = []
-    for entry in key[1:]:
-        found += [*entry.shape, entry.dtype] if isinstance(entry, Shape) else [entry]
-    return found
 
 
 @dataclass(frozen=True)
@@ -131,11 +77,12 @@ class Rates:
     @property
     def card(self) -> Card:
         """Return the rates as those of a card."""
-        properties: Any = torch.cuda.get_device_properties(0) if self.device == "cuda" else None
-        several = (
-            (properties.multi_processor_count, (properties.major, properties.minor)) if properties else (1, (0, 0))
-        )
-        return Card(self.name, self.copy, self.product, self.launch, *several, "measured on this machine")
+        count, capability = 1, (0, 0)
+        if self.device == "cuda":
+            properties = torch.cuda.get_device_properties(0)
+            count, capability = properties.multi_processor_count, (properties.major, properties.minor)
+        source = "measured on this machine"
+        return Card(self.name, self.copy, self.product, self.launch, count, capability, source)
 
     def seconds(self, call: Call, key: Key) -> float:
         """Return the time of a call, by that of a call of other samples that was measured, or at the rates."""
@@ -145,77 +92,6 @@ class Rates:
         if flops and call.flops:
             return seconds * call.flops / flops
         return seconds * call.moved / moved if moved else seconds
-
-
-# ---- the ops of a step -----------------------------------------------------------------------------------------------
-
-
-class _Ops(Recorder):
-    """Records calls with the stage that makes them."""
-
-    def __init__(self) -> None:
-        super().__init__(Card("", 1, 1, 0, 1, (0, 0), ""))
-        self.calls: list[Call] = []
-
-    def see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        if func.namespace not in ("aten", "fastmim") or func.is_view or func.overloadpacket.__name__ in NOTHING:
-            return
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and not any(leaf is x for x in tensors)]
-        written = [
-            leaf
-            for argument, value in zip(func._schema.arguments, args)
-            if argument.alias_info is not None and argument.alias_info.is_write
-            for leaf in tree_leaves(value)
-            if isinstance(leaf, Tensor)
-        ]
-        formula = flop_registry.get(func.overloadpacket)
-        flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
-        arguments = tree_map_only(Tensor, lambda x: Shape(tuple(x.shape), tuple(x.stride()), x.dtype), (args, kwargs))
-        self.calls.append(Call(self.place(), func, arguments, flops, stored(*tensors, *made) + stored(*written)))
-
-
-class _Seen(TorchDispatchMode):
-    def __init__(self, ops: _Ops) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.ops = ops
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.ops.see(func, args, kwargs or {}, out)
-        return out
-
-
-def calls_of(config: Config, rows: int) -> list[Call]:
-    """Return the ops of an update of `rows` samples, in order."""
-    teacher, _ = teacher_of(config)
-    ops = _Ops()
-    with own_constants(), FakeTensorMode():
-        step, stages = prepared(config, torch.device(config.device), rows, teacher)
-        with ops.counting(stages), _Seen(ops):
-            step()
-    return ops.calls
-
-
-def _pairs(config: Config, rows: int) -> list[tuple[Call, Call, Key]]:
-    """Return each call of an update, the same one of an update of fewer samples, and what they have in common."""
-    return _pairs_of(json.dumps(config.to_dict()), rows)
-
-
-@functools.lru_cache(maxsize=8)
-def _pairs_of(settings: str, rows: int) -> list[tuple[Call, Call, Key]]:
-    config = Config.of(json.loads(settings))
-    micro = config.micro_batch_size or rows
-    fewer = max(1, min(micro, rows) // SHORTER)
-    short = fewer * (rows // micro) + min(rows % micro, fewer)
-    calls = calls_of(config, rows)
-    others = calls_of(dataclasses.replace(config, micro_batch_size=fewer), short) if short < rows else calls
-    if [call.func for call in calls] != [call.func for call in others]:
-        others = calls
-    return [(call, other, call.like(other)) for call, other in zip(calls, others)]
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def calibrate(config: Config, seconds: float = 10.0) -> Rates:
@@ -237,22 +113,28 @@ def calibrate(config: Config, seconds: float = 10.0) -> Rates:
     rows = max(rows for rows, _ in parts_of(config))
     chosen: dict[Key, tuple[Key, Call]] = {}
     weight: dict[Key, float] = defaultdict(float)
-    for call, other, key in _pairs(config, rows):
-        run = call if rates.seconds(call, ()) < LONGEST * seconds else other
+    for call, other, key in pairs_of(config, rows):
+        run = (call if rates.seconds(call, ()) < LONGEST * seconds else other).cut(LISTS)
         chosen.setdefault(run.key, (key, run))
         weight[run.key] += rates.seconds(call, ())
     found: dict[Key, list[float]] = defaultdict(list)
+    refused: set[Key] = set()
     end = clock() + seconds
     # the largest first, each at least once while the time lasts
     order = sorted(chosen, key=lambda key: -weight[key])
-    for _ in range(1000):
-        for run in order:
-            if clock() > end:
-                break
-            found[run].append(_seconds(chosen[run][1], device, clock))
+    for place in itertools.cycle(order):
+        if clock() > end:
+            break
+        if place in refused:
+            continue
+        try:
+            found[place].append(_seconds(chosen[place][1], device, clock))
+        except (RuntimeError, ValueError, IndexError):
+            # values that the op does not take
+            refused.add(place)
     ops = {}
-    for run, laps in found.items():
-        key, call = chosen[run]
+    for place, laps in found.items():
+        key, call = chosen[place]
         ops[key] = statistics.median(laps), call.flops, call.moved
     return dataclasses.replace(rates, ops=ops)
 
@@ -270,7 +152,7 @@ def step_time_here(config: Config, rates: Rates, *, micro_batch: int | None = No
     times: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
     flops = moved = launches = 0
     for rows, count in parts_of(config):
-        for call, _, key in _pairs(config, rows):
+        for call, _, key in pairs_of(config, rows):
             bound = PRODUCTS if call.flops else BYTES
             times[call.place][bound] += 1e3 * count * rates.seconds(call, key)
             times[call.place][LAUNCHES] += 1e3 * count * rates.launch
@@ -296,7 +178,8 @@ def _large(config: Config, device: torch.device, clock: Callable[[], float]) -> 
     dtype, n = DTYPES[config.dtype], SIDE[device.type]
     a, source = torch.ones(n, n, device=device, dtype=dtype), torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    products, copies = ([] for _ in range(2))
+    products: list[float] = []
+    copies: list[float] = []
     for _ in range(4):
         start = clock()
         a @ a
@@ -313,7 +196,7 @@ def _host(config: Config, device: torch.device, clock: Callable[[], float]) -> f
         small = Config(output_dir=folder, device=config.device, dtype=config.dtype, **SMALL)
         calls = calls_of(small, 1)
         step, _ = prepared(small, device, 1)
-        laps, alone = [], []
+        laps: list[float] = []
         for _ in range(8):
             start = clock()
             step()
@@ -350,13 +233,10 @@ def _made(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, 
     def tensor(of: Shape) -> Tensor:
         values = 1 + sum((size - 1) * stride for size, stride in zip(of.shape, of.stride)) if 0 not in of.shape else 0
         if of.dtype.is_floating_point:
-            flat = (0.5 + torch.rand(NOISE, device=device)).to(of.dtype).repeat(math.ceil(values / NOISE) or 1)[:values]
+            block = 0.5 + torch.rand(NOISE, device=device)
         else:
-            length = of.shape[-1] if of.shape else 1
-            flat = (
-                torch.arange(max(length, 1), device=device).to(of.dtype).repeat(math.ceil(values / max(length, 1)) or 1)
-            )
-            flat = flat[:values]
+            block = torch.arange(max(*of.shape[-1:], 1, 1), device=device)
+        flat = block.to(of.dtype).repeat(max(math.ceil(values / len(block)), 1))[:values]
         return flat.as_strided(of.shape, of.stride)
 
     args, kwargs = call.arguments

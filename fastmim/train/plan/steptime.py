@@ -179,7 +179,7 @@ def _rows(path: Path, card: Card) -> list[dict[str, Any]]:
 
 
 def is_card(name: str, card: Card) -> bool:
-    """Return whether `name`, as in `torch.cuda.get_device_name`, is that of the card: by model, PCIe and GB if given."""
+    """Return whether `name`, of `torch.cuda.get_device_name`, is that of the card: by model, PCIe and GB if given."""
     given, own = (re.findall(r"[A-Za-z]*\d+[A-Za-z]?|PCIe", text.replace(" GB", "GB")) for text in (name, card.name))
     sizes = [{word for word in words if re.fullmatch(r"\d+GB?", word)} for words in (given, own)]
     models = [{word for word in words if not re.fullmatch(r"(SXM|HBM)\d?|\d+GB?", word)} for words in (given, own)]
