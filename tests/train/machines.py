@@ -189,7 +189,7 @@ class Job:
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def said(self) -> list[str]:
+    def messages(self) -> list[str]:
         """Return the lines of fastmim."""
         return [line for line in self.output.splitlines() if line.startswith("fastmim: ")]
 

@@ -30,21 +30,21 @@ def open_tap(pid: int, name: str) -> int:
 
 
 def main() -> None:
-    here, there, delay, loss = open_tap(int(sys.argv[1]), "eth0"), None, float(sys.argv[4]), float(sys.argv[5])
-    there = open_tap(int(sys.argv[2]), sys.argv[3])
+    near, far = open_tap(int(sys.argv[1]), "eth0"), open_tap(int(sys.argv[2]), sys.argv[3])
+    delay, loss = float(sys.argv[4]), float(sys.argv[5])
     print("ready", flush=True)
     draw = random.Random(0)
     # packets in the order of their times, each with the end that it leaves by
     waiting: deque[tuple[float, int, bytes]] = deque()
     while True:
         pause = max(0.0, waiting[0][0] - time.monotonic()) if waiting else None
-        ready, _, _ = select.select([here, there, 0], [], [], pause)
+        ready, _, _ = select.select([near, far, 0], [], [], pause)
         if 0 in ready:
             return
         for end in ready:
             packet = os.read(end, 65536)
             if draw.random() >= loss:
-                waiting.append((time.monotonic() + delay, there if end == here else here, packet))
+                waiting.append((time.monotonic() + delay, far if end == near else near, packet))
         while waiting and waiting[0][0] <= time.monotonic():
             _, end, packet = waiting.popleft()
             try:

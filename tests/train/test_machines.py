@@ -164,9 +164,9 @@ def test_a_host_dies_and_another_joins(rehearsal, network, undisturbed):
     jobs[2:] = [rehearsal.start(delta, *ELASTIC, nodes="2:3")]
     rehearsal.open(12)
     assert finish(*jobs) == [0, 0, 0]
-    said = [line for job in jobs for line in job.said()]
-    assert any("on gamma gave no sign of life for" in line for line in said), said
-    assert any("going on from step 4; 2 logged steps are repeated" in line for line in said), said
+    messages = [line for job in jobs for line in job.messages()]
+    assert any("on gamma gave no sign of life for" in line for line in messages), messages
+    assert any("going on from step 4; 2 logged steps are repeated" in line for line in messages), messages
     check_same(rehearsal, undisturbed)
 
 
@@ -197,7 +197,7 @@ def test_a_short_break_of_a_link_is_survived(rehearsal, network, undisturbed):
     assert not (rehearsal.run / "final").exists()
     hosts[2].set_link(True)
     assert finish(*jobs) == [0, 0, 0]
-    assert not any("no sign of life" in line or "going on" in line for job in jobs for line in job.said())
+    assert not any("no sign of life" in line or "going on" in line for job in jobs for line in job.messages())
     check_same(rehearsal, undisturbed)
 
 
@@ -235,7 +235,7 @@ def test_the_rendezvous_host_dies(rehearsal, network, undisturbed):
     alpha.cut_power()
     rehearsal.open(12)
     line = "on alpha gave no sign of life for"
-    wait(lambda: all(any(line in said for said in job.said()) for job in jobs[1:]), "verdicts", LIMIT)
+    wait(lambda: all(any(line in messages for messages in job.messages()) for job in jobs[1:]), "verdicts", LIMIT)
     for host in others:
         host.cut_power()
     assert all(finish(*jobs[1:]))
@@ -292,9 +292,9 @@ def test_the_shared_folder_fails(rehearsal, network, undisturbed, fault):
     rehearsal.open(12)
     assert all(finish(*jobs))
     cause = "No space left on device" if fault == "full" else "Read-only file system"
-    assert any(cause in line for line in jobs[first].said()), jobs[first].said()
+    assert any(cause in line for line in jobs[first].messages()), jobs[first].messages()
     for job in jobs[:first] + jobs[first + 1 :]:
-        (line,) = job.said()
+        (line,) = job.messages()
         assert f"rank 0 on {hosts[first].name} ended: " in line and cause in line, line
     if fault == "full":
         filler.unlink()
@@ -302,7 +302,7 @@ def test_the_shared_folder_fails(rehearsal, network, undisturbed, fault):
         hosts[first].run("umount", shared)
     jobs = [rehearsal.start(host) for host in hosts]
     assert finish(*jobs) == [0, 0, 0]
-    assert any("going on from step" in line for job in jobs for line in job.said())
+    assert any("going on from step" in line for job in jobs for line in job.messages())
     check_same(rehearsal, undisturbed)
 
 
