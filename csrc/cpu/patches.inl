@@ -38,10 +38,14 @@ struct Group {
 template <typename T, typename Run>
 FASTMIM_HD void by_lines(const Group& group, const Lines of, const T* channel, int64_t offset, int64_t value_step,
                          const Run& run) {
-  const int64_t count = group.count;
-  for (int64_t patch = 0; patch < count; ++patch) {
-    const T* frame = channel + group.start[patch];
-    float* out = group.out[patch] + offset;
+  const Group patches = group;
+  if (of.frames * of.lines == 1) {
+    for (int64_t i = 0; i < patches.count; ++i) run(channel + patches.start[i], patches.out[i] + offset);
+    return;
+  }
+  for (int64_t patch = 0; patch < patches.count; ++patch) {
+    const T* frame = channel + patches.start[patch];
+    float* out = patches.out[patch] + offset;
     for (int64_t i = 0; i < of.frames; ++i, frame += of.frame_stride) {
       const T* line = frame;
       for (int64_t j = 0; j < of.lines; ++j, line += of.line_stride, out += of.width * value_step) run(line, out);
