@@ -29,7 +29,7 @@ AUDIO = VOLUME | dict(image_size=[4096], in_chans=2, model_options=VOLUME["model
 CLIPS = dict(model="videomae_vit_small_patch16", image_size=[16, 112, 112], mask=dict(kind="tube", mask_ratio=0.9))
 # each gains 300 MB or more
 GAINING = {
-    "tiny": dict(model="tiny", batch_size=24),
+    "tiny": dict(model="tiny", batch_size=20),
     "base": dict(model="base", batch_size=4),
     "large": dict(model="large", batch_size=2),
     "dual-masked": dict(model="base", batch_size=8, decode_ratio=0.25),
