@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,23 @@ def test_what_does_not_fit_is_refused_with_what_would_fit():
         ValueError, match=r"micro-batch of 1 sample needs [\d.]+ GB of a GPU, [\d.]+ GB more .* what fits: .*--gpu h100"
     ):
         plan(*SMALL, card=custom(1.501, 1.0, 100))
+
+
+def test_cards_without_room_and_data_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"card of 0.5 GB.* must have more than the 1.5 GB that are left for CUDA"):
+        plan(*SMALL, card=custom(0.5, 1.0, 100))
+    with pytest.raises(ValueError, match="batch_size must be at most the 511 images of the data, got 512"):
+        plan(*SMALL, images=511)
+
+
+def test_a_teacher_that_is_not_here_is_taken_by_its_name():
+    given = "objective=distill", "objective_options.teacher=mae_vit_tiny.pth", "model_options.patch_size=16"
+    found = plan(*SMALL, *given, card=replace(CARDS["h100"], memory=None))
+    assert found["unknown"][0].startswith(
+        "The teacher mae_vit_tiny.pth does not exist here, and is taken to be mae_vit"
+    )
+    # beside the student's weights, which AdamW has two moments of
+    assert found["memory"]["weights"] > found["memory"]["optimizer"] / 2 + 1e6
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="takes half a minute: make test-all")

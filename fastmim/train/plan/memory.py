@@ -20,6 +20,7 @@ from .. import objective as objectives
 from ..config import DTYPES, Config
 from ..distributed import Processes
 from ..flops.cards import CARDS
+from ..flops.inputs import teacher_of
 from ..flops.simulated import DEVICE, simulated
 from ..masks import Masks
 from ..schedule import adamw
@@ -104,8 +105,13 @@ def memory(
     share = max(share, micro)
     # values of weights are never drawn
     try:
+        teacher, _ = teacher_of(config)
         with torch.device("meta"):
-            objective = objectives.build(config.objective, config.objective_options, config.build())
+            model, options = config.build(), config.objective_options
+            if teacher is None:
+                objective = objectives.build(config.objective, options, model)
+            else:
+                objective = objectives.Distill(model, **{**options, "teacher": teacher})
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
     ledger = Ledger(ROUNDING[place.type])
