@@ -132,6 +132,9 @@ def test_figures_fit_together(small):
             "batch_size must be a multiple of the 3 GPUs, got 64; 63 and 66 are nearest",
         ),
         (["quickstart_cpu", "--gpus", "128"], "of the 128 GPUs, got 64; 128 is nearest"),
+        (["quickstart_cpu", "--gpus", f"{10**18}"], "must be a multiple of the 1000000000000000000 GPUs, got 64"),
+        (["--gpus", "3", "quickstart_cpu", "batch_size=32"], "got 32; 30 and 33 are nearest"),
+        (["quickstart_cpu", "seed=1", "--gpus", "3", "batch_size=32"], "got 32; 30 and 33 are nearest"),
         (["quickstart_cpu", "--here", "--gpu", "h100"], "--here plans for this machine as it is"),
         (["quickstart_cpu", "device=tpu"], "device must be one of auto, cpu, cuda; got 'tpu'"),
         (["quickstart_cpu", "cuda_graphs=true", "parallel=fsdp"], "parallel must be auto or ddp with cuda_graphs"),
@@ -145,10 +148,18 @@ def test_bad_input_is_one_line(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--disk-gbs", "--images", "--memory-gb"])
-def test_numbers_are_above_zero(capsys, option):
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "1e300"])
+def test_numbers_are_above_zero(capsys, option, number):
     with pytest.raises(SystemExit):
-        cli.main(["plan", "quickstart_cpu", option, "0"])
+        cli.main(["plan", "quickstart_cpu", option, number])
     assert "must be a" in capsys.readouterr().err
+
+
+def test_what_is_no_setting_is_refused_after_options(capsys):
+    for command in (["plan", "quickstart_cpu", "--gpus", "3", "huge"], ["stats", "data", "--axes", "2", "seed=1"]):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert f"unrecognized arguments: {command[-1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
