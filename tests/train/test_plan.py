@@ -88,6 +88,7 @@ def test_json_and_text_say_the_same(capsys, small):
     assert status == 0 and set(KEYS) <= set(found)
     assert found == json.loads(json.dumps(small))
     text = report(found)
+    assert "images/s            0.406 at most" in report(found | {"images_per_second": 0.4063})
     assert f"{found['images_per_second']:,.0f} at most" in text
     assert f"{found['step_milliseconds']:,.1f} ms at least, bound by {found['bound_by']}" in text
     assert f"{found['days']:.2f} days" in text
@@ -213,6 +214,11 @@ def test_a_slow_network_bounds_the_step():
     assert found.bound_by == "communication"
 
 
+def test_float32_is_said_to_be_slower_than_counted():
+    found = plan(*SMALL, "dtype=float32", card=replace(CARDS["h100"], memory=None))
+    assert "Products of float32 are taken at the card's rate of bfloat16" in " ".join(found["unknown"])
+
+
 def test_small_steps_wait_for_launches_but_in_graphs():
     few, graphs = step("quickstart_cpu"), step("quickstart_cpu", "cuda_graphs=true")
     assert few.bound_by == "launches"
@@ -240,8 +246,10 @@ def test_batches_that_do_not_fit_are_accumulated():
     assert f"set micro_batch_size={found['micro_batch_size']}" in " ".join(report(found).split())
     assert found["days"] is found["steps"] is found["checkpoint"]["seconds"] is None
     text = " ".join(found["unknown"])
-    for words in ("No step was timed", "is a floor", "--images N", "--loader-rate", "--disk-gbs"):
+    for words in ("No step was timed", "is a floor", "--images N", "--loader-rate", "--disk-gbs", "not of 48 x 48"):
         assert words in text
+    # what was measured is no floor
+    assert "at least" in report(found) and "at least" not in report(found | {"here": True})
 
 
 def test_what_does_not_fit_is_refused_with_what_would_fit():
@@ -254,6 +262,8 @@ def test_what_does_not_fit_is_refused_with_what_would_fit():
 def test_cards_without_room_and_data_without_a_batch_are_refused():
     with pytest.raises(ValueError, match=r"card of 0.5 GB.* must have more than the 1.5 GB that are left for CUDA"):
         plan(*SMALL, card=custom(0.5, 1.0, 100))
+    with pytest.raises(ValueError, match=r"data_options.repeats must be an int of at least 1, got 0"):
+        plan(*SMALL, "data_options.repeats=0")
     with pytest.raises(ValueError, match="batch_size must be at most the 511 images of the data, got 512"):
         plan(*SMALL, images=511)
 

@@ -55,7 +55,10 @@ def make_plan(config: Config, machines: Machines, given: Given = Given()) -> dic
     if given.images is not None and given.images < config.batch_size:
         raise ConfigError(f"batch_size must be at most the {given.images} images of the data, got {config.batch_size}")
     check_cuda_graphs(config, machines.world)
-    local = share(config, machines.world) * int(config.data_options.get("repeats", 1))
+    repeats = config.data_options.get("repeats", 1)
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"data_options.repeats must be an int of at least 1, got {repeats!r}")
+    local = share(config, machines.world) * repeats
     counted, objective = countable(config), objective_of(config, torch.device("meta"), teacher_of(config)[0])
     room = None if machines.card.memory is None else machines.card.memory - RESERVED
     if room is not None and room < 1:

@@ -23,7 +23,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"{plan['model']}, batch {plan['batch_size']}, {plan['dtype']}, on {machines}"
     yield ""
     most = " at most" if _least(plan) else ""
-    yield _entry("images/s", f"{plan['images_per_second']:,.0f}{most}")
+    yield _entry("images/s", f"{_rate(plan['images_per_second'])}{most}")
     yield _entry("step", f"{plan['step_milliseconds']:,.1f} ms{_least(plan)}, bound by {plan['bound_by']}")
     yield _entry("run", _run(plan))
     yield _entry("micro-batch", _micro_batch(plan))
@@ -58,6 +58,10 @@ def size_of(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.2f} {name}" if number < 100 * unit else f"{number / unit:,.0f} {name}"
     return f"{number / 1e3:.1f} kB"
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -133,7 +137,7 @@ def _communication(plan: dict[str, Any]) -> str:
 
 
 def _loader(loader: dict[str, Any]) -> str:
-    text = f"{loader['images_per_second_per_host']:,.0f} images/s a host needed"
+    text = f"{_rate(loader['images_per_second_per_host'])} images/s a host needed"
     if loader["images_per_second_given"] is not None:
         text += f", {loader['images_per_second_given']:,.0f} given"
     if loader["measured"]:
@@ -157,6 +161,6 @@ def _doubled(doubled: dict[str, Any]) -> str:
     if doubled["speed_up"] is None:
         return f"{where}: {doubled['bottleneck']}"
     return (
-        f"{where}: {doubled['speed_up']:.2f} times as fast, {doubled['images_per_second']:,.0f} images/s; "
+        f"{where}: {doubled['speed_up']:.2f} times as fast, {_rate(doubled['images_per_second'])} images/s; "
         f"first bottleneck: {doubled['bottleneck']}"
     )
