@@ -58,7 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=description.splitlines()[0], description=description)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positional arguments before or after options, not on both sides
+    settings = [text for text in rest if "=" in text and not text.startswith("-")]
+    if rest and (settings != rest or not hasattr(args, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if settings:
+        args.settings = [*args.settings, *settings]
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:

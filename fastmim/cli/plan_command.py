@@ -7,6 +7,8 @@ from typing import Any
 from .options import as_count
 
 RATES = "--memory-gb, --copy-tbs and --product-tflops"
+# of rates, in any of their units
+LEAST, MOST = 1e-6, 1e9
 
 
 def as_rate(text: str) -> float:
@@ -14,8 +16,8 @@ def as_rate(text: str) -> float:
         rate = float(text)
     except ValueError:
         rate = math.nan
-    if not 0 < rate < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
+    if not LEAST <= rate <= MOST:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, from {LEAST:g} to {MOST:g}, got {text!r}")
     return rate
 
 
@@ -34,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--nodes", type=as_count, metavar="M", help="default: as few as have 8 GPUs or less each")
     parser.add_argument(
-        "--here", action="store_true", help="plan for this machine; measures it for ten seconds, and its disk"
+        "--here",
+        action="store_true",
+        help="plan for the CPUs of this machine; measures them for ten seconds, and the disk",
     )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.add_argument("--images", type=as_count, metavar="N", help="samples of the data, where they are not at hand")
@@ -62,14 +66,16 @@ def run(args: argparse.Namespace) -> int:
     from ..train.plan.estimate import Machines
     from ..train.plan.here import calibrate
     from ..train.plan.measured import memory_here
-    from ..train.plan.planned import planned
+    from ..train.plan.planned import planned, share
     from ..train.plan.planner import Given, images_of, make_plan
     from ..train.plan.report import report
     from ..train.plan.storage import disk_rate
 
     settings = read_settings(args.config, args.settings)
-    gpus, nodes = _nodes(args)
     config = planned(settings, on_gpu=not args.here)
+    # before nodes are sought for any number of GPUs
+    share(config, (args.gpus or 1) * (args.nodes or 1))
+    gpus, nodes = _nodes(args)
     rates = None
     if args.here:
         if args.gpu or gpus * nodes > 1:
@@ -115,5 +121,5 @@ def _card(args: argparse.Namespace) -> Any:
             f"got {args.gpu!r}"
         )
     if any(rate is not None for rate in (*rates, args.link_gbs)):
-        raise ValueError(f"{RATES} and --link-gbs are for --gpu custom; got --gpu {name}")
+        raise ValueError(f"{RATES}, and --link-gbs, are for --gpu custom; got --gpu {name}")
     return measured_card(name)

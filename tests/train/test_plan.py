@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,7 @@ def test_json_and_text_say_the_same(capsys, small):
     assert status == 0 and set(KEYS) <= set(found)
     assert found == json.loads(json.dumps(small))
     text = report(found)
+    assert "images/s            0.406 at most" in report(found | {"images_per_second": 0.4063})
     assert f"{found['images_per_second']:,.0f} at most" in text
     assert f"{found['step_milliseconds']:,.1f} ms at least, bound by {found['bound_by']}" in text
     assert f"{found['days']:.2f} days" in text
@@ -131,6 +133,9 @@ def test_figures_fit_together(small):
             "batch_size must be a multiple of the 3 GPUs, got 64; 63 and 66 are nearest",
         ),
         (["quickstart_cpu", "--gpus", "128"], "of the 128 GPUs, got 64; 128 is nearest"),
+        (["quickstart_cpu", "--gpus", f"{10**18}"], "must be a multiple of the 1000000000000000000 GPUs, got 64"),
+        (["--gpus", "3", "quickstart_cpu", "batch_size=32"], "got 32; 30 and 33 are nearest"),
+        (["quickstart_cpu", "seed=1", "--gpus", "3", "batch_size=32"], "got 32; 30 and 33 are nearest"),
         (["quickstart_cpu", "--here", "--gpu", "h100"], "--here plans for this machine as it is"),
         (["quickstart_cpu", "device=tpu"], "device must be one of auto, cpu, cuda; got 'tpu'"),
         (["quickstart_cpu", "cuda_graphs=true", "parallel=fsdp"], "parallel must be auto or ddp with cuda_graphs"),
@@ -144,10 +149,18 @@ def test_bad_input_is_one_line(capsys, arguments, message):
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--disk-gbs", "--images", "--memory-gb"])
-def test_numbers_are_above_zero(capsys, option):
+@pytest.mark.parametrize("number", ["0", "-1", "nan", "1e300"])
+def test_numbers_are_above_zero(capsys, option, number):
     with pytest.raises(SystemExit):
-        cli.main(["plan", "quickstart_cpu", option, "0"])
+        cli.main(["plan", "quickstart_cpu", option, number])
     assert "must be a" in capsys.readouterr().err
+
+
+def test_what_is_no_setting_is_refused_after_options(capsys):
+    for command in (["plan", "quickstart_cpu", "--gpus", "3", "huge"], ["stats", "data", "--axes", "2", "seed=1"]):
+        with pytest.raises(SystemExit):
+            cli.main(command)
+        assert f"unrecognized arguments: {command[-1]}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -201,6 +214,11 @@ def test_a_slow_network_bounds_the_step():
     assert found.bound_by == "communication"
 
 
+def test_float32_is_said_to_be_slower_than_counted():
+    found = plan(*SMALL, "dtype=float32", card=replace(CARDS["h100"], memory=None))
+    assert "Products of float32 are taken at the card's rate of bfloat16" in " ".join(found["unknown"])
+
+
 def test_small_steps_wait_for_launches_but_in_graphs():
     few, graphs = step("quickstart_cpu"), step("quickstart_cpu", "cuda_graphs=true")
     assert few.bound_by == "launches"
@@ -228,8 +246,10 @@ def test_batches_that_do_not_fit_are_accumulated():
     assert f"set micro_batch_size={found['micro_batch_size']}" in " ".join(report(found).split())
     assert found["days"] is found["steps"] is found["checkpoint"]["seconds"] is None
     text = " ".join(found["unknown"])
-    for words in ("No step was timed", "is a floor", "--images N", "--loader-rate", "--disk-gbs"):
+    for words in ("No step was timed", "is a floor", "--images N", "--loader-rate", "--disk-gbs", "not of 48 x 48"):
         assert words in text
+    # what was measured is no floor
+    assert "at least" in report(found) and "at least" not in report(found | {"here": True})
 
 
 def test_what_does_not_fit_is_refused_with_what_would_fit():
@@ -237,6 +257,25 @@ def test_what_does_not_fit_is_refused_with_what_would_fit():
         ValueError, match=r"micro-batch of 1 sample needs [\d.]+ GB of a GPU, [\d.]+ GB more .* what fits: .*--gpu h100"
     ):
         plan(*SMALL, card=custom(1.501, 1.0, 100))
+
+
+def test_cards_without_room_and_data_without_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"card of 0.5 GB.* must have more than the 1.5 GB that are left for CUDA"):
+        plan(*SMALL, card=custom(0.5, 1.0, 100))
+    with pytest.raises(ValueError, match=r"data_options.repeats must be an int of at least 1, got 0"):
+        plan(*SMALL, "data_options.repeats=0")
+    with pytest.raises(ValueError, match="batch_size must be at most the 511 images of the data, got 512"):
+        plan(*SMALL, images=511)
+
+
+def test_a_teacher_that_is_not_here_is_taken_by_its_name():
+    given = "objective=distill", "objective_options.teacher=mae_vit_tiny.pth", "model_options.patch_size=16"
+    found = plan(*SMALL, *given, card=replace(CARDS["h100"], memory=None))
+    assert found["unknown"][0].startswith(
+        "The teacher mae_vit_tiny.pth does not exist here, and is taken to be mae_vit"
+    )
+    # beside the student's weights, which AdamW has two moments of
+    assert found["memory"]["weights"] > found["memory"]["optimizer"] / 2 + 1e6
 
 
 @pytest.mark.skipif(not TEST_ALL, reason="takes half a minute: make test-all")

@@ -1,6 +1,7 @@
 """Objective and batch of a step of the Trainer, whose data and teacher need not exist."""
 
 import copy
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -39,17 +40,24 @@ def teacher_of(config: Config) -> tuple[nn.Module | None, str | None]:
     if path is None:
         return None, None
     try:
-        if Path(str(path)).expanduser().exists():
-            return load_model(Path(str(path)).expanduser(), allow_missing="decoder").to("meta"), None
+        file = Path(str(path)).expanduser()
+        if file.exists():
+            return copy.deepcopy(_teacher(file, file.stat().st_mtime_ns)), None
         named = re.search(r"vit_([a-z]+)", Path(str(path)).name)
         if named is None or named[1] not in registry.SHORT:
             raise FileNotFoundError(f"{path} does not exist, of which the teacher's size is read")
         name = registry.SHORT[named[1]]
         with torch.device("meta"):
             teacher = registry.build(name, {"img_size": config.image_size, "in_chans": config.in_chans})
-        return teacher, f"the teacher {path} does not exist here, and is taken to be {name}"
+        return teacher, f"The teacher {path} does not exist here, and is taken to be {name}."
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(f"objective_options.teacher: {error}".split())) from None
+
+
+@functools.lru_cache(maxsize=1)
+def _teacher(file: Path, changed: int) -> nn.Module:
+    """Return the model of a checkpoint, without its values; one that has not changed is read once."""
+    return load_model(file, allow_missing="decoder").to("meta")
 
 
 def objective_of(config: Config, device: torch.device, teacher: nn.Module | None = None) -> Any:

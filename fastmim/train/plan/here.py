@@ -107,7 +107,8 @@ def calibrate(config: Config, seconds: float = 10.0) -> Rates:
     clock = _clock(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     if device.type == "cpu":
-        name = f"{name}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
     rates = Rates(name, device.type, *_large(config, device, clock), 0.0)
     rates = dataclasses.replace(rates, launch=_host(config, device, clock))
     rows = max(rows for rows, _ in parts_of(config))

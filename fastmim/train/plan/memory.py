@@ -16,10 +16,10 @@ from ...data.prefetch import READY
 from ...models import positions, simmim
 from ...nn.narrow import NarrowWeights
 from ...ops import patches
-from .. import objective as objectives
 from ..config import DTYPES, Config
 from ..distributed import Processes
 from ..flops.cards import CARDS
+from ..flops.inputs import objective_of, teacher_of
 from ..flops.simulated import DEVICE, simulated
 from ..masks import Masks
 from ..schedule import adamw
@@ -103,11 +103,7 @@ def memory(
     micro = micro_batch or min(config.micro_batch_size or share, share)
     share = max(share, micro)
     # values of weights are never drawn
-    try:
-        with torch.device("meta"):
-            objective = objectives.build(config.objective, config.objective_options, config.build())
-    except (OSError, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
+    objective = objective_of(config, torch.device("meta"), teacher_of(config)[0])
     ledger = Ledger(ROUNDING[place.type])
     try:
         with _without_values(place, ledger):

@@ -10,7 +10,7 @@ import torch
 from ..config import Config
 from ..distributed import check_cuda_graphs
 from ..flops.cards import CARDS
-from ..flops.inputs import objective_of
+from ..flops.inputs import objective_of, teacher_of
 from ..values import ConfigError
 from . import measured, storage
 from .estimate import Machines, Step, estimate
@@ -50,12 +50,21 @@ def make_plan(config: Config, machines: Machines, given: Given = Given()) -> dic
 
     Raises:
         ConfigError: the batch can't be divided among the GPUs, they can't replay a step, or it does not fit in their
-            memory.
+            memory; the data are fewer than a batch.
     """
+    if given.images is not None and given.images < config.batch_size:
+        raise ConfigError(f"batch_size must be at most the {given.images} images of the data, got {config.batch_size}")
     check_cuda_graphs(config, machines.world)
-    local = share(config, machines.world) * int(config.data_options.get("repeats", 1))
-    counted, objective = countable(config), objective_of(config, torch.device("meta"))
+    repeats = config.data_options.get("repeats", 1)
+    if type(repeats) is not int or repeats < 1:
+        raise ConfigError(f"data_options.repeats must be an int of at least 1, got {repeats!r}")
+    local = share(config, machines.world) * repeats
+    counted, objective = countable(config), objective_of(config, torch.device("meta"), teacher_of(config)[0])
     room = None if machines.card.memory is None else machines.card.memory - RESERVED
+    if room is not None and room < 1:
+        raise ConfigError(
+            f"{machines.card.name} must have more than the {RESERVED / 1e9:g} GB that are left for CUDA and fragments"
+        )
     fits = [] if room is None else largest(counted, room, world=machines.world, device=config.device)
     micro = _micro_batch(config, machines, local, room, fits)
     step = estimate(config, objective, machines, micro)

@@ -17,13 +17,14 @@ def report(plan: dict[str, Any]) -> str:
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
     gpus, nodes = plan["gpus"], plan["nodes"]
+    here = plan["here"]
     machines = f"{gpus * nodes} x {plan['card']['name']}" + (f" in {nodes} nodes" if nodes > 1 else "")
+    machines = f"this machine, {plan['card']['name']}" if here else machines
     yield f"{plan['model']}, batch {plan['batch_size']}, {plan['dtype']}, on {machines}"
     yield ""
-    floor = plan["efficiency"] is None and not plan["here"]
-    most, least = (" at most", " at least") if floor else ("", "")
-    yield _entry("images/s", f"{plan['images_per_second']:,.0f}{most}")
-    yield _entry("step", f"{plan['step_milliseconds']:,.1f} ms{least}, bound by {plan['bound_by']}")
+    most = " at most" if _least(plan) else ""
+    yield _entry("images/s", f"{_rate(plan['images_per_second'])}{most}")
+    yield _entry("step", f"{plan['step_milliseconds']:,.1f} ms{_least(plan)}, bound by {plan['bound_by']}")
     yield _entry("run", _run(plan))
     yield _entry("micro-batch", _micro_batch(plan))
     yield ""
@@ -33,7 +34,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield _entry("communication", _communication(plan))
     yield _entry("loader", _loader(plan["loader"]))
-    yield _entry("checkpoint", _checkpoint(plan))
+    yield _entry("checkpoint", _checkpoint(plan["checkpoint"], _least(plan)))
     if plan["doubled"]:
         yield _entry("twice the GPUs", _doubled(plan["doubled"]))
     yield ""
@@ -46,12 +47,21 @@ def _entry(label: str, text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent=f"{label:{LABEL}}", subsequent_indent=" " * LABEL)
 
 
+def _least(plan: dict[str, Any]) -> str:
+    """Return what follows a time: whether it is a floor, or reckoned from steps or rates that were measured."""
+    return " at least" if plan["efficiency"] is None and not plan["here"] else ""
+
+
 def size_of(number: float) -> str:
     """Format bytes."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if number >= unit:
             return f"{number / unit:.2f} {name}" if number < 100 * unit else f"{number / unit:,.0f} {name}"
     return f"{number / 1e3:.1f} kB"
+
+
+def _rate(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -65,12 +75,14 @@ def _run(plan: dict[str, Any]) -> str:
     if plan["days"] is None:
         return "length not known"
     took = _duration(86400 * plan["days"])
-    return f"{plan['steps']:,} steps: {took} ({plan['days']:.2f} days), {plan['gpu_hours']:,.1f} GPU-hours at least"
+    hours = "" if plan["here"] else f", {plan['gpu_hours']:,.1f} GPU-hours"
+    return f"{plan['steps']:,} steps: {took} ({plan['days']:.2f} days){hours}{_least(plan)}"
 
 
 def _micro_batch(plan: dict[str, Any]) -> str:
     micro, times = plan["micro_batch_size"], plan["micro_batches"]
-    text = f"{micro} of the {plan['batch_size_per_gpu']} that a GPU takes, {times} a step"
+    taker = "the machine" if plan["here"] else "a GPU"
+    text = f"{micro} of the {plan['batch_size_per_gpu']} that {taker} takes, {times} a step"
     if times > 1 and plan["micro_batch_size_set"] is None:
         text += f"; all at once don't fit: set micro_batch_size={micro}"
     return text
@@ -78,8 +90,9 @@ def _micro_batch(plan: dict[str, Any]) -> str:
 
 def _memory(plan: dict[str, Any]) -> Iterator[str]:
     memory, free = plan["memory"], plan["memory_bytes_free"]
-    of = "" if free is None else f", {size_of(free)} of the card left"
-    yield _entry("memory of a GPU", f"{size_of(plan['memory_bytes_per_gpu'])}{of}")
+    whole, owner = ("the machine", "memory of tensors") if plan["here"] else ("the card", "memory of a GPU")
+    of = "" if free is None else f", {size_of(free)} of {whole} left"
+    yield _entry(owner, f"{size_of(plan['memory_bytes_per_gpu'])}{of}")
     kinds = {kind: memory[kind] for kind in KINDS if memory[kind]}
     yield _entry("", ", ".join(f"{kind} {size_of(value)}" for kind, value in kinds.items()))
     stages = {stage: value for stage, value in memory["activations"].items() if value}
@@ -95,7 +108,7 @@ def _fit(fit: dict[str, Any]) -> str:
 
 def _step(plan: dict[str, Any]) -> Iterator[str]:
     heads = "".join(f"{name:>11}" for name in PASSES)
-    yield f"{'ms at least':{LABEL}}{heads}   bound by"
+    yield f"{'ms' + _least(plan):{LABEL}}{heads}   bound by"
     rows: dict[str, dict[str, dict[str, Any]]] = {}
     for part in plan["stages"]:
         rows.setdefault(part["stage"], {})[part["direction"]] = part
@@ -115,7 +128,7 @@ def _step(plan: dict[str, Any]) -> Iterator[str]:
 def _communication(plan: dict[str, Any]) -> str:
     traffic = plan["traffic"]
     if not traffic["collectives"]:
-        return "none: one GPU"
+        return f"none: one {'process' if plan['here'] else 'GPU'}"
     how = "FSDP2" if plan["sharded"] else "DDP"
     return (
         f"{size_of(traffic['bytes_sent_per_gpu'])} sent by each GPU in a step ({how}), "
@@ -124,7 +137,7 @@ def _communication(plan: dict[str, Any]) -> str:
 
 
 def _loader(loader: dict[str, Any]) -> str:
-    text = f"{loader['images_per_second_per_host']:,.0f} images/s a host needed"
+    text = f"{_rate(loader['images_per_second_per_host'])} images/s a host needed"
     if loader["images_per_second_given"] is not None:
         text += f", {loader['images_per_second_given']:,.0f} given"
     if loader["measured"]:
@@ -136,9 +149,8 @@ def _loader(loader: dict[str, Any]) -> str:
     return text
 
 
-def _checkpoint(plan: dict[str, Any]) -> str:
-    saved = plan["checkpoint"]
-    text = f"{size_of(saved['bytes'])} each {_duration(saved['seconds_between'])} at least"
+def _checkpoint(saved: dict[str, Any], least: str) -> str:
+    text = f"{size_of(saved['bytes'])} each {_duration(saved['seconds_between'])}{least}"
     if saved["seconds"] is not None:
         text += f", written in {_duration(saved['seconds'])} beside the training"
     return f"{text}; {size_of(saved['kept_bytes'])} kept, final model {size_of(saved['final_bytes'])}"
@@ -149,6 +161,6 @@ def _doubled(doubled: dict[str, Any]) -> str:
     if doubled["speed_up"] is None:
         return f"{where}: {doubled['bottleneck']}"
     return (
-        f"{where}: {doubled['speed_up']:.2f} times as fast, {doubled['images_per_second']:,.0f} images/s; "
+        f"{where}: {doubled['speed_up']:.2f} times as fast, {_rate(doubled['images_per_second'])} images/s; "
         f"first bottleneck: {doubled['bottleneck']}"
     )

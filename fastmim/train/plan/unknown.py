@@ -18,7 +18,8 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
     found = list(step.assumed)
     if machines.rates is not None:
         found.append(
-            "The step is reckoned from rates of this machine that were measured a moment ago, beside whatever else ran."
+            "The step is reckoned from rates of this machine that were measured a moment ago, beside whatever else "
+            "ran. A run also waits for its loader and for other programs."
         )
     elif step.efficiency is not None:
         found.append(f"The step is predicted from another that was measured: {step.source}.")
@@ -31,6 +32,10 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
     if machines.rates is None:
         found.append(
             "Memory is counted, not measured on a GPU; 1.5 GB are left for CUDA and fragments, which is assumed."
+        )
+    if machines.rates is None and config.dtype != "bfloat16":
+        found.append(
+            f"Products of {config.dtype} are taken at the card's rate of bfloat16; they are several times slower."
         )
     if config.compile:
         found.append("Kernels are counted as eager PyTorch runs them; compile=true fuses some, and needs less time.")
@@ -60,6 +65,12 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
         on = f"{loader['measured']['device_name']}, {loader['measured']['cpus']} CPUs" if loader["measured"] else None
         seen = f"; the rates shown are of {on}" if on else ""
         found.append(f"The loader's rate on your machines is not known{seen}: give --loader-rate N.")
+    if loader["measured"]:
+        measured = loader["measured"]["image_size"]
+        size = [config.image_size] * len(measured) if isinstance(config.image_size, int) else list(config.image_size)
+        if size != measured:
+            of, own = (" x ".join(map(str, sizes)) for sizes in (measured, size))
+            found.append(f"The loader was measured with crops of {of}, not of {own}, for which it needs other CPUs.")
     if plan["checkpoint"]["seconds"] is None:
         found.append("The disk's rate is not known, so neither is the time to write a checkpoint: give --disk-gbs N.")
     return found
