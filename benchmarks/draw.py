@@ -11,7 +11,8 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from statistics import mean, stdev
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -21,10 +22,12 @@ import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dual_masking import JUDGES, Form, forms
 from fastmim import masking
 from pictures.photographs import find
 
@@ -126,6 +129,7 @@ def draw_charts(folder: Path) -> None:
         save(chart("images_per_second", "images/s (line: slowest to fastest step)"), folder / "throughput.svg")
         save(chart("megabytes", "MB saved for the backward pass"), folder / "saved_for_backward.svg")
         save(step_diagram(), folder / "step.svg")
+        save(accuracy_chart(), folder / "dual_masking.svg")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -167,6 +171,60 @@ def draw_bars(axes: Axes, series: Series, value: str) -> None:
             )
     axes.set_xticks(range(len(cells)), [cell.replace(", ", "\n") for cell in cells])
     axes.tick_params(axis="x", length=0)
+
+
+# ---- what dual masking costs in accuracy -----------------------------------------------------------------------------
+
+DECODERS = {"mae": ("MAE's decoder", "o", "-"), "crossmae": ("CrossMAE's decoder", "^", "--")}
+SHARES = {1.0: "#768390", 0.5: "#2f81f7", 0.25: "#57ab5a", 0.1: "#c69026"}
+
+
+class Judged(NamedTuple):
+    """Accuracy of a form of training after some processor time."""
+
+    time: float  # 1 is that of `steps` updates of the MAE that predicts every removed patch
+    mean: float
+    deviation: float
+
+
+def judged(written: dict[str, Any], form: Form, judge: str) -> list[Judged]:
+    """Return a form's accuracy after equal steps and after equal processor time."""
+    cost = written["costs"][forms(written["settings"]).index(form)]
+    rows = [row for row in written["rows"] if Form(*row["form"]) == form]
+    found = []
+    for number, steps in enumerate(rows[0]["steps"]):
+        values = [100 * row["found"][number][judge] for row in rows]
+        time = cost * steps / written["settings"]["steps"]
+        found.append(Judged(time, mean(values), stdev(values)))
+    return found
+
+
+def accuracy_chart() -> Figure:
+    """Draw accuracies against processor time, with a panel per judge and mask ratio."""
+    written = json.loads((RESULTS / "dual_masking.json").read_text())
+    ratios = written["settings"]["mask_ratios"]
+    figure, panels = pyplot.subplots(2, len(ratios), figsize=(9, 6), sharex=True, sharey="row", layout="constrained")
+    for line, (judge, name) in zip(panels, JUDGES.items()):
+        for axes, ratio in zip(line, ratios):
+            for form in forms(written["settings"]):
+                if form.mask_ratio == ratio:
+                    times, means, deviations = zip(*judged(written, form, judge))
+                    _, marker, style = DECODERS[form.decoder]
+                    axes.errorbar(
+                        times, means, deviations, color=SHARES[form.decode_ratio], marker=marker, linestyle=style
+                    )
+            axes.set_title(f"{name}; {ratio:g} masked", fontsize=9)
+        line[0].set_ylabel("accuracy, %")
+    for axes in panels[-1]:
+        axes.set_xlabel("processor time beside that of MAE's equal steps")
+        axes.set_xlim(0, 1.1)
+    keys = [
+        Line2D([], [], color=TEXT, marker=marker, linestyle=style, label=name)
+        for name, marker, style in DECODERS.values()
+    ]
+    keys += [Patch(color=colour, label=f"{share:g} of the removed predicted") for share, colour in SHARES.items()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
 
 
 # ---- the diagram of a step -------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import draw
+import dual_masking
 import fastmim
 from harness.timing import spread
 
-CHARTS = ["saved_for_backward.svg", "step.svg", "throughput.svg"]
+CHARTS = ["dual_masking.svg", "saved_for_backward.svg", "step.svg", "throughput.svg"]
 RESULTS_PAGE = (draw.ROOT / "docs" / "results.md").read_text()
 
 
@@ -132,6 +133,18 @@ def test_table_of_learning():
             shares = [100 * row["found"][task][form] for row in rows]
             deviation = f" ± {stdev(shares):.1f}" if stdev(shares) else ""
             assert f"{mean(shares):.1f}%{deviation} " in RESULTS_PAGE, (task, form)
+
+
+def test_table_and_chart_of_dual_masking():
+    written = json.loads(dual_masking.RESULTS.read_text())
+    for line in dual_masking.table(written).splitlines():
+        assert line in RESULTS_PAGE
+    for form in dual_masking.forms(written["settings"]):
+        for judge in dual_masking.JUDGES:
+            steps, time = draw.judged(written, form, judge)
+            assert steps.time <= time.time and f"{steps.mean:.1f}% ± {steps.deviation:.1f}" in RESULTS_PAGE
+            # a processor time as long as that of the first form's steps, to the next whole step
+            assert time.time == pytest.approx(1, abs=0.01)
 
 
 def test_facts_of_the_readme():
