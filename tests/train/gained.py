@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmim.nn import chain
 from fastmim.train import Config, objective
+from fastmim.train.batches import tensors_of
 from fastmim.train.distributed import Processes
+from fastmim.train.flops.inputs import batch_of
 from fastmim.train.masks import Masks
-from fastmim.train.plan.examples import batch_of
 from fastmim.train.schedule import adamw
 from fastmim.train.step import Average, Update
 
@@ -34,14 +35,10 @@ def prepared(config):
     optimizer = adamw(trained, config)
     average = Average(model, config.ema) if config.ema is not None else None
     masks = Masks(config.mask_settings, model.grid_size)
-    batch, values = batch_of(config, model, masks, config.batch_size, CPU)
-    for value in values:
-        # but for ids of patches
-        if value.dtype != torch.int64:
-            value.fill_(1)
+    batch = batch_of(config, model, masks, config.batch_size, CPU)
     update = Update(config, Processes(0, 1, CPU), trained, trained, masks, optimizer, average)
     seeds = torch.arange(config.batch_size)
-    return lambda: update(batch, seeds, 1e-4), trained, values
+    return lambda: update(batch, seeds, 1e-4), trained, tensors_of(batch)
 
 
 def resident(name):

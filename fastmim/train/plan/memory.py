@@ -13,19 +13,17 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...data.prefetch import READY
-from ...models import positions, simmim
 from ...nn.narrow import NarrowWeights
-from ...ops import patches
+from ..batches import tensors_of
 from ..config import DTYPES, Config
 from ..distributed import Processes
 from ..flops.cards import CARDS
-from ..flops.inputs import objective_of, teacher_of
-from ..flops.simulated import DEVICE, simulated
+from ..flops.inputs import batch_of, objective_of, teacher_of
+from ..flops.simulated import DEVICE, own_constants, simulated
 from ..masks import Masks
 from ..schedule import adamw
 from ..step import Average, Update
 from ..values import ConfigError
-from .examples import batch_of
 from .ledger import Ledger, Watch
 from .sharding import Replicas, Shards
 
@@ -122,16 +120,8 @@ def _without_values(device: torch.device, ledger: Ledger) -> Iterator[None]:
         with simulated(CARDS["h100"], ledger.see, lambda *_: None):
             yield
         return
-    # constants that are kept for later calls have no values inside
-    caches = patches._constant, simmim._kept, positions._rope_table
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Watch(ledger):
-            yield
-    finally:
-        for cache in caches:
-            cache.cache_clear()
+    with own_constants(), FakeTensorMode(allow_non_fake_inputs=True), Watch(ledger):
+        yield
 
 
 class _Step:
@@ -177,7 +167,8 @@ class _Step:
         config = _with(config, micro_batch_size=None if rows <= micro else micro)
         masks = Masks(config.mask_settings, model.grid_size)
         with ledger.making(kind="batch"):
-            self.batch, values = batch_of(config, model, masks, rows, device)
+            self.batch = batch_of(config, model, masks, rows, device)
+        values = tensors_of(self.batch)
         copies = held + (config.cuda_graphs and device.type == "cuda")
         ledger.tag(values, "batch", [copies * share * value.untyped_storage().nbytes() // rows for value in values])
         processes = Processes(0, 1, device)
