@@ -258,8 +258,8 @@ class Block(nn.Module):
     ) -> Stream:
         """Return add(x, options, apart), x and a branch; with drop path, the branch of some rows of the batch only.
 
-        `add` returns the last `num_queries` tokens, or those at `options.query_ids`; with `apart` it may leave the bias of its last layer to the next
-        norm.
+        `add` returns the last `num_queries` tokens, or those at `options.query_ids`; with `apart` it may leave the bias
+        of its last layer to the next norm.
         """
         batch = x.residual.shape[0]
         kept = count_kept(batch, self.drop_path) if self.training else batch
