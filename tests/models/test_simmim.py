@@ -14,6 +14,9 @@ from torch import Tensor
 import fastmim
 from fastmim import Mask, Patches, SimMIM, masking, ops
 from fastmim.interop.convert import huggingface
+from fastmim.train.config import read
+from fastmim.train.masks import Masks
+from fastmim.train.meter import flops_per_image
 
 # what fullgraph asks for is found out before anything is compiled, which takes a minute
 COMPILER = "inductor" if os.environ.get("FASTMIM_TEST_ALL") else "aot_eager"
@@ -259,3 +262,19 @@ def test_each_parameter_has_a_gradient(position):
     model = build(pos_embed=position)
     model(torch.randn(2, 3, 12, 8, dtype=torch.float64)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_work_is_paid_for_where_it_is_predicted():
+    """FLOPs by a formula: of the last block all tokens pay for attention, and the predicted ones for the rest."""
+    settings = ["model_options.patch_size=4", "image_size=32", "model_options.embed_dim=24", "model_options.depth=3"]
+    config = read("simmim_base", [*settings, "model_options.num_heads=2", "device=cpu"])
+    masks = Masks(config.mask_settings, (8, 8))
+    (kept, predicted), width, values, tokens = masks.counts, 24, 48, 65
+    assert kept + predicted == 64
+
+    def block(rest: int) -> int:
+        # two products of attention forward and five backward; a layer has three of each
+        return 7 * 2 * tokens**2 * width + 3 * 2 * width**2 * (3 * tokens + 9 * rest)
+
+    embedding, head = 2 * 2 * kept * values * width, 3 * 2 * predicted * width * values
+    assert flops_per_image(config, masks) == 2 * block(tokens) + block(predicted) + embedding + head

@@ -96,10 +96,11 @@ def test_a_replayed_run_copies_patches_and_masks(config, packed, tmp_path, monke
             "masks of kind 'hardest'",
         ),
         ({"objective": "distill", "objective_options": {"momentum": 0.9, "sees": "all"}}, "a teacher that sees all"),
+        ({"data_options": {"color_jitter": 0.4}}, "data_options.color_jitter, whose contrast takes the mean"),
         ({"decode_ratio": 1.0}, None),
         ({"objective": f"{__name__}:Sees"}, None),
     ],
-    ids=["reconstruct", "scheduled", "ranked", "distill", "decodes all", "objective"],
+    ids=["reconstruct", "scheduled", "ranked", "distill", "colours", "decodes all", "objective"],
 )
 def test_auto_reads_whole_images_where_needed_or_not_less(config, packed, changes, reason):
     one = Processes(0, 1, torch.device("cpu"))
