@@ -100,6 +100,23 @@ def shared_settings(model: Encoder, ignored: Collection[nn.Module] = ()) -> dict
     return settings
 
 
+def describe(model: Encoder) -> str:
+    """Describe what decides whether another library has a model like `model`."""
+    name, axes, count = type(model).__name__, len(model.grid_size), model.num_prefix_tokens
+    positions = "relative" if hasattr(model, "rel_pos_bias") else model.position
+    norm = "no" if isinstance(model.norm, nn.Identity) else "a"
+    scale = ", and layer scale" if "blocks.0.ls1.gamma" in model.state_dict() else ""
+    return (
+        f"a{'n' * (name[0] in 'AEIOU')} {name} of {axes} ax{'i' if axes == 1 else 'e'}s with {count} class "
+        f"token{'s' * (count != 1)}, {positions} positions, {norm} final norm{scale}"
+    )
+
+
+def encoder_weights(model: Encoder) -> Weights:
+    """Return the weights of the encoder of `model`, by name."""
+    return {name: value for name, value in model.state_dict().items() if not allowed(name, DECODER)}
+
+
 # ---- names and shapes ------------------------------------------------------------------------------------------------
 
 
