@@ -18,7 +18,7 @@ FILES = sorted(path for path in (ROOT / "examples" / "recipes").glob("*.py") if 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_loss_falls(path, recipe, capsys):
     module = recipe(path.stem)
-    losses = module.train(*module.example(), steps=12)
+    losses = module.train(*module.example(), **dict(steps=12) | getattr(module, "TRAINING", {}))
     assert all(map(math.isfinite, losses))
     first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
     assert last < first - 0.03 * abs(first), losses
