@@ -23,6 +23,21 @@ def test_a_run_gives_its_model(straight, place):
     assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.fault
+@torch.no_grad()
+def test_a_run_with_weights_of_another_system_is_refused(straight, tmp_path):
+    """With the path and both names; the path was missing."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    (tmp_path / "run.json").write_text((straight / "final" / "run.json").read_text())
+    model = load_model(straight)
+    sizes = dict(img_size=model.img_size, patch_size=model.patch_size, embed_dim=16, depth=2, num_heads=2)
+    for other in (fastmim.SimMIM(**sizes), fastmim.Pixio(cell=1, **sizes, **DECODER)):
+        save_file(other.state_dict(), tmp_path / "model.safetensors")
+        names = f"the weights must be of a MaskedAutoencoderViT, got those of a {type(other).__name__}$"
+        with pytest.raises(ValueError, match=f"{tmp_path} is damaged or not of .*{names}"):
+            load_model(tmp_path)
+
+
 def test_reconstruct(straight, photos, tmp_path, capsys):
     grid = tmp_path / "grid.png"
     options = ["--count", "3", "--mask-ratio", "0.5", "-o", str(grid)]
@@ -288,6 +303,8 @@ def test_systems_by_name_are_exported(system, timm, tmp_path):
             others = ", ".join(f"{name} ({part})" for name, part in possible.items()) or "none"
             assert f"--to {target} does not take a {type(model).__name__} of " in str(caught.value)
             assert str(caught.value).endswith(f"possible: {others}") and not out.exists()
+            continue
+        if system == "Pixio" and target == "huggingface" and not hasattr(transformers, "PixioModel"):
             continue
         assert export(model, target, out) < 1e-5
         code = reading(model, target, out)
