@@ -26,6 +26,7 @@ SHARED = {
     "_backends",
     "_checks",
     "_dispatch",
+    "_files",
     "_patches",
     "_version",
 }  # may be imported by every part that imports fastmim at all
