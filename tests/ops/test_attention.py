@@ -458,7 +458,7 @@ class TestLongRows:
     @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_any_scale(self, dtype, scale):
-        """Of a negative scale the smallest product is the largest score."""
+        """A scale may be 0 or negative, and the smallest product the largest score."""
         of = TestAttentionQkvpacked
         arguments = of().arguments(length=50, width=HEAD_WIDTH, scale=scale)
         check_op(of.op, of.eager, prepare(arguments, dtype, "contiguous", of.leaves))
