@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .jitter import BLOCKS as COLOUR_BLOCKS
+from .jitter import Jitter
 from .philox import Floats, Ints, uniforms
 
 ATTEMPTS = 10
@@ -38,6 +40,7 @@ class Crops:
         patch: (h, w) of the patches that are made of each crop; None: whole crops.
         inner: (low, high) share of each crop's area that a second crop inside it covers; None: no second crops.
         pairs: images come in pairs, and each crop of the first has one of the second, mirrored if it is.
+        jitter: changes of colour, drawn for each crop; None: none.
     """
 
     size: tuple[int, int]
@@ -48,6 +51,7 @@ class Crops:
     patch: tuple[int, int] | None = None
     inner: tuple[float, float] | None = None
     pairs: bool = False
+    jitter: Jitter | None = None
 
     @property
     def rows(self) -> int:
@@ -60,12 +64,22 @@ class Crops:
         return 2 if self.inner is not None or self.pairs else 1
 
     def draws(self, seed: int, epoch: int, samples: Ints) -> Floats:
-        """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,)."""
+        """Return the random numbers (n, rows, 4 * BLOCKS) that determine the crops of `samples` (n,).
+
+        With `jitter` those of the colours follow them in the last axis.
+        """
         n, numbers = len(samples), np.arange(self.repeats)
         if self.views == 2:
             numbers = np.stack([numbers, INNER + numbers], 1).reshape(-1)
         pairs = np.repeat(samples, len(numbers)), np.tile(numbers, n)
-        return uniforms(seed, epoch, *pairs, BLOCKS).reshape(n, len(numbers), -1)
+        blocks = BLOCKS if self.jitter is None else BLOCKS + COLOUR_BLOCKS
+        return uniforms(seed, epoch, *pairs, blocks).reshape(n, len(numbers), -1)
+
+    def recolour(self, crops: Any, draws: Floats) -> Any:
+        """Change the colours of uint8 crops (n, H, W, 3) in place and return them; draws (n, ...) are their numbers."""
+        if self.jitter is not None:
+            self.jitter.recolour(crops, draws[:, 4 * BLOCKS :])
+        return crops
 
     def boxes(self, draws: Floats, width: Ints | int, height: Ints | int) -> Ints:
         """Return the crops (n, rows, 5) of images of those sizes from their random numbers (n, rows, 4 * BLOCKS).

@@ -26,12 +26,13 @@ from .transfer import Link, Row
 class Job(NamedTuple):
     """A plain JPEG, its crops, and the box to decode: the region that covers the crops, or the whole image.
 
-    `ids` (repeats, k) are the patches to make; None: whole crops.
+    `draws` are the random numbers of the crops; `ids` (repeats, k) are the patches to make, None: whole crops.
     """
 
     data: bytes
     crops: list[Crop]
     box: Crop
+    draws: Floats
     ids: Ints | None
 
 
@@ -65,12 +66,17 @@ class Dali:
         if not size or not isinstance(data, bytes):
             image = images.decode(data, note) if isinstance(data, bytes) else data
             own = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-            return cut(image, self._boxes(draws, own), self.crops, ids).made()
+            return self._made(image, self._boxes(draws, own), draws, ids)
         crops = self._boxes(draws, size)
-        return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), ids)
+        return Job(data, crops, _bounding_box(crops) if self.regions else Crop(0, 0, *size, False), draws, ids)
 
     def _boxes(self, draws: Floats, size: tuple[int, int]) -> list[Crop]:
         return [Crop(*box) for box in self.crops.boxes(draws[None], *size)[0].tolist()]
+
+    def _made(self, image: Any, boxes: list[Crop], draws: Floats, ids: Ints | None) -> Pixels:
+        """Return the crops of a PIL image, or of pixels (H, W, 3), with their colours changed, or patches of them."""
+        crops = cut(image, boxes, self.crops, ids).made()
+        return crops if ids is not None else self.crops.recolour(crops, draws)
 
     def finish(self, prepared: list[Job | Pixels]) -> tuple[list[Row], dict[int, str]]:
         jobs = {place: item for place, item in enumerate(prepared) if isinstance(item, Job)}
@@ -83,7 +89,7 @@ class Dali:
                 continue
             try:
                 job = jobs[place]
-                rows[place] = cut(images.decode(job.data), job.crops, self.crops, job.ids).made()
+                rows[place] = self._made(images.decode(job.data), job.crops, job.draws, job.ids)
             except Unreadable as error:
                 bad[place] = str(error)
         if len(jobs) > 1 and not bad and all(crops is None for crops in decoded.values()):
@@ -159,7 +165,8 @@ class Dali:
             (out,) = pipeline.run()
 
             def made(place: int) -> Pixels:
-                return cut(np.ascontiguousarray(out.at(place)), inside[place], self.crops, jobs[place].ids).made()
+                pixels, job = np.ascontiguousarray(out.at(place)), jobs[place]
+                return self._made(pixels, inside[place], job.draws, job.ids)
 
             return list(self._pool.map(made, range(len(jobs))))
         for row, crops in enumerate(zip(*inside)):

@@ -35,13 +35,13 @@ def installed(backend: str) -> bool:
         return False
 
 
-def choose(backend: str, device: torch.device, patchwise: bool = False) -> str:
+def choose(backend: str, device: torch.device, beyond: str | None = None) -> str:
     """Return the backend that serves a device: "auto" is DALI on a GPU, else simplejpeg if installed, else Pillow.
 
-    On a GPU DALI resamples whole crops only.
+    On a GPU DALI makes whole crops only, and leaves their colours; `beyond` names an argument that asks for more.
 
     Raises:
-        ValueError: the backend is unknown or not installed, or doesn't resample patches.
+        ValueError: the backend is unknown or not installed, or doesn't serve what `beyond` asks for.
     """
     if backend not in ("auto", *BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}; got {backend!r}")
@@ -52,12 +52,15 @@ def choose(backend: str, device: torch.device, patchwise: bool = False) -> str:
             raise ValueError(
                 f"backend {backend!r} needs {PACKAGES[missing[0]][0]}: pip install '{PACKAGES[missing[0]][1]}'"
             )
-        if patchwise and backend == "dali" and device.type == "cuda":
-            raise ValueError("backend must be another than 'dali' with patch_size: on a GPU DALI makes whole crops")
+        if beyond is not None and backend == "dali" and device.type == "cuda":
+            raise ValueError(
+                f"backend must be another than 'dali' with {beyond}: on a GPU DALI makes whole crops, and leaves their "
+                "colours"
+            )
         return backend
     if not installed("pillow"):
         raise ValueError("backend 'auto' needs at least Pillow: pip install 'fastmim[images]'")
-    candidates = BACKENDS if device.type == "cuda" and not patchwise else BACKENDS[1:]
+    candidates = BACKENDS if device.type == "cuda" and beyond is None else BACKENDS[1:]
     return next(name for name in candidates if installed(name))
 
 
@@ -89,7 +92,8 @@ class CpuDecoder:
     def prepare(self, data: bytes | Pixels, draws: Floats, note: Note = ignore, ids: Ints | None = None) -> Pixels:
         image = self._decode(data, note) if isinstance(data, bytes) else data
         size = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
-        return cut(image, self.crops.boxes(draws[None], *size)[0].tolist(), self.crops, ids).made()
+        crops = cut(image, self.crops.boxes(draws[None], *size)[0].tolist(), self.crops, ids).made()
+        return crops if ids is not None else self.crops.recolour(crops, draws)
 
     def finish(self, prepared: list[Pixels]) -> tuple[list[Row], dict[int, str]]:
         return list(prepared), {}

@@ -14,6 +14,7 @@ from .images import Unreadable
 from .masks import Masks, ids_of, rows_at
 from .packed import Packed
 from .philox import Floats, Ints
+from .resample import Recoloured
 from .threads import AHEAD
 from .transfer import Row
 
@@ -198,13 +199,15 @@ class Mapped:
         self.masks = masks
         # samples drawn at once, with their crops, masks and the patches of those, and how many of them were taken
         self._samples, self._places = np.empty(0, np.int64), np.empty((0, 0, 6), np.int64)
+        self._draws: Floats = np.empty((0, 0, 0))
         self._mask: Any = None
         self._ids: Ints | None = None
         self._at = 0
 
     def _draw(self, count: int) -> None:
         samples, epoch, repeats = self.supply.next(count), self.supply.epoch, self.crops.rows
-        boxes = self.crops.boxes(self.crops.draws(self.seed, epoch, samples), *self.source.sizes(samples))
+        self._draws = self.crops.draws(self.seed, epoch, samples)
+        boxes = self.crops.boxes(self._draws, *self.source.sizes(samples))
         self._samples, self._places, self._at = samples, self.source.places(samples, boxes), 0
         if self.masks is not None:
             self._mask = self.masks.of(epoch, np.repeat(samples, repeats))
@@ -239,7 +242,11 @@ class Mapped:
                 masks.append(rows_at(self._mask, row))
             ids = None if self._ids is None else self._ids[row]
             good += samples.tolist()
-            rows.append(self.source.cut(self._places[place].reshape(-1, 6), self.crops, ids, self.threads))
+            made = self.source.cut(self._places[place].reshape(-1, 6), self.crops, ids, self.threads)
+            if self.crops.jitter is not None:
+                draws = self._draws[place].reshape(len(made), -1)
+                made = Recoloured(made, self.crops, draws, self.threads)
+            rows.append(made)
         return Taken(good, rows, masks, bad)
 
     def close(self) -> None:

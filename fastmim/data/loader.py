@@ -18,6 +18,7 @@ from .crops import Crops
 from .decoders import DECODE, choose, make
 from .feeds import Ahead, Feed, Mapped, Supply
 from .images import Notes
+from .jitter import jitter_of
 from .masks import Masks, ids_of
 from .packed import Packed
 from .pairs import PairReader, Pairs
@@ -153,6 +154,12 @@ class ImageLoader(Loader):
             whole: masks and ids are those of the second.
         covisible: of a list of pairs with masks, the size of patches, int or (height, width), whose shares are
             computed: yield `CovisibleBatch` instead of `PairBatch`.
+        color_jitter: change the colours of each crop as torchvision's `ColorJitter` does PIL images: three or four
+            numbers, for brightness, contrast, saturation and hue; a single one stands for the first three. A factor is
+            drawn from max(0, 1 - number) to 1 + number, a turn of the hue, of at most 0.5, from -number to number, and
+            the order of the changes is random. The numbers depend on seed, epoch and sample alone; each repeat and each
+            view has its own, as in CroCo's pretraining, which takes 0.4 (Weinzaepfel et al., NeurIPS 2022). None with
+            `patch_size`: the contrast depends on the whole crop. Boxes of crops are the same as without. Needs Pillow.
 
     Raises:
         TypeError: an argument is of the wrong type.
@@ -184,6 +191,7 @@ class ImageLoader(Loader):
         masking: Callable[[Tensor], Any] | None = None,
         inner: tuple[float, float] | None = None,
         covisible: int | tuple[int, int] | None = None,
+        color_jitter: float | tuple[float, ...] | None = None,
     ) -> None:
         check_bool("flip", flip)
         height, width = axes("image_size", image_size, 2)
@@ -191,7 +199,14 @@ class ImageLoader(Loader):
         patch = patch_of((height, width), patch_size, masking)
         shown = None if covisible is None else _divisor("covisible", covisible, (height, width))
         second = None if inner is None else interval("inner", inner, 1.0)
-        self.backend = choose(backend, device_of(device), patch is not None)
+        jitter = jitter_of(color_jitter)
+        if jitter is not None and patch is not None:
+            raise ValueError(
+                "color_jitter must be None with patch_size: contrast takes the mean of whole crops; "
+                f"got {color_jitter!r}"
+            )
+        beyond = "patch_size" if patch is not None else None if jitter is None else "color_jitter"
+        self.backend = choose(backend, device_of(device), beyond)
         super().__init__(
             lambda: open_source(source),
             batch_size,
@@ -215,7 +230,7 @@ class ImageLoader(Loader):
             raise ValueError(f"covisible must be None with patch_size, got {covisible!r}")
         if shown is not None and not pairs:
             raise ValueError(f"covisible must be None without a list of pairs, got {covisible!r}")
-        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second, pairs)
+        self.crops = Crops((height, width), *intervals, flip, repeats, patch, second, pairs, jitter)
         self.covisible = shown
         self._masks: Masks | None = None
         if patch is not None and masking is not None:
@@ -276,6 +291,7 @@ class ImageLoader(Loader):
             "flip": crops.flip,
             "inner": crops.inner and list(crops.inner),
             "covisible": self.covisible and list(self.covisible),
+            "color_jitter": crops.jitter and list(crops.jitter.spans),
         }
 
 

@@ -143,6 +143,7 @@ class PairReader:
         if ids is not None:
             return Views(first, second).made(), mask
         rows: Pixels = np.stack([first.made(), second.made()], 1).reshape(-1, *first.shape[1:])
+        rows = self.crops.recolour(rows, draws)
         if self.grid is None:
             return rows, None
         if pair.mask is None:

@@ -8,6 +8,7 @@ than 2. (A Pillow that makes the vertical pass first is farther away.)
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 
 from .. import _backends
 from .crops import Crop, Crops
-from .philox import Ints
+from .philox import Floats, Ints
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -113,6 +114,27 @@ class Views(Resampled):
     def write(self, out: Pixels) -> int:
         split = self._bytes[0]
         return self.first.write(out[:, :split]) + self.second.write(out[:, split:])
+
+
+@dataclass(frozen=True)
+class Recoloured(Resampled):
+    """Whole crops, whose colours are changed by `crops` and their random numbers (n, ...), by several threads."""
+
+    of: Resampled
+    crops: Crops
+    draws: Floats
+    threads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.of.shape
+
+    def write(self, out: Pixels) -> int:
+        made = self.of.write(out)
+        with ThreadPoolExecutor(self.threads, "fastmim-colours") as pool:
+            parts = [slice(part, None, self.threads) for part in range(self.threads)]
+            list(pool.map(lambda part: self.crops.recolour(out[part], self.draws[part]), parts))
+        return made
 
 
 def _resize(box: Pixels, size: tuple[int, int]) -> Pixels:

@@ -35,8 +35,9 @@ class SimMIM(MaskedAutoencoder):
     rows and columns, which all blocks share; the blocks have a layer scale. The loss is the absolute error of removed
     pixels. Checkpoints of SimMIM's ViT load with `load_state_dict(state, strict=True)`.
 
-    Inside the encoder tokens are in grid order, [prefix; all L patches], and removed patches that are not predicted are
-    not attended to. With a mask, `encode` returns the states of the predicted patches, (B, M, D); the states of `taps`
+    Inside the encoder tokens are in grid order, [prefix; all L patches], in which all rows share the bias, and removed
+    patches that are not predicted are not attended to. With a mask, `encode` returns the states of the predicted
+    patches, (B, M, D), and what follows attention in the last block is computed for those alone; the states of `taps`
     are those of all S tokens. In the published runs `drop_path` is 0.1.
 
     Args:
@@ -111,13 +112,15 @@ class SimMIM(MaskedAutoencoder):
     def _encode(
         self, inputs: Any, mask: Mask | None, norm: nn.Module | None, **options: Any
     ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
-        out = super()._encode(inputs, mask, norm, **options)
         if mask is None or norm is None:
-            return out
-        latent = out[0] if isinstance(out, tuple) else out
-        assert latent is not None
-        predicted = ops.gather_tokens(latent[:, self.num_prefix_tokens :], mask.ids_predict)
-        return (predicted, out[1]) if isinstance(out, tuple) else predicted
+            return super()._encode(inputs, mask, norm, **options)
+        predicted = mask.ids_predict + self.num_prefix_tokens
+        if len(self.blocks) - 1 not in (options.get("taps") or ()):
+            return super()._encode(inputs, mask, norm, query_ids=predicted, **options)
+        # all states after the last block are asked for
+        out = super()._encode(inputs, mask, norm, **options)
+        assert isinstance(out, tuple) and out[0] is not None
+        return ops.gather_tokens(out[0], predicted), out[1]
 
     def _encoder_input(self, inputs: Any, mask: Mask | None) -> tuple[Tensor, dict[str, Any]]:
         if mask is None:

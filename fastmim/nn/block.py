@@ -16,7 +16,7 @@ from .fused import gelu_linear, linear_of, norm_linear
 from .layer_scale import LayerScale, folded, folds, scaled, scaled_linear
 from .narrow import NarrowWeights, residual_stream
 from .stock import is_stock, stock_norm, unaltered
-from .stream import Stream, X, add_norm, last_tokens, norm_project
+from .stream import Stream, X, add_norm, chosen_tokens, last_tokens, norm_project
 
 
 class Options(NamedTuple):
@@ -29,6 +29,7 @@ class Options(NamedTuple):
     memory_bias: Tensor | None = None
     rope: Tensor | None = None
     memory_rope: Tensor | None = None
+    query_ids: Tensor | None = None
 
     def given(self) -> dict[str, Tensor]:
         """Return those that are not None."""
@@ -56,7 +57,7 @@ class Options(NamedTuple):
         def of(x: Tensor | None, dims: int) -> Tensor | None:
             return x if x is None or x.dim() < dims or x.shape[0] == 1 else x.index_select(0, rows)
 
-        return Options(*(of(x, dims) for x, dims in zip(self, (3, 2, 2, 4, 4, 4, 4))))
+        return Options(*(of(x, dims) for x, dims in zip(self, (3, 2, 2, 4, 4, 4, 4, 2))))
 
 
 class Mlp(nn.Module):
@@ -166,9 +167,10 @@ class Block(nn.Module):
         memory_bias: Tensor | None = None,
         rope: Tensor | None = None,
         memory_rope: Tensor | None = None,
+        query_ids: Tensor | None = None,
         narrow: NarrowWeights | None = None,
     ) -> X:
-        """Compute the block, for all tokens or the last ones.
+        """Compute the block, for all tokens or some of them.
 
         Args:
             x: (B, S, D). A chain of blocks passes a `Stream`, and gets one.
@@ -181,16 +183,19 @@ class Block(nn.Module):
             rope: (B or 1, S, A, n) angles by which queries and keys of self-attention are rotated, and the queries of
                 a memory with `memory_rope`; see `fastmim.nn.rope.rotate`.
             memory_rope: (B or 1, Sm, A, n) angles by which the memory's keys are rotated.
+            query_ids: (B, Q) int64, distinct in a row: compute the result of the tokens at these ids only, in place of
+                `num_queries`, so that a `bias` of grid order need not be sorted for each row. All tokens attend, and
+                what follows attention is computed for those alone. Refused by a block with a memory.
             narrow: copies of the weights that a chain makes at once.
 
         Returns:
-            (B, S, D) or (B, num_queries, D); under autocast in float32, whatever x is.
+            (B, S, D), (B, num_queries, D) or (B, Q, D); under autocast in float32, whatever x is.
 
         Raises:
             TypeError, ValueError: wrong shape or dtype, or more queries than tokens; an option of an attention that the
                 block does not have.
         """
-        options = Options(memory, key_mask, memory_mask, bias, memory_bias, rope, memory_rope)
+        options = Options(memory, key_mask, memory_mask, bias, memory_bias, rope, memory_rope, query_ids)
         stream = Stream(x) if isinstance(x, Tensor) else x
         self._check(stream.residual, num_queries, options)
         if stream.branch is None:
@@ -199,6 +204,7 @@ class Block(nn.Module):
             attend = partial(self._attend, num_queries=num_queries, narrow=narrow)
             apart = stock_norm(self.norm_cross if self.norm_cross is not None else self.norm2)
             stream = self._add(attend, stream, options, apart, num_queries)
+            options = options._replace(query_ids=None)
         else:
             stream = stream.of_last(num_queries)
         if self.cross_attn is not None:
@@ -215,6 +221,12 @@ class Block(nn.Module):
         check_tensor("x", x, (None, None, None), letters="(batch, tokens, width)")
         if num_queries is not None:
             check_count("num_queries", num_queries, 0, x.shape[1])
+        if options.query_ids is not None:
+            if num_queries is not None:
+                raise ValueError("pass num_queries or query_ids, not both")
+            if self.attn is None or self.cross_attn is not None:
+                raise ValueError("query_ids must be None in a block with a memory: put the queries last, num_queries")
+            check_tensor("query_ids", options.query_ids, (x.shape[0], None), letters="(batch, queries)")
         check_memory(options.memory, x, self.kv_dim)
         given = options.given()
         if not given:
@@ -246,8 +258,8 @@ class Block(nn.Module):
     ) -> Stream:
         """Return add(x, options, apart), x and a branch; with drop path, the branch of some rows of the batch only.
 
-        `add` returns the last `num_queries` tokens; with `apart` it may leave the bias of its last layer to the next
-        norm.
+        `add` returns the last `num_queries` tokens, or those at `options.query_ids`; with `apart` it may leave the bias
+        of its last layer to the next norm.
         """
         batch = x.residual.shape[0]
         kept = count_kept(batch, self.drop_path) if self.training else batch
@@ -257,21 +269,27 @@ class Block(nn.Module):
         rows = torch.rand(batch, device=total.device).argsort()[:kept]
         part = add(Stream(total.index_select(0, rows)), options.of_rows(rows), False)
         branch = part.addend().expand_as(part.residual).to(total.dtype)
-        return Stream(last_tokens(total, num_queries).index_add(0, rows, branch, alpha=batch / kept))
+        total = chosen_tokens(total, num_queries, options.query_ids)
+        return Stream(total.index_add(0, rows, branch, alpha=batch / kept))
 
     def _attend(
         self, x: Stream, options: Options, apart: bool, num_queries: int | None, narrow: NarrowWeights | None
     ) -> Stream:
-        """Return x + ls1(attn(norm1(x))) of the last `num_queries` tokens."""
-        norm, attn, scoring = self.norm1, self.attn, options.own()
+        """Return x + ls1(attn(norm1(x))) of the last `num_queries` tokens, or of those at `options.query_ids`."""
+        norm, attn, scoring, ids = self.norm1, self.attn, options.own(), options.query_ids
         assert norm is not None and attn is not None
         if is_stock(attn, Attention):
             out, residual = norm_attend(norm, attn, x, num_queries, narrow, scoring)
+            if ids is not None:
+                out, residual = chosen_tokens(out, None, ids), chosen_tokens(residual, None, ids)
             return Stream(residual, *scaled_linear(out, attn.proj, self.ls1, narrow, apart))
         normed, residual = add_norm(norm, x)
         given = Options(key_mask=options.key_mask, bias=options.bias, rope=options.rope).given()
         branch = call_attention(attn, normed, num_queries, given)
-        return Stream(last_tokens(residual, num_queries), scaled(branch, self.ls1))
+        if ids is not None:
+            # it may return one row for all tokens, or a scalar
+            branch = chosen_tokens(branch.expand_as(residual), None, ids)
+        return Stream(chosen_tokens(residual, num_queries, ids), scaled(branch, self.ls1))
 
     def _attend_memory(self, x: Stream, options: Options, apart: bool, narrow: NarrowWeights | None) -> Stream:
         """Return x + ls_cross(cross_attn(norm_cross(x), norm_memory(memory)))."""

@@ -13,7 +13,7 @@ from .block import Block, Options, check_takes
 from .fused import linear, norm_linear
 from .narrow import NarrowWeights, narrow_operands
 from .stock import is_stock, stock_norm, unaltered, watched
-from .stream import Stream, add_norm, last_tokens
+from .stream import Stream, add_norm, chosen_tokens
 
 
 def takes_stream(block: nn.Module) -> bool:
@@ -71,6 +71,7 @@ def run_blocks(  # type: ignore[overload-overlap]
     memory_bias: Tensor | None = None,
     rope: Tensor | None = None,
     memory_rope: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -91,6 +92,7 @@ def run_blocks(
     memory_bias: Tensor | None = None,
     rope: Tensor | None = None,
     memory_rope: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> tuple[Tensor, list[Tensor]]: ...
 
 
@@ -111,6 +113,7 @@ def run_blocks(
     memory_bias: Tensor | None = None,
     rope: Tensor | None = None,
     memory_rope: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> tuple[None, list[Tensor]]: ...
 
 
@@ -130,6 +133,7 @@ def run_blocks(
     memory_bias: Tensor | None = None,
     rope: Tensor | None = None,
     memory_rope: Tensor | None = None,
+    query_ids: Tensor | None = None,
 ) -> Tensor | tuple[Tensor | None, list[Tensor]]:
     """Compute head(norm(blocks(x))), and the tokens after some of the blocks.
 
@@ -145,10 +149,12 @@ def run_blocks(
         taps: indices of blocks, from 0.
         key_mask, memory_mask, bias, memory_bias, rope, memory_rope: as `Block.forward` takes them, for all blocks;
             those of a memory for the blocks that have one.
+        query_ids: (B, Q), as `Block.forward` takes it: the tokens of which the last block computes what follows
+            attention, in place of `num_queries`.
 
     Returns:
-        The result, (B, S, D) or (B, num_queries, D) without `head`. With `taps`, also the list of the tokens after
-        those blocks, in the order of `taps`, before any norm; after the last block they are num_queries, too. Without
+        The result, (B, S, D), (B, num_queries, D) or (B, Q, D) without `head`. With `taps`, also the list of the tokens
+        after those blocks, in the order of `taps`, before any norm; after the last block they are as many. Without
         `norm`, None and that list.
 
     Raises:
@@ -165,6 +171,8 @@ def run_blocks(
     taps = [check_count("taps", tap, 0, depth - 1) for tap in taps]
     if num_queries is not None:
         check_count("num_queries", num_queries, 0, x.shape[1])
+        if query_ids is not None:
+            raise ValueError("pass num_queries or query_ids, not both")
     if norm is None:
         if not taps or head is not None:
             raise ValueError("norm must be given without taps, and with a head; got None")
@@ -175,21 +183,23 @@ def run_blocks(
             f"memory must be a tensor or a list with one entry for each of {depth} blocks, got {len(memories)}"
         )
     if not blocks:
-        x = last_tokens(x, num_queries)
+        x = chosen_tokens(x, num_queries, query_ids)
     narrow = narrow_weights(blocks, head, x)
     stream, states = Stream(x), dict.fromkeys(taps, x)
     for index, (block, of_block) in enumerate(zip(blocks, memories)):
-        queries = num_queries if index == depth - 1 else None
+        queries, ids = (num_queries, query_ids) if index == depth - 1 else (None, None)
         options = Options(of_block, key_mask, memory_mask, bias, memory_bias, rope, memory_rope)
         if of_block is None and memory is not None:
             options = options._replace(memory_mask=None, memory_bias=None, memory_rope=None)
         given = options.given()
         run: Callable[..., Any] = partial(checkpoint, block, use_reentrant=False) if checkpointing else block
         if takes_stream(block):
+            if ids is not None:
+                given["query_ids"] = ids
             stream = run(stream, queries, narrow=narrow, **given)
         else:
             check_takes(f"block {index}", block, given)
-            stream = Stream(last_tokens(run(stream.sum(), **given), queries))
+            stream = Stream(chosen_tokens(run(stream.sum(), **given), queries, ids))
         if index in states:
             states[index] = stream.sum()
     found = [states[tap] for tap in taps]

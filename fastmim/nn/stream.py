@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from .fused import add_layer_norm, linear_of, norm_linear
 from .narrow import NarrowWeights, narrow_operands
 from .stock import is_stock, stock_norm
@@ -80,3 +81,8 @@ def norm_project(
 def last_tokens(x: Tensor, count: int | None) -> Tensor:
     """Return the last `count` tokens of x (B, S, ...), by default all."""
     return x if count is None else x[:, x.shape[1] - count :]
+
+
+def chosen_tokens(x: Tensor, num_queries: int | None, query_ids: Tensor | None) -> Tensor:
+    """Return the last `num_queries` tokens of x (B, S, D), or those at `query_ids` (B, Q); all where both are None."""
+    return last_tokens(x, num_queries) if query_ids is None else ops.gather_tokens(x, query_ids)

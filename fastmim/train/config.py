@@ -65,10 +65,10 @@ class Config:
             videos, whose crops are VideoMAE's unless `data_options` has `scale`.
         flip: mirror half of the crops; without use for arrays, for which `data_options` names the axes, `flips`.
         inner: least and largest share of a crop's area that a second crop inside it takes, for models of two views.
-        data_options: further arguments of the loader: ratio and repeats of `ImageLoader`; channels_last, key,
-            sample_axis, flips, repeats, nodata, min_valid, mean and std of `ArrayLoader`; sampling_rate, scale, ratio
-            and repeats of `ClipLoader`. For a list of pairs covisible: true: objective "mae" scores patches by the
-            share of each that the first picture shows too.
+        data_options: further arguments of the loader: ratio, repeats and color_jitter of `ImageLoader`; channels_last,
+            key, sample_axis, flips, repeats, nodata, min_valid, mean and std of `ArrayLoader`; sampling_rate, scale,
+            ratio and repeats of `ClipLoader`. For a list of pairs covisible: true: objective "mae" scores patches by
+            the share of each that the first picture shows too.
         backend, num_threads: decoder and threads of the loader.
         patchwise: true: the loader reads the patches that are kept or predicted, instead of whole images, with the same
             results; not with a mask that changes or ranks patches, an objective that sees all patches, or

@@ -167,7 +167,7 @@ def _images(config: Config, source: Path, model: MaskedAutoencoder, common: dict
 
 
 def _image_options(config: Config, model: MaskedAutoencoder) -> dict[str, Any]:
-    options = _options(config, ("ratio", "repeats", "covisible"))
+    options = _options(config, ("ratio", "repeats", "covisible", "color_jitter"))
     if not isinstance(covisible := options.pop("covisible", False), bool):
         raise ConfigError(f"data_options.covisible must be true or false, got {covisible!r}")
     if covisible and config.objective == "mae" and not Masks(config.mask_settings, model.grid_size).ranks:
@@ -270,6 +270,9 @@ def patch_options(config: Config, source: Path, model: MaskedAutoencoder) -> dic
         "masks that change while the run goes on, since the loader reads ahead": masks.scheduled,
         "a teacher that sees all": config.objective == "distill" and config.objective_options.get("sees") == "all",
         "data_options.covisible, whose shares are of whole images": bool(config.data_options.get("covisible")),
+        "data_options.color_jitter, whose contrast takes the mean of whole crops": bool(
+            config.data_options.get("color_jitter")
+        ),
         "reconstruct_every, which draws whole images": config.reconstruct_every > 0,
         "backend dali on a GPU, which makes whole crops": config.backend == "dali" and config.device == "cuda",
     }

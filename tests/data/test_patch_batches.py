@@ -112,9 +112,9 @@ def test_a_model_is_trained_by_patches(photographs):
 def test_dali_serves_no_patches_on_a_gpu(monkeypatch):
     monkeypatch.setattr(decoders, "installed", lambda name: True)
     gpu = torch.device("cuda")
-    assert decoders.choose("auto", gpu, True) == "simplejpeg" and decoders.choose("auto", gpu) == "dali"
+    assert decoders.choose("auto", gpu, "patch_size") == "simplejpeg" and decoders.choose("auto", gpu) == "dali"
     with pytest.raises(ValueError, match="backend must be another than 'dali' with patch_size"):
-        decoders.choose("dali", gpu, True)
+        decoders.choose("dali", gpu, "patch_size")
 
 
 def ragged(seeds):

@@ -224,6 +224,74 @@ def test_block(names, num_queries, scale):
         assert_same(block(x, num_queries, **given), expected, leaves(block, x, given))
 
 
+class Wrapped(nn.Module):
+    """Attention in another module."""
+
+    def __init__(self, attn: Attention) -> None:
+        super().__init__()
+        self.attn = attn
+
+    def forward(self, x: Tensor, **given: Tensor) -> Tensor:
+        return self.attn(x, **given)
+
+
+def ids_and(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return three ids for each row, and the tokens there."""
+    torch.manual_seed(2)
+    ids = torch.argsort(torch.rand(x.shape[:2]))[:, :3]
+    return ids, x.gather(1, ids[..., None].expand(-1, -1, x.shape[2]))
+
+
+@pytest.mark.parametrize("how", ["stock", "hooked", "replaced", "checkpointing", "drop path"])
+@pytest.mark.parametrize("names, scale", [("", 0.5), ("bias", None), ("key_mask bias rope", 0.5)])
+def test_queries_by_id(names, scale, how, chosen):
+    """The last block's result for some tokens is that of a block of all, as are all gradients."""
+    chain = random_(nn.ModuleList(Block(DIM, HEADS, layer_scale=scale) for _ in range(2)))
+    x, given = randn(5, TOKENS, DIM), options(names, 5)
+    if how == "hooked":
+        chain[1].register_forward_hook(lambda *_: None)
+    if how == "replaced":
+        own, chain[1].attn = chain[1].attn, Wrapped(chain[1].attn)
+    if how == "drop path":
+        chain[0].drop_path = chain[1].drop_path = 0.5
+    ids = ids_and(x)[0]
+    found = run_blocks(chain, nn.Identity(), x, query_ids=ids, checkpointing=how == "checkpointing", **given)
+    weights = [torch.zeros(5, 1, 1).double().index_fill(0, rows[:3], 5 / 3) for rows in chosen] or [1.0] * 4
+    if how == "replaced":
+        chain[1].attn = own
+    expected = plain(chain[1], plain(chain[0], x, **given, weights=weights[:2]), **given, weights=weights[2:])
+    assert_same(found, ids_and(expected)[1], leaves(chain, x, given))
+
+
+def test_queries_by_id_are_paid_for_alone():
+    """Products of the output projection and the MLP are those of three of seven tokens."""
+    block, x, bias = Block(DIM, HEADS), torch.randn(2, TOKENS, DIM), torch.randn(HEADS, TOKENS, TOKENS)
+    counts = []
+    for ids in (None, torch.arange(3).expand(2, 3)):
+        with FlopCounterMode(display=False) as counter:
+            block(x, bias=bias, query_ids=ids)
+        counts.append(counter.get_total_flops())
+    assert counts[0] - counts[1] == 2 * (TOKENS - 3) * 2 * 9 * DIM**2
+
+
+@pytest.mark.parametrize(
+    "wrong, kv_dim, error, message",
+    [
+        (dict(num_queries=2), None, ValueError, "pass num_queries or query_ids, not both"),
+        (dict(query_ids=torch.zeros(3, 1).long()), None, ValueError, "query_ids must have shape"),
+        (dict(query_ids=torch.full((2, 1), TOKENS)), None, ValueError, f"ids must be in 0..{TOKENS - 1}"),
+        (dict(memory=torch.randn(2, KEYS, WIDTH)), WIDTH, ValueError, "query_ids must be None in a block with a mem"),
+    ],
+)
+def test_wrong_queries(wrong, kv_dim, error, message):
+    x, given = torch.randn(2, TOKENS, DIM), dict(query_ids=torch.zeros(2, 1).long()) | wrong
+    with pytest.raises(error, match=message):
+        Block(DIM, HEADS, kv_dim=kv_dim)(x, **given)
+    if "num_queries" in wrong:
+        with pytest.raises(error, match=message):
+            run_blocks([nn.Identity()], nn.Identity(), x, **given)
+
+
 @pytest.mark.parametrize("num_queries, qkv_bias", [(None, True), (3, False)])
 @pytest.mark.parametrize("names", ["memory", "memory memory_mask memory_bias rope memory_rope"])
 def test_a_block_without_self_attention(names, num_queries, qkv_bias):

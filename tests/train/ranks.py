@@ -16,6 +16,7 @@ import traceback
 
 from fastmim.train import Config, Trainer, meter
 from fastmim.train.checkpoint import shard_writer, store
+from fastmim.train.objective import PixelObjective
 
 # imported late by runs
 LATE = "matplotlib.figure PIL.Image safetensors.torch tensorboard.summary.writer.record_writer torch._dynamo tqdm"
@@ -59,6 +60,24 @@ def interrupted(at):
     Trainer._update = altered
 
 
+def recorded(at):
+    """Write samples and masks of each update into a folder, a file for each process; stop all after a step, if given.
+
+    at: the folder, and the step or None.
+    """
+    folder, stop = at
+    if stop is not None:
+        interrupted(stop)
+    forward, path = PixelObjective.forward, os.path.join(folder, f"{os.environ['RANK']}.jsonl")
+
+    def altered(self, batch, mask):
+        with open(path, "a") as file:
+            file.write(json.dumps([batch.ids.tolist(), mask.ids_keep.tolist(), mask.ids_predict.tolist()]) + "\n")
+        return forward(self, batch, mask)
+
+    PixelObjective.forward = altered
+
+
 def killed_after_writing(at):
     """Kill all processes when the shards of a step are written, and nothing else is."""
     complete = store.complete
@@ -96,6 +115,7 @@ meter.matmul_rate = lambda device, dtype: 1e9
 
 HOOKS = {
     "interrupted": interrupted,
+    "recorded": recorded,
     "full": lambda at: at_shard(fail(errno.ENOSPC), at, (1,)),
     "broken": lambda at: at_shard(fail(errno.EIO), at, (1,)),
     "both fail": lambda at: (at_shard(fail(errno.ENOSPC), at, (0,)), at_shard(fail(errno.EROFS), at, (1,))),

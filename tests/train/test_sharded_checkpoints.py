@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ import torch
 from cases import TEST_ALL
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_run import ENVIRONMENT, SETTINGS, curve, outcome
+from small_run import SETTINGS, curve, outcome
 from test_processes import near
 from test_saved import flip
 
@@ -27,23 +25,14 @@ CHANGES = {"parallel": "fsdp", "dtype": "float64", "ema": 0.5, "batch_size": 6, 
 
 
 @pytest.fixture(scope="module")
-def launch(photos):
+def launch(photos, processes):
     """Return a function that runs a config in some processes; it returns their exit statuses and their output."""
-    script = Path(__file__).with_name("ranks.py")
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, str(script)], env=ENVIRONMENT, **pipes) as driver:
 
-        def launch(folder: Path, world: int, hook: str = "", at: int = 0, log=None, **changes) -> tuple[list[int], str]:
-            log = log or folder.with_suffix(".log")
-            log.unlink(missing_ok=True)
-            config = {"data": str(photos), "output_dir": str(folder), **SETTINGS, **CHANGES, **changes}
-            order = {"config": config, "world": world, "log": str(log), "hook": hook, "at": at}
-            driver.stdin.write(json.dumps(order) + "\n")
-            driver.stdin.flush()
-            return json.loads(driver.stdout.readline()), log.read_text()
+    def launch(folder: Path, world: int, hook: str = "", at: int = 0, log=None, **changes) -> tuple[list[int], str]:
+        config = {"data": str(photos), "output_dir": str(folder), **SETTINGS, **CHANGES, **changes}
+        return processes(config, world, log or folder.with_suffix(".log"), hook, at)
 
-        yield launch
-        driver.stdin.close()
+    return launch
 
 
 def succeed(results: tuple[list[int], str]) -> str:

@@ -30,23 +30,6 @@ OWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """Eight videos of 12 frames of 40 by 32 pixels: a gradient that moves."""
-    av = pytest.importorskip("av")
-    folder = tmp_path_factory.mktemp("videos")
-    y, x = np.mgrid[:32, :40]
-    for number in range(8):
-        with av.open(str(folder / f"{number}.mp4"), "w") as container:
-            stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 40, 32, "yuv420p"
-            for time in range(12):
-                pixels = np.stack([x * 6 + time * 8, y * 7 + number * 20, x + y + time * 5], -1) % 256
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.astype(np.uint8), format="rgb24")))
-            container.mux(stream.encode())
-    return folder
-
-
 def tiny(name, data, folder, *more) -> Config:
     """Return a shipped config at a tiny size."""
     sizes = SIZES if name.startswith("simmim") else {**SIZES, **DECODER}

@@ -248,6 +248,11 @@ BAD = [
         'patchwise must be "auto" or false with data_options.covisible, whose shares are of whole images; got true',
     ),
     ({"data_options": {"covisible": True}}, 'must be false without a mask of kind "weighted" or "hardest"'),
+    (
+        {"data_options": {"color_jitter": 0.4}, "patchwise": True},
+        'patchwise must be "auto" or false with data_options.color_jitter, whose contrast takes the mean of whole',
+    ),
+    ({"data_options": {"color_jitter": -1}}, "color_jitter must be finite and at least 0, its hue at most 0.5; got -1"),
     ({"data_options": {"covisible": 16}}, "data_options.covisible must be true or false, got 16"),
     ({"model": "CroCo", "inner": [0.3, 0.6], "objective": "distill"}, "objective must not be distill for model CroCo"),
     (
