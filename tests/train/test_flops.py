@@ -134,7 +134,7 @@ def test_the_simulation_leaves_nothing_behind():
         assert torch.cuda.get_device_capability() == (9, 0)
     assert torch.Tensor.device is before
     assert inside.device == torch.device("meta")
-    assert fastmim.ops.patches._constant.cache_info().currsize == 0
+    assert fastmim.ops._channels._constant.cache_info().currsize == 0
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
