@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+IMAGE_DTYPES = (torch.uint8, torch.uint16, *FLOATING)
 
 
 def can_be_read(*tensors: Tensor) -> bool:
@@ -29,12 +30,21 @@ def check_tensor(name: str, value: object, shape: Sequence[int | None] | None = 
     """Check that `value` is a tensor and has `shape`, if one is given (None: any size)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if shape is None:
+    if shape is None or _has_shape(value, shape):
         return
-    if value.dim() != len(shape) or any(e is not None and e != s for s, e in zip(value.shape, shape)):
-        allowed = ", ".join("any" if size is None else str(size) for size in shape)
-        meaning = f", which is {letters}" if letters else ""
-        raise ValueError(f"{name} must have shape ({allowed}){meaning}; got {tuple(value.shape)}")
+    allowed = ", ".join("any" if size is None else str(size) for size in shape)
+    meaning = f", which is {letters}" if letters else ""
+    raise ValueError(f"{name} must have shape ({allowed}){meaning}; got {tuple(value.shape)}")
+
+
+def _has_shape(value: Tensor, shape: Sequence[int | None]) -> bool:
+    sizes = value.shape
+    if len(sizes) != len(shape):
+        return False
+    for size, expected in zip(sizes, shape):  # noqa: SIM110, a generator takes twice as long
+        if expected is not None and expected != size:
+            return False
+    return True
 
 
 def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> None:
@@ -46,18 +56,29 @@ def check_floating(name: str, value: Tensor, *, also_uint8: bool = False) -> Non
 
 def check_same(attribute: str, **tensors: Tensor | None) -> None:
     """Check that all given tensors agree in `attribute`, "dtype" or "device"."""
+    first = None
+    for value in tensors.values():
+        if value is not None:
+            found = getattr(value, attribute)
+            if first is None:
+                first = found
+            elif found != first:
+                break
+    else:
+        return
     given = {name: getattr(value, attribute) for name, value in tensors.items() if value is not None}
-    if len(set(given.values())) > 1:
-        got = ", ".join(f"{name} on {v}" if attribute == "device" else f"{name} of {v}" for name, v in given.items())
-        error = TypeError if attribute == "dtype" else ValueError
-        raise error(f"{', '.join(given)} must have the same {attribute}; got {got}")
+    got = ", ".join(f"{name} on {v}" if attribute == "device" else f"{name} of {v}" for name, v in given.items())
+    error = TypeError if attribute == "dtype" else ValueError
+    raise error(f"{', '.join(given)} must have the same {attribute}; got {got}")
 
 
 def check_ids(name: str, ids: object, batch: int | None = None) -> Tensor:
     """Check that `ids` is an integer tensor (B, K), and return it as int64."""
     check_tensor(name, ids, (batch, None), letters="(batch, ids per row)")
     assert isinstance(ids, Tensor)
-    if ids.dtype not in (torch.int64, torch.int32):
+    if ids.dtype == torch.int64:
+        return ids
+    if ids.dtype != torch.int32:
         raise TypeError(f"{name} must be of dtype int64 (or int32); got {ids.dtype}")
     return ids.long()
 
@@ -94,8 +115,11 @@ def check_ratio(name: str, value: object, *, one: bool = False) -> float:
 
 def axes(name: str, value: object, count: int) -> list[int]:
     """Return an int, or one positive int per axis, as a list of `count` ints."""
-    values = [value] * count if isinstance(value, (int, numbers.Integral)) else value
-    if not isinstance(values, (tuple, list, torch.Size)) or len(values) != count:
+    values = value
+    # asked first, because an abstract class such as Integral takes long to answer
+    if not isinstance(value, (tuple, list)) and isinstance(value, (int, numbers.Integral)):
+        values = [value] * count
+    if not isinstance(values, (tuple, list)) or len(values) != count:
         raise ValueError(f"{name} must be an int or one int per axis ({count} of them), got {value!r}")
     return [check_count(name, size, 1) for size in values]
 
@@ -106,7 +130,7 @@ def check_images(images: object) -> None:
     assert isinstance(images, Tensor)
     if images.dim() not in (3, 4, 5):
         raise ValueError(f"images must be (B, C, T), (B, C, H, W) or (B, C, T, H, W), got shape {tuple(images.shape)}")
-    if images.dtype not in (torch.uint8, torch.uint16, *FLOATING):
+    if images.dtype not in IMAGE_DTYPES:
         raise TypeError(
             f"images must be of dtype uint8, uint16, float64, float32, bfloat16 or float16; got {images.dtype}"
         )
@@ -115,13 +139,17 @@ def check_images(images: object) -> None:
 def patch_grid(images: Tensor, patch_size: object) -> tuple[list[int], list[int]]:
     """Return `patch_size` as a list, and the grid of patches on `images` (B, C, *sizes) of 1 to 3 axes."""
     check_images(images)
-    patch = axes("patch_size", patch_size, images.dim() - 2)
-    if any(size % p for size, p in zip(images.shape[2:], patch)):
-        raise ValueError(
-            f"images of size {tuple(images.shape[2:])} can't be cut into patches: "
-            f"each side must be a multiple of patch_size {tuple(patch)}"
-        )
-    return patch, [size // p for size, p in zip(images.shape[2:], patch)]
+    sizes = images.shape[2:]
+    patch = axes("patch_size", patch_size, len(sizes))
+    grid = []
+    for size, p in zip(sizes, patch):
+        if size % p:
+            raise ValueError(
+                f"images of size {tuple(sizes)} can't be cut into patches: "
+                f"each side must be a multiple of patch_size {tuple(patch)}"
+            )
+        grid.append(size // p)
+    return patch, grid
 
 
 def import_error(error: ImportError, package: str, advice: str) -> ImportError:

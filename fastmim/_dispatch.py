@@ -11,10 +11,10 @@ with the reason, before it computes anything. Then the next one is asked:
     all others      -----------------------------------------------+
 
 A backend that is missing, or is not the forced one (`_backends`), is left out; where Triton is forced and runs in its
-interpreter, it takes the place of csrc/cpu. The fallback is reference.py. But where FASTMIM_KERNELS forces cpp, triton
-or cuda, a public op raises an error if the backend's kernel does not serve the arguments (the error gives the reasons),
-or if the backend does not serve the device. An internal op (a gradient, a step of another op) always falls back to
-reference.py, because users do not call it themselves.
+interpreter, it takes the place of csrc/cpu. The fallback is fastmim.reference. But where FASTMIM_KERNELS forces cpp,
+triton or cuda, a public op raises an error if the backend's kernel does not serve the arguments (the error gives the
+reasons), or if the backend does not serve the device. An internal op (a gradient, a step of another op) always falls
+back to fastmim.reference, because users do not call it themselves.
 
 `Unserved` is `fastmim.kernels.Unserved` in Python and `fastmim::Unserved` in C++ (csrc/common/unserved.h), which torch
 translates to the former. The C++ kernels of the CPU call the fallback themselves, as `torch.ops.fastmim_fallback`.

@@ -32,7 +32,7 @@ class SavedBytes:
         if storage.data_ptr() not in self.known:
             self.known.add(storage.data_ptr())
             self.total += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that its own node keeps would never be freed
 
 
 def peak_memory(device: str) -> int:

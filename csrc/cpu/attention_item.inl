@@ -38,31 +38,6 @@ struct AttentionItem {
            args.key_mask[sequence * args.key_mask_stride[0] + key * args.key_mask_stride[1]];
   }
 
-  // rows start..start+count at every `ld`th value, padded with zeros up to there; rows past the end of the padding too
-  template <typename T>
-  void read(const View& view, int64_t start, int64_t count, int64_t upto, T* to, int64_t ld, bool masked) const {
-    for (int64_t i = 0; i < upto; ++i) {
-      T* row_to = to + i * ld;
-      const bool real = i < count && !(masked && !attends(start + i));
-      if (real) load_row(view.type, row(view, start + i), view.stride[3], row_to, args.dim);
-      for (int64_t d = real ? args.dim : 0; d < ld; ++d) row_to[d] = T{};
-    }
-  }
-
-  void write(const View& view, int64_t start, int64_t count, const float* from) const {
-    for (int64_t i = 0; i < count; ++i)
-      store_row(view.type, row(view, start + i), view.stride[3], from + i * dim, args.dim);
-  }
-
-  // stores rows of dq (0), dk (1) or dv (2), and adds them to its sums
-  void write_gradient(int64_t index, const View& view, int64_t start, int64_t count, const float* from) const {
-    write(view, start, count, from);
-    if (args.sums == nullptr) return;
-    float* to = args.sums + ((sequence * 3 + index) * args.heads + head) * args.dim;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t d = 0; d < args.dim; ++d) to[d] += from[i * dim + d];
-  }
-
   // keeps dS of a block, which is what a bias has as its gradient before it is summed
   void keep_slopes(int64_t start, int64_t rows) const {
     if (args.score_grad == nullptr) return;
@@ -93,43 +68,32 @@ struct AttentionItem {
     for (int64_t j = 0; j < keys; ++j) key_bias[j] = j < args.keys && attends(j) ? 0.0f : -__builtin_inff();
   }
 
-  // in place of a query's scores, e^(score + bias - the largest); returns their sum, 0 without any key
-  float exponentials(int64_t query, float* line) const {
-    if (args.bias != nullptr) {
-      const int64_t* stride = args.bias_stride;
-      const float* bias = args.bias + sequence * stride[0] + head * stride[1] + query * stride[2];
-      for (int64_t j = 0; j < args.keys; ++j) line[j] += bias[j * stride[3]];
-    }
-    Vec top = splat(-__builtin_inff());
-    for (int64_t j = 0; j < keys; j += VL) {
-      const Vec hidden = load(key_bias + j), score = hidden < 0.0f ? hidden : load(line + j);
-      store(line + j, score);
-      top = larger(score, top);
-    }
-    float highest = largest_in(top);
-    if (highest == -__builtin_inff()) highest = 0;
-    Vec total{};
-    for (int64_t j = 0; j < keys; j += VL) {
-      const Vec e = exponential(load(line + j) - highest);
-      store(line + j, e);
-      total += e;
-    }
-    return sum_of(total);
+  void add_bias(int64_t query, float* scores) const {
+    if (args.bias == nullptr) return;
+    const int64_t* stride = args.bias_stride;
+    const float* bias = args.bias + sequence * stride[0] + head * stride[1] + query * stride[2];
+    for (int64_t j = 0; j < args.keys; ++j) scores[j] += bias[j * stride[3]];
   }
 
-  // P of a query in place of its exponentials, dS in place of dP. Rows of P sum to 1 only up to rounding, so that the
-  // mean of dP is taken again of what is left of it: equal dP leave 0.
-  void slopes(float* line, float* slope, float sum) const {
-    Vec mean{}, left{};
-    for (int64_t j = 0; j < keys; j += VL) {
-      const Vec probability = load(line + j) / sum;
-      store(line + j, probability);
-      mean += probability * load(slope + j);
+  // puts -inf in place of a query's scores of hidden keys and of padding; returns the largest score, 0 if all are -inf
+  float hide(float* scores) const {
+    for (int64_t j = args.key_mask == nullptr ? args.keys / VL * VL : 0; j < keys; j += VL) {
+      const Vec hidden = load(key_bias + j);
+      store(scores + j, hidden < 0.0f ? hidden : load(scores + j));
     }
+    Vec top = splat(-__builtin_inff());
+    for (int64_t j = 0; j < keys; j += VL) top = larger(load(scores + j), top);
+    const float largest = largest_in(top);
+    return largest == -__builtin_inff() ? 0 : largest;
+  }
+
+  // Mean of dP under a row of P, which sums to 1 only up to rounding; `mean` is its sum of products. What is left of dP
+  // is averaged again: equal dP leave 0.
+  float refined(Vec mean, const float* probabilities, const float* slopes) const {
     const float shift = sum_of(mean);
-    for (int64_t j = 0; j < keys; j += VL) left += load(line + j) * (load(slope + j) - shift);
-    const float both = shift + sum_of(left);
-    for (int64_t j = 0; j < keys; j += VL) store(slope + j, load(line + j) * (load(slope + j) - both));
+    Vec left{};
+    for (int64_t j = 0; j < keys; j += VL) left += load(probabilities + j) * (load(slopes + j) - shift);
+    return shift + sum_of(left);
   }
 };
 

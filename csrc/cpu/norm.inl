@@ -1,5 +1,59 @@
 // The elementwise passes of a transformer block, a row at a time.
 
+// 2 VL neighbours of a row. Both halves of a line of 64 bytes are written one after the other.
+struct Pair {
+  Vec a, b;
+};
+FASTMIM_HD Pair operator+(Pair x, Pair y) {
+  return {x.a + y.a, x.b + y.b};
+}
+FASTMIM_HD Pair operator-(Pair x, Pair y) {
+  return {x.a - y.a, x.b - y.b};
+}
+FASTMIM_HD Pair operator*(Pair x, Pair y) {
+  return {x.a * y.a, x.b * y.b};
+}
+FASTMIM_HD Pair operator-(Pair x, float y) {
+  return {x.a - y, x.b - y};
+}
+FASTMIM_HD Pair operator*(Pair x, float y) {
+  return {x.a * y, x.b * y};
+}
+
+// as Whole
+struct Pairs {
+  template <typename T>
+  static FASTMIM_HD Pair get(const T* from) {
+    return {load(from), load(from + VL)};
+  }
+  template <typename T>
+  static FASTMIM_HD void put(T* to, Pair values) {
+    store(to, values.a), store(to + VL, values.b);
+  }
+};
+
+// as by_vectors, for each Pair and then for the vectors that are left
+template <typename Step>
+FASTMIM_HD void by_pairs(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + 2 * VL <= count; i += 2 * VL) step(i, Pairs{});
+  if (i + VL <= count) step(i, Whole{}), i += VL;
+  if (i < count) step(i, Rest{count - i});
+}
+
+// lanes.put, past the caches if STREAMED: then `to` lies at a multiple of the vector's size
+template <bool STREAMED, typename Lanes, typename T, typename Values>
+FASTMIM_HD void put(Lanes lanes, T* to, Values values) {
+  if constexpr (STREAMED && std::is_same_v<Lanes, Pairs> && std::is_same_v<T, float>) {
+    stream(to, values.a), stream(to + VL, values.b);
+  } else {
+    lanes.put(to, values);
+  }
+}
+
+// the widest rows of which the next are asked for ahead: they fit in a cache beside those at work
+constexpr int64_t kFetchedWidth = 4096;
+
 // Computes x + x_bias + residual in floats, of the precision in which the sum is stored; returns its total. A sum of
 // floats is stored where `floats` points.
 template <typename X, typename R>
@@ -37,11 +91,24 @@ static float add_branch(const AddLayerNorm& args, int64_t row, float* floats) {
   return total;
 }
 
-static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end) {
+// the norm of `sum`, which is also written where it is streamed
+template <bool STREAMED, typename T>
+static void write_normed(const AddLayerNorm& args, int64_t row, const float* sum, float mean, float rstd) {
   const int64_t width = args.width;
   const float *weight = args.weight, *bias = args.bias;
+  T* normed = static_cast<T*>(at(args.normed, row * width));
+  float* copy = args.sum.streamed ? static_cast<float*>(at(args.sum, row * width)) : nullptr;
+  by_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
+    const auto value = lanes.get(sum + i);
+    put<STREAMED>(lanes, normed + i, (value - mean) * rstd * lanes.get(weight + i) + lanes.get(bias + i));
+    if (copy != nullptr) put<true>(lanes, copy + i, value);
+  });
+}
+
+static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end) {
+  const int64_t width = args.width;
   Scratch memory;
-  float *a = memory.take(width), *b = memory.take(width);
+  float* a = memory.take(width);
   for (int64_t row = begin; row < end; ++row) {
     const float* sum;
     float mean;
@@ -66,19 +133,10 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
     });
     const float squares = sum_of((square[0] + square[1]) + (square[2] + square[3])) + rest;
     const float rstd = 1 / __builtin_sqrtf(squares / static_cast<float>(width) + args.eps);
-    const auto write = [&](auto* normed) {
-      by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-        lanes.put(normed + i, (lanes.get(sum + i) - mean) * rstd * lanes.get(weight + i) + lanes.get(bias + i));
-      });
-    };
-    if (args.normed.streamed) {
-      write(b);
-      finish(args.normed, row, width, b);
-    } else {
-      in_type(args.normed.type,
-              [&](auto stored) { write(static_cast<decltype(stored)*>(at(args.normed, row * width))); });
-    }
-    if (args.sum.streamed) finish(args.sum, row, width, a);
+    in_type(args.normed.type, [&](auto stored) {
+      if (args.normed.streamed) return write_normed<true, decltype(stored)>(args, row, sum, mean, rstd);
+      write_normed<false, decltype(stored)>(args, row, sum, mean, rstd);
+    });
     args.mean[row] = mean;
     args.rstd[row] = rstd;
   }
@@ -86,8 +144,8 @@ static void add_layer_norm(const AddLayerNorm& args, int64_t begin, int64_t end)
 }
 
 // Adds the rows' part of the gradients of weight, bias and x_bias, ROWS at a time: those gradients are read and written
-// once for all of them.
-template <int ROWS, bool THROUGH>
+// once for all of them. STREAMED: dsum is, and dx isn't asked for.
+template <int ROWS, bool THROUGH, bool STREAMED>
 static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
                                          int64_t begin, float* memory) {
   const int64_t width = args.width;
@@ -100,7 +158,7 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
     if constexpr (THROUGH) through[r] = row_of(args.grad_sum, row, width, memory), memory += width;
     sum[r] = row_of(args.sum, row, width, memory), memory += width;
     spare[r] = memory, memory += width;
-    out[r] = target_of(args.dsum, row, spare[r]);
+    out[r] = STREAMED ? static_cast<float*>(at(args.dsum, row * width)) : target_of(args.dsum, row, spare[r]);
     // one value has no deviation: its gradient is exactly 0, whatever the products below are rounded to
     mean[r] = args.mean[row], rstd[r] = width == 1 ? 0 : args.rstd[row];
     Vec a[2] = {}, b[2] = {};
@@ -111,28 +169,35 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
     });
     first[r] = sum_of(a[0] + a[1]) / static_cast<float>(width);
     second[r] = sum_of(b[0] + b[1]) / static_cast<float>(width);
+    if (width <= kFetchedWidth) {
+      fetch_row(args.grad_normed, row + ROWS, width);
+      fetch_row(args.sum, row + ROWS, width);
+      if constexpr (THROUGH) fetch_row(args.grad_sum, row + ROWS, width);
+    }
   }
-  by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
-    const Vec factor = lanes.get(weight + i);
-    Vec to_weight = {}, to_bias = {}, to_x_bias = {};
+  by_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
+    const auto factor = lanes.get(weight + i);
+    decltype(lanes.get(weight)) to_weight = {}, to_bias = {}, to_x_bias = {};
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) {
-      const Vec gradient = lanes.get(grad[r] + i), normed = (lanes.get(sum[r] + i) - mean[r]) * rstd[r];
-      to_weight += gradient * normed;
-      to_bias += gradient;
-      Vec to_sum = (gradient * factor - first[r] - normed * second[r]) * rstd[r];
-      if constexpr (THROUGH) to_sum += lanes.get(through[r] + i);
-      to_x_bias += to_sum;
-      lanes.put(out[r] + i, to_sum);
+      const auto gradient = lanes.get(grad[r] + i), normed = (lanes.get(sum[r] + i) - mean[r]) * rstd[r];
+      to_weight = to_weight + gradient * normed;
+      to_bias = to_bias + gradient;
+      auto to_sum = (gradient * factor - first[r] - normed * second[r]) * rstd[r];
+      if constexpr (THROUGH) to_sum = to_sum + lanes.get(through[r] + i);
+      to_x_bias = to_x_bias + to_sum;
+      put<STREAMED>(lanes, out[r] + i, to_sum);
     }
     lanes.put(dweight + i, lanes.get(dweight + i) + to_weight);
     lanes.put(dbias + i, lanes.get(dbias + i) + to_bias);
     if (dx_bias != nullptr) lanes.put(dx_bias + i, lanes.get(dx_bias + i) + to_x_bias);
   });
   for (int r = 0; r < ROWS; ++r) {
-    finish(args.dsum, begin + r, width, out[r]);
-    if (args.dx.data != nullptr)
-      store_row(args.dx.type, at(args.dx, (begin + r) * args.dx.stride[0]), 1, out[r], width);
+    if constexpr (!STREAMED) {
+      finish(args.dsum, begin + r, width, out[r]);
+      if (args.dx.data != nullptr)
+        store_row(args.dx.type, at(args.dx, (begin + r) * args.dx.stride[0]), 1, out[r], width);
+    }
     if (bias == nullptr) continue;
     float* again = target_of(args.normed, begin + r, spare[r]);
     by_vectors(width, [&](int, int64_t i, auto lanes) FASTMIM_STEP {
@@ -143,23 +208,29 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
   }
 }
 
-template <bool THROUGH>
+template <bool THROUGH, bool STREAMED>
 static void add_layer_norm_backward_as(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
                                        int64_t begin, int64_t end) {
   constexpr int kRows = 4;
   Scratch scratch;
   float* memory = scratch.take(4 * kRows * args.width);
   for (; begin + kRows <= end; begin += kRows)
-    add_layer_norm_backward_rows<kRows, THROUGH>(args, dweight, dbias, dx_bias, begin, memory);
-  for (; begin < end; ++begin) add_layer_norm_backward_rows<1, THROUGH>(args, dweight, dbias, dx_bias, begin, memory);
+    add_layer_norm_backward_rows<kRows, THROUGH, STREAMED>(args, dweight, dbias, dx_bias, begin, memory);
+  for (; begin < end; ++begin)
+    add_layer_norm_backward_rows<1, THROUGH, STREAMED>(args, dweight, dbias, dx_bias, begin, memory);
   finish_streams();
 }
 
 static void add_layer_norm_backward(const AddLayerNormBackward& args, float* dweight, float* dbias, float* dx_bias,
                                     int64_t begin, int64_t end) {
-  if (args.grad_sum.data == nullptr)
-    return add_layer_norm_backward_as<false>(args, dweight, dbias, dx_bias, begin, end);
-  add_layer_norm_backward_as<true>(args, dweight, dbias, dx_bias, begin, end);
+  const auto run = [&](auto through) {
+    constexpr bool kThrough = decltype(through)::value;
+    if (args.dsum.streamed && args.dx.data == nullptr)
+      return add_layer_norm_backward_as<kThrough, true>(args, dweight, dbias, dx_bias, begin, end);
+    add_layer_norm_backward_as<kThrough, false>(args, dweight, dbias, dx_bias, begin, end);
+  };
+  if (args.grad_sum.data == nullptr) return run(std::false_type());
+  run(std::true_type());
 }
 
 template <typename T>

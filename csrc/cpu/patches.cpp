@@ -84,20 +84,38 @@ Tensor embed_patches(const Tensor& images, const Tensor& ids, const Tensor& weig
   check_pixels(images, mean, std);
   check_dtypes(weight, bias, pos_embed, prefix, dtype);
   const Tensor patches = gather_patches(images, ids, weight.sizes().slice(2), mean, std, dtype);
+  const Tensor matrix = weight.flatten(1).to(dtype);
   const OptionalTensor narrow_bias = bias.has_value() ? OptionalTensor(bias->to(dtype)) : OptionalTensor();
-  const Tensor tokens = at::linear(patches, weight.flatten(1).to(dtype), narrow_bias).contiguous();
-  if (!pos_embed.has_value() && !prefix.has_value()) return tokens;
   const int64_t K = ids.size(1), N = prefix.has_value() ? prefix->size(0) : 0, width = weight.size(0);
   const Tensor head = prefix.has_value() ? prefix->contiguous() : Tensor(),
                pos = pos_embed.has_value() ? pos_embed->contiguous() : Tensor();
   const Tensor rows =
       pos.defined() && pos_ids.has_value() ? checked_ids("pos_ids", *pos_ids, pos.size(0)) : ids.contiguous();
-  // without a prefix the positions are added in place
-  Tensor out = N == 0 ? tokens : at::empty({ids.size(0), N + K, width}, tokens.options());
   const Type type = type_of(dtype);
   const auto row_of = [width](const Tensor& table, int64_t row) {
     return static_cast<char*>(const_cast<void*>(table.const_data_ptr())) + row * width * table.element_size();
   };
+  if (pos.defined() && N == 0 && dtype == at::kFloat) {
+    // the product is added to position and bias, as it would be to the bias alone: no pass of their own
+    Tensor out = at::empty({ids.size(0) * K, width}, patches.options());
+    const Tensor shift = bias.has_value() ? narrow_bias->contiguous() : Tensor();
+    for_rows(out.size(0), width, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const void* position = row_of(pos, rows.const_data_ptr<int64_t>()[i]);
+        if (shift.defined()) {
+          kernels().add_row(type, row_of(shift, 0), type_of(pos.scalar_type()), position, type, row_of(out, i), width);
+        } else {
+          kernels().copy_row(type_of(pos.scalar_type()), position, type, row_of(out, i), width);
+        }
+      }
+    });
+    out.addmm_(patches.flatten(0, 1), matrix.t());
+    return out.view({ids.size(0), K, width});
+  }
+  const Tensor tokens = at::linear(patches, matrix, narrow_bias).contiguous();
+  if (!pos.defined() && !head.defined()) return tokens;
+  // without a prefix the positions are added in place
+  Tensor out = N == 0 ? tokens : at::empty({ids.size(0), N + K, width}, tokens.options());
   for_rows(ids.size(0) * (N + K), width, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / (N + K), row = i % (N + K);

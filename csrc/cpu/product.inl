@@ -1,6 +1,6 @@
 // Products and transposes of small matrices in cache, of floats or of any type that `add_product` takes.
 
-constexpr int kTileRows = FASTMIM_VL == 16 ? 6 : 4;
+constexpr int kTileRows = FASTMIM_VL >= 8 ? 6 : 4;
 constexpr int kTileVecs = FASTMIM_VL == 16 ? 4 : 2;
 // terms that are summed before they are added to those before them: long chains of floats lose digits
 constexpr int64_t kTerms = 64;

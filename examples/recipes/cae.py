@@ -54,7 +54,7 @@ class CAE(nn.Module):
 
 def example() -> tuple[nn.Module, tuple]:
     """Return a small model and a batch."""
-    return CAE(fastmim.Encoder(**SMALL), depth=2, num_codes=16), (pictures(),)
+    return CAE(fastmim.Encoder(**SMALL, layer_scale=0.1), depth=2, num_codes=16), (pictures(),)
 
 
 if __name__ == "__main__":

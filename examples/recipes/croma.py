@@ -5,7 +5,7 @@ Masked: 75% of the patches of an optical image (12 channels) and, independently,
 place. Attention is biased by distance (ALiBi on two axes). Pooled tokens of both are contrasted; radar tokens attend to
 optical ones, and a decoder reconstructs both images from the result.
 Paid for visible and predicted patches alone: embedding, encoders, fusion, contrast, targets and loss. The decoder, of
-one block, takes all tokens, since each image has its own removed patches.
+one block, and its head take all tokens, since each image has its own removed patches.
 Differs: sizes.
 """
 

@@ -35,7 +35,7 @@ class GraphMAE(nn.Module):
 
     def encode(self, x: Tensor, adjacency: Tensor, rows: Tensor) -> Tensor:
         """Return the states of the nodes `rows`."""
-        return self.act2(adjacency[rows] @ self.second(self.act1(adjacency @ self.first(x))))
+        return self.act2(self.second(adjacency[rows] @ self.act1(adjacency @ self.first(x))))
 
     def decode(self, hidden: Tensor, adjacency: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
         """Predict masked nodes from the visible ones: re-masked states are zero, and so add nothing to a neighbour."""

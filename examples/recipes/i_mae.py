@@ -1,4 +1,4 @@
-"""i-MAE. Zhang et al., "i-MAE: are latent representations in masked autoencoders linearly separable?", 2022.
+"""i-MAE. Zhang and Shen, "i-MAE: are latent representations in masked autoencoders linearly separable?", 2022.
 
 Masked: 75% of the patches of a mixture of two images. Two heads reconstruct the two images from the mixture's latents;
 these are also drawn to a frozen teacher's latents of the weaker image, on the same visible patches.

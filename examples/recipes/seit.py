@@ -3,8 +3,8 @@
 Masked: stored codes of patches, by a ratio that is drawn for each batch. A fixed number of removed patches is dropped,
 the others are mask tokens in the encoder. The decoder's mask token is the encoder's class token of that image; codes of
 all removed patches are classified.
-Paid for visible and predicted patches alone: embedding, and the encoder but for the removed patches that it keeps. The
-decoder takes all tokens.
+Paid for visible and predicted patches alone: embedding and encoder, but for the removed patches that they keep; head
+and loss, and of the decoder's last block all but keys and values. Its other blocks take all tokens.
 Differs: made-up codes, of 32 in place of 391; an embedding of codes in place of a stored codebook's convolution.
 """
 

@@ -74,8 +74,7 @@ class SparK(nn.Module):
         """Return images, from the coarsest map to the finest; masked pixels are filled first."""
         x = 0
         for (of_scale, at), token, lateral, up in reversed([*zip(maps, self.tokens, self.laterals, self.ups)]):
-            filled = torch.where(at[:, None], of_scale, token)
-            x = up(F.interpolate((x + lateral(filled)), scale_factor=2)).relu()
+            x = up(F.interpolate(x + lateral(torch.where(at[:, None], of_scale, token)), scale_factor=2)).relu()
         return self.head(x)
 
     def forward(self, images: Tensor, mask: Mask | None = None) -> Tensor:

@@ -33,13 +33,11 @@ class TIP(nn.Module):
 
     def encode(self, cells: Tensor, known: Tensor, mask: Mask | None = None) -> tuple[Tensor, Tensor]:
         """Return the states of [cls; cells not masked; masked cells], and which of them are known."""
-        columns = torch.arange(self.split, device=cells.device)
-        classes = self.table(cells[:, : self.split].long() + self.classes * columns)
+        columns = torch.arange(cells.shape[1], device=cells.device).expand(cells.shape)
+        classes = self.table((cells.long() + self.classes * columns)[:, : self.split])
         tokens = torch.cat([classes, self.number(cells[:, self.split :, None])], 1)
-        every = torch.arange(cells.shape[1], device=cells.device).expand(cells.shape)
-        kept, hidden = (every, every[:, :0]) if mask is None else (mask.ids_keep, mask.ids_predict)
-        cls = self.cls_token.expand(len(cells), 1, -1)
-        tokens = torch.cat([cls, ops.gather_tokens(tokens, kept)], 1)
+        kept, hidden = (columns, columns[:, :0]) if mask is None else (mask.ids_keep, mask.ids_predict)
+        tokens = torch.cat([self.cls_token.expand(len(cells), 1, -1), ops.gather_tokens(tokens, kept)], 1)
         tokens = ops.decoder_tokens(tokens, kept, hidden, self.mask_token, self.positions, num_prefix_tokens=1)
         valid = [known] if mask is None else [mask.valid_keep, mask.valid_predict]
         keys = torch.cat([known.new_ones(len(cells), 1), *valid], 1)
@@ -71,8 +69,8 @@ class TIP(nn.Module):
         codes = torch.where(is_class & mask.valid_predict, target, -100).long()
         classes = F.cross_entropy(self.to_class(states).mT, codes, ignore_index=-100)
         weight = (~is_class & mask.valid_predict).float()
-        error = (self.to_number(states)[..., 0] - target).square()
-        return classes + (weight * error).sum() / weight.sum().clamp(min=1)
+        error = weight * (self.to_number(states)[..., 0] - target).square()
+        return classes + error.sum() / weight.sum().clamp(min=1)
 
 
 def read_patients(batch: int = 8) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,8 +2,8 @@
 
 Masked: of half the batch, which is clean, 75% of the patches; of the other half, which is noised, 37.5%. Removed pixels
 are reconstructed everywhere, and the noise of visible ones of the noised half. Time modulates every norm (AdaLN).
-Paid for visible and predicted patches alone: embedding and encoder, by each half's own count; the losses. The decoder
-takes all tokens, since it predicts for visible and removed patches.
+Paid for visible and predicted patches alone: embedding and encoder, by each half's own count; the losses. Decoder and
+head take all tokens, since they predict for visible and removed patches.
 Differs: a linear schedule of 1000 steps; time scales and shifts the norms and does not gate the branches.
 """
 

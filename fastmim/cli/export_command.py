@@ -7,12 +7,13 @@ from .options import add_checkpoint, as_path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint(parser)
-    parser.add_argument("--to", choices=("facebook", "huggingface", "timm"), required=True, help="format to write")
+    targets = "facebook", "huggingface", "timm", "videomae"
+    parser.add_argument("--to", choices=targets, required=True, help="format to write")
     parser.add_argument(
         "out",
         metavar="OUT",
         type=as_path,
-        help="a .pth file (facebook), a folder (huggingface), a .safetensors file (timm)",
+        help="a .pth file (facebook, videomae), a folder (huggingface), a .safetensors file (timm)",
     )
     parser.add_argument(
         "--ema", action="store_true", help="the average of the weights that a run with the setting ema keeps"
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write a model as facebookresearch/mae, Hugging Face or timm read it, and compare the outputs."""
-    from ..train.export import export
+    """Write a model as another library reads it, compare the outputs, and print how to read it."""
+    from ..train.export import export, reading
     from ..train.load_run import load_model
 
     # timm's model has no decoder
@@ -29,4 +30,6 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args.checkpoint, key=args.key, allow_missing=missing, ema=args.ema)
     difference = export(model, args.to, args.out)
     print(f"{args.out}: outputs equal (largest difference {difference:.0e} of the largest output)")
+    if code := reading(model, args.to, args.out):
+        print(f"read it with: {code}")
     return 0

@@ -7,11 +7,9 @@ read, and the size, modification time, change time and CRC-32 of the original fi
 places of the second images, and of masks (h, w) of 0 and 1. Each .json file holds the SHA-256 of its content.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .._files import replacing
 from .base_source import Pair
 from .crops import Crops
 from .images import Unreadable
@@ -73,19 +72,8 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file can't be written; the message names it.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+    with replacing(path, ".part") as part, open(part, "wb") as file:
+        yield file
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -64,9 +64,28 @@ def join_qkv_biases(state: Mapping[str, Any]) -> dict[str, Any]:
 def check_system(state: Mapping[str, Any], ours: Mapping[str, Any], module: nn.Module) -> None:
     """Refuse tensors of another system than `module`, unless they have its names; `ours` are those of `state` renamed.
 
+    A MaskedAutoencoderViT and a Pixio have the same names, and differ in the number of class tokens; CroCo and CroCo v2
+    are of one class, and differ in tables of positions.
+
     Raises:
         ValueError: `module` is of one system, and `state` is known to be of another.
     """
-    found, own = system_of(state), {cls.__name__ for cls in type(module).__mro__}
-    if found is not None and found not in own and own & SYSTEMS and ours.keys() != module.state_dict().keys():
-        raise ValueError(f"the weights must be of a {type(module).__name__}, got those of a {found}")
+    found = system_of(state)
+    own = next((cls.__name__ for cls in type(module).__mro__ if cls.__name__ in SYSTEMS), None)
+    if found is None or own is None:
+        return
+    expected = module.state_dict()
+    titles = [_title(system, weights) for system, weights in ((found, state), (own, expected))]
+    fits = ours.keys() == expected.keys() and _class_tokens(ours) == _class_tokens(expected)
+    if not fits and titles[0] != titles[1]:
+        wanted = titles[1].replace(own, type(module).__name__)
+        raise ValueError(f"the weights must be of a {wanted}, got those of a {titles[0]}")
+
+
+def _title(system: str, state: Mapping[str, Any]) -> str:
+    return "CroCo v2" if system == "CroCo" and not {"pos_embed", "enc_pos_embed"} & state.keys() else system
+
+
+def _class_tokens(state: Mapping[str, Any]) -> int | None:
+    token = state.get("cls_token")
+    return None if token is None or token.dim() < 2 else token.shape[1]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .._autocast import autocast_dtype, without_autocast
-from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpacked_backward, _is_long, _scale
+from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpacked_backward, _scale
+from ..ops.long_attention import is_long
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
 from .narrow import NarrowWeights, Products, operands_of
@@ -138,7 +139,7 @@ def attention_gives_bias_grad(x: Tensor, layer: nn.Module) -> bool:
         not torch.compiler.is_compiling()
         and is_stock(layer, nn.Linear)
         and layer.bias is not None
-        and not _is_long(x.shape[1], x.device.type, autocast_dtype(x) or x.dtype)
+        and not is_long(x.shape[1], x.device.type, autocast_dtype(x) or x.dtype)
     )
 
 

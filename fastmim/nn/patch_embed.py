@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from .._checks import axes, check_tensor
-from ..ops.patches import Stat, as_images, channel_stats
+from ..ops._channels import Stat, channel_stats
+from ..ops.patches import as_images
 from ..reference import LARGEST_PIXEL
 from .narrow import residual_stream
 from .stock import unaltered, watched

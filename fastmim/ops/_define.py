@@ -57,7 +57,7 @@ def define(
         formula = backward if twice else once_differentiable(backward)
         torch.library.register_autograd(qualified, formula, setup_context=setup_context)
     op: Callable[..., Any] = getattr(torch.ops.fastmim, name).default
-    return op if internal or backward is None else _refuse_transforms(qualified, op, twice)
+    return op if backward is None else _called(qualified, op, twice, internal)
 
 
 def transformed() -> bool:
@@ -65,20 +65,28 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
-def _refuse_transforms(name: str, op: Callable[..., Any], twice: bool) -> Callable[..., Any]:
-    """Return `op` with an error for derivatives that `backward` does not compute.
+def _called(name: str, op: Callable[..., Any], twice: bool, internal: bool) -> Callable[..., Any]:
+    """Return `op` with a shorter way where no gradient is wanted, and an error for derivatives that it lacks.
 
     PyTorch would drop the tangents of forward-mode AD silently.
     """
+    below_autograd = torch._C._AutoDispatchBelowAutograd
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
-        if transformed() and any(isinstance(arg, Tensor) and _followed(arg) for arg in args):
-            raise RuntimeError(
-                f"{name} is differentiable{'' if twice else ' once'}, by backward() and torch.autograd.grad(): not by "
-                "torch.func's grad, vjp and jvp, nor in forward mode"
-            )
-        return op(*args)
+        if transformed():
+            if not internal and any(isinstance(arg, Tensor) and _followed(arg) for arg in args):
+                raise RuntimeError(
+                    f"{name} is differentiable{'' if twice else ' once'}, by backward() and torch.autograd.grad(): not "
+                    "by torch.func's grad, vjp and jvp, nor in forward mode"
+                )
+            return op(*args)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return op(*args)
+        # torch.library's autograd is in Python, and without a gradient only calls the op in this way: a small op would
+        # wait for it longer than for its kernel
+        with below_autograd():
+            return op(*args)
 
     return call
 

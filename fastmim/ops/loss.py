@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import reference
 from .._checks import check_floating, check_ids, check_number, check_same, check_tensor, patch_grid
+from ._channels import Stat, channel_stats
 from ._define import define, wants_grad
-from .patches import Stat, _gather_patches, channel_stats
+from .patches import _gather_patches
 
 _NORMS = {False: reference.NORM_NONE, True: reference.NORM_PATCH, "channel": reference.NORM_CHANNEL}
 _LOSSES = {"squared": reference.LOSS_SQUARED, "absolute": reference.LOSS_ABSOLUTE, "huber": reference.LOSS_HUBER}

@@ -1,9 +1,7 @@
 """Cut, normalise and embed the chosen patches, reading no other pixel."""
 
 import math
-import numbers
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,10 +10,9 @@ from torch import Tensor
 from .. import reference
 from .._autocast import autocast_dtype
 from .._checks import FLOATING, check_floating, check_ids, check_images, check_same, check_tensor, patch_grid
+from ._channels import Stat, channel_stats
 from ._define import define
 from .tokens import sum_by_position, sum_rows
-
-Stat = Sequence[float] | Tensor | None
 
 
 def gather_patches(
@@ -160,44 +157,6 @@ def as_images(patches: Tensor, channels: int) -> tuple[Tensor, Tensor, list[int]
     patch = [1, values // channels]
     images = patches.unflatten(2, (channels, patch[1])).transpose(1, 2)
     return images, torch.arange(count, device=patches.device).expand(batch, -1), patch
-
-
-def channel_stats(images: Tensor, mean: Stat, std: Stat) -> tuple[Tensor | None, Tensor | None]:
-    """Return `mean` and `std` as checked tensors (C,) on the images' device, None where not given."""
-    return _channel_stat("mean", mean, images), _channel_stat("std", std, images)
-
-
-def _channel_stat(name: str, stat: Stat, images: Tensor) -> Tensor | None:
-    if stat is None:
-        return None
-    channels = images.shape[1]
-    if isinstance(stat, Tensor):
-        check_tensor(name, stat, (channels,), letters="one value per channel")
-        check_floating(name, stat)
-        return stat.detach()
-    if hasattr(stat, "tolist"):  # NumPy's arrays
-        stat = stat.tolist()
-    if not isinstance(stat, Sequence) or not all(isinstance(v, (int, float, numbers.Real)) for v in stat):
-        raise TypeError(f"{name} must be a sequence of numbers or a 1-D tensor, got {stat!r}")
-    if len(stat) != channels:
-        raise ValueError(
-            f"{name} must have one value for each of the {channels} channels, got {len(stat)}: {list(stat)}"
-        )
-    if not all(math.isfinite(v) for v in stat) or (name == "std" and min(stat) <= 0):
-        raise ValueError(f"{name} must be {'positive and ' * (name == 'std')}finite, got {list(stat)}")
-    stat = [float(value) for value in stat]
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    if torch.compiler.is_compiling() or type(images) is not Tensor:
-        # traced: filled on the device, where torch.tensor would be a copy to it at each step, which no graph captures
-        return torch.stack([torch.full((), value, dtype=dtype, device=images.device) for value in stat])
-    return _constant(tuple(stat), dtype, images.device)
-
-
-@lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the same tensor at each call, so that a step copies nothing to the device."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
 
 
 # ---- gather_patches --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import math
 import os
 import re
 import typing
@@ -13,16 +12,12 @@ from typing import Any
 
 import torch
 
-from .._checks import check_count, check_number, check_ratio
 from ..models.mae import MaskedAutoencoderViT
 from ..models.masked_autoencoder import MaskedAutoencoder
-from ..models.video import VideoMAE
 from . import registry
-from .masks import Masks
-from .objective import NAMES
-from .registry import MODELS, SHORT, takes_pairs
-from .report.reporter import check_name
-from .values import PATHS, ConfigError, expanded, imported, one_of, parsed, plain_text, tomllib, typed
+from .config_checks import check_config
+from .registry import MODELS, SHORT
+from .values import PATHS, ConfigError, expanded, one_of, parsed, plain_text, tomllib, typed
 
 SHIPPED = Path(__file__).parent / "configs"
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -177,125 +172,14 @@ class Config:
         for name, value in replace.items():
             object.__setattr__(self, name, value)
         try:
-            self._check()
+            one_of("model", self.model, (*SHORT, *MODELS))
+            one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
+            model = check_config(self)
         except (TypeError, ValueError) as error:
             raise ConfigError(" ".join(str(error).split())) from None
-
-    def _check(self) -> None:
-        one_of("model", self.model, (*SHORT, *MODELS))
-        one_of("dtype", self.dtype, ("auto", *DTYPES, *DTYPE_WORDS))
-        one_of("device", self.device, ("auto", "cpu", "cuda"))
-        one_of("parallel", self.parallel, ("auto", "ddp", "fsdp"))
-        one_of("backend", self.backend, ("auto", "dali", "pillow", "simplejpeg", "pyav", "torchcodec"))
-        if self.compile and self.cuda_graphs and self.micro_batch_size is not None:
-            # a replay writes to the memory in which the one before it left its gradients
-            raise ConfigError(
-                "micro_batch_size must be none with compile and cuda_graphs, which take a batch whole; "
-                f"got {self.micro_batch_size}"
-            )
-        if self.cuda_graphs and self.parallel == "fsdp":
-            # FSDP gathers weights into other memory than that of the captured graph
-            raise ConfigError("parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("device must be auto or cpu where torch finds no CUDA device, got cuda")
-        if self.cuda_graphs and self.device != "cuda":
-            raise ConfigError(f"cuda_graphs needs device cuda, got {self.device}")
-        check_count("seed", self.seed, 0, 2**63 - 1)
-        for name in ("in_chans", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):
-            check_count(name, getattr(self, name), 1)
-        check_count("keep_last", self.keep_last, 2)  # with one to fall back to
-        check_count("reconstruct_every", self.reconstruct_every, 0)
-        for name in ("max_steps", "micro_batch_size", "keep_every", "num_threads"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
-        check_ratio("mask_ratio", self.mask_ratio)
-        check_ratio("decode_ratio", self.decode_ratio, one=True)
-        for name in ("base_lr", "min_lr", "weight_decay", "warmup"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
-        for name in ("lost_after", "timeout"):
-            if not 1 <= getattr(self, name) < 1e8:
-                raise ConfigError(f"{name} must be at least 1 second and below 1e8, got {getattr(self, name)}")
-        if self.warmup >= 1:
-            raise ConfigError(f"warmup must be a share of the run in [0, 1), got {self.warmup}")
-        if any(not self.warmup <= check_number("lr_drops", share) < 1 for share in self.lr_drops) or (
-            sorted(set(self.lr_drops)) != self.lr_drops
-        ):
-            raise ConfigError(
-                f"lr_drops must be ascending shares of the run from warmup, {self.warmup}, to 1; got {self.lr_drops}"
-            )
-        if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
-            raise ConfigError(f"clip_grad must be positive and finite, or none, got {self.clip_grad}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ConfigError(f"crop_scale must be two ascending shares in (0, 1], got {list(self.crop_scale)}")
-        for name in PATHS:
-            if not getattr(self, name):
-                raise ConfigError(f"{name} must be a path, got an empty one")
-        self._check_model()
-        if self.objective not in NAMES:
-            imported("objective", self.objective, NAMES)
-        if self.objective == "mae" and self.objective_options:
-            raise ConfigError(f"objective_options must be empty for objective mae, got {self.objective_options}")
-        if self.report_to is not None:
-            check_name(self.report_to)
-        elif self.report_options:
-            raise ConfigError(f"report_options must be empty without report_to, got {self.report_options}")
-        if self.ema is not None and not 0 <= self.ema < 1:
-            raise ConfigError(f"ema must be in [0, 1), or none, got {self.ema}")
-        if not isinstance(self.patchwise, bool) and self.patchwise != "auto":
-            raise ConfigError(f'patchwise must be "auto", true or false, got {self.patchwise!r}')
-
-    def _check_model(self) -> None:
-        """Check the settings of model and masks, and choose what "auto" leaves open."""
-        sizes = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
-        if not isinstance(sizes, tuple) or not 1 <= len(sizes) <= 3:
-            raise ConfigError(f"image_size must be an int or a list of 1 to 3, got {self.image_size!r}")
-        for size in sizes:
-            check_count("image_size", size, 1)
-        if self.norm_pix_loss not in (True, False, "channel", "auto"):
-            raise ConfigError(f'norm_pix_loss must be true, false, "channel" or "auto", got {self.norm_pix_loss!r}')
-        for option, key in (("img_size", "image_size"), ("norm_pix_loss", "norm_pix_loss"), ("in_chans", "in_chans")):
-            # earlier versions had in_chans among the options
-            if option in self.model_options and (option, self.model_options[option]) != ("in_chans", self.in_chans):
-                raise ConfigError(f"model_options must not hold {option}: {key} is a key of its own")
-        if "norm_layer" in self.model_options:
-            raise ConfigError("model_options must not hold norm_layer, which no text can name")
-        with torch.device("meta"):
-            try:
-                model = self.build()
-            except TypeError as error:
-                raise ConfigError(f"model_options: {error}") from None
-            except ValueError as error:
-                # the model's name for image_size
-                raise ConfigError(re.sub(r"\bimg_size\b", "image_size", str(error))) from None
         if self.norm_pix_loss == "auto":
             plain = type(model) in (MaskedAutoencoder, MaskedAutoencoderViT)
             object.__setattr__(self, "norm_pix_loss", plain or model.norm_pix_loss)
-        if isinstance(model, VideoMAE) and isinstance(self.image_size, int):
-            raise ConfigError(
-                f"image_size must be [frames, height, width] for model {self.model}, got {self.image_size}"
-            )
-        values, made = model.in_chans * math.prod(model.patch_size), model.decoder_pred.out_features
-        if made != values and (self.objective == "mae" or self.objective_options.get("own")):
-            raise ConfigError(
-                f"model_options.out_dim must be {values}, the values of a patch, which are scored; got {made}"
-            )
-        masks = Masks(self.mask_settings, model.grid_size)
-        scored = self.objective == "mae" and self.data_options.get("covisible")
-        if masks.ranks and self.objective in ("mae", "distill") and not scored:
-            raise ConfigError(
-                f"mask of kind {masks.kind!r} needs an objective with scores(batch), a class of your own, or mae with "
-                f"data_options.covisible; got objective {self.objective}"
-            )
-        if self.inner is not None:
-            if not 0 < self.inner[0] <= self.inner[1] <= 1:
-                raise ConfigError(f"inner must be two ascending shares in (0, 1], got {list(self.inner)}")
-            if self.objective in ("mae", "distill") and not takes_pairs(model):
-                raise ConfigError(f"inner must be none for model {self.model}, which takes one view")
-        if self.objective == "distill" and takes_pairs(model):
-            raise ConfigError(f"objective must not be distill for model {self.model}, which takes two views")
 
     @property
     def mask_settings(self) -> dict[str, Any]:

@@ -56,13 +56,12 @@ def load_model(
         weights = store.read_tensors(path, "model")
         # of trained parameters alone
         averages = store.read_tensors(path, "ema") if ema else {}
-        if ema and not averages:
-            raise none_kept
-        weights |= averages
         model = config.build().to(weights["patch_embed.proj.weight"].dtype)
-        model.load_state_dict(weights)
-    except (SafetensorError, KeyError, RuntimeError) as error:
+        model.load_state_dict(weights | averages)
+    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"the model in {path} is damaged or not of {description}: {error}") from None
+    if ema and not averages:
+        raise none_kept
     return model
 
 

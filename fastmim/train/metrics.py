@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._checks import import_error
-from .checkpoint.store import write_atomically
+from .._files import replacing
 from .tensorboard import TensorBoardWriter
 
 # every line has it; lines without are dropped when a run continues
@@ -87,12 +87,8 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _drop_after(path: Path, start: int) -> None:
     """Drop the lines of steps after `start`, and those that were cut off."""
     if path.exists():
-
-        def write(aside: Path) -> None:
-            with open(aside, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
-
-        write_atomically(path, write)
+        with replacing(path) as aside, open(aside, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in read_lines(path) if line[STEP] <= start)
 
 
 def _finite(value: Any) -> Any:

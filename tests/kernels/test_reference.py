@@ -479,7 +479,7 @@ def test_arithmetic_is_in_float32(dtype):
 @pytest.mark.parametrize("bad", [7, -1, -100, 2**40])
 def test_unchecked_ids_read_nan_and_write_nothing(monkeypatch, bad):
     """Ids are not checked here, as on a GPU, where a check would wait for the device."""
-    monkeypatch.setattr(reference, "_checked", lambda x: False)
+    monkeypatch.setattr("fastmim.reference.indexing.can_check", lambda x: False)
     ids = draw_ids(2, 7, 4)
     ids[1, 2] = bad
     tokens, row, table, images = randn(2, 7, 5), randn(5), randn(7, 5), randn(2, 3, 2, 14)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastmim
 from fastmim import Mask, Patches, SimMIM, masking, ops
-from fastmim.interop.convert import huggingface
+from fastmim.interop.convert import vit_names
 from fastmim.train.config import read
 from fastmim.train.masks import Masks
 from fastmim.train.meter import flops_per_image
@@ -251,7 +251,7 @@ def zero_bias(model: SimMIM) -> dict[str, Tensor]:
 
 def _published_of_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of ViTForMaskedImageModeling under SimMIM's published names, with qkv joined."""
-    ours = huggingface.rename(state, "model")
+    ours = vit_names.rename(state, "model")
     ours["mask_token"] = ours.pop("vit.embeddings.mask_token")
     return {name if name.startswith("decoder.") else f"encoder.{name}": value for name, value in ours.items()}
 

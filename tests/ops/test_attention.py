@@ -455,6 +455,14 @@ class TestLongRows:
         assert all(torch.equal(bits(results[name]), bits(clean[name])) for name in clean)
         assert (results["output 0"][-1] == 0).all() and (results["gradient of q"][-1] == 0).all()
 
+    @pytest.mark.parametrize("scale", [-0.3, 0.0, 1e-30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_any_scale(self, dtype, scale):
+        """A scale may be 0 or negative, and the smallest product the largest score."""
+        of = TestAttentionQkvpacked
+        arguments = of().arguments(length=50, width=HEAD_WIDTH, scale=scale)
+        check_op(of.op, of.eager, prepare(arguments, dtype, "contiguous", of.leaves))
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_all_keys_masked(self, dtype):
         qkv = torch.randn(2, 9, 3, 2, HEAD_WIDTH, dtype=dtype, device=DEVICE, requires_grad=True)

@@ -368,7 +368,7 @@ class Indexed(ChecksValues, Differentiable):
     def test_unchecked_ids_stay_in_their_sample(self, monkeypatch):
         """An id that nobody checked reads NaN and writes nothing elsewhere, forward and backward."""
         if DEVICE == "cpu":
-            monkeypatch.setattr("fastmim.reference._checked", lambda x: False)
+            monkeypatch.setattr("fastmim.reference.indexing.can_check", lambda x: False)
             for room in ("tokens", "patches", "loss"):
                 monkeypatch.setattr(f"fastmim.kernels.{room}.check_ids", lambda *arguments: None)
         arguments = self.sample()

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastmim import masking, reference
+from fastmim import masking
 
 
 class Tape(TorchDispatchMode):
@@ -71,7 +71,7 @@ def _graph(tape, *, stream, capture_error_mode):
 
 def install(monkeypatch):
     """Make `torch.cuda` capture on the CPU, and ops check no values, as on a GPU."""
-    monkeypatch.setattr(reference, "_checked", lambda x: False)
+    monkeypatch.setattr("fastmim.reference.indexing.can_check", lambda x: False)
     monkeypatch.setattr(masking.Mask, "_check_values", lambda mask: None)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {

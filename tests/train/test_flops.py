@@ -16,6 +16,8 @@ from fastmim.data import Batch
 from fastmim.train import Config
 from fastmim.train.distributed import Processes
 from fastmim.train.flops import CARDS, DEVICE, Stage, count, count_step, simulated, torch_kernels, triton_kernels
+from fastmim.train.flops.kernel import stored
+from fastmim.train.flops.torch_kernels import foreach, reductions
 from fastmim.train.masks import Masks
 from fastmim.train.objective import PixelObjective
 from fastmim.train.schedule import adamw
@@ -132,7 +134,7 @@ def test_the_simulation_leaves_nothing_behind():
         assert torch.cuda.get_device_capability() == (9, 0)
     assert torch.Tensor.device is before
     assert inside.device == torch.device("meta")
-    assert fastmim.ops.patches._constant.cache_info().currsize == 0
+    assert fastmim.ops._channels._constant.cache_info().currsize == 0
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -148,9 +150,9 @@ def test_lists_are_cut_as_in_the_header_of_this_torch():
     # those of CUDA 13 come first
     tensors = re.search(r"depth_to_max_tensors\[5\] = \{([\d, ]+)\}", source)[1]
     chunks = re.search(r"depth_to_max_blocks\[5\] = \{(\d+)", source)[1]
-    assert int(chunk) == torch_kernels.CHUNK
-    assert tuple(int(n) for n in tensors.split(",")) == torch_kernels.MOST_TENSORS
-    assert int(chunks) == torch_kernels.MOST_CHUNKS
+    assert int(chunk) == foreach.CHUNK
+    assert tuple(int(n) for n in tensors.split(",")) == foreach.MOST_TENSORS
+    assert int(chunks) == foreach.MOST_CHUNKS
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_lists_are_cut_as_in_the_header_of_this_torch():
     ],
 )
 def test_launches_over_lists(sizes, lists, launches):
-    assert torch_kernels._launches([torch.empty(size, device="meta") for size in sizes], lists) == launches
+    assert foreach._launches([torch.empty(size, device="meta") for size in sizes], lists) == launches
 
 
 @pytest.mark.parametrize(
@@ -182,12 +184,12 @@ def test_launches_over_lists(sizes, lists, launches):
 )
 def test_sums_that_thread_blocks_share(shape, dim, split):
     x = torch.empty(shape, device="meta")
-    assert torch_kernels._is_split(x, {dim % len(shape)}, H100) is split
+    assert reductions._is_split(x, {dim % len(shape)}, H100) is split
 
 
 def test_broadcast_values_count_once():
     x = torch.empty(8, 1, 4, device="meta")
-    assert torch_kernels.stored(x.expand(8, 100, 4)) == torch_kernels.stored(x, x) == 4 * 32
+    assert stored(x.expand(8, 100, 4)) == stored(x, x) == 4 * 32
 
 
 def kernels(call, *args, **kwargs):

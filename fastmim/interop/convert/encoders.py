@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import files, huggingface, lightly, videomae
+from . import files, lightly, videomae, vit_names
 from .weights import Weights, allowed, check_new
 
 # parts of names that DataParallel, DDP, FSDP, torch.compile and activation checkpointing add
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # name of the patch embedding, and the prefixes that an encoder's names have where a decoder stands beside it
-PATCHES = {"patch_embed.proj.weight": (lightly.ENCODER,), huggingface.PATCHES: huggingface.ENCODERS}
+PATCHES = {"patch_embed.proj.weight": (lightly.ENCODER,), vit_names.PATCHES: vit_names.ENCODERS}
 
 # names of VideoMAE and SimMIM beside an encoder whose names begin with "encoder."
 BESIDE_ENCODER = videomae.PROJECTION, "decoder.0.weight"

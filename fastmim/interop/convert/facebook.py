@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..._files import replacing
 from ...models.mae import MaskedAutoencoderViT
 from .weights import Weights, settings_of_model
 
@@ -48,14 +49,6 @@ def settings_of_args(args: Namespace) -> dict[str, Any]:
 
 
 def write(path: Path, value: object) -> None:
-    """Save to a temporary file, then rename it to `path`, so that a failure keeps the file that was there."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            torch.save(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Save to `path`; a failure keeps the file that was there."""
+    with replacing(path, f".{os.getpid()}.tmp") as aside, aside.open("xb") as file:
+        torch.save(value, file)

@@ -1,52 +1,24 @@
-"""Conversion from and to Hugging Face's ViTMAE and VideoMAE."""
+"""Conversion from and to Hugging Face's ViTMAE and VideoMAE, and to its encoders."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..._checks import axes, import_error
+from ...models.encoder import Encoder
 from ...models.mae import MaskedAutoencoderViT
 from ...models.video import VideoMAE
 from . import videomae
-from .weights import Weights, assemble, assign, check, rename_and_join, settings_of_model
+from .backbones import encoder_to_huggingface
+from .vit_names import rename, tensor_of
+from .weights import assemble, assign, check, settings_of_model
 
-# matches the names of transformers 4 (encoder.layer.N, attention.attention.query) and 5 (layers.N, attention.q_proj),
-# and those that transformers 5 writes to files (decoder_encoder.layer.N); names of a ViTMAEModel lack "vit."
-_BLOCK = re.compile(
-    r"(?:(?:vit\.)?(?:encoder\.layer|layers)|(decoder)\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.+)"
-)
-_QKV = re.compile(r"attention\.(?:attention\.)?(?:(q)uery|(k)ey|(v)alue|(q)_proj|(k)_proj|(v)_proj)\.(weight|bias)")
-BLOCK_NAMES = {
-    "layernorm_before": "norm1",
-    "layernorm_after": "norm2",
-    "attention.output.dense": "attn.proj",
-    "attention.o_proj": "attn.proj",
-    "intermediate.dense": "mlp.fc1",
-    "mlp.fc1": "mlp.fc1",
-    "output.dense": "mlp.fc2",
-    "mlp.fc2": "mlp.fc2",
-}
-_NAMES = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "layernorm": "norm",
-    "decoder.mask_token": "mask_token",
-    "decoder.decoder_pos_embed": "decoder_pos_embed",
-    "decoder.decoder_embed": "decoder_embed",
-    "decoder.decoder_norm": "decoder_norm",
-    "decoder.decoder_pred": "decoder_pred",
-}
 # of VideoMAE's last norm, which no config gives
 HEAD_NORM_EPS = 1e-5
-# of ViTMAE and VideoMAE
-ENCODERS = "vit.", "videomae."
-PATCHES = "embeddings.patch_embeddings.projection.weight"
 # ViTMAEConfig's values of the keys that a config.json leaves out
 _DEFAULTS = dict(
     hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072, hidden_act="gelu",
@@ -59,6 +31,10 @@ _VIDEO_DEFAULTS = {name: value for name, value in _DEFAULTS.items() if name != "
     num_frames=16, tubelet_size=2, qv_bias=True, use_mean_pooling=True, decoder_num_attention_heads=6,
     decoder_hidden_size=384, decoder_num_hidden_layers=4, decoder_intermediate_size=1536, norm_pix_loss=True,
 )  # fmt: skip
+# PixioConfig's
+_PIXIO_DEFAULTS = dict(
+    hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, mlp_ratio=4, layer_norm_eps=1e-6, image_size=256
+)
 
 
 def _is_count(value: object, low: int = 1) -> bool:
@@ -130,34 +106,44 @@ def from_huggingface(model: nn.Module) -> MaskedAutoencoderViT | VideoMAE:
     return converted
 
 
-def to_huggingface(model: MaskedAutoencoderViT | VideoMAE) -> Any:
-    """Convert `model` to a Hugging Face `ViTMAEForPreTraining` or `VideoMAEForPreTraining` with weights and settings.
+def to_huggingface(model: Encoder) -> Any:
+    """Convert `model` to a Hugging Face model with weights and settings.
 
-    The same images and noise give the same loss and predictions; `from_huggingface` gives back the same bits. Weights
-    are copied, with their dtype and device. `mean` and `std` are not converted: Hugging Face normalises in its image
-    processor. The folder that `save_pretrained` writes of a VideoMAE also loads as a `VideoMAEModel`, and with
+    A MaskedAutoencoderViT becomes a `ViTMAEForPreTraining`, a VideoMAE a `VideoMAEForPreTraining`: the same images and
+    noise give the same loss and predictions, and `from_huggingface` gives back the same bits. Of other models the
+    encoder is converted, whose last hidden state is what `model.encode(images)` returns: to a `PixioModel` where it has
+    several class tokens, a `BeitModel` where it is of a SimMIM, else to a `ViTModel` without a pooler.
+
+    Weights are copied, with their dtype and device. `mean` and `std` are not converted: Hugging Face normalises in its
+    image processor. The folder that `save_pretrained` writes of a VideoMAE also loads as a `VideoMAEModel`, and with
     `use_mean_pooling=True` as a `VideoMAEForVideoClassification`; on disk the eps of the decoder's last norm is 1e-5.
     Weights trained from a non-commercial checkpoint (facebook/vit-mae-* are CC-BY-NC-4.0) stay under its
     licence.
 
     Args:
-        model: a MaskedAutoencoderViT or VideoMAE with square images and patches.
+        model: a MaskedAutoencoderViT, a VideoMAE, or an Encoder of images with class tokens, positions in a table and a
+            final norm (Pixio, CropMAE), or a SimMIM; with square images and patches.
 
     Returns:
-        A `ViTMAEForPreTraining` or `VideoMAEForPreTraining`, in the training mode of `model`.
+        The model of transformers, in the training mode of `model`.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: `model` is neither.
+        TypeError: `model` is none of them.
         ValueError: images or patches that are not square, norms that are not all LayerNorms with the same eps,
-            replaced layers, or another loss.
+            replaced layers, another loss, or an encoder that Hugging Face does not have (CrossMAE, CroCo).
     """
     if isinstance(model, VideoMAE):
         return videomae.video_to_huggingface(model)
+    if isinstance(model, Encoder) and not isinstance(model, MaskedAutoencoderViT):
+        return encoder_to_huggingface(model)
     settings = settings_of_model(model)
     for name in ("img_size", "patch_size"):
         if len(set(settings[name])) > 1:
             raise ValueError(f"model's {name} must be square, as Hugging Face's ViTMAE is; got {settings[name]}")
+    if settings["norm_pix_loss"] not in (True, False):
+        got = settings["norm_pix_loss"]
+        raise ValueError(f"model must have norm_pix_loss True or False, as Hugging Face's ViTMAE; got {got!r}")
     try:
         from transformers import ViTMAEConfig, ViTMAEForPreTraining
     except ImportError as error:
@@ -185,7 +171,7 @@ def to_huggingface(model: MaskedAutoencoderViT | VideoMAE) -> Any:
     weights = model.state_dict()
     # refuse weights without a counterpart, which would be lost
     check(model, rename(converted.state_dict(), "ViTMAEForPreTraining"), "ViTMAEForPreTraining")
-    assign(converted, {key: _tensor(key, weights) for key in converted.state_dict()})
+    assign(converted, {key: tensor_of(key, weights) for key in converted.state_dict()})
     converted.train(model.training)
     return converted
 
@@ -220,6 +206,22 @@ def settings_of_video_config(given: Mapping[str, Any], source: str) -> dict[str,
     )
 
 
+def settings_of_pixio_config(given: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the constructor arguments of the encoder of `Pixio` for the keys `given` of a PixioConfig.
+
+    Raises:
+        ValueError: a value that `Pixio` does not have.
+    """
+    config = {**_PIXIO_DEFAULTS, **given}
+    width, ratio = config["hidden_size"], config.pop("mlp_ratio")
+    for name, value in (("hidden_size", width), ("mlp_ratio", ratio)):
+        if not _is_count(value):
+            raise ValueError(f"{source}.{name} must be a positive int, got {value!r}")
+    settings = settings_of_config(config | dict(intermediate_size=width * ratio), source)
+    # a PixioConfig is of an encoder alone
+    return {name: value for name, value in settings.items() if not name.startswith(("decoder_", "norm_pix"))}
+
+
 def _checked(given: Mapping[str, Any], defaults: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the values of a config for all keys of `defaults`."""
     config = {**defaults, **given}
@@ -250,37 +252,3 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
         norm_layer=partial(nn.LayerNorm, eps=config["layer_norm_eps"]),
         norm_pix_loss=config["norm_pix_loss"],
     )
-
-
-def rename(state: Mapping[str, Tensor], source: str) -> Weights:
-    """Rename Hugging Face's tensors to the names of `MaskedAutoencoderViT`, with query, key and value joined.
-
-    Unknown names stay.
-
-    Raises:
-        ValueError: two tensors of one name; the message begins with `source`.
-    """
-    return rename_and_join(state, _new_name, source)
-
-
-def _new_name(key: str) -> tuple[str, str | None]:
-    """Return fastmim's name for Hugging Face's `key`, and which of q, k and v it is, or None."""
-    block = _BLOCK.fullmatch(key)
-    if block is not None:
-        prefix = f"{'decoder_' if block[1] else ''}blocks.{block[2]}"
-        qkv = _QKV.fullmatch(block[3])
-        if qkv is not None:
-            return f"{prefix}.attn.qkv.{qkv[7]}", next(filter(None, qkv.groups()[:6]))
-        name, _, kind = block[3].rpartition(".")
-        return f"{prefix}.{BLOCK_NAMES.get(name, name)}.{kind}", None
-    bare = key.removeprefix("vit.")
-    name, _, kind = bare.rpartition(".")
-    if kind in ("weight", "bias") and name in _NAMES:
-        return f"{_NAMES[name]}.{kind}", None
-    return _NAMES.get(bare, key), None
-
-
-def _tensor(key: str, weights: Mapping[str, Tensor]) -> Tensor:
-    """Return the tensor for Hugging Face's `key` from `weights`, which have fastmim's names."""
-    name, letter = _new_name(key)
-    return weights[name] if letter is None else weights[name].chunk(3)["qkv".index(letter)]

@@ -9,7 +9,7 @@ from ..._checks import axes
 from ...models.masked_autoencoder import MaskedAutoencoder
 from ...models.published import system_of
 from ...models.video import VideoMAE
-from . import encoders, files, huggingface, lightly, videomae
+from . import encoders, files, huggingface, lightly, videomae, vit_names
 from .grids import Grid, find_grid, resize
 from .systems import find_system, settings_of_content
 from .weights import Weights, assemble, logger, patterns, settings_of_weights
@@ -101,7 +101,7 @@ def load(
     if video and grid_size is not None:
         raise ValueError(f"grid_size is of images, but {source} is of videos: pass img_size, got grid_size {grid_size}")
     config = file.parent / "config.json"
-    theirs = any(name.endswith(huggingface.PATCHES) for name in tensors)
+    theirs = any(name.endswith(vit_names.PATCHES) for name in tensors)
     if theirs and config.is_file():
         found |= _settings_of_config(config, video)
         if not video:
@@ -150,7 +150,7 @@ def _rename(weights: Weights, source: str) -> Weights:
         return weights
     if lightly.is_named(weights):
         return lightly.rename(weights, source)
-    return huggingface.rename(weights, source)
+    return vit_names.rename(weights, source)
 
 
 def _settings_of_config(path: Path, video: bool) -> dict[str, Any]:
@@ -161,8 +161,10 @@ def _settings_of_config(path: Path, video: bool) -> dict[str, Any]:
         if kind != "videomae":
             raise ValueError(f"{path} must be of model_type videomae, got {kind!r}")
         return huggingface.settings_of_video_config(config, str(path))
+    if kind == "pixio":
+        return huggingface.settings_of_pixio_config(config, str(path))
     if kind not in ("vit_mae", "vit"):
-        raise ValueError(f"{path} must be of model_type vit_mae (or vit, an encoder), got {kind!r}")
+        raise ValueError(f"{path} must be of model_type vit_mae (or vit or pixio, an encoder), got {kind!r}")
     return huggingface.settings_of_config(config, str(path))
 
 

@@ -100,6 +100,23 @@ def shared_settings(model: Encoder, ignored: Collection[nn.Module] = ()) -> dict
     return settings
 
 
+def describe(model: Encoder) -> str:
+    """Describe what decides whether another library has a model like `model`."""
+    name, axes, count = type(model).__name__, len(model.grid_size), model.num_prefix_tokens
+    positions = "relative" if hasattr(model, "rel_pos_bias") else model.position
+    norm = "no" if isinstance(model.norm, nn.Identity) else "a"
+    scale = ", and layer scale" if "blocks.0.ls1.gamma" in model.state_dict() else ""
+    return (
+        f"a{'n' * (name[0] in 'AEIOU')} {name} of {axes} ax{'i' if axes == 1 else 'e'}s with {count} class "
+        f"token{'s' * (count != 1)}, {positions} positions, {norm} final norm{scale}"
+    )
+
+
+def encoder_weights(model: Encoder) -> Weights:
+    """Return the weights of the encoder of `model`, by name."""
+    return {name: value for name, value in model.state_dict().items() if not allowed(name, DECODER)}
+
+
 # ---- names and shapes ------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +196,8 @@ def check(
         decoder = {name for name in expected if allowed(name, DECODER)}
         whole = decoder and decoder <= set(missing)
         hint = ' (for an encoder alone, allow_missing="decoder" adds a new decoder)' if whole else ""
-        names = f" does not have the weights of the model{hint}: missing {missing}, left over {leftover}"
+        kind = type(module).__name__
+        names = f" does not have the weights of the model, a {kind}{hint}: missing {missing}, left over {leftover}"
     for name in expected:
         if name not in weights:
             continue
@@ -222,11 +240,15 @@ def assemble(
     Missing weights that are allowed are initialised anew. New weights and conversions of dtype are logged.
 
     Raises:
-        ValueError: as `check`.
+        TypeError, ValueError: as the constructor, and as `check`.
     """
     # on the meta device there is nothing to initialise, so that no random number is drawn
-    with torch.device("meta"):
-        model = kind(**settings)
+    try:
+        with torch.device("meta"):
+            model = kind(**settings)
+    except (TypeError, ValueError) as error:
+        reason = re.sub(r"^[\w.]*__init__\(\) ", "its constructor ", str(error))
+        raise type(error)(f"{source} is of a {kind.__name__}: {reason}") from error
     missing = check(model, weights, source, allow_missing, allow_leftover, outside)
     used = {name: weights[name] for name in model.state_dict() if name in weights}
     dtypes = {name: value.dtype for name, value in used.items()}

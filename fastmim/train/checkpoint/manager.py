@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..._files import flush, replacing
 from ..._version import __version__
 from ...data.base_loader import Loader
 from ...data.lock import Lock
@@ -154,10 +155,11 @@ class CheckpointManager:
             description = json.dumps({"config": self.config.to_dict(), "step": self.saved}, indent=1)
             final.mkdir(exist_ok=True)
             for name, tensors in weights.items():
-                write = partial(store.write_tensors, tensors=tensors)
-                store.write_atomically(final / f"{name}.safetensors", write)
-            store.write_atomically(final / "run.json", lambda path: path.write_text(description))
-            store.flush(final)
+                with replacing(final / f"{name}.safetensors") as path:
+                    store.write_tensors(path, tensors)
+            with replacing(final / "run.json") as path:
+                path.write_text(description)
+            flush(final)
         return final / "model.safetensors"
 
     # ---- restoring ---------------------------------------------------------------------------------------------------

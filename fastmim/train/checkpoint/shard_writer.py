@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from ..._files import flush
 from ...interop.convert.shards import shard_name
 from ..distributed import Processes
 from ..values import ConfigError
@@ -124,7 +125,7 @@ class ShardWriter(StorageWriter):
             tensors[item.index.fqn] = value.detach().contiguous()
             places[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         store.write_tensors(self.path, tensors, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)})
-        store.flush(self.path)
+        flush(self.path)
         self.entry = store.entry_of(self.path)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

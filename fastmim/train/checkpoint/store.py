@@ -9,16 +9,15 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ..._files import flush, naming_errors
 from ...interop.convert.shards import is_sharded, read_shards, shards_among
 
 MANIFEST = "manifest.json"
@@ -208,41 +207,6 @@ def digest(path: Path) -> str:
         while block := file.read(1 << 22):
             total.update(block)
     return total.hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Flush a file or folder to disk, so that it outlasts a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with naming_errors(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def naming_errors(path: Path) -> Iterator[Path]:
-    """Add the path to an OSError that names no file."""
-    try:
-        yield path
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Replace a file by the one that `write(path)` writes; after an error the old file stays, and no partial one."""
-    aside = path.with_name(path.name + ASIDE[0])
-    try:
-        with naming_errors(aside):
-            write(aside)
-        flush(aside)
-        aside.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

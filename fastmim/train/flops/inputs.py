@@ -3,7 +3,7 @@
 import copy
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +73,40 @@ def objective_of(config: Config, device: torch.device, teacher: nn.Module | None
     """
     dtype = torch.float64 if DTYPES[config.dtype] == torch.float64 else torch.float32
     options = config.objective_options
+
+    def drawn(values: Tensor) -> Tensor:
+        if not values.is_floating_point():
+            return values
+        return 0.02 * torch.randn(values.shape, dtype=dtype, device=device)
+
     try:
         with device:
-            model = _replaced(config.build(), lambda values: values.to(dtype))
+            model = config.build()
+            remake([model], lambda values: values.to(dtype) if values.is_floating_point() else values)
             if teacher is None:
                 return objective.build(config.objective, options, model)
-            teacher = _replaced(
-                copy.deepcopy(teacher), lambda values: 0.02 * torch.randn(values.shape, dtype=dtype, device=device)
-            )
+            teacher = copy.deepcopy(teacher)
+            remake([teacher], drawn)
             return objective.Distill(model, **{**options, "teacher": teacher})
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(" ".join(f"objective {config.objective}: {error}".split())) from None
 
 
-def _replaced(module: Any, make: Callable[[Tensor], Tensor]) -> Any:
-    """Replace the floating values of a module in place; `Module.to` doesn't take tensors without values."""
-    for part in module.modules():
-        for name, values in part._parameters.items():
-            if values is not None:
-                part._parameters[name] = nn.Parameter(make(values.detach()), values.requires_grad)
-        for name, values in part._buffers.items():
-            if values is not None and values.is_floating_point():
-                part._buffers[name] = make(values)
-    return module
+def remake(modules: Iterable[nn.Module], make: Callable[[Tensor], Tensor]) -> None:
+    """Replace parameters and buffers by what `make` returns; those that modules share stay shared.
+
+    `Module.to` doesn't take tensors without values.
+    """
+    made: dict[Tensor, Tensor] = {}
+    for part in dict.fromkeys(part for module in modules for part in module.modules()):
+        held: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+        for values in held:
+            for name, value in values.items():
+                if value is not None and value not in made:
+                    new = make(value.detach())
+                    made[value] = nn.Parameter(new, value.requires_grad) if isinstance(value, nn.Parameter) else new
+                if value is not None:
+                    values[name] = made[value]
 
 
 def batch_of(config: Config, model: MaskedAutoencoder, masks: Masks, rows: int, device: torch.device) -> AnyBatch:

@@ -1,8 +1,13 @@
-"""A launch of a device kernel, with its traffic and FLOPs."""
+"""A launch of a device kernel, with its kind, traffic and FLOPs."""
 
 from typing import NamedTuple
 
 from torch import Tensor
+
+# kinds of kernels
+HOST_COPIES, COPIES, ELEMENTWISE, REDUCTIONS = "host copies", "copies and casts", "elementwise", "reductions"
+PRODUCTS, ATTENTION, NORM, GELU = "products", "attention", "norms", "GELU"
+FILLS, GATHERS, OPTIMISER, LOSS = "fills", "gathers", "optimiser", "loss"
 
 
 class Kernel(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from ... import _dispatch
 from ...models import positions, simmim
-from ...ops import patches
+from ...ops import _channels
 from .cards import Card
 
 DEVICE = torch.device("cuda", 0)
@@ -210,7 +210,7 @@ def _attention(
 @contextlib.contextmanager
 def own_constants() -> Iterator[None]:
     """Clear constants that are cached by device: none of a real one is found inside, nor a simulated one outside."""
-    caches = patches._constant, simmim._kept, positions._rope_table
+    caches = _channels._constant, simmim._kept, positions._rope_table
     for cache in caches:
         cache.cache_clear()
     try:

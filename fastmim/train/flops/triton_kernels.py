@@ -11,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .kernel import Kernel, stored
-from .torch_kernels import ATTENTION, GATHERS, GELU, NORM, REDUCTIONS, UnknownOpError
+from .kernel import ATTENTION, GATHERS, GELU, LOSS, NORM, REDUCTIONS, Kernel, stored
+from .torch_kernels import UnknownOpError
 
-LOSS = "loss"
 Arguments = dict[str, Any]
 Amount = Callable[[Arguments], float]
 

@@ -18,7 +18,7 @@ from ..batches import tensors_of
 from ..config import DTYPES, Config
 from ..distributed import Processes
 from ..flops.cards import CARDS
-from ..flops.inputs import batch_of, objective_of, teacher_of
+from ..flops.inputs import batch_of, objective_of, remake, teacher_of
 from ..flops.simulated import DEVICE, own_constants, simulated
 from ..masks import Masks
 from ..schedule import adamw
@@ -263,22 +263,12 @@ class _Step:
 
 def _moved(objective: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Make parameters and buffers on the meta device anew, on `device`, those of a teacher too."""
-    made: dict[Tensor, Tensor] = {}
 
     def fresh(value: Tensor) -> Tensor:
-        if value not in made:
-            kind = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
-            made[value] = torch.empty(value.shape, dtype=kind, device=device)
-            if isinstance(value, nn.Parameter):
-                made[value] = nn.Parameter(made[value], requires_grad=value.requires_grad)
-        return made[value]
+        kind = torch.promote_types(value.dtype, dtype) if value.is_floating_point() else value.dtype
+        return torch.empty(value.shape, dtype=kind, device=device)
 
-    modules = (module for root in (objective, *getattr(objective, "_teacher", ())) for module in root.modules())
-    for module in dict.fromkeys(modules):
-        for values in (module._parameters, module._buffers):
-            for name, value in values.items():
-                if value is not None:
-                    values[name] = fresh(value)
+    remake((objective, *getattr(objective, "_teacher", ())), fresh)
 
 
 def _with(config: Config, **values: Any) -> Config:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..._files import replacing
 from ..._version import __version__
-from ..checkpoint.store import write_atomically
 from ..metrics import forgiving, say
 from .reporter import VERSION, Ending, Line, Reporter, find_reporter
 
@@ -113,8 +113,9 @@ class Sender:
         reporter = self.make(ids.get(self.name))
         if ids.get(self.name) != reporter.run_id:
             text = json.dumps({**ids, self.name: reporter.run_id}, indent=1)
-            with forgiving(f"{self.name} shows a new run after a restart, since {path} can't be written"):
-                write_atomically(path, lambda aside: aside.write_text(text))
+            consequence = f"{self.name} shows a new run after a restart, since {path} can't be written"
+            with forgiving(consequence), replacing(path) as aside:
+                aside.write_text(text)
         return reporter
 
     def _warn(self, error: BaseException) -> None:

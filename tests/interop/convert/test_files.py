@@ -409,7 +409,8 @@ def test_all_errors_are_listed_in_the_models_order(file):
     dtype = "must be dense and of a floating dtype, got torch.strided torch"
     floating = "(float64, float32, bfloat16 or float16)"
     assert str(caught.value) == (
-        f"{file} does not have the weights of the model: missing ['norm.bias'], left over ['head.bias']; "
+        f"{file} does not have the weights of the model, a MaskedAutoencoderViT: missing ['norm.bias'], "
+        f"left over ['head.bias']; "
         f"cls_token must have shape (1, 1, 32), got (3,); blocks.0.norm1.bias {dtype}.int8 {floating}; "
         f"norm.weight must have shape (32,), got (5,); decoder_pred.bias {dtype}.float8_e4m3fn {floating}"
     )

@@ -188,27 +188,41 @@ ENCODERS = {
     "CrossMAE": lambda: fastmim.CrossMAE(**SIZES),
     "CropMAE": lambda: fastmim.CropMAE(**SIZES),
     "CroCo": lambda: fastmim.CroCo(**SIZES),
+    "CroCo v2": lambda: fastmim.CroCo(**SIZES, pos_embed="rope"),
+    "SimMIM": lambda: fastmim.SimMIM(**ENCODER),
+    "SimMIM with positions": lambda: fastmim.SimMIM(**ENCODER, pos_embed="learned", layer_scale=None, qkv_bias=False),
+    "oblong SimMIM": lambda: fastmim.SimMIM(**{**ENCODER, "img_size": (32, 48)}),
 }
+CLASSES = {"CroCo v2": "Eva", "SimMIM": "Beit", "SimMIM with positions": "Beit", "oblong SimMIM": "Beit"}
 ENCODER = {name: value for name, value in SIZES.items() if not name.startswith("decoder")}
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("system", ENCODERS)
-def test_encoders_of_systems_by_name(timm, system):
-    model = random_(ENCODERS[system]()).double().eval()
+def test_encoders_of_systems_by_name(timm, system, dtype, bound):
+    """In float64 up to the rotary angles, which timm rounds to float32."""
+    model = random_(ENCODERS[system]()).to(dtype).eval()
+    state = torch.get_rng_state()
     vit = to_timm(model)
-    assert type(vit) is timm.models.VisionTransformer and not vit.training
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    assert torch.allclose(vit.forward_features(images), model.encode(images), rtol=1e-9, atol=1e-10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(vit).__name__ == CLASSES.get(system, "VisionTransformer") and not vit.training
+    images = torch.randn(2, 3, *model.img_size, dtype=dtype)
+    found, expected = vit.forward_features(images), model.encode(images)
+    assert (found - expected).abs().max() <= bound * expected.abs().max()
     vit.reset_classifier(5, "avg")
-    assert vit(images.float().double()).shape == (2, 5)
+    assert vit.to(dtype)(images).shape == (2, 5)
 
 
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: fastmim.CroCo(**SIZES, pos_embed="rope"), "a CroCo of 2 axes and positions 'rope' is none"),
-        (lambda: fastmim.SimMIM(**ENCODER), "a SimMIM of 2 axes and positions 'relative' is none"),
-        (lambda: fastmim.Encoder((8,), (2,), embed_dim=8, depth=1, num_heads=1), "an? Encoder of 1 axes"),
+        (lambda: fastmim.CroCo(**SIZES, pos_embed="none"), "a CroCo of 2 axes with 0 class tokens, none positions"),
+        (lambda: fastmim.CroCo(**SIZES, pos_embed="rope", num_prefix_tokens=1), "with 1 class token, rope positions"),
+        (lambda: fastmim.SimMIM(**ENCODER, num_prefix_tokens=2), "a SimMIM of 2 axes with 2 class tokens, relative"),
+        (
+            lambda: fastmim.Encoder((8,), (2,), embed_dim=8, depth=1, num_heads=1),
+            "an Encoder of 1 axis with 1",
+        ),
     ],
 )
 def test_other_encoders_are_refused(build, message):
