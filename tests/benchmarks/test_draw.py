@@ -100,7 +100,7 @@ def read(name: str) -> list[dict]:
     return [row for run in (found if isinstance(found, list) else [found]) for row in run["rows"]]
 
 
-@pytest.mark.parametrize("name", draw.THROUGHPUT)
+@pytest.mark.parametrize("name", [*draw.THROUGHPUT, "throughput_cpu_systems.json"])
 def test_tables_of_training_steps(name):
     for row in read(name):
         if row["contestant"] not in draw.CONTESTANTS:
