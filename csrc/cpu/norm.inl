@@ -1,56 +1,5 @@
 // The elementwise passes of a transformer block, a row at a time.
 
-// 2 VL neighbours of a row. Both halves of a line of 64 bytes are written one after the other.
-struct Pair {
-  Vec a, b;
-};
-FASTMIM_HD Pair operator+(Pair x, Pair y) {
-  return {x.a + y.a, x.b + y.b};
-}
-FASTMIM_HD Pair operator-(Pair x, Pair y) {
-  return {x.a - y.a, x.b - y.b};
-}
-FASTMIM_HD Pair operator*(Pair x, Pair y) {
-  return {x.a * y.a, x.b * y.b};
-}
-FASTMIM_HD Pair operator-(Pair x, float y) {
-  return {x.a - y, x.b - y};
-}
-FASTMIM_HD Pair operator*(Pair x, float y) {
-  return {x.a * y, x.b * y};
-}
-
-// as Whole
-struct Pairs {
-  template <typename T>
-  static FASTMIM_HD Pair get(const T* from) {
-    return {load(from), load(from + VL)};
-  }
-  template <typename T>
-  static FASTMIM_HD void put(T* to, Pair values) {
-    store(to, values.a), store(to + VL, values.b);
-  }
-};
-
-// as by_vectors, for each Pair and then for the vectors that are left
-template <typename Step>
-FASTMIM_HD void by_pairs(int64_t count, const Step& step) {
-  int64_t i = 0;
-  for (; i + 2 * VL <= count; i += 2 * VL) step(i, Pairs{});
-  if (i + VL <= count) step(i, Whole{}), i += VL;
-  if (i < count) step(i, Rest{count - i});
-}
-
-// lanes.put, past the caches if STREAMED: then `to` lies at a multiple of the vector's size
-template <bool STREAMED, typename Lanes, typename T, typename Values>
-FASTMIM_HD void put(Lanes lanes, T* to, Values values) {
-  if constexpr (STREAMED && std::is_same_v<Lanes, Pairs> && std::is_same_v<T, float>) {
-    stream(to, values.a), stream(to + VL, values.b);
-  } else {
-    lanes.put(to, values);
-  }
-}
-
 // the widest rows of which the next are asked for ahead: they fit in a cache beside those at work
 constexpr int64_t kFetchedWidth = 4096;
 
@@ -98,7 +47,7 @@ static void write_normed(const AddLayerNorm& args, int64_t row, const float* sum
   const float *weight = args.weight, *bias = args.bias;
   T* normed = static_cast<T*>(at(args.normed, row * width));
   float* copy = args.sum.streamed ? static_cast<float*>(at(args.sum, row * width)) : nullptr;
-  by_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
+  by_vec_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
     const auto value = lanes.get(sum + i);
     put<STREAMED>(lanes, normed + i, (value - mean) * rstd * lanes.get(weight + i) + lanes.get(bias + i));
     if (copy != nullptr) put<true>(lanes, copy + i, value);
@@ -175,7 +124,7 @@ static void add_layer_norm_backward_rows(const AddLayerNormBackward& args, float
       if constexpr (THROUGH) fetch_row(args.grad_sum, row + ROWS, width);
     }
   }
-  by_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
+  by_vec_pairs(width, [&](int64_t i, auto lanes) FASTMIM_STEP {
     const auto factor = lanes.get(weight + i);
     decltype(lanes.get(weight)) to_weight = {}, to_bias = {}, to_x_bias = {};
 #pragma GCC unroll 4

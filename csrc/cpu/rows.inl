@@ -8,6 +8,57 @@ FASTMIM_HD void in_type(Type type, const Call& call) {
   call(F16());
 }
 
+// 2 VL neighbours of a row. Both halves of a line of 64 bytes are written one after the other.
+struct VecPair {
+  Vec a, b;
+};
+FASTMIM_HD VecPair operator+(VecPair x, VecPair y) {
+  return {x.a + y.a, x.b + y.b};
+}
+FASTMIM_HD VecPair operator-(VecPair x, VecPair y) {
+  return {x.a - y.a, x.b - y.b};
+}
+FASTMIM_HD VecPair operator*(VecPair x, VecPair y) {
+  return {x.a * y.a, x.b * y.b};
+}
+FASTMIM_HD VecPair operator-(VecPair x, float y) {
+  return {x.a - y, x.b - y};
+}
+FASTMIM_HD VecPair operator*(VecPair x, float y) {
+  return {x.a * y, x.b * y};
+}
+
+// as Whole
+struct WholePair {
+  template <typename T>
+  static FASTMIM_HD VecPair get(const T* from) {
+    return {load(from), load(from + VL)};
+  }
+  template <typename T>
+  static FASTMIM_HD void put(T* to, VecPair values) {
+    store(to, values.a), store(to + VL, values.b);
+  }
+};
+
+// as by_vectors, for each VecPair and then for the vectors that are left
+template <typename Step>
+FASTMIM_HD void by_vec_pairs(int64_t count, const Step& step) {
+  int64_t i = 0;
+  for (; i + 2 * VL <= count; i += 2 * VL) step(i, WholePair{});
+  if (i + VL <= count) step(i, Whole{}), i += VL;
+  if (i < count) step(i, Rest{count - i});
+}
+
+// lanes.put, past the caches if STREAMED: then `to` lies at a multiple of the vector's size
+template <bool STREAMED, typename Lanes, typename T, typename Values>
+FASTMIM_HD void put(Lanes lanes, T* to, Values values) {
+  if constexpr (STREAMED && std::is_same_v<Lanes, WholePair> && std::is_same_v<T, float>) {
+    stream(to, values.a), stream(to + VL, values.b);
+  } else {
+    lanes.put(to, values);
+  }
+}
+
 template <typename T>
 FASTMIM_HD void load_row_as(const void* from, int64_t stride, float* to, int64_t count) {
   const T* source = static_cast<const T*>(from);

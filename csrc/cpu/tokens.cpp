@@ -83,12 +83,16 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
   const Tensor tokens = visible.contiguous(), mask = mask_token.contiguous();
   // few rows of a long table are read: it is not copied where its rows are dense
   const Tensor pos = pos_embed.stride(-1) == 1 ? pos_embed : pos_embed.contiguous();
-  const int64_t mask_step = mask.dim() == 2 ? mask.stride(0) : 0, pos_step = pos.dim() == 3 ? pos.stride(0) : 0;
+  const auto bytes_of = [](const Tensor& table, int64_t values) { return values * table.element_size(); };
   const int64_t seen = visible.size(1), width = visible.size(2);
   Tensor out = at::empty({visible.size(0), rows, width}, visible.options());
-  const auto row_at = [](const Tensor& table, int64_t offset) {
-    return static_cast<const char*>(table.const_data_ptr()) + offset * table.element_size();
-  };
+  // outside the loop: a tensor's methods cost about as much as a short row
+  const auto* token = static_cast<const char*>(tokens.const_data_ptr());
+  const auto* mask_row = static_cast<const char*>(mask.const_data_ptr());
+  const auto* pos_row = static_cast<const char*>(pos.const_data_ptr());
+  const int64_t token_step = bytes_of(tokens, width), pos_step = bytes_of(pos, pos.stride(-2)),
+                mask_of_sample = mask.dim() == 2 ? bytes_of(mask, mask.stride(0)) : 0,
+                pos_of_sample = pos.dim() == 3 ? bytes_of(pos, pos.stride(0)) : 0;
   const Type type = type_of(visible.scalar_type()), mask_type = type_of(mask.scalar_type()),
              pos_type = type_of(pos.scalar_type());
   const View target = output_rows_of(out, out.nbytes());
@@ -100,8 +104,8 @@ Tensor assemble(const Tensor& visible, const Tensor& mask_token, const Tensor& p
       const auto [from, position] = place(b, row);
       const bool is_visible = from < seen;
       sums[count++] = {is_visible ? type : mask_type,
-                       is_visible ? row_at(tokens, (b * seen + from) * width) : row_at(mask, b * mask_step),
-                       row_at(pos, b * pos_step + position * pos.stride(-2))};
+                       is_visible ? token + (b * seen + from) * token_step : mask_row + b * mask_of_sample,
+                       pos_row + b * pos_of_sample + position * pos_step};
       if (count == kRows || i + 1 == end) {
         kernels().add_rows(sums, count, pos_type, target, i + 1 - count, width);
         count = 0;

@@ -31,24 +31,27 @@ static void add_row(Type a_type, const void* a, Type b_type, const void* b, Type
   });
 }
 
+static void stream_sum(Type a_type, const void* a, Type b_type, const void* b, float* out, int64_t width) {
+  in_type(a_type, [&](auto x) {
+    in_type(b_type, [&](auto y) {
+      const auto* left = static_cast<const decltype(x)*>(a);
+      const auto* right = static_cast<const decltype(y)*>(b);
+      by_vec_pairs(width, [&](int64_t i, auto lanes)
+                              FASTMIM_STEP { put<true>(lanes, out + i, lanes.get(left + i) + lanes.get(right + i)); });
+    });
+  });
+}
+
 // rows first.. of `out` from a row each and one of a table
 static void add_rows(const RowSum* sums, int64_t count, Type table_type, const View& out, int64_t first,
                      int64_t width) {
-  constexpr int64_t kPiece = 512;
-  alignas(64) float sum[kPiece];
-  const auto size = [](Type type) { return type == Type::f32 ? 4 : 2; };
   for (int64_t row = 0; row < count; ++row) {
     const RowSum& of = sums[row];
     void* to = at(out, (first + row) * out.stride[0]);
-    if (!out.streamed) {
+    if (out.streamed) {
+      stream_sum(of.type, of.value, table_type, of.table, static_cast<float*>(to), width);
+    } else {
       add_row(of.type, of.value, table_type, of.table, out.type, to, width);
-      continue;
-    }
-    for (int64_t start = 0; start < width; start += kPiece) {
-      const int64_t piece = width - start < kPiece ? width - start : kPiece;
-      add_row(of.type, static_cast<const char*>(of.value) + start * size(of.type), table_type,
-              static_cast<const char*>(of.table) + start * size(table_type), Type::f32, sum, piece);
-      stream_row(static_cast<float*>(to) + start, sum, piece);
     }
   }
   finish_streams();
