@@ -135,6 +135,14 @@ def test_table_of_learning():
             assert f"{mean(shares):.1f}%{deviation} " in RESULTS_PAGE, (task, form)
 
 
+def test_ops_that_are_slower_than_a_peer():
+    slow = RESULTS_PAGE[RESULTS_PAGE.index("- Some ops on a CPU are slower") :]
+    for row in read("op_ratios.json"):
+        nearest = min(row[f"ratio_{form}"] or 9 for form in ("eager", "compiled"))
+        if nearest < 0.97:
+            assert f"{nearest:.2f}" in slow and f"`{row['op']}`" in slow, row["case"]
+
+
 def test_table_and_chart_of_dual_masking():
     written = json.loads(dual_masking.RESULTS.read_text())
     for line in dual_masking.table(written).splitlines():
