@@ -8,7 +8,7 @@ FASTMIM_HD void in_type(Type type, const Call& call) {
   call(F16());
 }
 
-// 2 VL neighbours of a row. Both halves of a line of 64 bytes are written one after the other.
+// 2 VL values of a row in sequence. Both halves of a line of 64 bytes are written one after the other.
 struct VecPair {
   Vec a, b;
 };
