@@ -49,6 +49,9 @@ class Plan:
         backends: which launchers stand for each backend.
         op_suite, device_suite: arguments of pytest; the first runs in `processes` processes.
         loaded: JPEGs and batch size of the loader stage.
+        tuned_attention: batch, heads, length and head dimension of attention whose gradients are tuned.
+        tiled: longest of these that a tile holds.
+        tuned_norm, tuned_gelu: shapes of tensors of add_layer_norm and bias_gelu.
     """
 
     device: str
@@ -77,6 +80,10 @@ class Plan:
     device_suite: tuple[str, ...]
     processes: int
     loaded: tuple[int, int]
+    tuned_attention: tuple[tuple[int, int, int, int], ...]
+    tiled: int
+    tuned_norm: tuple[tuple[int, int, int], ...]
+    tuned_gelu: tuple[tuple[int, int, int], ...]
 
 
 GPU = Plan(
@@ -117,6 +124,11 @@ GPU = Plan(
     device_suite=("tests/kernels/device",),
     processes=14,
     loaded=(2048, 256),
+    # of ViT-L at batch 256 and mask 0.75, and of ViT-B at batch 1024 and mask 0.95 with its decoder
+    tuned_attention=((256, 16, 197, 32), (256, 16, 50, 64), (1024, 16, 57, 32)),
+    tiled=128,
+    tuned_norm=((256, 50, 1024), (256, 197, 512), (1024, 10, 768), (1024, 47, 512)),
+    tuned_gelu=((256, 50, 4096), (256, 197, 2048)),
 )
 
 _TINY = Step("tiny", 32, 4, 0.75, 1.0, BOTH)
@@ -149,6 +161,10 @@ REHEARSAL = Plan(
     device_suite=("tests/kernels/device", "-k", "equal_repeats"),
     processes=2,
     loaded=(6, 3),
+    tuned_attention=((1, 1, 70, 32), (1, 1, 5, 32)),
+    tiled=64,
+    tuned_norm=((1, 3, 40),),
+    tuned_gelu=((1, 3, 40),),
 )
 
 
