@@ -15,6 +15,7 @@ from cases import (
     NARROW,
     ON_DEVICE,
     TEST_CUDA,
+    TEST_TRITON,
     bits,
     check_op,
     prepare,
@@ -62,8 +63,15 @@ KEY_MASKS = ("none", "some", "a sample without")
 # the CUDA C++ kernels leave those to others
 BIASES = ("none",) if ON_DEVICE and TEST_CUDA else ("none", "full", "rows", "keys", "scalar")
 FUZZED_WIDTHS = st.integers(1, 16).map(lambda words: 8 * words) if ON_DEVICE else st.integers(1, 130)
-# a sequence that fills a tile of a device's kernel, and one that no tile holds
-FORMS = (dict(), dict(length=50, width=64), dict(length=197, width=64)) if ON_DEVICE else (dict(),)
+# few rows; with Triton, also a block and an edge, what fills a tile of a device, and what no tile holds
+FORMS: tuple[dict[str, int], ...] = (dict(),)
+RAGGED_FORMS: tuple[dict[str, object], ...] = (dict(),)
+if ON_DEVICE:
+    FORMS += dict(length=50, width=64), dict(length=65, width=64), dict(length=197, width=64)
+    RAGGED_FORMS += dict(lengths=(50, 3), width=64), dict(lengths=(50, 197, 3), width=64)
+elif TEST_TRITON:
+    FORMS += dict(length=65), dict(length=197)
+    RAGGED_FORMS += (dict(lengths=(50, 197, 3)),)
 
 
 class TestAttentionQkvpacked(Differentiable):
@@ -607,7 +615,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
     tiny = dict(width=3)
     autocast_dtypes = (torch.bfloat16,)
     large = dict(lengths=(50, 197, 3, 65), width=64)
-    forms = (dict(), dict(lengths=(50, 3), width=64), dict(lengths=(50, 197, 3), width=64)) if ON_DEVICE else (dict(),)
+    forms = RAGGED_FORMS
     extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7))
     bad = (
         *BAD_SCALE,
