@@ -197,7 +197,7 @@ def multiply_without_blas():
 
 
 def fuse_products():
-    """Round float32 products after the addition that takes them, as compilers for GPUs do, a selection in between or not.
+    """Round float32 products after the addition that takes them, as compilers for GPUs do, selected in between or not.
 
     They do so even where the rounded product has another use. Triton's interpreter rounds each operation.
     """
