@@ -18,6 +18,8 @@ from cases import (
     TEST_TRITON,
     bits,
     check_op,
+    check_redrawn,
+    op_errors,
     prepare,
     randn,
     run,
@@ -416,6 +418,20 @@ class TestAttention(Differentiable):
 # ---- rows that torch's own attention serves --------------------------------------------------------------------------
 
 
+def check_by_torch(op, eager, arguments, layout="contiguous"):
+    """Check as `check_op` does, but let torch's attention on a device err twice as much.
+
+    There its gradient computes weights again, from a rounded log-sum-exp, and products of float32 are three of
+    TensorFloat-32.
+    """
+
+    def measure(arguments, noise):
+        found = op_errors(op, eager, arguments, layout, noise)
+        return {name: error._replace(ours=error.ours / (1 + ON_DEVICE)) for name, error in found.items()}
+
+    check_redrawn(measure, arguments)
+
+
 class TestLongRows:
     """Beyond `most_keys` a call is torch's attention, with our meaning of masks, scales and empty tensors."""
 
@@ -432,9 +448,9 @@ class TestLongRows:
         separate = TestAttention().arguments(keys=9, mask=mask, bias="none")
         ragged = TestAttentionVarlen().arguments((7, 1, 0, 9))
         for of, arguments in ((TestAttentionQkvpacked, packed), (TestAttention, separate)):
-            check_op(of.op, of.eager, prepare(arguments, dtype, layout, of.leaves), layout)
+            check_by_torch(of.op, of.eager, prepare(arguments, dtype, layout, of.leaves), layout)
         of = TestAttentionVarlen
-        check_op(of.op, of.eager, prepare(ragged, dtype, layout, of.leaves), layout)
+        check_by_torch(of.op, of.eager, prepare(ragged, dtype, layout, of.leaves), layout)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -442,13 +458,13 @@ class TestLongRows:
     @pytest.mark.parametrize("scale", [None, -0.5, 0.0])
     def test_bias_without_gradient(self, dtype, bias, scale):
         arguments = TestAttention().arguments(keys=9, bias=bias, mask="a sample without", scale=scale)
-        check_op(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
+        check_by_torch(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
 
     @pytest.mark.fault
     @pytest.mark.parametrize("bias", ["full", "rows", "keys", "scalar"])
     def test_bias_with_gradient(self, bias):
         arguments = TestAttention().sample(keys=9, bias=bias, mask="a sample without")
-        check_op(ops.attention, plain, arguments)
+        check_by_torch(ops.attention, plain, arguments)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("value", [math.nan, math.inf])
