@@ -24,7 +24,7 @@ PYTHON312 ?= $(or $(shell python3.12 -c "import sys; print(sys.executable)" 2>/d
 	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))))
 FLIGHT ?= .venv-rehearse/bin/python
 FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
-EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA)
+EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA _PLANS)
 
 .PHONY: throughput test faults placement interpret runner test-cpus numerical test-all test-oldest
 .PHONY: gpu-report rehearse carry sanitize lint docs pictures clean

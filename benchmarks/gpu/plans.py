@@ -37,6 +37,7 @@ class Plan:
         steps: what the steps stage measures, the most valuable first.
         rounds, steps_a_round: clocked steps.
         profiled: the step of the profile.
+        hosted: the step of the host's profile.
         compiled: what the compiled stage measures, by a backend of torch.compile.
         heads, lengths, head_dims: of attention; a call moves at least `attention_bytes`.
         cross: queries, keys and head dimension of cross-attention.
@@ -60,6 +61,7 @@ class Plan:
     rounds: int
     steps_a_round: int
     profiled: Step
+    hosted: Step
     compiled: tuple[Step, ...]
     compiler: str
     heads: int
@@ -98,6 +100,7 @@ GPU = Plan(
     rounds=3,
     steps_a_round=5,
     profiled=Step("large", 224, 256, 0.75, 1.0, ((OURS, EAGER),)),
+    hosted=Step("base", 224, 32, 0.75, 1.0, ()),
     compiled=(Step("large", 224, 256, 0.75, 1.0, ((OURS, EAGER), (OURS, BLOCKS), (SAME, BLOCKS))),),
     compiler="inductor",
     heads=16,
@@ -138,6 +141,7 @@ REHEARSAL = Plan(
     rounds=2,
     steps_a_round=1,
     profiled=_TINY,
+    hosted=_TINY,
     compiled=(Step("tiny", 32, 2, 0.75, 1.0, ((OURS, EAGER), (OURS, BLOCKS), (SAME, BLOCKS))),),
     compiler="aot_eager",
     heads=2,

@@ -91,6 +91,7 @@ STAGES = {
     "smoke": Stage(85, script("smoke.py", "--processes", "10")),
     "steps": Stage(110, script("steps.py")),
     "profile": Stage(30, script("step_profile.py")),
+    "host": Stage(20, script("host_profile.py")),
     "suites": Stage(150, suites),
     "cuda-suites": Stage(150, partial(suites, cuda=True)),
     "cache": Stage(20, cache, kept=10),
@@ -103,7 +104,7 @@ STAGES = {
     "loader": Stage(120, script("loading.py")),
     "tune": Stage(60, script("tune.py", interpret=True)),
 }
-FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
+FIRST = ("environment", "smoke", "steps", "profile", "host", "suites", "cache")
 SECOND = ("environment", "suspects", "backends", "ops", "compare", "compiled", "memcheck")
 VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "tune", "cache")}
 # seconds for which the limits of the stages are set
