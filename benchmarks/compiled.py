@@ -108,6 +108,8 @@ def masking_calls() -> Iterator[Call]:
     for model in (B, H):
         n, k = model.patches, model.keep(0.75)
         yield Call("random_masking", f"{n} patches", (BATCH, n, k, n - k, None, seeds), wide=False)
+    # fewer counters than tokens in a block
+    yield Call("random_masking", "64 patches", (BATCH, 64, 16, 48, None, seeds), wide=False)
     noise = single(BATCH, B.patches)
     yield Call("random_masking", "196 patches, noise", (BATCH, 196, 49, 147, noise, None), wide=False)
 

@@ -78,11 +78,11 @@ def _random_masking_kernel(
         own = keys_of(own, token, patches)[:, None]
         for start in range(0, patches, 4 * BLOCK_KEYS):
             counter = start // 4 + tl.arange(0, BLOCK_KEYS)
-            w0, w1, w2, w3 = philox(seed, counter)
-            rank += tl.sum((keys_of(w0, 4 * counter, patches)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w1, 4 * counter + 1, patches)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w2, 4 * counter + 2, patches)[None, :] < own).to(tl.int32), axis=1)
-            rank += tl.sum((keys_of(w3, 4 * counter + 3, patches)[None, :] < own).to(tl.int32), axis=1)
+            x0, x1, x2, x3 = philox(seed, counter)
+            rank += tl.sum((keys_of(x0, 4 * counter, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(x1, 4 * counter + 1, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(x2, 4 * counter + 2, patches)[None, :] < own).to(tl.int32), axis=1)
+            rank += tl.sum((keys_of(x3, 4 * counter + 3, patches)[None, :] < own).to(tl.int32), axis=1)
     valid = token < patches
     id = token.to(tl.int64)
     tl.store(ids_restore + b * patches + token, rank.to(tl.int64), mask=valid)

@@ -184,19 +184,23 @@ def draw_stats(device: str) -> tuple[Tensor, Tensor]:
 
 
 def masking_cases(sizes: Sizes) -> Iterator[Case]:
+    def by_noise(device: str, n: int, k: int, m: int) -> Args:
+        return sizes.many, n, k, m, torch.rand(sizes.many, n, device=device), None
+
+    def by_seeds(device: str, n: int, k: int, m: int) -> Args:
+        return sizes.many, n, k, m, None, torch.randint(-(2**62), 2**62, (sizes.many,), device=device)
+
     for encoder in {encoder.patch: encoder for encoder in sizes.encoders}.values():
         for ratio in MASK_RATIOS:
             n, k = encoder.patches, encoder.keep(ratio)
             m = round((n - k) * (1 if ratio == MASK_RATIOS[0] else DECODED))
-
-            def by_noise(device: str, n: int = n, k: int = k, m: int = m) -> Args:
-                return sizes.many, n, k, m, torch.rand(sizes.many, n, device=device), None
-
-            def by_seeds(device: str, n: int = n, k: int = k, m: int = m) -> Args:
-                return sizes.many, n, k, m, None, torch.randint(-(2**62), 2**62, (sizes.many,), device=device)
-
-            yield op_case("random_masking", f"patch {encoder.patch}, {k} of {n} by noise", FP32, by_noise)
-            yield op_case("random_masking", f"patch {encoder.patch}, {k} of {n} by seeds", FP32, by_seeds)
+            for name, make in (("noise", by_noise), ("seeds", by_seeds)):
+                shape = f"patch {encoder.patch}, {k} of {n} by {name}"
+                yield op_case("random_masking", shape, FP32, partial(make, n=n, k=k, m=m))
+    # fewer counters than tokens in a block
+    for n in (7, 64):
+        make = partial(by_seeds, n=n, k=n // 4, m=n // 2)
+        yield op_case("random_masking", f"{n // 4} of {n} by seeds", FP32, make)
 
 
 def patches_cases(sizes: Sizes, encoder: Encoder, dtype: torch.dtype) -> Iterator[Case]:
