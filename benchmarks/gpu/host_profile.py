@@ -1,6 +1,5 @@
 """Profile the host in one eager training step: milliseconds of each phase, and of Python's functions.
 
-
 The profile runs the backward pass in the thread of the caller, and makes Python slower by about half.
 """
 
