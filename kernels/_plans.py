@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 
 aten = torch.ops.aten
 _ALLOCATIONS = frozenset(
@@ -68,6 +69,10 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
+# compiled kernels of plans, which hold their handles: Triton unloads a kernel that nobody holds
+_planned: set[Any] = set()
+
+
 class _Current(threading.local):
     recorder: _Recorder | None = None
 
@@ -88,16 +93,19 @@ def note(kernel: Any, grid: Sequence[int], arguments: dict[str, Any]) -> None:
 
 def record(launcher: Callable[..., Any], args: Sequence[Any]) -> tuple[Any, Plan | None]:
     """Call a launcher; return its result, and the plan of what it did, None where there can be none."""
+    outer = _current.recorder
     with _Recorder() as recorder:
         _current.recorder = recorder
         try:
             result = launcher(*args)
         finally:
-            _current.recorder = None
+            _current.recorder = outer
     try:
-        return result, _plan(recorder, args, result)
+        plan = _plan(recorder, args, result)
     except Unplanned:
         return result, None
+    _planned.update(kernel for kernel, *_ in recorder.launched)
+    return result, plan
 
 
 def _is_view(func: Any) -> bool:
@@ -109,8 +117,12 @@ def _is_view(func: Any) -> bool:
 def _plan(recorder: _Recorder, args: Sequence[Any], result: Any) -> Plan:
     if recorder.other:
         raise Unplanned(f"it calls {recorder.other}")
+    if knobs.runtime.interpret:
+        raise Unplanned("launches of Triton's interpreter are not noted")
+    if any(getattr(hook, "calls", hook) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)):
+        raise Unplanned("a profiler follows Triton's launches")
     results = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-    given = [(index, arg) for index, arg in enumerate(args) if isinstance(arg, Tensor)]
+    given = [(index, arg) for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.numel()]
     places: dict[int, tuple[int, int]] = {}
     for index, made in enumerate(results):
         if made.numel() == 0:
@@ -138,7 +150,11 @@ def _launch(
     given: list[tuple[int, Tensor]],
     places: dict[int, tuple[int, int]],
 ) -> Launch:
+    if kernel is None:
+        raise Unplanned("a launch was only recorded")
     made = kernel.metadata
+    if made.instrumentation_mode:
+        raise Unplanned("it is instrumented")
     if made.num_ctas != 1 or made.launch_cooperative_grid or made.launch_pdl:
         raise Unplanned("it is no plain launch")
     if made.global_scratch_size or made.profile_scratch_size:
@@ -157,7 +173,11 @@ def _launch(
 def _scalar(value: Any, kind: str) -> Parameter:
     if kind not in _FORMATS:
         raise Unplanned(f"a scalar has type {kind}")
-    return _CONSTANT, 0, int.from_bytes(struct.pack(f"<{_FORMATS[kind]}", value), "little")
+    try:
+        packed = struct.pack(f"<{_FORMATS[kind]}", value)
+    except (OverflowError, struct.error) as error:
+        raise Unplanned(f"a scalar is {value}") from error
+    return _CONSTANT, 0, int.from_bytes(packed, "little")
 
 
 def _address(x: Tensor, given: list[tuple[int, Tensor]], places: dict[int, tuple[int, int]]) -> Parameter:
@@ -169,10 +189,8 @@ def _address(x: Tensor, given: list[tuple[int, Tensor]], places: dict[int, tuple
     if storage in places:
         return *places[storage], address - storage
     owners = [(index, arg) for index, arg in given if arg.untyped_storage().data_ptr() == storage]
-    if len(owners) > 1:
-        # parts of one tensor, such as queries and keys: it must be plain which of them is meant
-        owners = [(index, arg) for index, arg in owners if arg.data_ptr() == address]
-    if len(owners) != 1:
-        raise Unplanned("an address is of no argument, or of several")
+    if not owners:
+        raise Unplanned("an address is of no argument")
+    # of arguments that share memory, any will do: their distance is a part of the layout
     index, arg = owners[0]
-    return _ARGUMENT, index, address - arg.data_ptr()
+    return _ARGUMENT, index, (address - arg.data_ptr()) % 2**64

@@ -1,8 +1,9 @@
 // Plans: what an op of Triton kernels allocates and launches for arguments of one layout, replayed without Python.
 //
 // The kernels of such an op are compiled, and their grids and scalars computed, in Python (fastmim/kernels). All of
-// that depends on the layout of the arguments alone: dtypes, shapes, strides, alignment and scalars. The second time
-// that a layout is met, Python records what it does (fastmim/kernels/_plans.py); from then on the plan is replayed.
+// that depends on the layout of the arguments alone: dtypes, shapes, strides, alignment, shared memory and scalars, and
+// torch's default dtype. The second time that a layout is met, Python records what it does
+// (fastmim/kernels/_plans.py); from then on the plan is replayed.
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -18,8 +19,10 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/DefaultDtype.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -101,40 +104,85 @@ void append_all(std::string& layout, at::IntArrayRef values) {
   layout.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(int64_t));
 }
 
-bool append_tensor(std::string& layout, const at::Tensor& tensor, std::optional<at::Device>& device) {
-  if (tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_conj() || tensor.is_neg()) return false;
-  if (!device) device = tensor.device();
-  append(layout, 't');
-  append(layout, static_cast<int8_t>(tensor.scalar_type()));
-  append(layout, static_cast<int8_t>(tensor.device().type()));
-  append(layout, tensor.device().index());
-  // Triton compiles for addresses that are multiples of 16
-  append(layout, reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0);
-  append_all(layout, tensor.sizes());
-  append_all(layout, tensor.strides());
+// The layout of an op's arguments, and the device on which they all lie.
+struct Layout {
+  std::string bytes;
+  std::optional<at::Device> device;
+  c10::SmallVector<const at::Tensor*, 16> tensors;
+};
+
+// Append which earlier tensor has the same storage, and the distance to it: a plan may take the address of one from the
+// other.
+void append_sharing(Layout& layout, const at::Tensor& tensor) {
+  const void* storage = tensor.storage().data();
+  int8_t earlier = -1;
+  int64_t distance = 0;
+  // one without values has no address
+  if (tensor.numel()) {
+    for (size_t i = 0; i < layout.tensors.size(); i++) {
+      if (!layout.tensors[i]->numel() || layout.tensors[i]->storage().data() != storage) continue;
+      earlier = static_cast<int8_t>(i);
+      distance = static_cast<const char*>(tensor.const_data_ptr()) -
+                 static_cast<const char*>(layout.tensors[i]->const_data_ptr());
+      break;
+    }
+  }
+  append(layout.bytes, earlier);
+  append(layout.bytes, distance);
+}
+
+bool append_tensor(Layout& layout, const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.layout() != at::kStrided || !tensor.has_storage() || tensor.is_meta() ||
+      tensor.is_conj() || tensor.is_neg()) {
+    return false;
+  }
+  if (!layout.device) layout.device = tensor.device();
+  if (tensor.device() != *layout.device) return false;
+  append(layout.bytes, 't');
+  append(layout.bytes, static_cast<int8_t>(tensor.scalar_type()));
+  append(layout.bytes, static_cast<int8_t>(tensor.device().type()));
+  append(layout.bytes, tensor.device().index());
+  // Triton compiles for addresses that are multiples of 16, in an argument or in a part of it
+  append(layout.bytes, static_cast<int8_t>(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16));
+  append_sharing(layout, tensor);
+  append_all(layout.bytes, tensor.sizes());
+  append_all(layout.bytes, tensor.strides());
+  layout.tensors.push_back(&tensor);
   return true;
 }
 
 // Append a description of an argument that a plan may depend on; return whether there is one.
-bool append_argument(std::string& layout, const c10::IValue& value, std::optional<at::Device>& device) {
-  if (value.isTensor()) return append_tensor(layout, value.toTensor(), device);
+bool append_argument(Layout& layout, const c10::IValue& value) {
+  if (value.isTensor()) return append_tensor(layout, value.toTensor());
+  std::string& bytes = layout.bytes;
   if (value.isNone()) {
-    append(layout, 'n');
+    append(bytes, 'n');
   } else if (value.isBool()) {
-    append(layout, value.toBool() ? '1' : '0');
+    append(bytes, value.toBool() ? '1' : '0');
   } else if (value.isInt()) {
-    append(layout, 'i');
-    append(layout, value.toInt());
+    append(bytes, 'i');
+    append(bytes, value.toInt());
   } else if (value.isDouble()) {
-    append(layout, 'd');
-    append(layout, value.toDouble());
+    append(bytes, 'd');
+    append(bytes, value.toDouble());
   } else if (value.isIntList()) {
-    append(layout, 'l');
-    append_all(layout, value.toIntVector());
+    append(bytes, 'l');
+    append_all(bytes, value.toIntVector());
   } else {
     return false;
   }
   return true;
+}
+
+// Describe the arguments of a call; return whether a plan can depend on nothing else.
+bool describe(Layout& layout, at::ArrayRef<c10::IValue> arguments) {
+  layout.bytes.reserve(512);
+  // of results whose dtype no argument gives
+  append(layout.bytes, static_cast<int8_t>(c10::typeMetaToScalarType(at::get_default_dtype())));
+  for (const auto& argument : arguments) {
+    if (!append_argument(layout, argument)) return false;
+  }
+  return layout.device.has_value();
 }
 
 // ---- replay ---------------------------------------------------------------------------------------------------------
@@ -149,7 +197,7 @@ void launch(const Launch& made, at::ArrayRef<c10::IValue> arguments, const std::
                                : source == Source::result  ? &results[index]
                                : source == Source::scratch ? &scratch[index]
                                                            : nullptr;
-    values[i] = value + (tensor ? reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) : 0);
+    values[i] = value + (tensor ? reinterpret_cast<uintptr_t>(tensor->mutable_data_ptr()) : 0);
     pointers[i] = &values[i];
   }
   launch_kernel(made.function, made.grid, made.threads, made.shared, stream, pointers.data());
@@ -184,31 +232,23 @@ struct Served : c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet, Stack* stack) {
     const at::AutoDispatchBelowAutograd guard;
     const size_t count = op.schema().arguments().size();
-    std::string layout;
-    layout.reserve(512);
-    std::optional<at::Device> device;
-    bool described = true;
-    for (const auto& argument : torch::jit::last(*stack, count)) {
-      if (!append_argument(layout, argument, device)) {
-        described = false;
-        break;
-      }
-    }
+    Layout layout;
     bool asks = false;
-    if (described && device) {
+    if (describe(layout, torch::jit::last(*stack, count))) {
       std::shared_ptr<const Plan> plan;
       {
         const std::lock_guard lock(plans->mutex);
         if (plans->layouts.size() > most_layouts) plans->layouts.clear();
-        Known& known = plans->layouts[layout];
+        Known& known = plans->layouts[layout.bytes];
         plan = known.plan;
-        asks = !plan && !known.refused && ++known.calls == 2;
+        asks = !plan && !known.refused && ++known.calls >= 2;
       }
       if (plan) return replay(*plan, *stack, count);
     }
-    if (asks) requested = Request{plans, std::move(layout), *device};
-    call_python(stack);
+    // Python takes the request of this call, or none: not one that an earlier call left, which failed before
     requested.reset();
+    if (asks) requested = Request{plans, std::move(layout.bytes), *layout.device};
+    call_python(stack);
   }
 
   void call_python(Stack* stack) const {
@@ -236,7 +276,10 @@ using PyLaunch = std::tuple<uint64_t, std::array<unsigned, 3>, unsigned, unsigne
 void keep(const Request& request, const std::vector<at::Tensor>& results, std::vector<int64_t> scratch,
           const std::vector<PyLaunch>& launches) {
   auto plan = std::make_shared<Plan>(Plan{request.device, {}, std::move(scratch), {}});
-  for (const auto& result : results) plan->results.push_back({result.sizes().vec(), result.scalar_type()});
+  for (const auto& result : results) {
+    if (result.device() != request.device) return refuse(request);
+    plan->results.push_back({result.sizes().vec(), result.scalar_type()});
+  }
   for (const auto& [function, grid, threads, shared, parameters] : launches) {
     if (parameters.size() > most_parameters) return refuse(request);
     Launch made{reinterpret_cast<Function>(function), grid, threads, shared, {}};
