@@ -26,7 +26,7 @@ FLIGHT ?= .venv-rehearse/bin/python
 FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
 EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA _PLANS)
 
-.PHONY: throughput test faults placement interpret runner test-cpus numerical test-all test-oldest
+.PHONY: throughput test faults placement interpret lower runner test-cpus numerical test-all test-oldest
 .PHONY: gpu-report rehearse carry sanitize lint docs pictures clean
 
 throughput: .venv/ready
@@ -36,6 +36,7 @@ test: .venv/ready lint
 	$(TEST) $(ARGS)
 	$(MAKE) placement
 	$(MAKE) interpret
+	$(MAKE) lower
 	$(MAKE) runner
 
 # every input that once gave a wrong result, no result, or an unclear error: part of the suite
@@ -52,6 +53,15 @@ ELSEWHERE = not compile and not threads and not gradcheck and not second_derivat
 # the op suite on the Triton kernels, in Triton's interpreter
 interpret: .venv/ready
 	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops -k "$(ELSEWHERE)" $(ARGS)
+
+# says nothing of what is launched, or is true of the kernels' values alone
+VALUES = not opcheck and not fuzz and not same_bits and not extreme and not nan_stays and not checkpoint and \
+	not beyond_1024_keys and not far_below_zero
+
+# every kernel that the op suite launches on a GPU, compiled for sm_90 to Triton's IR, where errors of types show;
+# FASTMIM_TEST_ALL=1: to machine code, and for sm_80 and sm_100
+lower: .venv/ready
+	FASTMIM_TEST_DEVICE=cpu $(TEST) tests/ops -k "$(VALUES)" $(ARGS)
 
 # the op suite on the CUDA C++ kernels, run on the CPU by tests/kernels/cuda/host
 runner: .venv/ready

@@ -15,6 +15,7 @@ where those of CUDA C++ do, which serve less, it is skipped.
 
     FASTMIM_TEST_DEVICE=cuda pytest -n 14 tests/ops                      on a GPU
     FASTMIM_TEST_DEVICE=cpu TRITON_INTERPRET=1 pytest tests/ops          a rehearsal in Triton's interpreter
+    FASTMIM_TEST_DEVICE=cpu pytest tests/ops                             kernels are compiled, not run: make lower
     FASTMIM_TEST_DEVICE=cpu FASTMIM_TEST_KERNELS=cuda pytest tests/ops   a rehearsal on the runner
     FASTMIM_TEST_DEVICE=meta pytest tests/ops                            without values: which tensor is on which device
 
@@ -61,6 +62,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("device" if ON_DEVICE else "fastmim")
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = Path(__file__).parent / "ops"
 # tests that are nothing without values, or nothing new
 NEEDS_VALUES = "test_opcheck", "test_fuzz", "test_same_bits", "test_copies", "test_extreme", "test_parallel_rows"
@@ -203,10 +205,13 @@ def served_by():
         yield
         return
     if TEST_TRITON:
-        if DEVICE == "cpu":
+        served = {op: _dispatch.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
+        if INTERPRETED:
             convert_bfloat16_as_gpus_do()
             multiply_without_blas()
-        served = {op: _dispatch.launcher("triton", op) for ops in kernels.OPS.values() for op in ops}
+        elif DEVICE == "cpu":
+            lower = importlib.import_module("lowering").Lowering()
+            served = {op: lower.compiled(op, launch) for op, launch in served.items()}
     else:
         served = cuda_kernels()
     library = torch.library.Library("fastmim", "IMPL")

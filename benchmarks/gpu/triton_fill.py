@@ -34,7 +34,7 @@ from triton.runtime.jit import JITFunction
 from fastmim import _dispatch, kernels
 from gpu import cuda_cpp, op_times, plans, smoke_cases, steps, tune
 from gpu.triton_cache import ARCHITECTURE, Seen, pack, unpack, watch
-from harness.ahead_of_time import Machine, machine
+from harness.ahead_of_time import Machine, laid_out, machine
 from rivals import op_cases
 from rivals.contestants import Contestant, Setting
 from rivals.sizes import Cell
@@ -146,15 +146,6 @@ class Launched(TorchDispatchMode):
                 with unset_fake_temporarily(), torch.autocast("cpu", enabled=False), unserved:
                     _dispatch.launcher("triton", op)(*map(laid_out, values))
         return func(*args, **kwargs)
-
-
-def laid_out(value: Any) -> Any:
-    """Return a tensor of that layout on the meta device, whose address is its offset; other values as they are."""
-    if not isinstance(value, Tensor):
-        return value
-    reach = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride())) + 1
-    storage = torch.empty(max(reach, 1), dtype=value.dtype, device="meta")
-    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 @contextlib.contextmanager

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -58,6 +60,15 @@ def machine(architecture: int) -> Iterator[None]:
         yield
 
 
+def laid_out(value: Any) -> Any:
+    """Return a tensor of that layout on the meta device, whose address is its offset; other values as they are."""
+    if not isinstance(value, Tensor):
+        return value
+    reach = value.storage_offset() + sum((n - 1) * s for n, s in zip(value.shape, value.stride())) + 1
+    storage = torch.empty(max(reach, 1), dtype=value.dtype, device="meta")
+    return storage.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
 class Pointer:
     """Stand-in for a meta tensor in a launch: its dtype, and an address as if its storage began at 0."""
 
@@ -85,6 +96,28 @@ def launches(architecture: int, record: Record) -> Iterator[None]:
 
     with machine(architecture), mock.patch.object(JITFunction, "run", run):
         yield
+
+
+def lower(kernel: JITFunction, architecture: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compile a launch to Triton's IR, which finds errors of types and shapes, and to nothing beyond it."""
+
+    class Lowered(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Lowered
+
+    def only_first(backend: CUDABackend, stages: dict[str, Any], *others: Any) -> None:
+        add_stages(backend, stages, *others)
+        stages |= dict.fromkeys([*stages][1:], stop)
+
+    add_stages = CUDABackend.add_stages
+    with (
+        machine(architecture),
+        mock.patch.object(CUDABackend, "add_stages", only_first),
+        contextlib.suppress(Lowered),
+    ):
+        kernel.run(*args, grid=(1,), warmup=True, **options)
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------
