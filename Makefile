@@ -125,7 +125,7 @@ sanitize: .venv/ready
 	FASTMIM_SANITIZE=1 .venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/sanitize .
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	.venv/bin/python -m pytest tests/ops tests/models/test_masks.py -k "not compile" $(ARGS)
+	.venv/bin/python -m pytest tests/ops tests/models/test_masks.py tests/kernels/test_plans.py -k "not compile" $(ARGS)
 
 # needs no compiler, nor the package installed
 lint: .venv/lint

@@ -1,6 +1,6 @@
-"""Build of the extensions: fastmim._C where torch and a C++ compiler are installed.
+"""Build of the extensions: fastmim._C and fastmim._PLANS where torch and a C++ compiler are installed.
 
-FASTMIM_BUILD_CPP=0 leaves it out; without torch in the build environment the package is pure Python. fastmim._CUDA is
+FASTMIM_BUILD_CPP=0 leaves them out; without torch in the build environment the package is pure Python. fastmim._CUDA is
 built where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), with or without fastmim._C, for
 TORCH_CUDA_ARCH_LIST, by the nvcc of CUDA_HOME, of PATH or of NVIDIA's packages from PyPI.
 """

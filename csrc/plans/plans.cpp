@@ -1,9 +1,9 @@
 // Plans: what an op of Triton kernels allocates and launches for arguments of one layout, replayed without Python.
 //
 // The kernels of such an op are compiled, and their grids and scalars computed, in Python (fastmim/kernels). All of
-// that depends on the layout of the arguments alone: dtypes, shapes, strides, alignment, shared memory and scalars, and
-// torch's default dtype. The second time that a layout is met, Python records what it does
-// (fastmim/kernels/_plans.py); from then on the plan is replayed.
+// that depends on the layout of the arguments alone: dtypes, shapes, strides, alignment, shared memory and scalars. The
+// second time that a layout is met, Python records what it does (fastmim/kernels/_plans.py); from then on the plan is
+// replayed.
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -19,7 +19,6 @@
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/DefaultDtype.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
@@ -177,8 +176,6 @@ bool append_argument(Layout& layout, const c10::IValue& value) {
 // Describe the arguments of a call; return whether a plan can depend on nothing else.
 bool describe(Layout& layout, at::ArrayRef<c10::IValue> arguments) {
   layout.bytes.reserve(512);
-  // of results whose dtype no argument gives
-  append(layout.bytes, static_cast<int8_t>(c10::typeMetaToScalarType(at::get_default_dtype())));
   for (const auto& argument : arguments) {
     if (!append_argument(layout, argument)) return false;
   }

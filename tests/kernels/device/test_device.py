@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import fastmim
-from fastmim import masking, ops
+from fastmim import _backends, masking, ops
 from harness.timing import captured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -140,6 +141,82 @@ def test_two_streams_at_once():
     torch.cuda.synchronize()
     for i, results in enumerate(found):
         assert all(map(torch.equal, results, expected[i % 2]))
+
+
+# ---- launch plans ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Return a function of some ops, its argument and its results by Python, which launches no kernel from then on."""
+    if _backends.plans is None:
+        pytest.skip("fastmim._PLANS was not built")
+    from fastmim.kernels._launch import _Kernel
+
+    weight, bias = torch.randn(2, 256, device=DEVICE).unbind(0)
+
+    def work(qkv):
+        out, grad = with_gradient(qkv)
+        normed, total = ops.add_layer_norm(out.flatten(2), grad[:, :, 0].flatten(2), weight, bias)
+        return out, grad, normed, total
+
+    qkv = packed(64, 50)
+    expected = work(qkv)
+    work(packed(64, 50))
+
+    def run(*args, **options):
+        raise AssertionError("Python launches a kernel")
+
+    monkeypatch.setattr(_Kernel, "run", run)
+    return work, qkv, expected
+
+
+@needs_gpu
+def test_plans_repeat_what_python_launched(planned):
+    work, qkv, expected = planned
+    others = [work(packed(64, 50)) for _ in range(3)]
+    assert all(map(torch.equal, work(qkv), expected))
+    assert not any(torch.equal(other[0], expected[0]) for other in others)
+    with pytest.raises(AssertionError, match="Python launches a kernel"):
+        work(packed(63, 50))
+
+
+@needs_gpu
+def test_plans_launch_on_the_current_stream(planned):
+    work, qkv, expected = planned
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        slow = qkv.detach()
+        for _ in range(50):
+            slow = slow * 1.0
+        found = work(slow.requires_grad_())
+    stream.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_gpu
+def test_plans_launch_in_a_new_thread(planned):
+    work, qkv, expected = planned
+    torch.cuda.synchronize()
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(work(qkv)))
+    thread.start()
+    thread.join()
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+@needs_gpu
+def test_plans_are_captured(planned):
+    work, qkv, expected = planned
+    static = packed(64, 50)
+    graph, results = captured(lambda: work(static))
+    for given in (qkv, packed(64, 50), qkv):
+        with torch.no_grad():
+            static.copy_(given)
+        graph.replay()
+        assert all(map(torch.equal, results, work(given)))
+    assert all(map(torch.equal, results, expected))
 
 
 # ---- captured steps --------------------------------------------------------------------------------------------------
