@@ -46,10 +46,10 @@ class SumOptions:
 
 # Sums over all rows take two launches. Each of the n programs of the first sums every n-th block of rows to a row of
 # partial sums; the second sums those.
-_NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**11, warps=8, registers=128, stages=1)
-_GELU_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**11, warps=8, registers=64, stages=1)
+_NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=8, registers=64, stages=2)
+_GELU_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=4, registers=64, stages=2)
 # for rows of more values than a block
-_WIDE_ROWS = dict(num_warps=16, maxnreg=128)
+_WIDE_ROWS = dict(STAGES=1, num_warps=16, maxnreg=128)
 # largest number of rows of a block, registers of a multiprocessor
 _SUM_ROWS, _REGISTERS = 64, 2**16
 # rows and columns of a block of partial sums
@@ -63,8 +63,8 @@ def _sum_blocks(width: int, options: SumOptions) -> dict[str, int]:
     """Return block sizes, stages, warps and registers of a program that sums rows of `width` values."""
     block = power_of_2(width)
     rows = min(max(options.values // block, 1), _SUM_ROWS)
-    limits = dict(num_warps=options.warps, maxnreg=options.registers) if block <= options.values else _WIDE_ROWS
-    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, STAGES=options.stages, **limits)
+    of_blocks = dict(STAGES=options.stages, num_warps=options.warps, maxnreg=options.registers)
+    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, **(of_blocks if block <= options.values else _WIDE_ROWS))
 
 
 def _sum_grid(rows: int, width: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:

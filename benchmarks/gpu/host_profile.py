@@ -1,4 +1,4 @@
-"""Where the host's time goes in one eager training step: milliseconds of each phase, and Python's functions by time.
+"""Profile the host in one eager training step: milliseconds of each phase, and of Python's functions.
 
 The profile runs the backward pass in the thread of the caller, and makes Python slower by about half.
 """

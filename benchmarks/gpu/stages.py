@@ -97,7 +97,7 @@ STAGES = {
     "cache": Stage(20, cache, kept=10),
     "suspects": Stage(90, suspects),
     "backends": Stage(50, backends),
-    "ops": Stage(75, script("op_times.py", interpret=True)),
+    "ops": Stage(75, script("op_times.py", interpret=True), kept=20),
     "compare": Stage(65, script("cuda_cpp.py", "--stage", "compare", interpret=True)),
     "compiled": Stage(75, script("steps.py", "--stage", "compiled")),
     "memcheck": Stage(60, script("memcheck.py", interpret=True)),
