@@ -1,6 +1,7 @@
 """Updates whose kernels are captured once as a CUDA graph and replayed, and which runs have them."""
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from .batches import AnyBatch, mapped, tensors_of
 from .config import Config
 from .masks import is_scheduled
 from .step import Results, Update
+
+# replays that the device has before the host waits: one runs, one is queued
+AHEAD = 2
 
 
 def obstacle(config: Config) -> str | None:
@@ -49,6 +53,9 @@ class GraphedUpdate:
     capture, as PyTorch asks for. At the second the kernels are captured, which computes nothing, and replayed. Batches
     of another form, and all batches if the capture fails, are updated kernel by kernel.
 
+    A replay takes the host next to no time. It therefore waits for the end of earlier ones, so that batches that are
+    still to be read don't fill the device's memory.
+
     Args:
         update: is captured.
         say: prints a line.
@@ -63,6 +70,7 @@ class GraphedUpdate:
         self.inputs: tuple[AnyBatch, Tensor, Tensor] | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager = self.reported = False
+        self.ends: deque[torch.cuda.Event] = deque()
 
     def __call__(self, batch: AnyBatch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
         """Update the weights by a batch, as `Update` does."""
@@ -80,8 +88,15 @@ class GraphedUpdate:
             self.eager, self.inputs = True, None
             return self.update(batch, seeds, lr, progress)
         assert self.graph is not None
+        if len(self.ends) == AHEAD:
+            end = self.ends.popleft()
+            end.synchronize()
+        else:
+            end = torch.cuda.Event(blocking=True)
         self._copy(batch, seeds, lr)
         self.graph.replay()
+        end.record(torch.cuda.current_stream(self.update.processes.device))
+        self.ends.append(end)
         # the next replay writes to the same memory
         return Results(*(result.clone() for result in self.results))
 

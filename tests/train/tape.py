@@ -87,5 +87,6 @@ def install(monkeypatch):
         "Stream": lambda device=None: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda device=None: stream,
+        "Event": lambda blocking: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

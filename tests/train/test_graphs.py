@@ -163,6 +163,28 @@ def test_hooks_follow_each_step_of_a_default_run(config, where):
     assert where == "anomaly" or len(calls) >= 4
 
 
+def test_the_host_waits_for_the_replay_before_the_last(config, monkeypatch):
+    """Otherwise batches of many steps would wait on the device."""
+    log, inner = [], update_of(on_gpu(config()))
+    update = graphed(inner, pytest.fail)
+
+    class Event:
+        def __init__(self, blocking):
+            self.replay = None
+
+        def record(self, stream):
+            self.replay = update.graph.replays
+            log.append(f"end of {self.replay}")
+
+        def synchronize(self):
+            log.append(f"wait for {self.replay}")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for batch in batches_of(inner, 5):
+        update(*batch, 2**-8)
+    assert log == ["end of 1", "end of 2", "wait for 1", "end of 3", "wait for 2", "end of 4"]
+
+
 def test_batches_of_another_dtype_are_not_replayed(config):
     output, inner = [], update_of(on_gpu(config()))
     update = graphed(inner, output.append)
