@@ -24,7 +24,7 @@ PYTHON312 ?= $(or $(shell python3.12 -c "import sys; print(sys.executable)" 2>/d
 	$(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12))))
 FLIGHT ?= .venv-rehearse/bin/python
 FLY = PYTHONPATH=$(CURDIR) $(FLIGHT)
-EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA)
+EXTENSIONS = $(patsubst %,fastmim/%.cpython-312-x86_64-linux-gnu.so,_C _CUDA _PLANS)
 
 .PHONY: throughput test faults placement interpret lower runner test-cpus numerical test-all test-oldest
 .PHONY: gpu-report rehearse carry sanitize lint docs pictures clean
@@ -126,7 +126,7 @@ sanitize: .venv/ready
 	FASTMIM_SANITIZE=1 .venv/bin/python -m pip install -q --no-deps --no-build-isolation --target build/sanitize .
 	PYTHONPATH=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	.venv/bin/python -m pytest tests/ops tests/models/test_masks.py -k "not compile" $(ARGS)
+	.venv/bin/python -m pytest tests/ops tests/models/test_masks.py tests/kernels/test_plans.py -k "not compile" $(ARGS)
 
 # needs no compiler, nor the package installed
 lint: .venv/lint

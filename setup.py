@@ -1,6 +1,6 @@
-"""Build of the extensions: fastmim._C where torch and a C++ compiler are installed.
+"""Build of the extensions: fastmim._C and fastmim._PLANS where torch and a C++ compiler are installed.
 
-FASTMIM_BUILD_CPP=0 leaves it out; without torch in the build environment the package is pure Python. fastmim._CUDA is
+FASTMIM_BUILD_CPP=0 leaves them out; without torch in the build environment the package is pure Python. fastmim._CUDA is
 built where a GPU is visible or FASTMIM_BUILD_CUDA=1 (0 leaves it out), with or without fastmim._C, for
 TORCH_CUDA_ARCH_LIST, by the nvcc of CUDA_HOME, of PATH or of NVIDIA's packages from PyPI.
 """
@@ -62,7 +62,7 @@ def native():
 
 
 def cpp():
-    """Return the extension of CPU kernels in a list, empty if it is not wanted."""
+    """Return the extension of CPU kernels and that of launch plans, an empty list if they are not wanted."""
     from torch.utils.cpp_extension import CppExtension
 
     if os.environ.get("FASTMIM_BUILD_CPP") == "0":
@@ -73,8 +73,12 @@ def cpp():
         checks = ["-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined"]
         flags, link = [*flags, *checks, "-O1"], [*link, *checks]
     sources = ["csrc/library.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    plans = sorted(map(str, Path("csrc/plans").glob("*.cpp")))
     headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inl"})
-    return [CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link)]
+    return [
+        CppExtension("fastmim._C", sources, depends=headers, extra_compile_args=flags, extra_link_args=link),
+        CppExtension("fastmim._PLANS", plans, depends=headers, extra_compile_args=flags, extra_link_args=link),
+    ]
 
 
 def compilers():
@@ -149,6 +153,8 @@ if __name__ == "__main__":
         # kernels/ lies beside the package and is installed inside it, as fastmim.kernels
         packages=[*find_packages(include=["fastmim", "fastmim.*"], exclude=["fastmim.kernels*"]), "fastmim.kernels"],
         package_dir={"fastmim.kernels": "kernels"},
-        package_data={"fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "cuda_first.json", "train/configs/*.toml"]},
+        package_data={
+            "fastmim": ["py.typed", "_C.pyi", "_CUDA.pyi", "_PLANS.pyi", "cuda_first.json", "train/configs/*.toml"]
+        },
         **native(),
     )

@@ -101,6 +101,7 @@ class Flight:
             rows.FILE: str(self.rows),
             rows.SINCE: str(self.began),
             rows.PATIENCE: str(self.patience),
+            rows.ONLY: args.only,
             **({"OMP_NUM_THREADS": "1"} if args.rehearse else {}),
         }
         os.environ[rows.FILE] = str(self.rows)
@@ -430,6 +431,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the budget; default: 330 for first, 270 for second, 900 for all, six times that for a rehearsal",
     )
     add("--stages", nargs="+", metavar="STAGE", help="only these, in this order; names may be joined by commas")
+    add("--only", default="", metavar="REGEX", help="only rows with such names, in stages that measure row by row")
     add("--out", type=Path, help="folder of the results; default: $OUT, or outputs/flight")
     add("--first", type=Path, help="rows of the first visit; default: first.jsonl of --out or of build/flight")
     add("--rehearse", action="store_true", help="the same at tiny sizes on a CPU, in Triton's interpreter")

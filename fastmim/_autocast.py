@@ -10,7 +10,7 @@ from torch import Tensor
 def autocast_dtype(*tensors: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks for on the tensors' device; None outside autocast and for float64."""
     device = tensors[0].device.type
-    if any(t.dtype == torch.float64 for t in tensors) or not _enabled(device):
+    if not _enabled(device) or any(t.dtype == torch.float64 for t in tensors):
         return None
     return torch.get_autocast_dtype(device)
 

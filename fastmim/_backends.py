@@ -93,3 +93,8 @@ else:
     # Triton's interpreter is for tests: it serves CPU tensors only where Triton is forced. Triton accepts these values
     interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     triton_devices = ("cuda", "cpu") if interpreted and backend == "triton" else ("cuda",)
+
+# ---- plans: csrc/plans -----------------------------------------------------------------------------------------------
+
+# replays what Triton's launchers do without Python; None where it was not built or Triton is missing
+plans: Any = _load_extension("_PLANS") if triton_devices else None

@@ -84,6 +84,23 @@ def devices(op: str) -> tuple[str, ...]:
     return _backends.triton_devices if "triton" in backends(op) else ("cuda",)
 
 
+def planned(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `kernel` with a recording of the calls whose plan `_backends.plans` asks for."""
+
+    def run(*args: Any) -> Any:
+        request = _backends.plans.take_request()
+        if request is None:
+            return kernel(*args)
+        result, plan = importlib.import_module("fastmim.kernels._plans").record(kernel, args)
+        if plan is None:
+            request.refuse()
+        else:
+            request.keep(*plan)
+        return result
+
+    return run
+
+
 def launcher(backend: str, op: str) -> Callable[..., Any]:
     """Return a backend's kernel of `op`: it takes the op's arguments and raises `Unserved` if it can't serve them."""
     if backend == "triton":

@@ -36,6 +36,7 @@ def collect() -> dict[str, Any]:
         "build": _backends.build,
         "cuda build": _backends.cuda_build,
         "cuda first": _dispatch.CUDA_FIRST,
+        "plans": None if _backends.plans is None else {"torch": _backends.plans.torch_version},
         "cuda": {"built": torch.version.cuda, "devices": torch.cuda.device_count()},
         "regions": dali_probe.stored(),
         "FASTMIM_KERNELS": _backends.backend,
@@ -77,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         print("C++        " + ", ".join(f"{name} {value}" for name, value in found["build"].items()))
     if found["cuda build"]:
         print("CUDA C++   " + ", ".join(f"{name} {value}" for name, value in found["cuda build"].items()))
+    print("plans      " + (f"torch {found['plans']['torch']}" if found["plans"] else "none"))
     print(f"CUDA       torch built for {found['cuda']['built'] or 'none'}, {found['cuda']['devices']} devices")
     for card, result in found["regions"].items() or [("DALI's decoding of regions of JPEGs", "not probed yet")]:
         print(f"regions    {card}: {result}")

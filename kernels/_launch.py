@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
-from . import Unserved
+from . import Unserved, _plans
 
 if __package__ != "fastmim.kernels":
     raise ImportError(
@@ -50,6 +51,16 @@ _COUNTS = frozenset(
 _ROW_STRIDES = "_batch", "_row", "_head"
 
 
+class _Kernel(JITFunction):  # type: ignore[misc]
+    """A function that `triton.jit` compiles, whose launches `_plans` notes."""
+
+    def run(self, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled = super().run(*args, grid=grid, warmup=warmup, **options)
+        if _plans.recording():
+            _plans.note(compiled, grid, dict(zip(self.arg_names, args)) | options)
+        return compiled
+
+
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile a function by `triton.jit`, once for all counts and strides between rows.
 
@@ -57,7 +68,9 @@ def kernel(function: Callable[..., Any]) -> Any:
     loads wide.
     """
     names = [name for name in inspect.signature(function).parameters if name in _COUNTS or name.endswith(_ROW_STRIDES)]
-    return triton.jit(function, do_not_specialize=names)
+    if INTERPRETED:
+        return triton.jit(function, do_not_specialize=names)
+    return _Kernel(function, do_not_specialize=names)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

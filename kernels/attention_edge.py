@@ -10,7 +10,6 @@ import triton.language as tl
 from ._launch import kernel
 from .attention_rows import (
     INFINITY,
-    LOG2E,
     attends_to,
     load_row,
     load_rows,
@@ -18,6 +17,7 @@ from .attention_rows import (
     over_columns,
     over_rows,
     over_rows_of_any_size,
+    scores_of,
     store_row,
     store_rows,
     store_sums,
@@ -58,9 +58,9 @@ def _block_weights(q_low, q_high, k_low, k_high, ek_low, ek_high, attends, edge_
 
     A row without any key gets 0, 0 and 1.
     """
-    scores = tl.where(attends[None, :], over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E), -INFINITY)
-    edge = _product(q_low, q_high, ek_low[None, :], ek_high[None, :], 1, D1) * (scale * LOG2E)
-    edge = tl.where(edge_attends, edge, -INFINITY)
+    scores = scores_of(over_columns(q_low, q_high, k_low, k_high, D1), scale)
+    edge = scores_of(_product(q_low, q_high, ek_low[None, :], ek_high[None, :], 1, D1), scale)
+    scores, edge = tl.where(attends[None, :], scores, -INFINITY), tl.where(edge_attends, edge, -INFINITY)
     top = tl.maximum(tl.max(scores, 1), edge)
     top = tl.where(top == -INFINITY, 0.0, top)
     weights, edge = tl.exp2(scores - top[:, None]), tl.exp2(edge - top)
@@ -71,8 +71,8 @@ def _block_weights(q_low, q_high, k_low, k_high, ek_low, ek_high, attends, edge_
 @triton.jit
 def _edge_weights(eq_low, eq_high, k_low, k_high, ek_low, ek_high, attends, edge_attends, scale, D1: tl.constexpr):
     """Return the same for the edge as a query."""
-    scores = _product(k_low, k_high, eq_low[None, :], eq_high[None, :], 1, D1) * (scale * LOG2E)
-    edge = _product(eq_low, eq_high, ek_low, ek_high, 0, D1) * (scale * LOG2E)
+    scores = scores_of(_product(k_low, k_high, eq_low[None, :], eq_high[None, :], 1, D1), scale)
+    edge = scores_of(_product(eq_low, eq_high, ek_low, ek_high, 0, D1), scale)
     scores, edge = tl.where(attends, scores, -INFINITY), tl.where(edge_attends, edge, -INFINITY)
     top = tl.maximum(tl.max(scores, 0), edge)
     top = tl.where(top == -INFINITY, 0.0, top)

@@ -10,11 +10,11 @@ import triton.language as tl
 from ._launch import kernel
 from .attention_rows import (
     INFINITY,
-    LOG2E,
     load_rows,
     offsets_of,
     over_columns,
     over_rows,
+    scores_of,
     store_rows,
     store_sums,
     zeros,
@@ -22,7 +22,7 @@ from .attention_rows import (
 
 
 @triton.jit
-def _scores(row_low, row_high, key_low, key_high, D1: tl.constexpr, TRANSPOSED: tl.constexpr):
+def _products(row_low, row_high, key_low, key_high, D1: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Return the products of each row with each key; with TRANSPOSED, keys by rows."""
     if TRANSPOSED:
         return over_columns(key_low, key_high, row_low, row_high, D1)
@@ -76,9 +76,9 @@ def head_backward_kernel(
         valid_q = row < queries
         q_low, q_high = load_rows(q, row * q_row * UNIT, valid_q, D, D0, D1, UPCAST)
         g_low, g_high = load_rows(grad, row * grad_row * UNIT, valid_q, D, D0, D1, UPCAST)
-        scores = _scores(q_low, q_high, k_low, k_high, D1, TRANSPOSED) * (scale * LOG2E) + beyond
+        scores = scores_of(_products(q_low, q_high, k_low, k_high, D1, TRANSPOSED), scale, beyond)
         weights = tl.exp2(scores - tl.expand_dims(tl.max(scores, by_key), by_key))
-        slopes = _scores(g_low, g_high, v_low, v_high, D1, TRANSPOSED)
+        slopes = _products(g_low, g_high, v_low, v_high, D1, TRANSPOSED)
         inverse = 1.0 / tl.sum(weights, by_key)
         mean = tl.sum(weights * slopes, by_key) * inverse
         weights *= tl.expand_dims(inverse, by_key)

@@ -11,18 +11,18 @@ import triton.language as tl
 from ._launch import kernel
 from .attention_rows import (
     INFINITY,
-    LOG2E,
     aligned,
     attends_to,
+    bias_of,
     load_rows,
     offsets_of,
     over_columns,
     over_rows,
     over_rows_of_any_size,
+    scores_of,
     span,
     store_rows,
     store_sums,
-    with_bias,
     zeros,
 )
 
@@ -32,8 +32,9 @@ def _block_scores(
     q_low, q_high, k_low, k_high, bias, row, column, bias_row, bias_key, valid_q, attends, scale, D1: tl.constexpr
 ):
     """Scores of a block, in powers of 2; -infinity for keys that no query attends to."""
-    scores = over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
-    scores = with_bias(scores, bias, row * bias_row, column * bias_key, valid_q[:, None] & attends[None, :])
+    products = over_columns(q_low, q_high, k_low, k_high, D1)
+    added = bias_of(bias, row * bias_row, column * bias_key, valid_q[:, None] & attends[None, :])
+    scores = scores_of(products, scale, added)
     return tl.where(attends[None, :], scores, -INFINITY)
 
 
@@ -333,8 +334,9 @@ def _key_gradients(
         mean = tl.load(mean_of + statistics + row, valid_q, other=0.0)
         # Keys by queries, so that weights and slopes are left factors. These scores are rounded differently from those
         # that gave the maximum, and may exceed it.
-        scores = over_columns(k_low, k_high, q_low, q_high, D1) * (scale * LOG2E)
-        scores = with_bias(scores, bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
+        products = over_columns(k_low, k_high, q_low, q_high, D1)
+        added = bias_of(bias, column * bias_key, row * bias_row, attends[:, None] & valid_q[None, :])
+        scores = scores_of(products, scale, added)
         weights = tl.exp2(tl.minimum(scores - top[None, :], 0.0)) * inverse[None, :]
         dv_low, dv_high = over_rows(weights, g_low, g_high, dv_low, dv_high, D1)
         slope = weights * (over_columns(v_low, v_high, g_low, g_high, D1) - mean[None, :])

@@ -150,12 +150,22 @@ def attends_to(key_mask, offsets, valid):
 
 
 @triton.jit
-def with_bias(scores, bias, row_offsets, key_offsets, valid):
-    """Add the bias at these offsets to scores in powers of 2."""
+def bias_of(bias, row_offsets, key_offsets, valid):
+    """Return the bias at these offsets, in powers of 2; 0 without one."""
     if bias is None:
-        return scores
+        return 0.0
     else:
         at = bias + row_offsets[:, None] + key_offsets[None, :]
         value = tl.load(at, valid, other=0.0).to(tl.float32)
         # the lowest finite number, a usual mask, stays finite: a row of it alone attends to all keys alike
-        return scores + tl.maximum(value * LOG2E, value * 0.5 - 1.7e38)
+        return tl.maximum(value * LOG2E, value * 0.5 - 1.7e38)
+
+
+@triton.jit
+def scores_of(products, scale, bias=0.0):
+    """Return products * scale + bias as scores in powers of 2, rounded once.
+
+    Of a plain product, a row's maximum would be rounded, but not a score minus that maximum: compilers fuse the two.
+    Large scores would then exceed their maximum by much.
+    """
+    return tl.fma(products, scale * LOG2E, bias)

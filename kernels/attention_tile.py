@@ -6,18 +6,18 @@ import triton.language as tl
 from ._launch import kernel
 from .attention_rows import (
     INFINITY,
-    LOG2E,
     aligned,
     attends_to,
+    bias_of,
     load_rows,
     offsets_of,
     over_columns,
     over_rows,
     over_rows_of_any_size,
+    scores_of,
     span,
     store_rows,
     store_sums,
-    with_bias,
     zeros,
 )
 
@@ -89,12 +89,13 @@ def tile_forward_kernel(
     q_low, q_high = load_rows(q, q_at, valid_q, D, D0, D1, UPCAST)
     k_low, k_high = load_rows(k, k_at, attends, D, D0, D1, UPCAST)
     v_low, v_high = load_rows(v, v_at, attends, D, D0, D1, UPCAST)
-    scores = over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
+    products = over_columns(q_low, q_high, k_low, k_high, D1)
+    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
+    added = bias_of(bias, bias_rows, k_place * bias_key, allowed & valid_q[:, None])
+    scores = scores_of(products, scale, added)
     if PACKED:
         v_low, v_high, mark = _set_aside(v_low, v_high, D1)
         scores += mark[None, :]
-    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
-    scores = with_bias(scores, bias, bias_rows, k_place * bias_key, allowed & valid_q[:, None])
     weights, inverse = _tile_softmax(scores, allowed)
     low, high = zeros(BLOCK_Q, D0, D1)
     low, high = over_rows(weights, v_low, v_high, low, high, D1)
@@ -149,11 +150,12 @@ def tile_backward_kernel(
         key_mark += mark
         g_low, g_high, mark = _set_aside(g_low, g_high, D1)
         row_mark += mark
-    scores = over_columns(q_low, q_high, k_low, k_high, D1) * (scale * LOG2E)
+    products = over_columns(q_low, q_high, k_low, k_high, D1)
+    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
+    added = bias_of(bias, bias_rows, k_place * bias_key, allowed & valid_q[:, None])
+    scores = scores_of(products, scale, added)
     if PACKED:
         scores += row_mark[:, None] + key_mark[None, :]
-    bias_rows = (q_entry * bias_batch + head * bias_head + q_place * bias_row) * BIAS_UNIT
-    scores = with_bias(scores, bias, bias_rows, k_place * bias_key, allowed & valid_q[:, None])
     weights, inverse = _tile_softmax(scores, allowed)
     weights = tl.where(weights == 0.0, 0.0, weights * inverse[:, None])  # the sum may be NaN, and 0 NaN is
     dv_low, dv_high = zeros(BLOCK_K, D0, D1)

@@ -1,5 +1,7 @@
 """Elementwise passes of a transformer block: residual sum with layer norm, bias with GELU."""
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -24,11 +26,32 @@ from ._launch import (
 # columns of a program of bias_gelu: the widths of MLPs are multiples of 512
 _COLUMNS = 512
 
+
+@dataclass(frozen=True)
+class SumOptions:
+    """Launch options of a kernel that writes gradients and sums over rows.
+
+    Args:
+        values: of a block, where a row has fewer.
+        warps: of a program.
+        registers: limit of a thread, which decides how many programs run at once.
+        stages: blocks whose loads are in flight at a time.
+    """
+
+    values: int
+    warps: int
+    registers: int
+    stages: int
+
+
 # Sums over all rows take two launches. Each of the n programs of the first sums every n-th block of rows to a row of
-# partial sums; the second sums those. Values, largest number of rows, and warps of a block:
-_SUM_TILE, _SUM_ROWS, _SUM_WARPS = (2**14, 64, 8) if INTERPRETED else (2**11, 64, 8)
-# registers of a multiprocessor, and the limit of a thread in each kernel, which decides how many programs run at once
-_REGISTERS, _NORM_REGISTERS, _GELU_REGISTERS = 2**16, 128, 64
+# partial sums; the second sums those.
+_NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=8, registers=64, stages=2)
+_GELU_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=4, registers=64, stages=2)
+# for rows of more values than a block
+_WIDE_ROWS = dict(STAGES=1, num_warps=16, maxnreg=128)
+# largest number of rows of a block, registers of a multiprocessor
+_SUM_ROWS, _REGISTERS = 64, 2**16
 # rows and columns of a block of partial sums
 _PARTIALS = dict(BLOCK_ROWS=256, BLOCK_WIDTH=512 if INTERPRETED else 16)
 
@@ -36,12 +59,12 @@ _PARTIALS = dict(BLOCK_ROWS=256, BLOCK_WIDTH=512 if INTERPRETED else 16)
 # ---- sums over rows --------------------------------------------------------------------------------------------------
 
 
-def _sum_blocks(width: int, registers: int) -> dict[str, int]:
-    """Return block sizes, warps and registers of a program that sums rows of `width` values."""
+def _sum_blocks(width: int, options: SumOptions) -> dict[str, int]:
+    """Return block sizes, stages, warps and registers of a program that sums rows of `width` values."""
     block = power_of_2(width)
-    warps, registers = (_SUM_WARPS, registers) if block <= _SUM_TILE else (16, 128)
-    rows = min(max(_SUM_TILE // block, 1), _SUM_ROWS)
-    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, num_warps=warps, maxnreg=registers)
+    rows = min(max(options.values // block, 1), _SUM_ROWS)
+    of_blocks = dict(STAGES=options.stages, num_warps=options.warps, maxnreg=options.registers)
+    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, **(of_blocks if block <= options.values else _WIDE_ROWS))
 
 
 def _sum_grid(rows: int, width: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:
@@ -198,7 +221,8 @@ def _add_layer_norm_backward_kernel(
     bias, bias_value,
     dtotal, recomputed, dx, partials,
     rows, count, skipped, width,
-    SUM_DX: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    SUM_DX: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of every n-th block of rows, n the number of programs; given `bias`, also the normed rows.
 
@@ -214,7 +238,7 @@ def _add_layer_norm_backward_kernel(
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
     if SUM_DX:
         dx_bias = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid_rows = row < rows
         valid = valid_rows[:, None] & valid_columns[None, :]
@@ -282,7 +306,7 @@ def add_layer_norm_backward(
         return dtotal, *sums[:2], normed, dx, sums[2] if sum_dx else dx_bias
     grad_normed, total = as_rows(grad_normed), as_rows(total)
     grad_sum = as_rows(grad_sum) if grad_sum is not None and grad_sum.numel() else None
-    blocks = _sum_blocks(width, _NORM_REGISTERS)
+    blocks = _sum_blocks(width, _NORM_BACKWARD)
     grid = _sum_grid(rows, width, blocks, total.device)
     partials = total.new_empty(grid[0], 3 if sum_dx else 2, width, dtype=torch.float32)
     with on_device(total):
@@ -378,7 +402,8 @@ def _bias_gelu_backward_kernel(
     bias, bias_value,
     dx, recomputed, partials,
     rows, count, width,
-    RECOMPUTE: tl.constexpr, UNIT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    RECOMPUTE: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of x for every n-th block of rows, n the number of programs.
 
@@ -388,7 +413,7 @@ def _bias_gelu_backward_kernel(
     valid_columns = column < width
     biases = tl.load(bias + column * bias_value, mask=valid_columns, other=0.0).to(tl.float32)
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_WIDTH], tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=STAGES):
         row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         valid = (row < rows)[:, None] & valid_columns[None, :]
         b, k = image_rows(row, count)
@@ -416,7 +441,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor, recompute: bool = 
     width = x.shape[-1]
     rows = x.numel() // width
     refuse_rows(rows)
-    blocks = _sum_blocks(min(width, _COLUMNS), _GELU_REGISTERS)
+    blocks = _sum_blocks(min(width, _COLUMNS), _GELU_BACKWARD)
     grid = _sum_grid(rows, width, blocks, x.device)
     partials = bias.new_empty(grid[0], 1, width, dtype=torch.float32)
     with on_device(x):

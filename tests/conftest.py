@@ -198,6 +198,47 @@ def multiply_without_blas():
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def fuse_products():
+    """Round float32 products after the addition that takes them, as compilers for GPUs do, selected in between or not.
+
+    They do so even where the rounded product has another use. Triton's interpreter rounds each operation.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    multiply, select = builder.create_fmul, builder.create_select
+
+    def create_fmul(self, a, b):
+        result = multiply(self, a, b)
+        if result.data.dtype == np.float32:
+            result.product = a.data, b.data, np.bool_(True)
+        return result
+
+    def create_select(self, condition, a, b):
+        result = select(self, condition, a, b)
+        if hasattr(a, "product"):
+            *factors, chosen = a.product
+            result.product = *factors, chosen & condition.data
+        return result
+
+    def fusing(plain, sign):
+        """Compute a + sign * b."""
+
+        def create(self, a, b):
+            result = plain(self, a, b)
+            for product, factor, other in ((a, 1, sign * b.data), (b, sign, a.data)):
+                if hasattr(product, "product"):
+                    left, right, chosen = product.product
+                    # float64 holds the product
+                    exact = (factor * left.astype(np.float64) * right + other).astype(np.float32)
+                    return interpreter.TensorHandle(np.where(chosen, exact, result.data), result.dtype)
+            return result
+
+        return create
+
+    builder.create_fmul, builder.create_select = create_fmul, create_select
+    builder.create_fadd, builder.create_fsub = fusing(builder.create_fadd, 1), fusing(builder.create_fsub, -1)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def served_by():
     """Let the backend under test serve."""
@@ -209,6 +250,7 @@ def served_by():
         if INTERPRETED:
             convert_bfloat16_as_gpus_do()
             multiply_without_blas()
+            fuse_products()
         elif DEVICE == "cpu":
             lower = importlib.import_module("lowering").Lowering()
             served = {op: lower.compiled(op, launch) for op, launch in served.items()}

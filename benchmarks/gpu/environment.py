@@ -68,7 +68,9 @@ def served() -> dict[str, Any]:
     for name, built in (("_C", found["build"]), ("_CUDA", found["cuda build"])):
         if not built:
             print(f"fastmim.{name} is not there: {found['missing'].get({'_C': 'cpp', '_CUDA': 'cuda'}[name])}")
-    return {key: found[key] for key in ("ops", "missing", "build", "cuda build", "cuda first")}
+    if not found["plans"]:
+        print("fastmim._PLANS is not there: Triton's launchers run in Python each time")
+    return {key: found[key] for key in ("ops", "missing", "build", "cuda build", "cuda first", "plans")}
 
 
 def ceilings(plan: Plan) -> dict[str, float]:

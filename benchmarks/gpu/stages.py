@@ -91,19 +91,21 @@ STAGES = {
     "smoke": Stage(85, script("smoke.py", "--processes", "10")),
     "steps": Stage(110, script("steps.py")),
     "profile": Stage(30, script("step_profile.py")),
+    "host": Stage(20, script("host_profile.py")),
     "suites": Stage(150, suites),
     "cuda-suites": Stage(150, partial(suites, cuda=True)),
     "cache": Stage(20, cache, kept=10),
     "suspects": Stage(90, suspects),
     "backends": Stage(50, backends),
-    "ops": Stage(75, script("op_times.py", interpret=True)),
+    "ops": Stage(75, script("op_times.py", interpret=True), kept=20),
     "compare": Stage(65, script("cuda_cpp.py", "--stage", "compare", interpret=True)),
     "compiled": Stage(75, script("steps.py", "--stage", "compiled")),
     "memcheck": Stage(60, script("memcheck.py", interpret=True)),
     "loader": Stage(120, script("loading.py")),
+    "tune": Stage(60, script("tune.py", interpret=True)),
 }
-FIRST = ("environment", "smoke", "steps", "profile", "suites", "cache")
+FIRST = ("environment", "smoke", "steps", "profile", "host", "suites", "cache")
 SECOND = ("environment", "suspects", "backends", "ops", "compare", "compiled", "memcheck")
-VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "cache")}
+VISITS = {"first": FIRST, "second": SECOND, "all": (*FIRST[:-1], *SECOND[1:], "cuda-suites", "loader", "tune", "cache")}
 # seconds for which the limits of the stages are set
 BUDGETS = {"first": 330.0, "second": 270.0, "all": 900.0}

@@ -23,7 +23,7 @@ HUNG = 60.0
 TOP = 25
 # kinds of kernel and patterns of their names; the first match counts
 KINDS = (
-    ("attention", "(tile|edge|loop)_(forward|backward)|attention|flash|fmha"),
+    ("attention", "(tile|edge|head|loop)_(forward|backward)|attention|flash|fmha"),
     ("matmul", "gemm|cutlass|nvjet|cublas|_mm|s16816|wgmma|sgemm|splitk"),
     ("norm and GELU", "layer_norm|gelu"),
     ("loss, masking, patches, tokens", "loss|masking|gather|scatter|decoder|unshuffle|place|sum_kernel|mask_token"),

@@ -93,7 +93,7 @@ def synchronisations(step: Callable[[], Any]) -> list[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
             torch.set_warn_always(False)
-    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    return [f"{Path(w.filename).name}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
 
 
 def measured(step: Step, form: str, how: str, plan: Plan) -> dict[str, Any]:

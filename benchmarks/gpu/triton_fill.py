@@ -32,7 +32,7 @@ from triton.runtime import build
 from triton.runtime.jit import JITFunction
 
 from fastmim import _dispatch, kernels
-from gpu import cuda_cpp, op_times, plans, smoke_cases, steps
+from gpu import cuda_cpp, op_times, plans, smoke_cases, steps, tune
 from gpu.triton_cache import ARCHITECTURE, Seen, pack, unpack, watch
 from harness.ahead_of_time import Machine, laid_out, machine
 from rivals import op_cases
@@ -53,6 +53,7 @@ def programs() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"steps: {name}", partial(training_step, step)
     yield from op_programs(plans.GPU)
     yield from launcher_programs(replace(plans.GPU, device="meta"))
+    yield from tuned_programs(replace(plans.GPU, device="meta"))
 
 
 def smoke_case(case: smoke_cases.Case) -> None:
@@ -101,6 +102,20 @@ def launcher_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]
 
     for name, make in (*cuda_cpp.small(plan), *cuda_cpp.large(plan)):
         yield f"launchers: {name}", partial(call_all, make)
+
+
+def tuned_programs(plan: plans.Plan) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the calls of launchers that tune.py times, in each variant."""
+
+    def call_all(make: Callable[[], tune.Case]) -> None:
+        with unset_fake_temporarily():
+            case = make()
+            for variant in case.variants.values():
+                with variant():
+                    case.call()
+
+    for name, make in tune.cases(plan):
+        yield f"tune: {name}", partial(call_all, make)
 
 
 def differentiated(form: Callable[..., Any], inputs: list[Tensor]) -> None:

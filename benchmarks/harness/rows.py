@@ -17,6 +17,7 @@ import faulthandler
 import gc
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ FILE = "FASTMIM_FLIGHT_ROWS"
 SINCE, DEADLINE = "FASTMIM_FLIGHT_SINCE", "FASTMIM_FLIGHT_DEADLINE"
 # a factor for the time limits of single rows
 PATIENCE = "FASTMIM_FLIGHT_PATIENCE"
+# a regular expression: rows with other names are left out
+ONLY = "FASTMIM_FLIGHT_ONLY"
 PLANNED = "(planned)"
 # first words of a printed line with a row that could not be written to the file
 LOST = "row not written: "
@@ -89,6 +92,7 @@ def run(stage: str, jobs: Sequence[Job], limit: float, after: Callable[[str], No
     A job that raises leaves a row with `error`. Where the CUDA context is lost with it, the process ends with status
     BROKEN, to be started again. Jobs after the deadline are left.
     """
+    jobs = [job for job in jobs if re.search(os.environ.get(ONLY, ""), job[0])]
     planned = [*stored(stage).get(PLANNED, {}).get("names", ()), *(name for name, _ in jobs)]
     record(stage, PLANNED, names=list(dict.fromkeys(planned)))
     for name, work in jobs:

@@ -127,7 +127,8 @@ FASTMIM_DEVICE void multiply_weights(float (&c)[D / 8][4], const float (&weights
   }
 }
 
-// scores in powers of two; -infinity for masked keys
+// scores in powers of two, rounded before the maximum of a row is subtracted: none may exceed it; -infinity for masked
+// keys
 template <int KEYS>
 FASTMIM_DEVICE void mask_scores(float (&scores)[KEYS / 8][4], const uint8_t* attends, int count, float scale) {
 #pragma unroll
@@ -136,8 +137,8 @@ FASTMIM_DEVICE void mask_scores(float (&scores)[KEYS / 8][4], const uint8_t* att
     for (int i = 0; i < 2; ++i) {
       const int key = n * 8 + 2 * (lane() % 4) + i;
       const bool attended = key < count && load(attends + key) != 0;
-      scores[n][i] = attended ? scores[n][i] * scale : -INFINITY;
-      scores[n][i + 2] = attended ? scores[n][i + 2] * scale : -INFINITY;
+      scores[n][i] = attended ? product_of(scores[n][i], scale) : -INFINITY;
+      scores[n][i + 2] = attended ? product_of(scores[n][i + 2], scale) : -INFINITY;
     }
   }
 }

@@ -141,7 +141,7 @@ class Attention(nn.Module):
         self, qkv: Tensor, num_queries: int | None, scoring: Scoring, bias: Tensor | None = None
     ) -> Tensor:
         """Return the input of the output projection, from qkv (B, S, 3D); `bias` as in `attend`."""
-        qkv = qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, self.head_dim)
         if bias is not None:
             return attend(qkv, bias, scoring.key_mask, num_queries).flatten(2)
         if scoring.rope is not None:

@@ -18,7 +18,7 @@ from ..ops.attention import _attention, _attention_qkvpacked, _attention_qkvpack
 from ..ops.long_attention import is_long
 from ..ops.norm import _add_layer_norm, _add_layer_norm_backward, _bias_gelu, _bias_gelu_backward
 from ..ops.tokens import sum_rows
-from .narrow import NarrowWeights, Products, operands_of
+from .narrow import NarrowWeights, Products, cast, operands_of
 from .stock import is_stock
 
 
@@ -59,7 +59,7 @@ def linears_of(
     operands = chain(*(operands_of(narrow, weight, bias) for weight, bias in layers))
     if not bias_grad:
         layers = tuple((weight, None) for weight, _ in layers)
-    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, ...] = _Linears.apply(x, *chain(*layers), *operands)
     return out
 
 
@@ -118,7 +118,7 @@ def norm_linear(
     operands = operands_of(narrow, weight, bias)
     addends = _as_op_takes(x, x_bias, residual, norm)
     bias = bias if bias_grad else None
-    out: tuple[Tensor, Tensor] = _NormLinear.apply(  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor] = _NormLinear.apply(
         *addends, norm.weight, norm.bias, norm.eps, num_last, weight, bias, *operands
     )
     return out
@@ -129,7 +129,7 @@ def gelu_linear(
 ) -> Tensor:
     """Return `linear_of` GELU(x + first_bias); x (..., D)."""
     operands = operands_of(narrow, weight, bias)
-    out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)  # type: ignore[no-untyped-call]
+    out: Tensor = _GeluLinear.apply(x, first_bias, weight, bias, *operands)
     return out
 
 
@@ -149,8 +149,8 @@ def attend(qkv: Tensor, bias: Tensor, key_mask: Tensor | None = None, num_querie
     With `num_queries`, attend from the last tokens alone. The gradient of the bias comes with that of qkv, from the
     same kernels.
     """
-    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
-    out: Tensor = _Attend.apply(qkv, bias, key_mask, num_queries)  # type: ignore[no-untyped-call]
+    qkv = cast(qkv, autocast_dtype(qkv) or qkv.dtype)
+    out: Tensor = _Attend.apply(qkv, bias, key_mask, num_queries)
     return out
 
 
@@ -178,11 +178,21 @@ def _dtypes(weight: Any, bias: Tensor | None) -> tuple[torch.dtype, torch.dtype 
     return weight.dtype, None if bias is None else bias.dtype
 
 
+class _Function(torch.autograd.Function):
+    """Autograd function with a shorter way to call it, where torch.func transforms nothing."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
 # Each function takes the parameters of a layer, which get the gradients, and then the operands of its product: the same
 # parameters again, or narrow copies of them.
 
 
-class _Linears(torch.autograd.Function):
+class _Linears(_Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         parameters, operands = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
@@ -209,10 +219,10 @@ class _Linears(torch.autograd.Function):
                     dx = part if dx is None else dx.add_(part)
                 wanted = ctx.needs_input_grad[1 + 2 * index : 3 + 2 * index]
                 found += _parameter_gradients(grad, x, dtypes, wanted)
-        return None if dx is None else dx.to(ctx.dtype), *found, *[None] * len(found)
+        return None if dx is None else cast(dx, ctx.dtype), *found, *[None] * len(found)
 
 
-class _NormLinear(torch.autograd.Function):
+class _NormLinear(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -257,11 +267,11 @@ class _NormLinear(torch.autograd.Function):
             )
             linear = _parameter_gradients(grad, normed, ctx.dtypes, ctx.needs_input_grad[7:])
         dx = None if x_dtype is None else dtotal if x_dtype == total.dtype else dx
-        others = (gradient.to(dtype) for gradient, dtype in zip((dtotal, dweight, dbias), dtypes))
-        return dx, dx_bias.to(ctx.x_bias_dtype) if sum_dx else None, *others, None, None, *linear, None, None
+        others = map(cast, (dtotal, dweight, dbias), dtypes)
+        return dx, cast(dx_bias, ctx.x_bias_dtype) if sum_dx else None, *others, None, None, *linear, None, None
 
 
-class _GeluLinear(torch.autograd.Function):
+class _GeluLinear(_Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -286,10 +296,10 @@ class _GeluLinear(torch.autograd.Function):
             grad = operand(grad)
             dx, dbias, hidden = _bias_gelu_backward(grad @ operand(weight), x, first_bias, True)
             linear = _parameter_gradients(grad, operand(hidden), ctx.dtypes, ctx.needs_input_grad[2:])
-        return dx, dbias.to(first_bias.dtype), *linear, None, None
+        return dx, cast(dbias, first_bias.dtype), *linear, None, None
 
 
-class _Attend(torch.autograd.Function):
+class _Attend(_Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, key_mask: Tensor | None, num_queries: int | None) -> Tensor:
         ctx.scale, ctx.bias_dtype = _scale(None, qkv.shape[-1]), bias.dtype
@@ -306,4 +316,4 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (qkv, key_mask), sum_dqkv = ctx.saved_tensors, ctx.needs_input_grad[1]
         dqkv, sums = _attention_qkvpacked_backward(grad, qkv, key_mask, ctx.scale, sum_dqkv)
-        return dqkv, sums.flatten().to(ctx.bias_dtype) if sum_dqkv else None, None, None
+        return dqkv, cast(sums.flatten(), ctx.bias_dtype) if sum_dqkv else None, None, None

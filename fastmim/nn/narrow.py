@@ -65,6 +65,11 @@ def operands_of(narrow: NarrowWeights | None, weight: Tensor, bias: Tensor | Non
     return narrow.of(weight), None if bias is None else narrow.of(bias)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in `dtype`; without a call of PyTorch, which takes longer than the comparison, where it is."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 @functools.cache
 def emulated(device: str) -> bool:
     """Return whether PyTorch emulates 16-bit products on this type of device."""
@@ -81,10 +86,11 @@ class Products:
         self.operands = torch.float32 if self.narrow is not None and emulated(self.device) else self.narrow
 
     def operand(self, x: Tensor) -> Tensor:
-        return x if self.operands is None else x.to(self.operands)
+        return x if self.operands is None else cast(x, self.operands)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight, bias = self.operand(x), self.operand(weight), None if bias is None else self.operand(bias)
+        if self.operands == self.narrow:  # which autocast leaves as it is
+            return F.linear(x, weight, bias)
         with without_autocast(self.device):
-            bias = None if bias is None else self.operand(bias)
-            out = F.linear(self.operand(x), self.operand(weight), bias)
-            return out if self.narrow is None else out.to(self.narrow)
+            return F.linear(x, weight, bias).to(self.narrow)

@@ -29,11 +29,11 @@ def unaltered(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     if hooks or "forward" in module.__dict__:
         return False
-    return all(type(weight) in _WEIGHTS for weight in module._parameters.values())
+    return _WEIGHTS.issuperset(map(type, module._parameters.values()))
 
 
 # quantised and sharded weights implement PyTorch's ops, not those of fastmim; export traces with fake ones
-_WEIGHTS = (nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor)
+_WEIGHTS = frozenset((nn.Parameter, Tensor, type(None), FakeTensor, FunctionalTensor))
 
 
 def watched() -> bool:

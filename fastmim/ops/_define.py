@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .. import _dispatch
+from .. import _backends, _dispatch
 from .._autocast import without_autocast
 
 
@@ -44,7 +44,7 @@ def define(
     torch.library.impl(qualified, "CompositeExplicitAutograd", fallback)
     kernel = _dispatch.device_kernel(name, fallback)
     if kernel is not None:
-        torch.library.impl(qualified, _dispatch.devices(name), _in_own_precision(kernel))
+        _register(name, schema, _in_own_precision(kernel))
     # The C++ kernels of the CPU call the fallback by this name. The schema has no defaults, because the last argument,
     # the reason, has none.
     arguments, _, results = re.sub(r"=[^,)]+", "", schema).rpartition(") ->")
@@ -58,6 +58,18 @@ def define(
         torch.library.register_autograd(qualified, formula, setup_context=setup_context)
     op: Callable[..., Any] = getattr(torch.ops.fastmim, name).default
     return op if backward is None else _called(qualified, op, twice, internal)
+
+
+def _register(name: str, schema: str, kernel: Callable[..., Any]) -> None:
+    """Register the kernel of an op for the devices that it serves; behind plans where these are built."""
+    devices = _dispatch.devices(name)
+    if _backends.plans is None:
+        torch.library.impl(f"fastmim::{name}", devices, kernel)
+        return
+    torch.library.define(f"fastmim_python::{name}", schema)
+    torch.library.impl(f"fastmim_python::{name}", "CompositeExplicitAutograd", _dispatch.planned(kernel))
+    for device in devices:
+        _backends.plans.serve(f"fastmim::{name}", f"fastmim_python::{name}", device.upper())
 
 
 def transformed() -> bool:

@@ -87,9 +87,11 @@ class Config:
         dtype: "auto", "bfloat16" (by autocast, weights in float32), "float32", "float64".
         parallel: "auto", "ddp" or "fsdp"; auto shards the huge model.
         compile, checkpoint_activations: how a step runs.
-        cuda_graphs: replay the whole step, as the kernels that it runs otherwise, from a CUDA graph. With `compile` the
-            compiled passes are replayed instead, and micro_batch_size must be none. Several processes need `compile`;
-            sharded parameters are refused.
+        cuda_graphs: true: replay the whole step, as the kernels that it runs otherwise, from a CUDA graph. With
+            `compile` the compiled passes are replayed instead, and micro_batch_size must be none. Several processes
+            need `compile`; sharded parameters are refused. "auto": replay it where one process trains on a GPU, without
+            `compile`, parallel = "fsdp", checkpoint_activations, dtype float64, a mask that changes, hooks, and an
+            objective of your own.
         checkpoint_every: steps between checkpoints.
         keep_last, keep_every: checkpoints that are kept: the last `keep_last`, and those of every `keep_every` steps.
         log_every: steps between lines of metrics.
@@ -144,7 +146,7 @@ class Config:
     dtype: str = "auto"
     parallel: str = "auto"
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = "auto"
     checkpoint_activations: bool = False
     checkpoint_every: int = 1000
     keep_last: int = 3

@@ -28,18 +28,20 @@ def check_config(config: "Config") -> MaskedAutoencoder:
     one_of("device", config.device, ("auto", "cpu", "cuda"))
     one_of("parallel", config.parallel, ("auto", "ddp", "fsdp"))
     one_of("backend", config.backend, ("auto", "dali", "pillow", "simplejpeg", "pyav", "torchcodec"))
-    if config.compile and config.cuda_graphs and config.micro_batch_size is not None:
+    if not isinstance(config.cuda_graphs, bool) and config.cuda_graphs != "auto":
+        raise ConfigError(f'cuda_graphs must be "auto", true or false, got {config.cuda_graphs!r}')
+    if config.compile and config.cuda_graphs is True and config.micro_batch_size is not None:
         # a replay writes to the memory in which the one before it left its gradients
         raise ConfigError(
             "micro_batch_size must be none with compile and cuda_graphs, which take a batch whole; "
             f"got {config.micro_batch_size}"
         )
-    if config.cuda_graphs and config.parallel == "fsdp":
+    if config.cuda_graphs is True and config.parallel == "fsdp":
         # FSDP gathers weights into other memory than that of the captured graph
         raise ConfigError("parallel must be auto or ddp with cuda_graphs, which know weights by address; got fsdp")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device must be auto or cpu where torch finds no CUDA device, got cuda")
-    if config.cuda_graphs and config.device != "cuda":
+    if config.cuda_graphs is True and config.device != "cuda":
         raise ConfigError(f"cuda_graphs needs device cuda, got {config.device}")
     check_count("seed", config.seed, 0, 2**63 - 1)
     for name in ("in_chans", "batch_size", "epochs", "checkpoint_every", "log_every", "max_skipped"):

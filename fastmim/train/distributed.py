@@ -116,9 +116,9 @@ def check_cuda_graphs(config: Config, world: int) -> None:
     """Check that a step of several processes can be replayed.
 
     Raises:
-        ConfigError: cuda_graphs of a model that is sharded; without compile, of one that is replicated.
+        ConfigError: cuda_graphs = true of a model that is sharded; without compile, of one that is replicated.
     """
-    if not config.cuda_graphs or world == 1:
+    if config.cuda_graphs is not True or world == 1:
         return
     if config.sharded:
         raise ConfigError(
@@ -158,7 +158,7 @@ def parallelize(objective: nn.Module, config: Config, processes: Processes) -> n
     if replicated is not None:
         settle_buckets(replicated)
     if config.compile:
-        objective.compile(mode="reduce-overhead" if config.cuda_graphs else None)
+        objective.compile(mode="reduce-overhead" if config.cuda_graphs is True else None)
     return objective if replicated is None else replicated
 
 

@@ -27,6 +27,7 @@ from .checkpoint.manager import CheckpointManager
 from .config import DTYPES, Config
 from .data import normalised, open_loader
 from .distributed import joined, parallelize, whole
+from .graphs import GraphedUpdate, graphed
 from .masks import Masks
 from .meter import Meter
 from .reconstruct import draw_grid
@@ -34,7 +35,7 @@ from .report.reporter import Ending
 from .report.sender import Sender, open_sender
 from .schedule import adamw, learning_rate
 from .signals import Interrupted, SignalListener
-from .step import Average, Update, graphed
+from .step import Average, Update
 from .values import ConfigError
 
 
@@ -93,6 +94,8 @@ class Trainer:
                     self.journal.close()
                 if self.sender is not None:
                     self.sender.close(ending)
+                if isinstance(self.update, GraphedUpdate):
+                    self.update.close()
 
     # ---- before the first step ---------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class Masks:
     @property
     def scheduled(self) -> bool:
         """Return whether masks depend on the progress of the run."""
-        return any(isinstance(self.options.get(name), (list, tuple)) for name in SCHEDULED)
+        return is_scheduled(self.options)
 
     def __call__(
         self, seeds: Tensor, progress: float = 0.0, scores: Tensor | None = None, valid: Tensor | None = None
@@ -137,3 +137,8 @@ class Masks:
             scores = torch.rand(1, torch.Size(self.grid).numel(), generator=torch.Generator().manual_seed(0))
             mask = self(torch.zeros(1, dtype=torch.int64), progress, scores if self.ranks else None)
         return mask.len_keep, mask.ids_predict.shape[1]
+
+
+def is_scheduled(settings: Mapping[str, Any]) -> bool:
+    """Return whether masks of these settings depend on the progress of the run."""
+    return any(isinstance(settings.get(name), (list, tuple)) for name in SCHEDULED)

@@ -1,4 +1,4 @@
-"""An update of the weights as a function of a batch, run kernel by kernel or replayed as a CUDA graph of them."""
+"""An update of the weights as a function of a batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from .._patches import Patches
 from ..data import Batch, PairBatch, PatchBatch
 from ..masking import Mask
-from .batches import AnyBatch, mapped, tensors_of
+from .batches import AnyBatch, mapped
 from .config import DTYPES, Config
 from .distributed import Processes, accumulating
 from .masks import Masks
@@ -167,113 +167,3 @@ class Update:
         elif largest is not None:
             self.optimizer.grad_scale = ((norm + EPS) / largest).clamp(min=1)  # type: ignore[attr-defined]
         return norm
-
-
-class GraphedUpdate:
-    """`Update` whose kernels are captured in a CUDA graph, which later updates replay on their own batches.
-
-    Images or patches and masks, seeds and learning rate are copied on the current stream into memory that stays, while
-    the loader copies the next batch on its own stream. The first update runs kernel by kernel on the stream of the
-    capture, as PyTorch asks for. At the second the kernels are captured, which computes nothing, and replayed. Batches
-    of another shape, and all batches if the capture fails, are updated kernel by kernel.
-
-    Args:
-        update: is captured.
-        say: prints a line.
-    """
-
-    def __init__(self, update: Update, say: Callable[[str], None]) -> None:
-        self.update, self.say = update, say
-        device = update.processes.device
-        self.stream = torch.cuda.Stream(device)
-        self.inputs: tuple[AnyBatch, Tensor, Tensor] | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.failed = self.reported = False
-
-    def __call__(self, batch: AnyBatch, seeds: Tensor, lr: float, progress: float = 0.0) -> Results:
-        """Update the weights by a batch, as `Update` does."""
-        if self.failed:
-            return self.update(batch, seeds, lr, progress)
-        if self.inputs is None:
-            return self._warm_up(batch, seeds, lr)
-        kept = [values.shape for values in tensors_of(self.inputs[0])]
-        if kept != [values.shape for values in tensors_of(batch)]:
-            if not self.reported:
-                self.reported = True
-                self.say(f"cuda_graphs: off for batches of another shape than {list(kept[0])}")
-            return self.update(batch, seeds, lr, progress)
-        if self.graph is None and not self._capture(self.inputs):
-            return self.update(batch, seeds, lr, progress)
-        assert self.graph is not None
-        self._copy(batch, seeds, lr)
-        self.graph.replay()
-        # the next replay writes to the same memory
-        return Results(*(result.clone() for result in self.results))
-
-    def _copy(self, batch: AnyBatch, seeds: Tensor, lr: float) -> None:
-        assert self.inputs is not None
-        static, own, rate = self.inputs
-        for kept, given in zip([*tensors_of(static), own], [*tensors_of(batch), seeds]):
-            kept.copy_(given, non_blocking=True)
-        rate.fill_(lr)
-
-    def _warm_up(self, batch: AnyBatch, seeds: Tensor, lr: float) -> Results:
-        """Update on the stream of the capture."""
-        device = self.update.processes.device
-        self.inputs = (
-            mapped(batch._replace(labels=None), lambda values: torch.empty_like(values, device=device)),
-            torch.empty_like(seeds, device=device),
-            # float32 is what fused optimisers read
-            torch.zeros((), device=device),
-        )
-        self._copy(batch, seeds, lr)
-        current = torch.cuda.current_stream(device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            results = self.update(*self.inputs)
-        current.wait_stream(self.stream)
-        return results
-
-    def _capture(self, inputs: tuple[AnyBatch, Tensor, Tensor]) -> bool:
-        """Capture the update of `inputs`; return False, and say why, if that fails."""
-        optimizer, graph = self.update.optimizer, torch.cuda.CUDAGraph()
-        for group in optimizer.param_groups:
-            # in the capture alone: PyTorch warns of it in other updates
-            group["capturable"] = True
-        try:
-            # torch.cuda.graph leaves its stream the current one if it fails; the loader's thread copies meanwhile
-            with (
-                torch.cuda.stream(torch.cuda.current_stream(self.update.processes.device)),
-                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
-            ):
-                self.results = self.update(*inputs)
-        except RuntimeError as error:
-            self.failed = True
-            optimizer.zero_grad()
-            # the end of a failed capture raises an error of its own
-            reason = " ".join(str(error.__context__ or error).split())
-            self.say(f"cuda_graphs: off, the update can't be captured: {reason}")
-            return False
-        finally:
-            for group in optimizer.param_groups:
-                group["capturable"] = False
-        self.graph = graph
-        return True
-
-
-def graphed(update: Update, say: Callable[[str], None]) -> Update | GraphedUpdate:
-    """Return the update as a CUDA graph if `cuda_graphs` asks for one without `compile`; say why there is none."""
-    config = update.config
-    if not config.cuda_graphs or config.compile:
-        return update
-    reasons = {
-        "dtype float64, of which fused AdamW reads a learning rate on the device as float32": config.dtype == "float64",
-        "checkpoint_activations, which reads the state of torch's generator": config.checkpoint_activations,
-        f"objective {config.objective}, which may read labels or the host": config.objective not in ("mae", "distill"),
-        "a mask that changes while the run goes on": update.masks.scheduled,
-    }
-    for reason, applies in reasons.items():
-        if applies:
-            say(f"cuda_graphs: off with {reason}")
-            return update
-    return GraphedUpdate(update, say)

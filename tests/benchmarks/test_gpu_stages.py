@@ -1,5 +1,7 @@
 """The stages of a flight, run on a CPU, some of them as if it were a GPU."""
 
+import contextlib
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -12,7 +14,7 @@ from runner import runner_kernels
 from torch.overrides import TorchFunctionMode
 
 from fastmim import _backends, reference
-from gpu import clock, cuda_cpp, environment, loading, op_times, step_profile, steps
+from gpu import clock, cuda_cpp, environment, loading, op_times, step_profile, steps, tune
 from gpu.plans import BLOCKS, EAGER, GPU, GRAPH, OURS, REHEARSAL, SAME
 from harness import rows
 from rivals import op_cases
@@ -300,3 +302,24 @@ def test_the_machine_is_described(pretended_gpu):
 def test_loading_is_measured():
     row = loading.loaded("simplejpeg", images=6, batch_size=3, device="cpu")
     assert row["images_per_second"] > 0 and row["most grey levels off"] <= 2 and row["device"] == "cpu"
+
+
+# ---- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_variants_are_held_to_the_current_results():
+    state, calls = SimpleNamespace(factor=1.0), itertools.count()
+
+    def call():
+        return torch.ones(3) * state.factor, torch.full((2,), 1.0 + next(calls) * state.drift)
+
+    variants = {"current": contextlib.nullcontext}
+    state.drift = 0.0
+    for name, options in dict(same={}, far={"factor": 1.01}, restless={"drift": 1e-3}, broken={"no": 1}).items():
+        variants[name] = tune.replaced(state, **options) if options else contextlib.nullcontext
+    row = tune.tuned(lambda: tune.Case(call, variants, 12.0, 3.0), REHEARSAL)
+    assert row["variants"].keys() == {"current", "same", "far", "restless", "current, again"}
+    assert all(numbers["microseconds"] > 0 for numbers in row["variants"].values())
+    assert row["errors"].keys() == {"broken"}
+    far, restless = row["wrong"].split("; ")
+    assert far.startswith("far: result 0 is 0.01") and restless == "restless: result 1 is another in a second call"

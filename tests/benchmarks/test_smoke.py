@@ -94,7 +94,7 @@ def packed(cases):
         (unwritten, "is off by nan"),
         (lambda x, bias: (right(x, bias)[:, :7],), "is (5, 7), not (5, 8)"),
         (lambda x, bias: (), "0 results, not 1"),
-        (lambda x, bias: (right(x, bias) + 1e-7 * torch.rand(5, 8),), "has other bits in the second run"),
+        (lambda x, bias: (right(x, bias) + 1e-7 * torch.rand(5, 8),), "has other bits in another run"),
     ],
 )
 def test_a_result_is_judged(call, message):

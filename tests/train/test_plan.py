@@ -220,9 +220,11 @@ def test_float32_is_said_to_be_slower_than_counted():
 
 
 def test_small_steps_wait_for_launches_but_in_graphs():
-    few, graphs = step("quickstart_cpu"), step("quickstart_cpu", "cuda_graphs=true")
+    few, graphs = step("quickstart_cpu", "cuda_graphs=false"), step("quickstart_cpu")
     assert few.bound_by == "launches"
     assert graphs.milliseconds < few.milliseconds
+    # several processes replay nothing
+    assert step("quickstart_cpu", gpus=2).bound_by == "launches"
 
 
 def test_micro_batches_take_longer_than_a_batch():

@@ -12,10 +12,11 @@ from small_run import curve, outcome
 from fastmim.data import Batch
 from fastmim.train import Interrupted, Trainer
 from fastmim.train.distributed import Processes
+from fastmim.train.graphs import GraphedUpdate, graphed
 from fastmim.train.masks import Masks
 from fastmim.train.objective import PixelObjective
 from fastmim.train.schedule import adamw
-from fastmim.train.step import GraphedUpdate, Update, graphed
+from fastmim.train.step import Update
 
 CPU = torch.device("cpu")
 

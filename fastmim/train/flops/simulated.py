@@ -6,6 +6,7 @@ are done here as CUDA does them.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from ... import _dispatch
+from ... import _backends, _dispatch
 from ...models import positions, simmim
 from ...ops import _channels
 from .cards import Card
@@ -62,7 +63,7 @@ class _Ops(TorchDispatchMode):
         with self.place.within_an_op():
             if func.namespace == "fastmim" and any(isinstance(arg, Tensor) and arg.is_meta for arg in args):
                 with self:
-                    return func._op_dk(_cuda_key(func.name()), *args, **kwargs)
+                    return _cuda_kernel(func)(*args, **kwargs)
             if func._can_decompose():
                 with self:
                     return func.decompose(*args, **kwargs)
@@ -71,10 +72,15 @@ class _Ops(TorchDispatchMode):
         return out
 
 
-def _cuda_key(op: str) -> torch._C.DispatchKey:
-    """Return the dispatch key of the kernel that serves `op` on a CUDA device."""
-    key = "CUDA" if torch._C._dispatch_has_kernel_for_dispatch_key(op, "CUDA") else "CompositeExplicitAutograd"
-    return getattr(torch._C.DispatchKey, key)  # type: ignore[no-any-return]
+def _cuda_kernel(func: Any) -> Callable[..., Any]:
+    """Return the kernel that serves an op on a CUDA device; the one in Python, of which plans are made."""
+    keys = torch._C.DispatchKey
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CUDA"):
+        return functools.partial(func._op_dk, keys.CompositeExplicitAutograd)
+    if _backends.plans is None:
+        return functools.partial(func._op_dk, keys.CUDA)
+    recorded = getattr(torch.ops.fastmim_python, func._schema.name.partition("::")[2]).default
+    return functools.partial(recorded._op_dk, keys.CompositeExplicitAutograd)
 
 
 class _Place:

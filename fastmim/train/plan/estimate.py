@@ -7,6 +7,7 @@ from torch import nn
 
 from ..config import Config
 from ..flops.cards import Card
+from ..graphs import replays
 from .here import Rates, step_time_here
 from .planned import countable, share
 from .steptime import StepTime, predict, step_time
@@ -109,13 +110,14 @@ def estimate(config: Config, objective: nn.Module, machines: Machines, micro_bat
     micro = math.ceil(rows / times)
     # one micro-batch of one process, and the update that follows all of them
     alone = countable(config, batch_size=math.ceil(micro / repeats), micro_batch_size=None, parallel="ddp")
-    found, efficiency, source = _time(alone, machines)
+    replayed = replays(config, machines.world)
+    found, efficiency, source = _time(alone, machines, replayed)
     parts = []
     for stage in found.stages:
         of_all = _updated(config, machines.world) if stage.direction == UPDATE else times
         milliseconds = stage.milliseconds * of_all / (efficiency or 1)
         parts.append(Part(stage.stage, stage.direction, milliseconds, stage.bound_by))
-    if machines.rates is None and efficiency is None and not config.cuda_graphs:
+    if machines.rates is None and efficiency is None and not replayed:
         hosted = 1e3 * HOST_LAUNCH * found.launches * times
         waiting = hosted - sum(part.milliseconds for part in parts)
         if waiting > 0:
@@ -137,12 +139,12 @@ def estimate(config: Config, objective: nn.Module, machines: Machines, micro_bat
     return Step(micro, times, tuple(parts), sent, took, efficiency, source, found.assumed)
 
 
-def _time(alone: Config, machines: Machines) -> tuple[StepTime, float | None, str]:
+def _time(alone: Config, machines: Machines, replayed: bool) -> tuple[StepTime, float | None, str]:
     """Return the time of a micro-batch of one process, the efficiency of measured steps, and what was measured."""
     if machines.rates is not None:
         return step_time_here(alone, machines.rates), None, "rates of this machine"
     found = step_time(alone, machines.card)
-    known = predict(alone, machines.card, found)
+    known = predict(alone, machines.card, found, replayed=replayed)
     return found, known.efficiency, known.source
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import Config
-from .memory import Memory, memory
+from .memory import HELD, Memory, memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Fit:
     memory: Memory
 
 
-def largest(config: Config, bytes_: int, *, world: int = 1, device: str | None = None) -> list[Fit]:
+def largest(config: Config, bytes_: int, *, world: int = 1, device: str | None = None, held: int = HELD) -> list[Fit]:
     """Return the largest micro-batch that fits in `bytes_`, without and with checkpoint_activations.
 
     With several processes, or parallel = "fsdp", for replicated and for sharded weights. What fits is what
@@ -39,7 +39,7 @@ def largest(config: Config, bytes_: int, *, world: int = 1, device: str | None =
         config: settings of the run; a config that checkpoints activations or shards is not compared with less.
         bytes_: memory that a process may take on its device.
         world: processes.
-        device: as in `memory`.
+        device, held: as in `memory`.
 
     Raises:
         ValueError: bytes_ is not positive.
@@ -55,12 +55,12 @@ def largest(config: Config, bytes_: int, *, world: int = 1, device: str | None =
 
             def count(size: int, changed: Config = changed, counted: dict[int, Memory] = counted) -> Memory:
                 if size not in counted:
-                    counted[size] = memory(changed, world=world, micro_batch=size, device=device)
+                    counted[size] = memory(changed, world=world, micro_batch=size, device=device, held=held)
                 return counted[size]
 
             size = _largest(lambda size: count(size).total, bytes_, config.batch_size // world)
-            held = count(max(size, 1))
-            found.append(Fit(checkpointed, sharded, size, 0 if size else held.total - bytes_, held))
+            used = count(max(size, 1))
+            found.append(Fit(checkpointed, sharded, size, 0 if size else used.total - bytes_, used))
     return found
 
 

@@ -88,7 +88,7 @@ def memory(
         micro_batch: images that a process takes at once; default that of the config. More than a process's share of a
             batch stand for a batch of as many.
         device: "cpu" or "cuda", which need not exist; default that of the config.
-        held: batches that the loader holds on the device.
+        held: batches that the loader holds on the device, and the copy that a replayed step reads.
 
     Raises:
         ConfigError: a batch that the processes don't divide; a step that can't be counted.
@@ -169,8 +169,7 @@ class _Step:
         with ledger.making(kind="batch"):
             self.batch = batch_of(config, model, masks, rows, device)
         values = tensors_of(self.batch)
-        copies = held + (config.cuda_graphs and device.type == "cuda")
-        ledger.tag(values, "batch", [copies * share * value.untyped_storage().nbytes() // rows for value in values])
+        ledger.tag(values, "batch", [held * share * value.untyped_storage().nbytes() // rows for value in values])
         processes = Processes(0, 1, device)
         self.seeds = torch.zeros(rows, dtype=torch.int64)
         parallel: Any = self

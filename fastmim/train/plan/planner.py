@@ -11,11 +11,12 @@ from ..config import Config
 from ..distributed import check_cuda_graphs
 from ..flops.cards import CARDS
 from ..flops.inputs import objective_of, teacher_of
+from ..graphs import replays
 from ..values import ConfigError
 from . import measured, storage
 from .estimate import Machines, Step, estimate
 from .fit import Fit, largest
-from .memory import memory
+from .memory import HELD, memory
 from .planned import countable, share
 from .unknown import unknown
 
@@ -65,10 +66,11 @@ def make_plan(config: Config, machines: Machines, given: Given = Given()) -> dic
         raise ConfigError(
             f"{machines.card.name} must have more than the {RESERVED / 1e9:g} GB that are left for CUDA and fragments"
         )
-    fits = [] if room is None else largest(counted, room, world=machines.world, device=config.device)
+    on: dict[str, Any] = dict(world=machines.world, device=config.device, held=HELD + replays(config, machines.world))
+    fits = [] if room is None else largest(counted, room, **on)
     micro = _micro_batch(config, machines, local, room, fits)
     step = estimate(config, objective, machines, micro)
-    used = memory(counted, world=machines.world, micro_batch=step.micro_batch, device=config.device)
+    used = memory(counted, micro_batch=step.micro_batch, **on)
     steps = config.max_steps or (given.images and config.epochs * (given.images // config.batch_size)) or None
     seconds = None if steps is None else 1e-3 * step.milliseconds * steps
     rate = 1e3 * config.batch_size / step.milliseconds

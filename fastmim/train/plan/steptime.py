@@ -123,17 +123,20 @@ class Prediction:
     source: str
 
 
-def predict(config: Config, card: Card, floor: StepTime, measured: Path | None = None) -> Prediction:
+def predict(
+    config: Config, card: Card, floor: StepTime, measured: Path | None = None, *, replayed: bool = False
+) -> Prediction:
     """Predict the time of a step from its floor and a measured step of the same model on the same card.
 
-    Of several measured steps that with the same mask counts most, then eager or graph as `config.cuda_graphs` says,
-    then the nearest batch size.
+    Of several measured steps that with the same mask counts most, then eager or graph as `replayed` says, then
+    the nearest batch size.
 
     Args:
         config: settings of the run.
         card: the GPU.
         floor: what `step_time` returned for them.
         measured: a file written by benchmarks/gpu_report.py. Default: that of a checkout, if there is one.
+        replayed: whether the step is replayed from a CUDA graph.
 
     Raises:
         ValueError: `measured` is no such file.
@@ -146,7 +149,7 @@ def predict(config: Config, card: Card, floor: StepTime, measured: Path | None =
 
     def distance(row: dict[str, Any]) -> tuple[bool, bool, float]:
         others = any(row[name] != getattr(config, name) for name in ("mask_ratio", "decode_ratio")) or bool(config.mask)
-        return others, (row["how"] == "graph") != config.cuda_graphs, abs(row["batch"] - config.batch_size)
+        return others, (row["how"] == "graph") != replayed, abs(row["batch"] - config.batch_size)
 
     row = min(rows, key=distance)
     like = Config(

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..config import Config
+from ..graphs import replays
 from .estimate import HOST_LAUNCH, Machines, Step
 from .traffic import REACHED
 
@@ -39,7 +40,7 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
         )
     if config.compile:
         found.append("Kernels are counted as eager PyTorch runs them; compile=true fuses some, and needs less time.")
-    if machines.rates is None and step.efficiency is None and not config.cuda_graphs:
+    if machines.rates is None and step.efficiency is None and not replays(config, machines.world):
         found.append(
             f"Eager PyTorch is taken to launch a kernel in {1e6 * HOST_LAUNCH:.0f} µs; the host was not measured."
         )

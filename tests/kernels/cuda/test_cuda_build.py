@@ -82,7 +82,7 @@ def test_each_extension_is_built_without_the_other(setup, monkeypatch, cpp, cuda
     monkeypatch.setattr(setup, "cuda", lambda: [Extension("fastmim._CUDA", [])] if cuda else [])
     built = setup.native()
     names = [module.name for module in built.get("ext_modules", [])]
-    assert names == ["fastmim._C"] * (cpp == "1") + ["fastmim._CUDA"] * cuda
+    assert names == ["fastmim._C", "fastmim._PLANS"] * (cpp == "1") + ["fastmim._CUDA"] * cuda
     assert bool(built) == bool(names)
 
 

@@ -21,6 +21,8 @@ MEANT = {
 }
 # kernels without a division of 64 bits, which takes about seventy instructions
 WITHOUT_WIDE_DIVISIONS = "attention_kernel", "attention_backward_kernel"
+# kernels whose scores are rounded before they, or a maximum of them, take part in a sum
+WITH_ROUNDED_SCORES = "attention_kernel", "attention_backward_kernel"
 # of the instances that read 16 bytes at a time: planes (1) and interleaved (2) of reader.h, wide rows
 WIDE = re.compile(r"(gather_patches|pixel_loss)_kernel.*LayoutE[12]|(scatter_patches|place_tokens)_kernelILb1")
 # kernel -> threads of a block, and blocks that a multiprocessor must be able to hold
@@ -57,6 +59,16 @@ def compiled(source: Path, architecture: str, folder: Path) -> tuple[str, str]:
     return done.stderr, code
 
 
+def has_fused_exponents(body: str) -> bool:
+    """Return whether the argument of an exponential comes from a fused multiply-add."""
+    last = {}
+    for name, to, others in re.findall(r"\*/ +(?:@!?U?P\w+ +)?([A-Z][\w.]+) (R\d+),?([^;]*);", body):
+        if name == "MUFU.EX2" and last.get(re.sub(r"\.reuse|[-| ]", "", others)) == "FFMA":
+            return True
+        last[to] = name
+    return False
+
+
 def complaints(output: str, code: str) -> list[str]:
     """Return what is wrong with the kernels of one file."""
     found = []
@@ -83,6 +95,8 @@ def complaints(output: str, code: str) -> list[str]:
         found += [f"{name} has no {word}" for word in meant if word not in bodies[name]]
         if kernel in WITHOUT_WIDE_DIVISIONS and "I2F.U64" in bodies[name]:
             found.append(f"{name} divides 64-bit integers")
+        if kernel in WITH_ROUNDED_SCORES and has_fused_exponents(bodies[name]):
+            found.append(f"{name} subtracts a maximum from scores that are not rounded")
     return found if entries else ["no kernel was compiled"]
 
 
@@ -99,5 +113,7 @@ def test_complaints_are_made():
     output = (
         "Compiling entry function '_Z16attention_kernel'\n8 bytes spill stores, 0 bytes spill loads\nUsed 200 registers"
     )
-    found = "\n".join(complaints(output, "Function : _Z16attention_kernel\n HMMA LDSM I2F.U64.RP"))
-    assert all(word in found for word in ("spills 8", "200 registers", "no LDGSTS", "no STG.E.128", "divides 64-bit"))
+    body = "HMMA LDSM I2F.U64.RP\n/*0010*/   FFMA R1, R2, R3, -R4 ;\n/*0020*/   @P1 MUFU.EX2 R5, R1 ;"
+    found = "\n".join(complaints(output, f"Function : _Z16attention_kernel\n {body}"))
+    words = "spills 8", "200 registers", "no LDGSTS", "no STG.E.128", "divides 64-bit", "not rounded"
+    assert all(word in found for word in words)

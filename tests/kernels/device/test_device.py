@@ -7,12 +7,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 import fastmim
-from fastmim import masking, ops
+from fastmim import _backends, masking, ops
 from harness.timing import captured
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -142,6 +143,82 @@ def test_two_streams_at_once():
         assert all(map(torch.equal, results, expected[i % 2]))
 
 
+# ---- launch plans ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Return a function of some ops, its argument and its results by Python, which launches no kernel from then on."""
+    if _backends.plans is None:
+        pytest.skip("fastmim._PLANS was not built")
+    from fastmim.kernels._launch import _Kernel
+
+    weight, bias = torch.randn(2, 256, device=DEVICE).unbind(0)
+
+    def work(qkv):
+        out, grad = with_gradient(qkv)
+        normed, total = ops.add_layer_norm(out.flatten(2), grad[:, :, 0].flatten(2), weight, bias)
+        return out, grad, normed, total
+
+    qkv = packed(64, 50)
+    expected = work(qkv)
+    work(packed(64, 50))
+
+    def run(*args, **options):
+        raise AssertionError("Python launches a kernel")
+
+    monkeypatch.setattr(_Kernel, "run", run)
+    return work, qkv, expected
+
+
+@needs_gpu
+def test_plans_repeat_what_python_launched(planned):
+    work, qkv, expected = planned
+    others = [work(packed(64, 50)) for _ in range(3)]
+    assert all(map(torch.equal, work(qkv), expected))
+    assert not any(torch.equal(other[0], expected[0]) for other in others)
+    with pytest.raises(AssertionError, match="Python launches a kernel"):
+        work(packed(63, 50))
+
+
+@needs_gpu
+def test_plans_launch_on_the_current_stream(planned):
+    work, qkv, expected = planned
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        slow = qkv.detach()
+        for _ in range(50):
+            slow = slow * 1.0
+        found = work(slow.requires_grad_())
+    stream.synchronize()
+    assert all(map(torch.equal, found, expected))
+
+
+@needs_gpu
+def test_plans_launch_in_a_new_thread(planned):
+    work, qkv, expected = planned
+    torch.cuda.synchronize()
+    found = []
+    thread = threading.Thread(target=lambda: found.extend(work(qkv)))
+    thread.start()
+    thread.join()
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+@needs_gpu
+def test_plans_are_captured(planned):
+    work, qkv, expected = planned
+    static = packed(64, 50)
+    graph, results = captured(lambda: work(static))
+    for given in (qkv, packed(64, 50), qkv):
+        with torch.no_grad():
+            static.copy_(given)
+        graph.replay()
+        assert all(map(torch.equal, results, work(given)))
+    assert all(map(torch.equal, results, expected))
+
+
 # ---- captured steps --------------------------------------------------------------------------------------------------
 
 
@@ -211,10 +288,9 @@ def test_a_captured_step_trains_as_an_eager_one():
     torch.testing.assert_close(losses(graphed=True), losses(graphed=False), rtol=1e-3, atol=0)
 
 
-@needs_gpu
-@pytest.mark.parametrize("micro", [None, 3])
-def test_a_run_that_replays_its_steps_is_the_eager_one(tmp_path, micro):
-    """Compare weights and losses of runs: eager, replayed, and replayed after an end in the middle."""
+@pytest.fixture
+def small_run(tmp_path):
+    """Return a function that makes a run of 12 steps, and returns its trainer, weights, losses and norms."""
     image = pytest.importorskip("PIL.Image", reason="runs need the extra train")
     pytest.importorskip("safetensors", reason="runs need the extra train")
     from fastmim.train import Config, Trainer
@@ -224,15 +300,31 @@ def test_a_run_that_replays_its_steps_is_the_eager_one(tmp_path, micro):
         image.fromarray(pixels.numpy()).save(tmp_path / f"{index:02d}.png")
     options = dict(patch_size=8, embed_dim=64, depth=2, num_heads=1, decoder_embed_dim=32, decoder_depth=1)
     small = dict(data=str(tmp_path), model="tiny", model_options={**options, "decoder_num_heads": 1}, image_size=32)
-    small |= dict(batch_size=8, micro_batch_size=micro, base_lr=0.02, clip_grad=0.5, backend="pillow")
+    small |= dict(batch_size=8, base_lr=0.02, clip_grad=0.5, backend="pillow")
     small |= dict(max_steps=12, checkpoint_every=4, log_every=1)
 
-    def run(name, graphs):
-        trainer = Trainer(Config(**small, output_dir=str(tmp_path / name), cuda_graphs=graphs))
+    def run(name, drop_path=None, **changes):
+        if drop_path is not None:
+            changes |= dict(model="MaskedAutoencoder", model_options=small["model_options"] | {"drop_path": drop_path})
+        trainer = Trainer(Config(**small | changes, output_dir=str(tmp_path / name)))
         trainer.run()
-        assert not graphs or trainer.update.graph is not None
         lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        return {k: v.cpu() for k, v in trainer.model.state_dict().items()}, [(x["loss"], x["grad_norm"]) for x in lines]
+        weights = {k: v.cpu() for k, v in trainer.model.state_dict().items()}
+        return trainer, weights, [(x["loss"], x["grad_norm"]) for x in lines]
+
+    return run
+
+
+@needs_gpu
+@pytest.mark.parametrize("micro", [None, 3])
+def test_a_run_that_replays_its_steps_is_the_eager_one(small_run, micro):
+    """Compare weights and losses of runs: eager, replayed, and replayed after an end in the middle."""
+    from fastmim.train import Trainer
+
+    def run(name, graphs):
+        trainer, *found = small_run(name, micro_batch_size=micro, cuda_graphs=graphs)
+        assert not graphs or trainer.update.graph is not None
+        return found
 
     weights, losses = run("eager", graphs=False)
     update = Trainer._update
@@ -249,6 +341,17 @@ def test_a_run_that_replays_its_steps_is_the_eager_one(tmp_path, micro):
         found, curve = run(name, graphs=True)
         assert curve == losses
         assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+@needs_gpu
+def test_a_run_replays_its_steps_by_default(small_run, capsys):
+    """Rows that skip a branch are drawn anew in each replay, as in the eager run."""
+    _, weights, losses = small_run("eager", drop_path=0.5, ema=0.9, cuda_graphs=False)
+    trainer, found, curve = small_run("default", drop_path=0.5, ema=0.9)
+    assert trainer.update.graph is not None
+    assert "cuda_graphs" not in capsys.readouterr().err
+    assert curve == losses
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
 # ---- in float16 ------------------------------------------------------------------------------------------------------
@@ -361,3 +464,25 @@ def test_compiles_once_for_ragged_last_batches(backend):
             torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=0)
             for a, b in zip(ours_grads, theirs_grads):
                 assert (a - b).norm() <= 0.05 * b.norm()
+
+
+# ---- after a failed capture ------------------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_a_run_whose_step_can_not_be_captured_goes_on(small_run, capsys, monkeypatch):
+    """Read the norm on the host: the run is the eager one, and the memory of the capture is free again."""
+    from fastmim.train import graphs
+    from fastmim.train.step import Update
+
+    clip, end, pools = Update._clip, graphs.end_failed_capture, []
+    monkeypatch.setattr(Update, "_clip", lambda self: clip(self) * (1.0 if clip(self).item() >= 0 else 0.0))
+    monkeypatch.setattr(graphs, "end_failed_capture", lambda device, pool: (pools.append(pool), end(device, pool)))
+    _, weights, losses = small_run("eager", drop_path=0.5, cuda_graphs=False)
+    trainer, found, curve = small_run("default", drop_path=0.5)
+    assert trainer.update.graph is None and len(pools) == 1
+    assert capsys.readouterr().err.count("cuda_graphs: off, the update can't be captured:") == 1
+    assert curve == losses
+    assert all(torch.equal(found[key], value) for key, value in weights.items())
+    torch.cuda.empty_cache()
+    assert not torch.cuda.memory_snapshot(pools[0])

@@ -14,6 +14,7 @@ import compiled
 from fastmim.kernels import norm
 from harness.ahead_of_time import machine
 
+OPTIONS = (1, norm._NORM_BACKWARD), (4, norm._GELU_BACKWARD)
 WIDTHS = 384, 512, 768, 1024, 1280
 ROWS = 1, 7, 256, 256 * 10, 256 * 50, 256 * 197, 1024 * 50
 
@@ -21,13 +22,15 @@ ROWS = 1, 7, 256, 256 * 10, 256 * 50, 256 * 197, 1024 * 50
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no multiprocessors")
 @pytest.mark.parametrize("architecture", compiled.ARCHITECTURES)
 def test_all_programs_run_at_once_on_equal_shares(architecture):
-    for width, rows, (columns, registers) in itertools.product(WIDTHS, ROWS, ((1, 128), (4, 64))):
-        blocks = norm._sum_blocks(min(columns * width, norm._COLUMNS) if columns > 1 else width, registers)
+    for width, rows, (columns, options) in itertools.product(
+        WIDTHS, ROWS, ((1, norm._NORM_BACKWARD), (4, norm._GELU_BACKWARD))
+    ):
+        blocks = norm._sum_blocks(min(columns * width, norm._COLUMNS) if columns > 1 else width, options)
         with machine(architecture):
             programs, across = norm._sum_grid(rows, columns * width, blocks, torch.device("cuda"))
         assert across == (1 if columns == 1 else cdiv(columns * width, norm._COLUMNS))
         # registers of a multiprocessor, which a thread's share of is counted in eights
-        at_once = 2**16 // (32 * blocks["num_warps"] * registers) * compiled.ARCHITECTURES[architecture][1]
+        at_once = 2**16 // (32 * blocks["num_warps"] * blocks["maxnreg"]) * compiled.ARCHITECTURES[architecture][1]
         assert programs * across <= at_once
         row_blocks = cdiv(rows, blocks["BLOCK_ROWS"])
         shares = [len(range(first, row_blocks, programs)) for first in range(programs)]
