@@ -54,12 +54,12 @@ ELSEWHERE = not compile and not threads and not gradcheck and not second_derivat
 interpret: .venv/ready
 	FASTMIM_TEST_KERNELS=triton TRITON_INTERPRET=1 $(TEST) tests/ops -k "$(ELSEWHERE)" $(ARGS)
 
-# says nothing of what is launched, or is true of the kernels' values alone
+# values alone, which are not the kernels', or launches that others have too
 VALUES = not opcheck and not fuzz and not same_bits and not extreme and not nan_stays and not checkpoint and \
 	not beyond_1024_keys and not far_below_zero
 
 # every kernel that the op suite launches on a GPU, compiled for sm_90 to Triton's IR, where errors of types show;
-# FASTMIM_TEST_ALL=1: to machine code, and for sm_80 and sm_100
+# FASTMIM_TEST_MACHINE_CODE=1: for all architectures to machine code
 lower: .venv/ready
 	FASTMIM_TEST_DEVICE=cpu $(TEST) tests/ops -k "$(VALUES)" $(ARGS)
 
@@ -80,6 +80,7 @@ numerical: .venv/ready
 
 test-all: .venv/ready lint
 	FASTMIM_TEST_ALL=1 $(TEST) $(ARGS)
+	FASTMIM_TEST_MACHINE_CODE=1 $(MAKE) lower
 
 # everything there is to know of one GPU, into benchmarks/results; with what is installed, so that it needs no network
 gpu-report:

@@ -1,22 +1,27 @@
 """The op suite on Triton kernels that are compiled for a GPU that is not here; values are the fallback's."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import TEST_ALL
 from triton.runtime.jit import JITFunction
 
 from fastmim import _dispatch
 from harness.ahead_of_time import ARCHITECTURES, Key, laid_out, launches, lower, machine
 
-CHOSEN = tuple(ARCHITECTURES) if TEST_ALL else (90,)
+MACHINE_CODE = os.environ.get("FASTMIM_TEST_MACHINE_CODE") == "1"
 
 
 class Lowering:
-    """Compiler of each launch that is unlike all before it: to Triton's IR, with FASTMIM_TEST_ALL=1 to machine code."""
+    """Compiler of each launch that is unlike all before it.
 
-    def __init__(self) -> None:
+    It compiles for sm_90 and to Triton's IR, where errors of types show; or for every architecture, to machine code.
+    """
+
+    def __init__(self, machine_code: bool = MACHINE_CODE) -> None:
+        self.architectures = tuple(ARCHITECTURES) if machine_code else (90,)
+        self.compile, self.variant = (assemble, tuple) if machine_code else (lower, outline)
         self.seen: set[Any] = set()
 
     def compiled(self, op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,11 +38,11 @@ class Lowering:
 
     def __call__(self, launch: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Compile what a launcher launches; errors are the launcher's and Triton's."""
-        for architecture in CHOSEN:
+        for architecture in self.architectures:
             new: list[Any] = []
 
             def record(kernel: JITFunction, key: Key, *of_launch: Any) -> None:
-                variant = architecture, kernel, key if TEST_ALL else without_alignment(key)
+                variant = architecture, kernel, self.variant(key)
                 if variant not in self.seen:
                     self.seen.add(variant)
                     new.append((kernel, *of_launch))
@@ -45,13 +50,17 @@ class Lowering:
             with launches(architecture, record):
                 launch(*map(laid_out, args))
             for kernel, values, options in new:
-                if TEST_ALL:
-                    with machine(architecture):
-                        kernel.run(*values, grid=(1,), warmup=True, **options)
-                else:
-                    lower(kernel, architecture, values, options)
+                self.compile(kernel, architecture, values, options)
 
 
-def without_alignment(key: Key) -> Key:
-    """Return a key without what is known of the alignment of arguments, and without numbers of warps."""
-    return tuple((kind, value if kind == "constexpr" else None) for kind, value in key)
+def assemble(kernel: JITFunction, architecture: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compile a launch to machine code, and check that a multiprocessor has the shared memory that it needs."""
+    with machine(architecture):
+        shared = kernel.run(*args, grid=(1,), warmup=True, **options).metadata.shared
+    most = ARCHITECTURES[architecture][0]
+    assert shared <= most, f"{kernel.__name__} needs {shared} bytes of shared memory, sm_{architecture} has {most}"
+
+
+def outline(key: Key) -> Key:
+    """Return a key without the alignment of arguments and the number of warps, in which 16-bit floats are alike."""
+    return tuple((kind.replace("fp16", "bf16"), value if kind == "constexpr" else None) for kind, value in key)
