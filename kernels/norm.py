@@ -46,7 +46,7 @@ class SumOptions:
 
 # Sums over all rows take two launches. Each of the n programs of the first sums every n-th block of rows to a row of
 # partial sums; the second sums those.
-_NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=8, registers=64, stages=2)
+_NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**11, warps=4, registers=168, stages=2)
 _GELU_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=4, registers=64, stages=2)
 # for rows of more values than a block
 _WIDE_ROWS = dict(STAGES=1, num_warps=16, maxnreg=128)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmim.kernels import attention, norm
-from gpu import candidates, triton_cache
+from gpu import triton_cache
 from gpu.clock import seconds_of
 from gpu.plans import Plan, parse
 from gpu.tensors import synchronize
@@ -95,10 +95,6 @@ def head_variants() -> dict[str, Variant]:
         found[f"loops: {queries} by {keys}, {warps} warps"] = replaced(
             attention, _head_tile=nothing, _blocks=partial(copy_of, blocks), CACHED=0
         )
-    for keys, tails, warps in ((64, False, 4), (64, True, 4), (64, True, 8), (32, True, 4), (128, False, 8)):
-        once = partial(by_candidate, dict(keys=keys, tails=tails, num_warps=warps, num_stages=1))
-        words = f"once: {keys} keys{', tails' * tails}, {warps} warps"
-        found[words] = replaced(attention, attention_qkvpacked_backward=once)
     return found
 
 
@@ -116,12 +112,6 @@ def head_tile(options: dict[str, Any], q: Tensor, keys: int, plain: bool) -> dic
 
 def copy_of(options: dict[str, int], *_: Any) -> dict[str, int]:
     return dict(options)
-
-
-def by_candidate(
-    options: dict[str, Any], grad: Tensor, qkv: Tensor, key_mask: None, scale: float, sum_dqkv: bool
-) -> tuple[Tensor, Tensor]:
-    return candidates.once_backward(grad, qkv, scale, **options)
 
 
 def nothing(*_: Any) -> None:

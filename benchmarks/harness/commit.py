@@ -9,16 +9,24 @@ WRITTEN = ROOT / "build" / "flight" / "commit"
 
 
 def commit(root: Path = ROOT) -> str | None:
-    """Return the checked-out commit, with "+changes" where files differ; else the one written down, else None."""
+    """Return the checked-out commit, with "+changes" where files differ; else the one written down, else None.
+
+    The one written down counts, too, where the checkout doesn't know it: its files came without their history.
+    """
+    written = root / WRITTEN.relative_to(ROOT)
+    noted = written.read_text().strip() if written.exists() else ""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(root), *words]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
+    def known(noted: str) -> bool:
+        command = ["git", "-C", str(root), "cat-file", "-e", noted.partition("+")[0]]
+        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+
     try:
-        if Path(git("rev-parse", "--show-toplevel")) == root.resolve():
+        if Path(git("rev-parse", "--show-toplevel")) == root.resolve() and (not noted or known(noted)):
             return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         pass
-    written = root / WRITTEN.relative_to(ROOT)
-    return written.read_text().strip() or None if written.exists() else None
+    return noted or None
