@@ -20,13 +20,15 @@ def commit(root: Path = ROOT) -> str | None:
         command = ["git", "-C", str(root), *words]
         return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
-    def known(noted: str) -> bool:
-        command = ["git", "-C", str(root), "cat-file", "-e", noted.partition("+")[0]]
-        return subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
-
     try:
-        if Path(git("rev-parse", "--show-toplevel")) == root.resolve() and (not noted or known(noted)):
+        if Path(git("rev-parse", "--show-toplevel")) == root.resolve() and _is_known(root, noted):
             return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain"))
     except (OSError, subprocess.CalledProcessError):
         pass
     return noted or None
+
+
+def _is_known(root: Path, noted: str) -> bool:
+    """Return whether a checkout has the commit that is written down, if any is."""
+    command = ["git", "-C", str(root), "cat-file", "-e", noted.partition("+")[0]]
+    return not noted or subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0

@@ -309,6 +309,9 @@ def test_the_commit_is_that_of_the_checkout_or_the_one_written_down(tmp_path):
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "all"], check=True)
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+    # a commit that the checkout doesn't have: its files were brought without their history
+    assert commit.commit(tmp_path) == "d" * 40
+    written.write_text(head + "+changes\n")
     assert commit.commit(tmp_path) == head
     (tmp_path / "new").touch()
     assert commit.commit(tmp_path) == head + "+changes"
