@@ -32,7 +32,7 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
         )
     if machines.rates is None:
         found.append(
-            "Memory is counted, not measured on a GPU; 1.5 GB are left for CUDA and fragments, which is assumed."
+            "Memory is counted, not measured; 1.5 GB are left for CUDA and fragments, which is assumed."
         )
     if machines.rates is None and config.dtype != "bfloat16":
         found.append(
