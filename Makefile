@@ -59,7 +59,7 @@ VALUES = not opcheck and not fuzz and not same_bits and not extreme and not nan_
 	not beyond_1024_keys and not far_below_zero
 
 # every kernel that the op suite launches on a GPU, compiled for sm_90 to Triton's IR, where errors of types show;
-# FASTMIM_TEST_MACHINE_CODE=1: for all architectures to machine code
+# FASTMIM_TEST_MACHINE_CODE=1: to machine code, and for sm_80 and sm_100 to the IR
 lower: .venv/ready
 	FASTMIM_TEST_DEVICE=cpu $(TEST) tests/ops -k "$(VALUES)" $(ARGS)
 

@@ -16,12 +16,13 @@ MACHINE_CODE = os.environ.get("FASTMIM_TEST_MACHINE_CODE") == "1"
 class Lowering:
     """Compiler of each launch that is unlike all before it.
 
-    It compiles for sm_90 and to Triton's IR, where errors of types show; or for every architecture, to machine code.
+    It compiles for sm_90 and to Triton's IR, where errors of types show; or to machine code, and for the other
+    architectures to the IR.
     """
 
     def __init__(self, machine_code: bool = MACHINE_CODE) -> None:
         self.architectures = tuple(ARCHITECTURES) if machine_code else (90,)
-        self.compile, self.variant = (assemble, tuple) if machine_code else (lower, outline)
+        self.machine_code = machine_code
         self.seen: set[Any] = set()
 
     def compiled(self, op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,10 +40,11 @@ class Lowering:
     def __call__(self, launch: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """Compile what a launcher launches; errors are the launcher's and Triton's."""
         for architecture in self.architectures:
+            exactly = self.machine_code and architecture == 90
             new: list[Any] = []
 
             def record(kernel: JITFunction, key: Key, *of_launch: Any) -> None:
-                variant = architecture, kernel, self.variant(key)
+                variant = architecture, kernel, key if exactly else outline(key)
                 if variant not in self.seen:
                     self.seen.add(variant)
                     new.append((kernel, *of_launch))
@@ -50,7 +52,7 @@ class Lowering:
             with launches(architecture, record):
                 launch(*map(laid_out, args))
             for kernel, values, options in new:
-                self.compile(kernel, architecture, values, options)
+                (assemble if exactly else lower)(kernel, architecture, values, options)
 
 
 def assemble(kernel: JITFunction, architecture: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
