@@ -32,7 +32,7 @@ class SumOptions:
     """Launch options of a kernel that writes gradients and sums over rows.
 
     Args:
-        values: of a block, where a row has fewer.
+        values: of a block, or of a row where it has more.
         warps: of a program.
         registers: limit of a thread, which decides how many programs run at once.
         stages: blocks whose loads are in flight at a time.
@@ -48,8 +48,9 @@ class SumOptions:
 # partial sums; the second sums those.
 _NORM_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**11, warps=4, registers=168, stages=2)
 _GELU_BACKWARD = SumOptions(values=2**14 if INTERPRETED else 2**10, warps=4, registers=64, stages=2)
-# for rows of more values than a block
-_WIDE_ROWS = dict(STAGES=1, num_warps=16, maxnreg=128)
+# for rows of more than 1,024 values, and of more than 2,048
+_WIDE_ROWS = SumOptions(values=2**11, warps=8, registers=128, stages=1)
+_WIDEST_ROWS = SumOptions(values=2**11, warps=16, registers=128, stages=1)
 # largest number of rows of a block, registers of a multiprocessor
 _SUM_ROWS, _REGISTERS = 64, 2**16
 # rows and columns of a block of partial sums
@@ -62,9 +63,11 @@ _PARTIALS = dict(BLOCK_ROWS=256, BLOCK_WIDTH=512 if INTERPRETED else 16)
 def _sum_blocks(width: int, options: SumOptions) -> dict[str, int]:
     """Return block sizes, stages, warps and registers of a program that sums rows of `width` values."""
     block = power_of_2(width)
+    if block > 2**10:
+        options = _WIDE_ROWS if block <= 2**11 else _WIDEST_ROWS
     rows = min(max(options.values // block, 1), _SUM_ROWS)
-    of_blocks = dict(STAGES=options.stages, num_warps=options.warps, maxnreg=options.registers)
-    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, **(of_blocks if block <= options.values else _WIDE_ROWS))
+    limits = dict(STAGES=options.stages, num_warps=options.warps, maxnreg=options.registers)
+    return dict(BLOCK_ROWS=rows, BLOCK_WIDTH=block, **limits)
 
 
 def _sum_grid(rows: int, width: int, blocks: dict[str, int], device: torch.device) -> tuple[int, int]:

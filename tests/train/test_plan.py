@@ -19,7 +19,7 @@ from fastmim.train.config import read_settings
 from fastmim.train.flops import CARDS
 from fastmim.train.flops.cards import custom
 from fastmim.train.flops.inputs import objective_of
-from fastmim.train.plan import measured, storage
+from fastmim.train.plan import measured, steptime, storage
 from fastmim.train.plan.estimate import Machines, estimate
 from fastmim.train.plan.memory import memory
 from fastmim.train.plan.planned import countable, planned, share
@@ -30,6 +30,14 @@ pytest.importorskip("triton")
 
 KEYS = ("images_per_second", "step_milliseconds", "memory_bytes_per_gpu", "bound_by", "days", "unknown")
 BOUNDS = {"products", "bytes", "launches", "communication", "loader"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_measured_steps():
+    """Steps are floors, whatever was measured on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steptime, "MEASURED", Path("nowhere"))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from ..flops.cards import CARDS, Card
-from .steptime import MEASURED, is_card
+from . import steptime
+from .steptime import is_card
 
-RESULTS = MEASURED.parent
+RESULTS = steptime.MEASURED.parent
 # backends of benchmarks/loader.py that are fastmim's and read whole samples, by what they read
 READ = {"simplejpeg": "JPEGs", "packed": "packed", "ClipLoader": "videos"}
 # its files and sizes of crops, by the axes of samples
 LOADED = {2: ("loader_cpu.json", [224, 224]), 3: ("clips_cpu.json", [16, 224, 224])}
 
 
-def measured_card(key: str, path: Path = MEASURED) -> Card:
-    """Return a card of `CARDS`, with the rates that `make gpu-report` measured on one of its kind, if it did."""
-    card = CARDS[key]
+def measured_card(key: str, path: Path | None = None) -> Card:
+    """Return a card of `CARDS`, with the rates that `make gpu-report` measured on one of its kind, if it did.
+
+    That of bytes is the highest that a large copy or an op reached: a floor must lie below every time.
+    """
+    card, path = CARDS[key], steptime.MEASURED if path is None else path
     for visit in reversed(_read(path).get("visits", [])):
         rows = {row["name"]: row for row in visit["rows"] if row.get("stage") == "environment"}
         found, rates = str(rows.get("machine", {}).get("card", "")), rows.get("ceilings", {})
         if not visit.get("rehearse") and is_card(found, card) and "bytes" in rates:
             source = f"measured on {found}: {path.name}, commit {str(visit.get('commit'))[:12]}"
-            return replace(card, copy=float(rates["bytes"]), product=float(rates["flops"]), source=source)
+            ops = [row.get("forward", {}).get("GB/s", 0.0) for row in visit["rows"] if row.get("stage") == "ops"]
+            copy = max(float(rates["bytes"]), *(1e9 * rate for rate in ops), 0.0)
+            return replace(card, copy=copy, product=float(rates["flops"]), source=source)
     return card
 
 

@@ -31,9 +31,7 @@ def unknown(config: Config, machines: Machines, step: Step, plan: dict[str, Any]
             f"({card.source}), and real steps take longer."
         )
     if machines.rates is None:
-        found.append(
-            "Memory is counted, not measured; 1.5 GB are left for CUDA and fragments, which is assumed."
-        )
+        found.append("Memory is counted, not measured; 1.5 GB are left for CUDA and fragments, which is assumed.")
     if machines.rates is None and config.dtype != "bfloat16":
         found.append(
             f"Products of {config.dtype} are taken at the card's rate of bfloat16; they are several times slower."
